@@ -1,0 +1,56 @@
+# Everything a person does with the project. `make help` lists the targets.
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The first Python that is new enough; PYTHON=… overrides.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check format lint types sql test-completion test-openai docs migrate service
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv and install everything into it
+
+$(STAMP): setup.cfg pyproject.toml
+	@test -n "$(PYTHON)" || { echo "GPTutor needs Python 3.11 or newer, and none was found. Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Making $(VENV) with $(PYTHON) and installing (about a minute, this once) …"
+	@$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade 'pip>=24'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,dev]'
+	@touch $@
+
+run: install ## the service, whole: embedded PostgreSQL and the OpenRouter simulator where nothing else is configured
+	@exec $(BIN)/gptutor serve
+
+test: install ## all tests, on a real PostgreSQL
+	@$(BIN)/python -m pytest
+
+check: install format lint types sql test ## format, lint, types, SQL, tests: what a change must pass
+
+format: install
+	@$(BIN)/ruff format .
+
+lint: install
+	@$(BIN)/ruff check .
+
+types: install
+	@$(BIN)/mypy
+
+sql: install
+	@$(BIN)/sqlfluff lint --nofail --quiet sql >/dev/null; $(BIN)/sqlfluff lint sql
+
+test-completion: install ## chat completions, plain and streamed, against a running gateway of its own
+	@$(BIN)/python -m pytest -v tests/test_completion.py
+
+test-openai: install ## the OpenAI SDKs for Python and JavaScript against a running gateway of its own
+	@$(BIN)/python -m pytest -v tests/test_openai.py
+
+docs: install ## the documentation at http://localhost:8080
+	@exec $(BIN)/gptutor docs
+
+migrate: install ## bring the database of DATABASE_URL up to date
+	@$(BIN)/gptutor migrate

@@ -1,0 +1,1 @@
+"""Everything that knows HTTP from the caller's side."""

@@ -1,0 +1,194 @@
+"""The ask: what a caller may send to `POST /v1/chat/completions`, checked, sized, and made ready for upstream. No I/O.
+
+`ChatRequest` is the one description: the checks, the texts of the refusals and the OpenAPI schema come from it. What it does not
+name passes unchecked, because OpenRouter learns new fields every week.
+
+What the caller wrote reaches OpenRouter as he wrote it (contract A4): the top level is split into members, each kept as its own
+bytes, and only the members that are ours are written anew. No number is ever parsed and printed again.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta, Raw
+
+from gptutor.errors import Refusal
+from gptutor.money.pricing import Size
+
+MODEL_CHARACTERS_MAX = 200
+
+
+class Message(msgspec.Struct):
+    role: Annotated[
+        Literal["system", "user", "assistant", "developer", "tool", "function"],
+        Meta(description="one of system, user, assistant, developer, tool, function"),
+    ]
+    content: Annotated[
+        Raw,
+        Meta(
+            description="a string or an array of parts",
+            extra_json_schema={
+                "type": ["string", "array", "null"],
+                "items": {"type": "object", "required": ["type"], "properties": {"type": {"type": "string"}}},
+            },
+        ),
+    ] = Raw()
+
+
+class ChatRequest(msgspec.Struct):
+    """Each description completes the sentence "<field> must be …"."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, description="a non-empty array of messages")]
+    model: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=MODEL_CHARACTERS_MAX)] | None,
+        Meta(description=f"a string of 1 to {MODEL_CHARACTERS_MAX} characters"),
+    ] = None
+    models: Annotated[list[str] | None, Meta(description="an array of strings")] = None
+    stream: Annotated[bool | None, Meta(description="a boolean")] = None
+    max_tokens: Annotated[Annotated[int, Meta(ge=1, le=2**31 - 1)] | None, Meta(description="a positive integer")] = None
+    max_completion_tokens: Annotated[Annotated[int, Meta(ge=1, le=2**31 - 1)] | None, Meta(description="a positive integer")] = (
+        None
+    )
+    temperature: Annotated[Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="a number from 0 to 2")] = None
+    top_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="a number from 0 to 1")] = None
+    frequency_penalty: Annotated[Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="a number from -2 to 2")] = None
+    presence_penalty: Annotated[Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="a number from -2 to 2")] = None
+    stop: Annotated[str | list[str] | None, Meta(description="a string or an array of strings")] = None
+    n: Annotated[Annotated[int, Meta(ge=1, le=128)] | None, Meta(description="an integer from 1 to 128")] = None
+    usage: Annotated[dict[str, Any] | None, Meta(description="an object")] = None
+    stream_options: Annotated[dict[str, Any] | None, Meta(description="an object")] = None
+
+
+class _Part(msgspec.Struct):
+    type: str
+
+
+RULES: Mapping[str, str] = {
+    name: str(hint.__metadata__[-1].description)
+    for struct in (Message, ChatRequest)
+    for name, hint in get_type_hints(struct, include_extras=True).items()
+}
+PLACE = re.compile(r"`\$\.?(.*)`")
+MISSING = re.compile(r"missing required field `(\w+)`")
+
+_decode_request = msgspec.json.Decoder(ChatRequest).decode
+_decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
+_decode_parts = msgspec.json.Decoder(list[Raw]).decode
+_decode_part = msgspec.json.Decoder(_Part).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A checked request. `size` is what its price depends on; `members` are its top level, byte for byte."""
+
+    model: str
+    fallbacks: tuple[str, ...]
+    stream: bool
+    messages: int
+    size: Size
+    members: Mapping[str, Raw]
+
+    def upstream_body(self, *, user: str, output_limit: int | None) -> bytes:
+        """The body for OpenRouter: the caller's own, with the members that are ours.
+
+        `user` is the account's pseudonym; `output_limit` is sent as `max_tokens` where the balance sets one.
+        """
+        ours: dict[str, bytes] = {
+            "user": msgspec.json.encode(user),
+            "usage": _with_member(self.members.get("usage"), b'"include"'),
+        }
+        if _is_null(self.members.get("model")):
+            ours["model"] = msgspec.json.encode(self.model)
+        if self.stream:
+            ours["stream_options"] = _with_member(self.members.get("stream_options"), b'"include_usage"')
+        if output_limit is not None:
+            ours["max_tokens"] = b"%d" % output_limit
+        return _object({**self.members, **ours})
+
+
+def read_ask(body: bytes, *, default_model: str) -> Ask:
+    """Checks a request body. Raises Refusal, whose text names the field, its fault and what is allowed."""
+    try:
+        str(body, "utf-8")
+        request = _decode_request(body)
+        members = _decode_members(body)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refusal("invalid_json", cause=str(error)) from error
+
+    media_parts = media_bytes = 0
+    for index, message in enumerate(request.messages):
+        for part in _media_parts(message, f"messages[{index}].content"):
+            media_parts += 1
+            media_bytes += part
+    limits = (request.max_tokens, request.max_completion_tokens)
+    return Ask(
+        model=request.model or default_model,
+        fallbacks=tuple(request.models or ()),
+        stream=bool(request.stream),
+        messages=len(request.messages),
+        size=Size(
+            prompt_bytes=len(body) - media_bytes,
+            media_parts=media_parts,
+            choices=request.n or 1,
+            output_tokens=max((limit for limit in limits if limit is not None), default=None),
+        ),
+        members=members,
+    )
+
+
+def _media_parts(message: Message, place: str) -> list[int]:
+    """The sizes in bytes of the message's parts that are not text. Raises Refusal if the content is not one of its forms."""
+    content = message.content
+    view = memoryview(content)
+    first = view[:1].tobytes()
+    if first == b'"':
+        return []
+    if first in (b"", b"n") and message.role in ("assistant", "function"):
+        return []  # null beside tool calls
+    if first != b"[":
+        raise Refusal("invalid_request", f"{place} must be {RULES['content']}")
+    sizes = []
+    for index, part in enumerate(_decode_parts(content)):
+        try:
+            kind = _decode_part(part).type
+        except msgspec.ValidationError as error:
+            raise Refusal("invalid_request", f"{place}[{index}] must be an object with a string `type`") from error
+        if kind != "text":
+            sizes.append(len(memoryview(part)))
+    return sizes
+
+
+def _refusal(fault: str) -> Refusal:
+    """The refusal for msgspec's fault, which ends in its place: ``Expected `float` <= 2.0 - at `$.temperature` ``."""
+    found = PLACE.search(fault)
+    place = found[1] if found else ""
+    if missing := MISSING.search(fault):
+        place = f"{place}.{missing[1]}".lstrip(".")
+    if place == "messages":
+        return Refusal("invalid_request", "messages array is required")
+    if not place:
+        return Refusal("invalid_request", "Request body must be a JSON object")
+    field = re.split(r"[.\[]", place.rpartition(".")[2])[0]
+    if place.startswith("messages[") and place.endswith("]"):
+        return Refusal("invalid_request", f"{place} must be an object with a role")
+    return Refusal("invalid_request", f"{place} must be {RULES.get(field, 'something else')}")
+
+
+def _is_null(raw: Raw | None) -> bool:
+    return raw is None or bytes(memoryview(raw)[:1]) == b"n"
+
+
+def _with_member(raw: Raw | None, key: bytes) -> bytes:
+    """The object in `raw` with `key: true`, its other members as they were."""
+    if raw is None or _is_null(raw):
+        return b"{%s:true}" % key
+    return _object({**_decode_members(raw), key.decode().strip('"'): b"true"})
+
+
+def _object(members: Mapping[str, bytes | Raw]) -> bytes:
+    return b"{%s}" % b",".join(b"%s:%s" % (msgspec.json.encode(name), bytes(value)) for name, value in members.items())

@@ -1,0 +1,123 @@
+"""What happens to every request before its handler; the order is in `app.py`."""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from gptutor.database import DatabaseUnavailable
+from gptutor.errors import Refusal
+from gptutor.logs import LoggerService
+from gptutor.money.keys import KeyClaim, parse_key
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+REQUEST_ID = web.RequestKey("request_id", str)
+CLAIM = web.RequestKey("claim", KeyClaim)
+ERROR_CODE = web.RequestKey("error_code", str)
+LOGGED = web.RequestKey("logged", bool)
+
+LOGGER = logging.getLogger("gptutor.http")
+REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@web.middleware
+async def request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Names the request; a caller's own name is kept if it is harmless."""
+    given = request.headers.get("X-Request-ID", "")
+    request[REQUEST_ID] = given if REQUEST_ID_FORM.fullmatch(given) else str(uuid.uuid4())
+    return await handler(request)
+
+
+async def name_response(request: web.Request, response: web.StreamResponse) -> None:
+    """The other half of `request_id`: a signal, because the headers of a stream are sent inside its handler."""
+    response.headers["X-Request-ID"] = request[REQUEST_ID]
+
+
+def access_log(log: LoggerService) -> Middleware:
+    """One line for each request, unless its handler has taken that over (LOGGED): an exchange writes two of its own."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started = time.monotonic()
+        response = await handler(request)
+        if LOGGED not in request:
+            log.http(
+                method=request.method,
+                path=request.path,
+                status=response.status,
+                request_id=request[REQUEST_ID],
+                duration_ms=round((time.monotonic() - started) * 1000),
+                code=request.get(ERROR_CODE),
+            )
+        return response
+
+    return middleware
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every failure becomes `{"error": "<text>"}` here, and nowhere else."""
+    try:
+        return await handler(request)
+    except Refusal as refusal:
+        return refused(request, refusal)
+    except web.HTTPMethodNotAllowed as error:
+        return refused(request, Refusal("method_not_allowed", headers={"Allow": ", ".join(sorted(error.allowed_methods))}))
+    except web.HTTPNotFound:
+        return refused(request, Refusal("not_found"))
+    except web.HTTPRequestEntityTooLarge:
+        return refused(request, Refusal("body_too_large"))
+    except DatabaseUnavailable as error:
+        return refused(request, Refusal("database_unavailable", cause=str(error)))
+    except Exception:
+        LOGGER.exception("A handler failed", extra={"requestId": request[REQUEST_ID], "path": request.path})
+        return refused(request, Refusal("internal_error"))
+
+
+def refused(request: web.Request, refusal: Refusal) -> web.Response:
+    request[ERROR_CODE] = refusal.code
+    return web.json_response(
+        {"error": refusal.text}, status=refusal.status, headers={**refusal.headers, "X-Error-Code": refusal.code}
+    )
+
+
+def body_limit(body_bytes_max: int) -> Middleware:
+    """Refuses what is too large by its own word, before reading it; `Request.read` counts what arrives without one."""
+    text = f"Request body is larger than {body_bytes_max} bytes"
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.content_length is not None and request.content_length > body_bytes_max:
+            raise Refusal("body_too_large", text)
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise Refusal("unsupported_encoding")
+        return await handler(request)
+
+    return middleware
+
+
+def authenticate(keyed: Collection[Any]) -> Middleware:
+    """For `keyed` handlers: what key does the caller claim? Whether it is true is asked of the database by the hold itself."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.match_info.handler in keyed:
+            request[CLAIM] = claimed_key(request.headers.getall("Authorization", []))
+        return await handler(request)
+
+    return middleware
+
+
+def claimed_key(headers: list[str]) -> KeyClaim:
+    """Raises Refusal for anything but one `Bearer` header with a key that could be ours."""
+    scheme, _, key = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
+    claim = parse_key(key.strip()) if scheme.lower() == "bearer" else None
+    if claim is None:
+        raise Refusal("invalid_key")
+    return claim

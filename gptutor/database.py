@@ -1,0 +1,184 @@
+"""PostgreSQL: the pool, the named statements of `sql/queries`, and the migrations of `sql/migrations`.
+
+This is the rim at which asyncpg's exceptions become ours; nothing above it sees one.
+"""
+
+import hashlib
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+SQL = Path(__file__).parent / "sql"
+NAME_LINE = re.compile(r"^-- name: ([a-z_]+)\n", re.MULTILINE)
+
+Row = asyncpg.Record
+
+
+class DatabaseUnavailable(Exception):
+    """PostgreSQL did not answer in time, or not at all. The statement may or may not have been carried out."""
+
+
+class ConstraintViolated(Exception):
+    """The database refused to break one of its laws; `name` is the constraint's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class MigrationError(Exception):
+    """The schema is not what this version needs; the text says what to do."""
+
+
+def load_statements(directory: Path = SQL / "queries") -> dict[str, str]:
+    """Every `-- name: …` statement below the directory. Raises ValueError on a name that stands twice."""
+    statements: dict[str, str] = {}
+    for path in sorted(directory.glob("*.sql")):
+        _, *parts = NAME_LINE.split(path.read_text(encoding="utf-8"))
+        for name, text in zip(parts[::2], parts[1::2], strict=True):
+            if name in statements:
+                raise ValueError(f"{path}: the statement {name} exists twice")
+            statements[name] = text.strip().rstrip(";")
+    return statements
+
+
+STATEMENTS = load_statements()
+
+
+class Database:
+    """A pool, and statements by name. Raises DatabaseUnavailable and ConstraintViolated, nothing of asyncpg's."""
+
+    def __init__(self, pool: asyncpg.Pool, *, acquire_s: float) -> None:
+        self._pool = pool
+        self._acquire_s = acquire_s
+
+    async def fetch(self, statement: str, *arguments: Any) -> list[Row]:
+        with translated():
+            async with self._pool.acquire(timeout=self._acquire_s) as connection:
+                return await connection.fetch(STATEMENTS[statement], *arguments)
+
+    async def fetchrow(self, statement: str, *arguments: Any) -> Row | None:
+        with translated():
+            async with self._pool.acquire(timeout=self._acquire_s) as connection:
+                return await connection.fetchrow(STATEMENTS[statement], *arguments)
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Any]:
+        """A connection that sees one moment of the database, read-only."""
+        with translated():
+            async with (
+                self._pool.acquire(timeout=self._acquire_s) as connection,
+                connection.transaction(isolation="repeatable_read", readonly=True),
+            ):
+                yield connection
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    try:
+        yield
+    except asyncpg.IntegrityConstraintViolationError as error:
+        raise ConstraintViolated(error.constraint_name or "") from error
+    except UNAVAILABLE as error:
+        raise DatabaseUnavailable(type(error).__name__) from error
+
+
+# asyncio.TimeoutError is the builtin one, and would otherwise look like a slow upstream.
+UNAVAILABLE = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.TransactionRollbackError,
+)
+
+
+@asynccontextmanager
+async def connected(
+    url: str, *, connections_max: int = 2, acquire_s: float = 10, statement_s: float = 60
+) -> AsyncIterator[Database]:
+    """Opens a pool on `url` and closes it at the end. Raises DatabaseUnavailable."""
+    with translated():
+        pool = await asyncpg.create_pool(
+            url,
+            min_size=1,
+            max_size=connections_max,
+            timeout=acquire_s,
+            command_timeout=statement_s + 1,  # the server's own limit should speak first: it says why
+            server_settings={
+                "application_name": "gptutor",
+                "timezone": "UTC",
+                "statement_timeout": f"{statement_s * 1000:.0f}",
+                "lock_timeout": f"{min(statement_s, 2) * 1000:.0f}",
+                "idle_in_transaction_session_timeout": "10000",
+            },
+        )
+    try:
+        yield Database(pool, acquire_s=acquire_s)
+    finally:
+        await pool.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    name: str
+    text: str
+
+    @property
+    def checksum(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def load_migrations(directory: Path = SQL / "migrations") -> list[Migration]:
+    return [Migration(path.stem, path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.sql"))]
+
+
+async def pending_migrations(url: str) -> list[str]:
+    """Names of the migrations that the database lacks. Raises MigrationError, DatabaseUnavailable."""
+    with translated():
+        connection = await asyncpg.connect(url)
+        try:
+            if not await connection.fetchval(STATEMENTS["has_migrations_table"]):
+                return [migration.name for migration in load_migrations()]
+            return [migration.name for migration in await _missing(connection, load_migrations())]
+        finally:
+            await connection.close()
+
+
+async def migrate(url: str) -> list[str]:
+    """Applies what is missing, each migration in a transaction of its own, and returns the names."""
+    applied: list[str] = []
+    with translated():
+        connection = await asyncpg.connect(url)
+        try:
+            while True:
+                async with connection.transaction():
+                    await connection.execute(STATEMENTS["lock_migrations"])
+                    await connection.execute(STATEMENTS["create_migrations_table"])
+                    missing = await _missing(connection, load_migrations())
+                    if not missing:
+                        return applied
+                    await connection.execute(missing[0].text)
+                    await connection.execute(STATEMENTS["record_migration"], missing[0].name, missing[0].checksum)
+                applied.append(missing[0].name)
+        finally:
+            await connection.close()
+
+
+async def _missing(connection: asyncpg.Connection, known: list[Migration]) -> list[Migration]:
+    applied = {row["name"]: row["checksum"] for row in await connection.fetch(STATEMENTS["list_migrations"])}
+    for migration in known:
+        if applied.get(migration.name, migration.checksum) != migration.checksum:
+            raise MigrationError(f"Migration {migration.name} was changed after it was applied; restore its file.")
+    if unknown := applied.keys() - {migration.name for migration in known}:
+        raise MigrationError(f"The database is newer than this version: it has {', '.join(sorted(unknown))}. Update GPTutor.")
+    return [migration for migration in known if migration.name not in applied]

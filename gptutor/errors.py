@@ -1,0 +1,66 @@
+"""The closed list of refusals: what a caller can be told when there is no answer (contract B).
+
+A refusal is raised anywhere above the rims and becomes a response in one place, the `errors` middleware. Its body is
+`{"error": "<text>"}`; its code, one word of this list, stands in the header X-Error-Code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One row of the list: HTTP status, default text, and whether a second attempt could be charged twice."""
+
+    status: int
+    text: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+DO_NOT_RETRY = {"x-should-retry": "false"}
+"""Obeyed by the OpenAI SDKs, which otherwise repeat every 409, 429 and 5xx."""
+
+SOON = {"Retry-After": "1"}
+
+KINDS: dict[str, Kind] = {
+    # the ask
+    "invalid_json": Kind(400, "Request body is not valid JSON"),
+    "invalid_request": Kind(400, "Invalid request"),
+    "upstream_rejected": Kind(400, "OpenRouter rejected the request"),
+    "body_too_large": Kind(413, "Request body is too large"),
+    "unsupported_encoding": Kind(415, "Request body must not be compressed"),
+    "unsupported_media_type": Kind(415, "Content-Type must be application/json"),
+    # the caller
+    "invalid_key": Kind(401, "Invalid API key or inactive user", {"WWW-Authenticate": "Bearer"}),
+    "insufficient_balance": Kind(402, "Insufficient balance", DO_NOT_RETRY),
+    "moderated": Kind(403, "OpenRouter's moderation refused the request"),
+    "rate_limited_upstream": Kind(429, "The model is overloaded, try again later", {"Retry-After": "5"}),
+    # the route
+    "not_found": Kind(404, "Not found"),
+    "model_not_found": Kind(404, "Model not found"),
+    "method_not_allowed": Kind(405, "Method not allowed"),
+    # us and upstream
+    "internal_error": Kind(500, "Internal server error"),
+    "upstream_error": Kind(500, "Internal server error"),
+    "upstream_unreachable": Kind(500, "Internal server error"),
+    "upstream_account": Kind(500, "Internal server error", DO_NOT_RETRY),
+    "upstream_outcome_unknown": Kind(500, "Internal server error", DO_NOT_RETRY),
+    "upstream_timeout": Kind(504, "OpenRouter did not answer in time", DO_NOT_RETRY),
+    "database_unavailable": Kind(503, "Service temporarily unavailable", SOON),
+    "shutting_down": Kind(503, "Service is restarting", SOON),
+}
+
+
+class Refusal(Exception):
+    """One refusal of one request. `cause` is for the log, and never leaves the house."""
+
+    def __init__(
+        self, code: str, text: str | None = None, *, headers: Mapping[str, str] | None = None, cause: str | None = None
+    ) -> None:
+        kind = KINDS[code]
+        self.code = code
+        self.status = kind.status
+        self.text = text or kind.text
+        self.headers = {**kind.headers, **(headers or {})}
+        self.cause = cause
+        super().__init__(self.text)

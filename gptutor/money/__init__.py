@@ -1,0 +1,1 @@
+"""Everything that knows roubles. No HTTP here."""

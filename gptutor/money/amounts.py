@@ -1,0 +1,53 @@
+"""Roubles as integers: one rouble is 1 000 000 000 nano-roubles, and a balance is a whole number of them."""
+
+from decimal import ROUND_CEILING, ROUND_HALF_UP, Context, Decimal, InvalidOperation
+from typing import NewType
+
+AccountId = NewType("AccountId", int)
+Nano = NewType("Nano", int)
+
+NANO_PER_RUB = 10**9
+NANO_MAX = Nano(10**18)
+"""One amount may be at most a thousand million roubles; sums of them stay far inside BIGINT."""
+
+# Wide enough that no product of a price, a count and a rate is ever rounded before the one rounding that is meant.
+EXACT = Context(prec=200, traps=[InvalidOperation])
+
+
+class InvalidAmount(ValueError):
+    """The text is not an amount in roubles; the message says why."""
+
+
+def parse_roubles(text: str) -> Nano:
+    """`"99.5"` → 99 500 000 000. Raises InvalidAmount for anything but a plain decimal with at most nine places."""
+    try:
+        amount = Decimal(text)
+    except InvalidOperation as error:
+        raise InvalidAmount(f"{text[:40]!r} is not an amount in roubles, such as 100 or 99.50") from error
+    # Bounded before any arithmetic: int(Decimal("1e1000000")) runs for half a minute.
+    if not amount.is_finite() or abs(amount.adjusted()) > 12 or len(text) > 40:
+        raise InvalidAmount(f"{text[:40]!r} is not an amount in roubles, such as 100 or 99.50")
+    scaled = EXACT.multiply(amount, Decimal(NANO_PER_RUB))
+    nano = int(scaled)
+    if scaled != nano:
+        raise InvalidAmount(f"{text[:40]!r} has more than nine decimal places")
+    if abs(nano) > NANO_MAX:
+        raise InvalidAmount(f"{text[:40]!r} is more than {NANO_MAX // NANO_PER_RUB} roubles")
+    return Nano(nano)
+
+
+def roubles(nano: int) -> str:
+    """99 500 000 000 → `"99.5"`, exact, never in exponent form."""
+    sign = "-" if nano < 0 else ""
+    whole, fraction = divmod(abs(nano), NANO_PER_RUB)
+    return f"{sign}{whole}.{fraction:09d}".rstrip("0").rstrip(".")
+
+
+def nano_half_up(roubles_exact: Decimal) -> Nano:
+    """The one rounding of a charge: half up, to one nano-rouble."""
+    return Nano(int(EXACT.multiply(roubles_exact, Decimal(NANO_PER_RUB)).quantize(Decimal(1), ROUND_HALF_UP, EXACT)))
+
+
+def nano_ceiling(roubles_exact: Decimal) -> Nano:
+    """Rounded up: for ceilings, never for charges."""
+    return Nano(int(EXACT.multiply(roubles_exact, Decimal(NANO_PER_RUB)).quantize(Decimal(1), ROUND_CEILING, EXACT)))

@@ -1,0 +1,132 @@
+"""What a request can cost at most, and what it did cost.
+
+Two questions, two answers, both pure:
+
+- before the call, the *ceiling*: an upper bound of the cost, which the ledger holds (contract C4);
+- after it, the *charge*: OpenRouter's dollars × the rate, rounded once, half up, to a nano-rouble (contract C1).
+
+The ceiling is `fixed + tokens × per_token`. The fixed part is the prompt, bounded by its bytes (a token is never shorter than
+a byte), media by count, and the per-request price. The second part is the output.
+
+Where the caller sets no limit on the output, the hold covers a typical one. One request alone must still never take a balance
+below zero, so whenever the balance does not cover all that the model can write, `Ceiling.output_limit` says what it does cover,
+and that is sent upstream as `max_tokens`.
+"""
+
+from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal
+from typing import Protocol
+
+from gptutor.money.amounts import EXACT, Nano, nano_ceiling, nano_half_up, parse_roubles
+
+NANO = Decimal(10**9)
+NOTHING = Nano(0)
+OUTPUT_TOKENS_UNKNOWN = 131_072
+"""The output bound of a model that lists neither an output limit nor a context length."""
+
+
+class Priced(Protocol):
+    """A model's price list in US dollars, and its limits in tokens; prices are finite and not negative."""
+
+    @property
+    def prompt_usd(self) -> Decimal: ...
+    @property
+    def completion_usd(self) -> Decimal: ...
+    @property
+    def request_usd(self) -> Decimal: ...
+    @property
+    def image_usd(self) -> Decimal: ...
+    @property
+    def context_tokens(self) -> int | None: ...
+    @property
+    def output_tokens_max(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a request asks for, as far as its price is concerned."""
+
+    prompt_bytes: int
+    media_parts: int = 0
+    choices: int = 1
+    output_tokens: int | None = None
+    """`max_tokens` or `max_completion_tokens`, as the caller set it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What to hold. `most` is held if it is available, else all that is available, but never less than `least`."""
+
+    most: Nano
+    least: Nano
+    fixed: Nano = NOTHING
+    token_nano: Decimal = Decimal(0)
+    """The price of one more output token, in nano-roubles; exact. 0 where the output needs no limit of ours."""
+    output_tokens_max: int = 0
+
+    def output_limit(self, available: Nano) -> int | None:
+        """`max_tokens` to send upstream, given what was available before the hold; None where none is needed."""
+        if not self.token_nano:
+            return None
+        covered = int(EXACT.divide(Decimal(available - self.fixed), self.token_nano).to_integral_value(ROUND_FLOOR))
+        return covered if covered < self.output_tokens_max else None
+
+
+class LLMCostEvaluate:
+    """Prices in dollars → amounts in nano-roubles, under one rate and one policy of reserving."""
+
+    def __init__(
+        self,
+        *,
+        rub_per_usd: Decimal,
+        balance_min_rub: Decimal,
+        margin: Decimal,
+        output_tokens_typical: int,
+        output_tokens_min: int,
+        reserve: str,
+        hold_default_rub: Decimal,
+        media_tokens: int,
+    ) -> None:
+        self.rub_per_usd = rub_per_usd
+        self._balance_min = parse_roubles(str(balance_min_rub))
+        self._hold_default = parse_roubles(str(hold_default_rub))
+        self._ceiling_rate = EXACT.multiply(rub_per_usd, margin)
+        self._output_tokens_typical = output_tokens_typical
+        self._output_tokens_min = output_tokens_min
+        self._worst_case = reserve == "worst_case"
+        self._media_tokens = media_tokens
+
+    def ceiling(self, size: Size, price: Priced | None) -> Ceiling:
+        """The most that a request of this size can cost at this price; `None` is a price that OpenRouter does not state."""
+        if price is None:
+            return Ceiling(most=self._hold_default, least=max(self._hold_default, self._balance_min))
+        prompt_tokens = size.prompt_bytes + size.media_parts * self._media_tokens
+        if price.context_tokens is not None:
+            prompt_tokens = min(prompt_tokens, price.context_tokens)
+        fixed_usd = EXACT.multiply(prompt_tokens, price.prompt_usd)
+        fixed_usd = EXACT.fma(size.media_parts, price.image_usd, fixed_usd)
+        fixed_usd = EXACT.add(fixed_usd, price.request_usd)
+        fixed = self._nano(fixed_usd)
+        token_usd = EXACT.multiply(price.completion_usd, size.choices)
+
+        tokens_max = price.output_tokens_max or price.context_tokens or OUTPUT_TOKENS_UNKNOWN
+        if size.output_tokens is not None or self._worst_case:
+            most = self._nano(EXACT.fma(min(size.output_tokens or tokens_max, tokens_max), token_usd, fixed_usd))
+            return Ceiling(most=most, least=max(most, self._balance_min))
+
+        least_usd = EXACT.fma(min(self._output_tokens_min, tokens_max), token_usd, fixed_usd)
+        most_usd = EXACT.fma(min(self._output_tokens_typical, tokens_max), token_usd, fixed_usd)
+        return Ceiling(
+            most=self._nano(most_usd),
+            least=max(self._nano(least_usd), self._balance_min),
+            fixed=fixed,
+            token_nano=EXACT.multiply(EXACT.multiply(token_usd, self._ceiling_rate), NANO),
+            output_tokens_max=tokens_max,
+        )
+
+    def charge(self, cost_usd: Decimal) -> Nano:
+        """The cost of a finished request. `cost_usd` is finite and not negative, as `openrouter.bill` guarantees."""
+        return nano_half_up(EXACT.multiply(cost_usd, self.rub_per_usd))
+
+    def _nano(self, usd: Decimal) -> Nano:
+        return nano_ceiling(EXACT.multiply(usd, self._ceiling_rate))

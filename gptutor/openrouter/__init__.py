@@ -1,0 +1,1 @@
+"""Everything that knows OpenRouter. No money and no database here."""

@@ -1,0 +1,155 @@
+"""OpenRouter's models: what exists, what it costs, how much it can write.
+
+Prices are strings of dollars per token; some are `"-1"` (a router's price, known only afterwards) or absent. A price that is not
+a finite number from zero up never enters arithmetic: such a model has `price None`, and the ledger holds a configured default.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+
+import msgspec
+
+from gptutor.openrouter.service import OpenRouterService, UpstreamError
+
+LOGGER = logging.getLogger("gptutor.catalogue")
+PRICE_USD_MAX = Decimal(1000)
+FIRST_RETRY_S = 2.0
+
+
+class CatalogueError(Exception):
+    """The model list is not one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """US dollars per token, per request and per image; tokens that fit in."""
+
+    prompt_usd: Decimal
+    completion_usd: Decimal
+    request_usd: Decimal
+    image_usd: Decimal
+    context_tokens: int | None
+    output_tokens_max: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model: its fields as OpenRouter spelled them, and its price where it states one."""
+
+    id: str
+    fields: Mapping[str, msgspec.Raw]
+    pricing: Mapping[str, Decimal]
+    """Every usable price by OpenRouter's name for it, dollars."""
+    price: Price | None
+
+
+@dataclass(slots=True)
+class Catalogue:
+    models: dict[str, Model] = field(default_factory=dict)
+    version: int = 0
+    """Grows with every refresh; what was made from an older version is stale."""
+
+    def price(self, model_id: str) -> Price | None:
+        model = self.models.get(model_id)
+        return model.price if model is not None else None
+
+    def replace(self, document: bytes) -> None:
+        """Takes a new model list. Raises CatalogueError, and keeps the old one, if it is not a model list."""
+        models = {model.id: model for model in parse_models(document)}
+        if not models:
+            raise CatalogueError("the model list is empty")
+        self.models = models
+        self.version += 1
+
+
+class _TopProvider(msgspec.Struct):
+    max_completion_tokens: int | None = None
+    context_length: int | None = None
+
+
+class _ModelFacts(msgspec.Struct):
+    id: str
+    pricing: dict[str, msgspec.Raw] = msgspec.field(default_factory=dict)
+    context_length: int | None = None
+    top_provider: _TopProvider | None = None
+
+
+class _List(msgspec.Struct):
+    data: list[msgspec.Raw]
+
+
+def parse_models(document: bytes) -> list[Model]:
+    """The models of a list; one that makes no sense is left out. Raises CatalogueError if the whole is not a list."""
+    try:
+        items = msgspec.json.decode(document, type=_List).data
+    except msgspec.DecodeError as error:
+        raise CatalogueError(str(error)) from error
+    models = []
+    for item in items:
+        try:
+            facts = msgspec.json.decode(item, type=_ModelFacts)
+            fields = msgspec.json.decode(item, type=dict[str, msgspec.Raw])
+        except msgspec.DecodeError as error:
+            LOGGER.warning("A model of the list is left out: %s", error)
+            continue
+        pricing = {name: usd for name, raw in facts.pricing.items() if (usd := parse_price(raw)) is not None}
+        models.append(Model(facts.id, fields, pricing, _price(facts, pricing)))
+    return models
+
+
+def parse_price(raw: msgspec.Raw) -> Decimal | None:
+    """A price string (or number) as exact dollars; None for `"-1"`, for nonsense, and for anything above PRICE_USD_MAX."""
+    text = bytes(raw).strip().strip(b'"')
+    if len(text) > 40:
+        return None
+    try:
+        usd = Decimal(text.decode("ascii"))
+    except (InvalidOperation, UnicodeDecodeError):
+        return None
+    return usd if usd.is_finite() and 0 <= usd <= PRICE_USD_MAX and usd.as_tuple().exponent >= -40 else None  # type: ignore[operator]
+
+
+def _price(facts: _ModelFacts, pricing: Mapping[str, Decimal]) -> Price | None:
+    if "prompt" not in pricing or "completion" not in pricing:
+        return None
+    if any(name in facts.pricing and name not in pricing for name in ("request", "image")):
+        return None
+    top = facts.top_provider or _TopProvider()
+    return Price(
+        prompt_usd=pricing["prompt"],
+        completion_usd=max(pricing["completion"], pricing.get("internal_reasoning", Decimal(0))),
+        request_usd=pricing.get("request", Decimal(0)),
+        image_usd=pricing.get("image", Decimal(0)),
+        context_tokens=max(filter(None, (facts.context_length, top.context_length)), default=None),
+        output_tokens_max=top.max_completion_tokens,
+    )
+
+
+@asynccontextmanager
+async def refreshed(service: OpenRouterService, refresh_s: float) -> AsyncIterator[Catalogue]:
+    """A catalogue that is read now and again every `refresh_s`; while OpenRouter is away the last good copy stays."""
+    catalogue = Catalogue()
+    await _refresh(catalogue, service)
+    task = asyncio.create_task(_keep_fresh(catalogue, service, refresh_s), name="catalogue")
+    try:
+        yield catalogue
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _keep_fresh(catalogue: Catalogue, service: OpenRouterService, refresh_s: float) -> None:
+    while True:
+        await asyncio.sleep(refresh_s if catalogue.models else min(FIRST_RETRY_S, refresh_s))
+        await _refresh(catalogue, service)
+
+
+async def _refresh(catalogue: Catalogue, service: OpenRouterService) -> None:
+    try:
+        catalogue.replace(await service.models())
+    except (UpstreamError, CatalogueError) as error:
+        LOGGER.warning("The model list could not be read (%s); the last good copy stays: %d models", error, len(catalogue.models))

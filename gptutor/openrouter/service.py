@@ -1,0 +1,232 @@
+"""OpenRouter's API as a client sees it: `OpenRouterService`.
+
+This is the rim at which aiohttp's client exceptions become ours. Bytes come through as they were sent: nothing is decompressed
+(identity is asked for), re-framed or decoded. Redirects are not followed: our key must not travel.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from gptutor.openrouter.bill import Bill, parse_usd
+from gptutor.openrouter.retry import Failure, pause_before_retry
+
+ERROR_BYTES_MAX = 64 * 1024
+MESSAGE_CHARACTERS_MAX = 1000
+
+
+class UpstreamError(Exception):
+    """OpenRouter gave no answer. `message` is its own text for the caller, where it has one."""
+
+    def __init__(self, failure: Failure, message: str | None = None) -> None:
+        super().__init__(f"{failure.kind} {failure.status or ''}".strip())
+        self.failure = failure
+        self.message = message
+
+
+class Reply:
+    """An answer whose headers have come: read its bytes by `read()` or by iterating `chunks()`, then `close()` it."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.content_type = response.headers.get("Content-Type", "application/octet-stream")
+        self.generation_id = response.headers.get("X-Generation-Id")
+
+    @property
+    def is_event_stream(self) -> bool:
+        return self.content_type.partition(";")[0].strip().lower() == "text/event-stream"
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive. Raises UpstreamError if it ends before its end."""
+        with _translated(self.generation_id):
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+
+    async def read(self, within_s: float) -> bytes:
+        """The whole body. Raises UpstreamError."""
+        with _translated(self.generation_id):
+            async with asyncio.timeout(within_s):
+                return await self._response.read()
+
+    def close(self) -> None:
+        """Gives the connection back if the body was read to its end, and drops it otherwise."""
+        self._response.release() if self._response.content.at_eof() else self._response.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds and counts for one request; the names are those of `config.yaml`, section `openrouter`."""
+
+    connect_s: float
+    total_s: float
+    first_byte_s: float
+    idle_s: float
+    attempts_max: int
+
+
+class OpenRouterService:
+    def __init__(self, session: aiohttp.ClientSession, base_url: str, limits: Limits) -> None:
+        self._session = session
+        self._base_url = base_url.rstrip("/")
+        self._limits = limits
+        silence_s = max(limits.first_byte_s, limits.idle_s)  # aiohttp's gap between reads covers the wait for headers too
+        self._stream_timeout = aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_s, sock_read=silence_s)
+        self._plain_timeout = aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_s)
+        self._short_timeout = aiohttp.ClientTimeout(total=30, sock_connect=limits.connect_s)
+
+    async def complete(self, body: bytes, *, stream: bool, wanted: Callable[[], bool]) -> tuple[Reply, float]:
+        """Sends a request for a completion, again where that is harmless and still `wanted`.
+
+        Gives the reply and the seconds that are left for the rest of a plain answer. Raises UpstreamError.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + (self._limits.first_byte_s if stream else self._limits.total_s)
+        attempt = 1
+        while True:
+            try:
+                return await self._attempt(body, deadline - clock(), stream=stream), deadline - clock()
+            except UpstreamError as error:
+                pause = pause_before_retry(
+                    error.failure,
+                    attempt=attempt,
+                    attempts_max=self._limits.attempts_max,
+                    left_s=deadline - clock(),
+                )
+                if pause is None or not wanted():
+                    raise
+            await asyncio.sleep(pause)
+            attempt += 1
+
+    async def _attempt(self, body: bytes, within_s: float, *, stream: bool) -> Reply:
+        with _translated():
+            async with asyncio.timeout(within_s):
+                response = await self._session.post(
+                    f"{self._base_url}/chat/completions",
+                    data=body,
+                    allow_redirects=False,
+                    timeout=self._stream_timeout if stream else self._plain_timeout,
+                )
+                if response.status < 300:
+                    return Reply(response)
+                async with response:
+                    raise UpstreamError(_failure(response), _message(await response.content.read(ERROR_BYTES_MAX)))
+
+    async def generation(self, generation_id: str) -> Bill | None:
+        """The bill of a finished generation, or None while OpenRouter does not know it. Raises UpstreamError."""
+        document = await self._get("/generation", {"id": generation_id})
+        try:
+            record = msgspec.json.decode(document, type=_GenerationAnswer).data
+        except msgspec.DecodeError:
+            return None
+        cost = parse_usd(bytes(record.total_cost))
+        if cost is not None and record.is_byok is True:
+            provider = parse_usd(bytes(record.upstream_inference_cost))
+            cost = cost + provider if provider is not None else None
+        if cost is None:
+            return None
+        return Bill(cost, record.tokens_prompt, record.tokens_completion, generation_id)
+
+    async def models(self) -> bytes:
+        """The model list, as OpenRouter wrote it. Raises UpstreamError."""
+        return await self._get("/models")
+
+    async def _get(self, path: str, query: dict[str, str] | None = None) -> bytes:
+        with _translated():
+            async with self._session.get(
+                self._base_url + path, params=query, allow_redirects=False, timeout=self._short_timeout
+            ) as response:
+                if response.status != 200:
+                    raise UpstreamError(_failure(response), _message(await response.content.read(ERROR_BYTES_MAX)))
+                return await response.read()
+
+
+class _Generation(msgspec.Struct):
+    total_cost: msgspec.Raw = msgspec.Raw()
+    upstream_inference_cost: msgspec.Raw = msgspec.Raw()
+    is_byok: bool | None = None
+    tokens_prompt: int | None = None
+    tokens_completion: int | None = None
+
+
+class _GenerationAnswer(msgspec.Struct):
+    data: _Generation
+
+
+@asynccontextmanager
+async def connected(
+    base_url: str, api_key: str, limits: Limits, *, referer: str, title: str, connections_max: int
+) -> AsyncIterator[OpenRouterService]:
+    """A service with its pool of connections, which is closed at the end."""
+    headers = {
+        "Authorization": f"Bearer {api_key}",
+        "Content-Type": "application/json",
+        "Accept-Encoding": "identity",  # bytes are relayed as they come, and a scanner reads them
+        "User-Agent": "GPTutor",
+        **({"HTTP-Referer": referer} if referer else {}),
+        **({"X-Title": title} if title else {}),
+    }
+    # An idle connection is dropped well before OpenRouter's edge drops it: a request sent into a closing one is lost.
+    connector = aiohttp.TCPConnector(limit=connections_max, keepalive_timeout=15)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        headers=headers,
+        auto_decompress=False,
+        trust_env=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+    ) as session:
+        yield OpenRouterService(session, base_url, limits)
+
+
+class _translated:  # noqa: N801 - reads as a statement
+    """Turns aiohttp's exceptions into UpstreamError, by what they prove about the purchase."""
+
+    def __init__(self, generation_id: str | None = None) -> None:
+        self._generation_id = generation_id
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)):
+            raise UpstreamError(Failure("unreachable")) from error
+        if isinstance(error, TimeoutError):
+            raise UpstreamError(Failure("timeout", generation_id=self._generation_id)) from error
+        if isinstance(error, (aiohttp.ClientError, OSError)):
+            raise UpstreamError(Failure("broken", generation_id=self._generation_id)) from error
+
+
+def _failure(response: aiohttp.ClientResponse) -> Failure:
+    return Failure(
+        "status",
+        status=response.status,
+        retry_after_s=_seconds(response.headers.get("Retry-After")),
+        generation_id=response.headers.get("X-Generation-Id"),
+    )
+
+
+def _seconds(text: str | None) -> float | None:
+    """Retry-After in its form of seconds; its form of a date is rare and read as no hint."""
+    return float(text) if text is not None and text.isdecimal() and len(text) < 6 else None
+
+
+class _Error(msgspec.Struct):
+    message: str | None = None
+
+
+class _ErrorAnswer(msgspec.Struct):
+    error: _Error | str | None = None
+
+
+def _message(document: bytes) -> str | None:
+    """OpenRouter's sentence about what went wrong, if the body holds one."""
+    try:
+        error = msgspec.json.decode(document, type=_ErrorAnswer).error
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return None  # an edge's HTML page, or nothing
+    message = error.message if isinstance(error, _Error) else error
+    return message[:MESSAGE_CHARACTERS_MAX] if message else None

@@ -1,0 +1,145 @@
+"""Running the service: what it stands on is started first, and a banner says what that is.
+
+Without a database of one's own there is the embedded PostgreSQL, without an OpenRouter key the simulator, so that the whole runs
+on a bare machine (contract F9).
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+
+import msgspec
+from aiohttp import web
+
+from gptutor import database
+from gptutor.app import build_app
+from gptutor.banner import banner
+from gptutor.config import Config, kept_secret
+from gptutor.logs import LoggerService, logging_to
+from gptutor.money.amounts import parse_roubles
+from gptutor.money.keys import parse_key
+from gptutor.money.ledger import Ledger
+from gptutor.money.users import UserRepository
+from gptutor.openrouter.simulator.server import Simulator
+
+DEMO_ROUBLES = "100"
+
+
+class StartError(Exception):
+    """The service cannot start; the text is a sentence for the operator."""
+
+
+@contextmanager
+def database_of(config: Config) -> Iterator[Config]:
+    """The configuration with a database that answers: the operator's own, or the embedded one, started and up to date."""
+    if not config.embedded:
+        yield config
+        return
+    # Imported only here: a server with its own database need not have the package.
+    from gptutor.embedded import EmbeddedPostgresError, embedded_postgres
+
+    try:
+        with embedded_postgres(config.paths.data / "postgres") as url:
+            yield msgspec.structs.replace(config, database=msgspec.structs.replace(config.database, url=url))
+    except EmbeddedPostgresError as error:
+        raise StartError(str(error)) from error
+
+
+async def serve(config: Config) -> None:
+    """Runs until SIGINT or SIGTERM. Raises StartError, ConfigError."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    secret = config.secret_key()
+    with (
+        logging_to(
+            config.paths.logs,
+            level=config.logs.level,
+            retention_days=config.logs.retention_days,
+            stdout=config.logs.stdout,
+        ) as log,
+        database_of(config) as grounded,
+    ):
+        await _prepare_database(grounded, embedded=config.embedded)
+        async with AsyncExitStack() as stack:
+            if config.simulated:
+                base_url = await stack.enter_async_context(simulated_openrouter(config))
+                grounded = with_upstream(grounded, base_url)
+            url = await stack.enter_async_context(listening(grounded, log, secret))
+            demo_key = await demo_user(grounded) if config.embedded and config.simulated else None
+            print(banner(config, url=url, demo_key=demo_key), flush=True)
+            await stop.wait()
+            print("Stopping: running answers are finished, and their money is settled …", flush=True)
+
+
+def with_upstream(config: Config, base_url: str) -> Config:
+    """The configuration with the simulator in OpenRouter's place."""
+    upstream = msgspec.structs.replace(config.openrouter, base_url=base_url, api_key="sk-or-simulator")
+    return msgspec.structs.replace(config, openrouter=upstream)
+
+
+@asynccontextmanager
+async def listening(config: Config, log: LoggerService, secret: bytes) -> AsyncIterator[str]:
+    """The service on its port; gives its address. At the end it stops listening, finishes and settles."""
+    runner = web.AppRunner(
+        build_app(config, log=log, secret=secret),
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=config.server.keepalive_s,
+        shutdown_timeout=config.server.shutdown_s / 2,  # aiohttp waits for it twice
+    )
+    async with _site(runner, config.server.host, config.server.port) as url:
+        yield url
+
+
+@asynccontextmanager
+async def simulated_openrouter(config: Config) -> AsyncIterator[str]:
+    """The simulator on its port; gives the base URL of its API."""
+    simulator = Simulator(word_s=config.simulator.word_s, first_word_s=config.simulator.first_word_s)
+    runner = web.AppRunner(simulator.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1)
+    async with _site(runner, config.simulator.host, config.simulator.port) as url:
+        yield url + "/api/v1"
+
+
+@asynccontextmanager
+async def _site(runner: web.AppRunner, host: str, port: int) -> AsyncIterator[str]:
+    try:
+        try:
+            await runner.setup()
+            await web.TCPSite(runner, host, port, reuse_address=True).start()
+        except database.DatabaseUnavailable as error:
+            raise StartError(f"PostgreSQL does not answer at DATABASE_URL: {error.__cause__ or error}") from error
+        except OSError as error:
+            raise StartError(f"Cannot listen on {host}:{port}: {error.strerror}. Is something else running there?") from error
+        yield f"http://{'localhost' if host == '127.0.0.1' else host}:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+async def _prepare_database(config: Config, *, embedded: bool) -> None:
+    try:
+        if embedded:
+            await database.migrate(config.database.url)
+        elif pending := await database.pending_migrations(config.database.url):
+            raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
+    except database.DatabaseUnavailable as error:
+        raise StartError(f"PostgreSQL does not answer at DATABASE_URL: {error.__cause__ or error}") from error
+    except database.MigrationError as error:
+        raise StartError(str(error)) from error
+
+
+async def demo_user(config: Config) -> str:
+    """The key of a user with some roubles to try the service with: made once, and kept while it lives."""
+    path = config.paths.data / "demo-key"
+    async with database.connected(config.database.url) as connected:
+        users = UserRepository(connected)
+        if path.exists():
+            key = path.read_text().strip()
+            if (claim := parse_key(key)) and await users.is_alive(claim):
+                return key
+            path.unlink()
+        user = await users.create("demo")
+        await Ledger(connected).book(user.account_id, "bonus", parse_roubles(DEMO_ROUBLES), reason="demo")
+        key = await users.issue_key(user.account_id, "demo")
+        return kept_secret(path, lambda: key)

@@ -1,0 +1,17 @@
+-- The account's own count of charges agrees with the ledger: no update was lost or doubled.
+WITH entries AS (
+    SELECT
+        account_id,
+        count(*) AS charges
+    FROM ledger
+    WHERE kind = 'charge'
+    GROUP BY account_id
+)
+
+SELECT
+    accounts.account_id,
+    accounts.charges,
+    coalesce(entries.charges, 0) AS entries
+FROM accounts
+LEFT JOIN entries ON accounts.account_id = entries.account_id
+WHERE accounts.charges <> coalesce(entries.charges, 0);

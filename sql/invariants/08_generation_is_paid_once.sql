@@ -1,0 +1,8 @@
+-- One generation of OpenRouter's is paid for once, whoever asked for it.
+SELECT
+    generation_id,
+    count(*) AS charges
+FROM ledger
+WHERE kind = 'charge' AND generation_id IS NOT NULL
+GROUP BY generation_id
+HAVING count(*) > 1;

@@ -1,0 +1,8 @@
+-- One payment is credited once, across all accounts.
+SELECT
+    reference,
+    count(*) AS entries
+FROM ledger
+WHERE kind = 'topup' AND reference IS NOT NULL
+GROUP BY reference
+HAVING count(*) > 1;

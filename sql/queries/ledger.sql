@@ -1,0 +1,53 @@
+-- name: book_entry
+-- Changes a balance, by an entry. $1 account, $2 entry, $3 kind, $4 amount in nano-roubles, $5 counter-account, $6 reason,
+-- $7 reference or NULL. No row: no such account. A reference used before raises ledger_reference_is_booked_once.
+WITH account AS (
+    UPDATE accounts
+    SET
+        balance_nano = balance_nano + $4::bigint,
+        updated_at = now()
+    WHERE account_id = $1::bigint
+    RETURNING account_id, name, balance_nano, held_nano, is_active, created_at, updated_at
+),
+
+entry AS (
+    INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference)
+    SELECT
+        account_id,
+        $2::uuid,
+        $3::entry_kind,
+        $4::bigint,
+        $5::text,
+        $6::text,
+        $7::text
+    FROM account
+)
+
+SELECT
+    account_id,
+    name,
+    balance_nano,
+    held_nano,
+    is_active,
+    created_at,
+    updated_at
+FROM account;
+
+-- name: list_entries
+-- The newest entries of account $1, at most $2.
+SELECT
+    entry_id,
+    kind::text AS kind,
+    amount_nano,
+    contra,
+    reason,
+    reference,
+    model,
+    generation_id,
+    cost_usd,
+    rub_per_usd,
+    created_at
+FROM ledger
+WHERE account_id = $1::bigint
+ORDER BY created_at DESC, entry_id DESC
+LIMIT $2::integer;
