@@ -20,6 +20,7 @@ from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles,
 from gptutor.money.invariants import check, load_invariants
 from gptutor.money.ledger import AlreadyBooked, Entry, Ledger
 from gptutor.money.users import NoSuchUser, User, UserRepository
+from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import StartError, database_of, serve, simulated_openrouter
 
 app = typer.Typer(
@@ -87,7 +88,9 @@ def simulator() -> None:
     """Run the OpenRouter simulator alone."""
 
     async def run(settings: Config) -> None:
-        async with simulated_openrouter(settings) as base_url:
+        pace = settings.simulator
+        simulator = Simulator(word_s=pace.word_s, first_word_s=pace.first_word_s)
+        async with simulated_openrouter(simulator, pace) as base_url:
             out.print(f"A simulated OpenRouter answers at {base_url}; its own bills are at {base_url[:-7]}/simulator/bills")
             out.print(f"Use it with: OPENROUTER_BASE_URL={base_url} OPENROUTER_API_KEY=sk-or-simulator gptutor serve")
             await asyncio.Event().wait()

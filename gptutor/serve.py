@@ -15,7 +15,8 @@ from aiohttp import web
 from gptutor import database
 from gptutor.app import build_app
 from gptutor.banner import banner
-from gptutor.config import Config, kept_secret
+from gptutor.config import Config, Server, kept_secret
+from gptutor.config import Simulator as SimulatorPlace
 from gptutor.logs import LoggerService, logging_to
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.keys import parse_key
@@ -64,9 +65,11 @@ async def serve(config: Config) -> None:
         await _prepare_database(grounded, embedded=config.embedded)
         async with AsyncExitStack() as stack:
             if config.simulated:
-                base_url = await stack.enter_async_context(simulated_openrouter(config))
+                simulator = Simulator(word_s=config.simulator.word_s, first_word_s=config.simulator.first_word_s)
+                base_url = await stack.enter_async_context(simulated_openrouter(simulator, config.simulator))
                 grounded = with_upstream(grounded, base_url)
-            url = await stack.enter_async_context(listening(grounded, log, secret))
+            app = build_app(grounded, log=log, secret=secret)
+            url = await stack.enter_async_context(listening(app, grounded.server))
             demo_key = await demo_user(grounded) if config.embedded and config.simulated else None
             print(banner(config, url=url, demo_key=demo_key), flush=True)
             await stop.wait()
@@ -80,25 +83,25 @@ def with_upstream(config: Config, base_url: str) -> Config:
 
 
 @asynccontextmanager
-async def listening(config: Config, log: LoggerService, secret: bytes) -> AsyncIterator[str]:
-    """The service on its port; gives its address. At the end it stops listening, finishes and settles."""
+async def listening(app: web.Application, server: Server) -> AsyncIterator[str]:
+    """The service on its port; gives its address. At the end it stops listening, finishes and settles. Raises StartError."""
     runner = web.AppRunner(
-        build_app(config, log=log, secret=secret),
+        app,
         handler_cancellation=True,
         access_log=None,
-        keepalive_timeout=config.server.keepalive_s,
-        shutdown_timeout=config.server.shutdown_s / 2,  # aiohttp waits for it twice
+        keepalive_timeout=server.keepalive_s,
+        auto_decompress=False,  # a compressed body is refused, unopened
+        shutdown_timeout=server.shutdown_s / 2,  # aiohttp waits for it twice
     )
-    async with _site(runner, config.server.host, config.server.port) as url:
+    async with _site(runner, server.host, server.port) as url:
         yield url
 
 
 @asynccontextmanager
-async def simulated_openrouter(config: Config) -> AsyncIterator[str]:
-    """The simulator on its port; gives the base URL of its API."""
-    simulator = Simulator(word_s=config.simulator.word_s, first_word_s=config.simulator.first_word_s)
+async def simulated_openrouter(simulator: Simulator, place: SimulatorPlace) -> AsyncIterator[str]:
+    """The simulator on its port; gives the base URL of its API. Raises StartError."""
     runner = web.AppRunner(simulator.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1)
-    async with _site(runner, config.simulator.host, config.simulator.port) as url:
+    async with _site(runner, place.host, place.port) as url:
         yield url + "/api/v1"
 
 

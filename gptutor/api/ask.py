@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta, Raw
 
+from gptutor.api.surrogates import mask, unmask
 from gptutor.errors import Refusal
 from gptutor.money.pricing import Size
 
@@ -90,6 +91,8 @@ class Ask:
     messages: int
     size: Size
     members: Mapping[str, Raw]
+    masked: bool = False
+    """Whether lone surrogates are masked in `members`."""
 
     def upstream_body(self, *, user: str, output_limit: int | None) -> bytes:
         """The body for OpenRouter: the caller's own, with the members that are ours.
@@ -106,15 +109,14 @@ class Ask:
             ours["stream_options"] = _with_member(self.members.get("stream_options"), b'"include_usage"')
         if output_limit is not None:
             ours["max_tokens"] = b"%d" % output_limit
-        return _object({**self.members, **ours})
+        body = _object({**self.members, **ours})
+        return unmask(body) if self.masked else body
 
 
 def read_ask(body: bytes, *, default_model: str) -> Ask:
     """Checks a request body. Raises Refusal, whose text names the field, its fault and what is allowed."""
     try:
-        str(body, "utf-8")
-        request = _decode_request(body)
-        members = _decode_members(body)
+        request, members, masked = _parse(body)
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -138,7 +140,22 @@ def read_ask(body: bytes, *, default_model: str) -> Ask:
             output_tokens=max((limit for limit in limits if limit is not None), default=None),
         ),
         members=members,
+        masked=masked,
     )
+
+
+def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
+    """The request's known fields, its members, and whether lone surrogates had to be masked. Raises msgspec's errors."""
+    str(body, "utf-8")
+    try:
+        return _decode_request(body), _decode_members(body), False
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        masked = mask(body)
+        if masked is None:
+            raise
+        return _decode_request(masked), _decode_members(masked), True
 
 
 def _media_parts(message: Message, place: str) -> list[int]:

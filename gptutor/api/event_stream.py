@@ -1,6 +1,7 @@
 """The caller's side of a stream: raw bytes on an `EventSourceResponse`, and a caller who may leave at any of them."""
 
 import asyncio
+from collections.abc import Mapping
 
 from aiohttp import web
 from aiohttp_sse import EventSourceResponse
@@ -17,14 +18,14 @@ class EventStream:
         self,
         request: web.Request,
         answer: asyncio.Future[web.StreamResponse],
-        generation_id: str | None,
+        headers: Mapping[str, str],
         write_s: float,
     ) -> None:
         # Its pings would fall into the middle of events, so they are put off for ever; `send_timeout` lets the kernel give up
         # on a peer that acknowledges nothing.
-        self.response = EventSourceResponse(allow_all_methods=True, ping_interval=float("inf"), send_timeout=write_s)
-        if generation_id:
-            self.response.headers["X-Generation-Id"] = generation_id
+        self.response = EventSourceResponse(
+            headers=headers, allow_all_methods=True, ping_interval=float("inf"), send_timeout=write_s
+        )
         self._request = request
         self._answer = answer
         self._write_s = write_s

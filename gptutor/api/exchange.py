@@ -168,15 +168,12 @@ class Exchange:
             return Bought(maybe=True, generation_id=reply.generation_id)
         bill = read_bill(document)
         if not self.answer.done():
-            response = web.Response(body=document, status=reply.status, headers={"Content-Type": reply.content_type})
-            if reply.generation_id:
-                response.headers["X-Generation-Id"] = reply.generation_id
-            self.answer.set_result(response)
+            self.answer.set_result(web.Response(body=document, status=reply.status, headers=reply.headers))
         return Bought(maybe=True, bill=bill, generation_id=reply.generation_id)
 
     async def _relay_stream(self, reply: Reply) -> Bought:
         scanner = BillScanner()
-        downstream = EventStream(self._request, self.answer, reply.generation_id, self._kit.write_s)
+        downstream = EventStream(self._request, self.answer, reply.headers, self._kit.write_s)
         try:
             async with asyncio.timeout(None) as limit:
                 self.answer.add_done_callback(lambda _: self._hurry(limit))

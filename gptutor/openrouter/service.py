@@ -5,6 +5,7 @@ This is the rim at which aiohttp's client exceptions become ours. Bytes come thr
 """
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ import msgspec
 from gptutor.openrouter.bill import Bill, parse_usd
 from gptutor.openrouter.retry import Failure, pause_before_retry
 
+# The headers of an answer that reach the caller; all others are OpenRouter's and its edge's own affair. It is asked not to
+# compress, but if it does, the bytes are passed as they are, and the caller must know.
+PASSED_ON = ("Content-Type", "Content-Encoding", "X-Generation-Id")
+ONE_WRITE_BYTES_MAX = 1024 * 1024
+"""A larger request is sent in pieces: one write of it would hold up everybody else."""
 ERROR_BYTES_MAX = 64 * 1024
 MESSAGE_CHARACTERS_MAX = 1000
 
@@ -35,12 +41,9 @@ class Reply:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
         self.status = response.status
-        self.content_type = response.headers.get("Content-Type", "application/octet-stream")
+        self.headers = {name: response.headers[name] for name in PASSED_ON if name in response.headers}
         self.generation_id = response.headers.get("X-Generation-Id")
-
-    @property
-    def is_event_stream(self) -> bool:
-        return self.content_type.partition(";")[0].strip().lower() == "text/event-stream"
+        self.is_event_stream = response.content_type == "text/event-stream"
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive. Raises UpstreamError if it ends before its end."""
@@ -108,7 +111,7 @@ class OpenRouterService:
             async with asyncio.timeout(within_s):
                 response = await self._session.post(
                     f"{self._base_url}/chat/completions",
-                    data=body,
+                    data=body if len(body) <= ONE_WRITE_BYTES_MAX else io.BytesIO(body),
                     allow_redirects=False,
                     timeout=self._stream_timeout if stream else self._plain_timeout,
                 )

@@ -1,0 +1,25 @@
+"""Lone surrogates in JSON text, such as `"\\ud83d"`: half of an emoji, as JavaScript sends it when a text was cut in the middle.
+
+JSON's grammar allows them, OpenRouter takes them, our parser does not. So that they can pass unchanged, each is *masked* before
+parsing by a noncharacter that makes it plain text, `\\ud83d` → `\\ufdd0ud83d`, and unmasked in the bytes that go upstream.
+Escapes are read from the left, so that neither a whole pair nor an escaped backslash before `ud83d` is mistaken for one.
+"""
+
+import re
+
+MASK = rb"\ufdd0"
+ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
+
+
+def mask(body: bytes) -> bytes | None:
+    """The body with its lone surrogates masked, or None if it has none, or if it holds the mask already."""
+    if MASK + b"u" in body:
+        return None
+    masked = ESCAPE.sub(lambda escape: MASK + escape[1] if escape[1] else escape[0], body)
+    return masked if masked != body else None
+
+
+def unmask(body: bytes) -> bytes:
+    return body.replace(MASK, b"\\")

@@ -1,0 +1,130 @@
+"""A page of the guide: Markdown of `pages/<name>.<language>.md`, rendered once into the frame of `page.html`."""
+
+import html
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from gptutor.config import DEFAULT_FILE
+
+HERE = Path(__file__).parent
+NAMES = ("start", "request", "answer", "money", "errors", "limits", "operation")
+"""The pages in reading order; the first is the way in."""
+
+LANGUAGES: Mapping[str, Mapping[str, str]] = {
+    "ru": {
+        "name": "Русский",
+        "about": "Документация",
+        "guide": "Руководство",
+        "reference": "Справочник API",
+        "previous": "Назад",
+        "next": "Дальше",
+        "skip": "К тексту",
+    },
+    "en": {
+        "name": "English",
+        "about": "Documentation",
+        "guide": "Guide",
+        "reference": "API reference",
+        "previous": "Back",
+        "next": "Next",
+        "skip": "To the text",
+    },
+}
+"""The words of the frame. The first language is the default."""
+
+Pages = Mapping[tuple[str, str], "Page"]
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    anchor: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """`body` is HTML; `headings` are those of the second level."""
+
+    title: str
+    headings: tuple[Heading, ...]
+    body: str
+
+
+def load_pages() -> Pages:
+    """Every page, by language and name."""
+    return {
+        (language, name): read_page((HERE / "pages" / f"{name}.{language}.md").read_text(encoding="utf-8"))
+        for language in LANGUAGES
+        for name in NAMES
+    }
+
+
+def read_page(text: str) -> Page:
+    markdown = MarkdownIt("commonmark", {"html": False, "typographer": False}).enable("table")
+    tokens = markdown.parse(text)
+    title, headings = "", []
+    for opening, inline in zip(tokens, tokens[1:], strict=False):
+        if opening.type == "heading_open":
+            heading = Heading(anchor_of(inline), plain(inline))
+            opening.attrSet("id", heading.anchor)
+            if opening.tag == "h1":
+                title = heading.text
+            elif opening.tag == "h2":
+                headings.append(heading)
+        elif opening.type == "fence" and opening.info == DEFAULT_FILE.name:
+            opening.content = DEFAULT_FILE.read_text(encoding="utf-8")  # the file itself: settings are described once
+    return Page(title, tuple(headings), markdown.renderer.render(tokens, markdown.options, {}))
+
+
+def plain(inline: Token) -> str:
+    """A heading's text without its marks."""
+    return "".join(child.content for child in inline.children or ())
+
+
+def anchor_of(inline: Token) -> str:
+    return re.sub(r"\W+", "-", plain(inline).lower()).strip("-")
+
+
+def render(pages: Pages, language: str, name: str) -> str:
+    """The whole HTML document of one page."""
+    page, words = pages[language, name], LANGUAGES[language]
+    place = NAMES.index(name)
+    return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
+        {key: html.escape(word) for key, word in words.items()},
+        language=language,
+        title=html.escape(page.title),
+        languages=" ".join(language_link(other, name, current=other == language) for other in LANGUAGES),
+        navigation="\n".join(navigation(pages, language, name)),
+        body=page.body,
+        turning="\n".join(
+            f'<a class="{side}" href="{NAMES[at]}"><small>{html.escape(words[side])}</small> '
+            f"{html.escape(pages[language, NAMES[at]].title)}</a>"
+            for side, at in (("previous", place - 1), ("next", place + 1))
+            if 0 <= at < len(NAMES)
+        ),
+    )
+
+
+def language_link(language: str, name: str, *, current: bool) -> str:
+    mark = ' aria-current="true"' if current else ""
+    return f'<a href="/{language}/{name}" hreflang="{language}" lang="{language}"{mark}>{LANGUAGES[language]["name"]}</a>'
+
+
+def navigation(pages: Pages, language: str, current: str) -> list[str]:
+    """List items: every page, and below the current one its sections."""
+    items = []
+    for name in NAMES:
+        page = pages[language, name]
+        mark = ' aria-current="page"' if name == current else ""
+        items.append(f'<li><a href="{name}"{mark}>{html.escape(page.title)}</a>')
+        if name == current and page.headings:
+            sections = (f'<li><a href="#{h.anchor}">{html.escape(h.text)}</a></li>' for h in page.headings)
+            items.append(f"<ul>{''.join(sections)}</ul>")
+        items.append("</li>")
+    return items

@@ -1,0 +1,144 @@
+"""The scanner: every way of cutting a stream gives the same bill (contract A3, C6; rows money-9 to money-11, upstream-10, -15)."""
+
+import json
+from decimal import Decimal
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner, parse_usd, read_bill
+
+USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "cost": 9.3e-05, "is_byok": False}
+FINAL = b"data: " + json.dumps({"id": "gen-1", "choices": [], "usage": USAGE}).encode()
+
+
+def scan(*chunks: bytes) -> BillScanner:
+    scanner = BillScanner()
+    for chunk in chunks:
+        scanner.feed(chunk)
+    scanner.finish()
+    return scanner
+
+
+def cut(stream: bytes, places: list[int]) -> list[bytes]:
+    edges = sorted({0, len(stream), *(place % (len(stream) + 1) for place in places)})
+    return [stream[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+
+
+line_ends = st.sampled_from([b"\n", b"\r\n", b"\r"])
+texts = st.one_of(
+    st.text(alphabet="aя 🙂\"\\{}:,\n\r\u2028", max_size=20),
+    st.sampled_from(['{"usage":{"cost":0}}', 'data: {"usage":{"cost":0}}\n\n', "data: [DONE]", '"usage"', "\\", '\\"usage\\"']),
+)
+costs = st.decimals(min_value=0, max_value=99_999, places=12)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> tuple[bytes, Decimal | None]:
+    """A stream in any legal spelling, and the cost that its last bill states."""
+    end = draw(line_ends)
+    cost = None
+    parts = []
+    for kind in draw(st.lists(st.sampled_from(["text", "comment", "bill", "bad bill", "split bill", "nested", "done"]), max_size=8)):
+        event = {"id": "gen-1", "choices": [{"delta": {"content": draw(texts)}}]}
+        if kind == "comment":
+            parts.append(b": OPENROUTER PROCESSING" + end)
+        elif kind == "done":
+            parts.append(b"data: [DONE]" + end)
+        elif kind == "nested":
+            parts.append(b"data: " + json.dumps({**event, "x": {"usage": {"cost": 5}}}).encode() + end)
+        elif kind == "bad bill":
+            bad = draw(st.sampled_from(["null", "-1", '"0.5"', "1e400", "1E9", "true", "{}", "[1]", "0x1", "9" * 70]))
+            parts.append(b'data: {"usage":{"cost":' + bad.encode() + b"}}" + end)
+        else:
+            document = json.dumps(event).encode()
+            if kind != "text":
+                cost = draw(costs)
+                document = document[:-1] + b', "usage": {"cost": %s}}' % str(cost).encode()
+            if kind == "split bill":  # one JSON value over several data lines
+                document = document.replace(b', "usage"', b"," + end + b'data: "usage"')
+            parts.append(draw(st.sampled_from([b"data: ", b"data:"])) + document + end)
+    return b"".join(part + end for part in parts), cost
+
+
+@given(streams(), st.lists(st.integers(0, 10_000), max_size=40))
+@example((FINAL + b"\r\n\r\n", Decimal("0.000093")), list(range(400)))
+@example((FINAL + b"\n\n", Decimal("0.000093")), [])
+def test_any_split_of_any_stream_gives_the_same_bill(stream: tuple[bytes, Decimal | None], places: list[int]) -> None:
+    data, cost = stream
+    for chunks in ([data], cut(data, places), [bytes([byte]) for byte in data]):
+        bill = scan(*chunks).bill
+        assert (bill.cost_usd if bill else None) == cost
+
+
+def test_the_bill_is_exact() -> None:
+    bill = scan(b": OPENROUTER PROCESSING\n\n", FINAL + b"\n\n", b"data: [DONE]\n\n").bill
+    assert bill is not None
+    assert str(bill.cost_usd) == "0.000093"
+    assert (bill.prompt_tokens, bill.completion_tokens, bill.generation_id) == (7, 3, "gen-1")
+
+
+def test_a_bill_without_its_blank_line_counts_at_the_end() -> None:
+    assert scan(FINAL).bill is not None
+    assert scan(FINAL[:-1]).bill is None
+
+
+@given(st.integers(-3, 3), st.sampled_from([b"\n", b"\r\n", b"\r"]), st.integers(1, 5000))
+def test_an_event_that_is_too_long_is_skipped_whatever_the_split(off: int, end: bytes, size: int) -> None:
+    start = b'data: {"usage":{"cost":1},"x":"'
+    long = start + b"x" * (EVENT_BYTES_MAX + off - len(start) - 2) + b'"}'
+    assert len(long) == EVENT_BYTES_MAX + off
+    expected = Decimal(1) if off <= 0 else None
+    tail = [end, end]
+    for chunks in ([long, *tail], [long + end * 2], [long[:-size], long[-size:], end * 2], [long + end, end]):
+        bill = scan(*chunks).bill
+        assert (bill.cost_usd if bill else None) == expected
+    after = scan(long, end, end + FINAL + end, end).bill
+    assert after is not None
+    assert after.cost_usd == Decimal("0.000093")
+
+
+def test_memory_is_bounded_on_an_endless_event() -> None:
+    scanner = BillScanner()
+    for _ in range(100):
+        scanner.feed(b"x" * 100_000)
+    assert len(scanner._rest) <= EVENT_BYTES_MAX + 100_000
+
+
+def test_it_knows_where_an_event_ends() -> None:
+    for stream, at_end in [(b"", True), (b"data: x", False), (b"data: x\n", False), (b"data: x\n\n", True), (b"a\r\n\r\n", True)]:
+        assert scan(stream).at_event_end is at_end, stream
+
+
+@pytest.mark.parametrize(
+    ("document", "cost"),
+    [
+        (b'{"usage":{"cost":0.1,"is_byok":true,"cost_details":{"upstream_inference_cost":2.5}}}', "2.6"),
+        (b'{"usage":{"cost":0,"is_byok":true,"cost_details":{"upstream_inference_cost":null}}}', None),
+        (b'{"usage":{"cost":0,"is_byok":true}}', None),
+        (b'{"usage":{"cost":0.1,"is_byok":false,"cost_details":{"upstream_inference_cost":2.5}}}', "0.1"),
+        (b'{"usage":{"cost":7.105427357601002e-15}}', "7.105427357601002E-15"),
+        (b'{"usage":{"cost":0}}', "0"),
+        (b'{"usage":null}', None),
+        (b'{"usage":[]}', None),
+        (b"[" * 100_000, None),
+        (b'{"usage":{"cost":0.5}', None),
+        (b"<html>", None),
+        (b"", None),
+    ],
+)
+def test_a_plain_answer(document: bytes, cost: str | None) -> None:
+    bill = read_bill(document)
+    assert (str(bill.cost_usd) if bill else None) == cost
+
+
+@given(st.floats(min_value=0, max_value=99_999, allow_subnormal=True))
+def test_a_double_is_read_as_it_is_spelled(number: float) -> None:
+    assert parse_usd(repr(number).encode()) == Decimal(repr(number))
+
+
+@given(st.binary(max_size=80))
+def test_nothing_but_a_number_is_a_price(spelling: bytes) -> None:
+    cost = parse_usd(spelling)
+    assert cost is None or (cost.is_finite() and 0 <= cost < 100_000)

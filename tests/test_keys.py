@@ -1,0 +1,56 @@
+"""API keys (contract D4; rows auth-3, auth-6, auth-7)."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptutor.money.amounts import AccountId
+from gptutor.money.keys import hash_key, make_key, parse_key, shown
+
+KEY = make_key(AccountId(17))
+
+
+@given(st.integers(1, 2**63 - 1))
+def test_a_key_names_its_account(account: int) -> None:
+    key = make_key(AccountId(account))
+    claim = parse_key(key)
+    assert claim is not None
+    assert claim.account_id == account
+    assert claim.key_hash == hash_key(key)
+    assert len(claim.key_hash) == 32
+
+
+def test_keys_are_never_the_same() -> None:
+    assert len({make_key(AccountId(1)) for _ in range(1000)}) == 1000
+
+
+@given(st.integers(0, len(KEY) - 1), st.characters(codec="utf-8"))
+def test_any_changed_character_is_noticed_without_a_look_up(place: int, letter: str) -> None:
+    changed = KEY[:place] + letter + KEY[place + 1 :]
+    assert changed == KEY or parse_key(changed) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "sk-user-",
+        KEY.upper(),
+        KEY + " ",
+        KEY + "\n",
+        KEY[:-1],
+        KEY.replace("-17-", "-18-"),
+        KEY.replace("-17-", "-017-"),
+        KEY.replace("-17-", "-0-"),
+        KEY.replace("-17-", "-9999999999999999999-"),
+        "sk-user-1-' OR pg_sleep(8)--",
+        "k" * 1_000_000,
+        "sk-user-١-" + "a" * 58,
+    ],
+)
+def test_what_is_no_key_of_ours_is_refused(text: str) -> None:
+    assert parse_key(text) is None
+
+
+def test_what_may_be_shown_is_useless() -> None:
+    assert shown(KEY) == KEY[: len("sk-user-17-") + 4]

@@ -1,0 +1,265 @@
+"""Holds, settlements and bookings on a real PostgreSQL (contract C2, C3, C5, C8, C9, C11, D6; rows money-1 to money-3, -7, -8, -15,
+auth-4, auth-5, auth-7, auth-8)."""
+
+import asyncio
+from decimal import Decimal
+
+import asyncpg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptutor import database
+from gptutor.database import ConstraintViolated, Database
+from gptutor.money.amounts import AccountId, Nano, parse_roubles, roubles
+from gptutor.money.invariants import check
+from gptutor.money.keys import KeyClaim, make_key, parse_key
+from gptutor.money.ledger import AlreadyBooked, Hold, InsufficientFunds, Ledger, Settlement, UnknownKey, new_id
+from gptutor.money.pricing import Ceiling
+from gptutor.money.users import NoSuchUser, UserRepository
+from tests.conftest import Caller, make_caller
+
+RATE = Decimal(90)
+
+
+def claim(caller: Caller) -> KeyClaim:
+    read = parse_key(caller.key)
+    assert read is not None
+    return read
+
+
+def ledger_of(books: Database) -> Ledger:
+    return Ledger(books, rub_per_usd=RATE, hold_ttl_s=60)
+
+
+async def hold(books: Database, caller: Caller, most: str, least: str | None = None) -> Hold:
+    ceiling = Ceiling(most=parse_roubles(most), least=parse_roubles(least or most))
+    return await ledger_of(books).hold_funds(claim(caller), new_id(), ceiling, model="a/b", request_id="r")
+
+
+def settlement(of: Hold, cost: str) -> Settlement:
+    charge = Nano(int(Decimal(cost) * RATE * 10**9))
+    return Settlement(of.account_id, of.hold_id, charge, Decimal(cost), f"gen-{of.hold_id}")
+
+
+async def assert_books_hold(books: Database) -> None:
+    assert [finding.invariant.name for finding in [finding async for finding in check(books)] if finding.rows] == []
+
+
+async def test_a_hold_reserves_and_a_settlement_charges(books: Database) -> None:
+    caller = await make_caller(books, "100")
+    held = await hold(books, caller, "30")
+    assert (held.amount, held.available_before) == (parse_roubles("30"), parse_roubles("100"))
+    assert (await caller.balance(), await caller.held()) == (100, 30)
+
+    assert await ledger_of(books).settle_holds([settlement(held, "0.1")]) == {held.hold_id: "settled"}
+    assert (await caller.balance(), await caller.held()) == (91, 0)
+    entry, _ = await ledger_of(books).entries(caller.account_id, 10)
+    assert (entry.entry_id, entry.kind, roubles(entry.amount)) == (held.hold_id, "charge", "-9")
+    assert (entry.cost_usd, entry.rub_per_usd, entry.model, entry.contra) == (Decimal("0.1"), RATE, "a/b", "revenue")
+    await assert_books_hold(books)
+
+
+async def test_the_hold_takes_all_that_is_there_down_to_the_least(books: Database) -> None:
+    caller = await make_caller(books, "10")
+    held = await hold(books, caller, most="30", least="10")
+    assert (roubles(held.amount), roubles(held.available_before)) == ("10", "10")
+    with pytest.raises(InsufficientFunds):
+        await hold(books, caller, most="1", least="0.000000001")
+
+
+@pytest.mark.parametrize(("balance", "amount", "granted"), [("10", "10", True), ("9.999999999", "10", False), ("0", "0.01", False)])
+async def test_exactly_enough_is_enough(books: Database, balance: str, amount: str, granted: bool) -> None:
+    caller = await make_caller(books, balance)
+    if granted:
+        await hold(books, caller, amount)
+    else:
+        with pytest.raises(InsufficientFunds):
+            await hold(books, caller, amount)
+    assert await caller.held() == (Decimal(amount) if granted else 0)
+
+
+async def test_a_hundred_at_once_on_money_for_ten_hold_exactly_ten(books: Database) -> None:
+    caller = await make_caller(books, "10.5")
+    results = await asyncio.gather(*(hold(books, caller, "1") for _ in range(100)), return_exceptions=True)
+    assert sum(isinstance(result, Hold) for result in results) == 10
+    assert sum(isinstance(result, InsufficientFunds) for result in results) == 90
+    assert (await caller.user()).available == parse_roubles("0.5")
+    await assert_books_hold(books)
+
+
+async def test_settling_is_idempotent_and_one_item_never_spoils_another(books: Database) -> None:
+    caller, other = await make_caller(books, "100"), await make_caller(books, "100")
+    first, second = await hold(books, caller, "5"), await hold(books, other, "5")
+    unknown = Hold(other.account_id, new_id(), Nano(1), Nano(1))
+    ledger = ledger_of(books)
+    batch = [settlement(first, "0.01"), settlement(first, "0.01"), settlement(unknown, "0.01"), settlement(second, "0.02")]
+    assert await ledger.settle_holds(batch) == {first.hold_id: "settled", unknown.hold_id: "no_hold", second.hold_id: "settled"}
+    assert await ledger.settle_holds(batch[:2]) == {first.hold_id: "already"}
+    await ledger.release_holds([first, second])  # too late: nothing changes
+    assert (await caller.balance(), await other.balance()) == (Decimal("99.1"), Decimal("98.2"))
+    await assert_books_hold(books)
+
+
+async def test_a_settlement_races_with_itself_and_books_once(books: Database) -> None:
+    caller = await make_caller(books, "100")
+    held = await hold(books, caller, "5")
+    outcomes = await asyncio.gather(*(ledger_of(books).settle_holds([settlement(held, "0.01")]) for _ in range(16)))
+    assert sorted(outcome[held.hold_id] for outcome in outcomes) == ["already"] * 15 + ["settled"]
+    assert await caller.balance() == Decimal("99.1")
+    await assert_books_hold(books)
+
+
+async def test_a_release_charges_nothing_and_late_evidence_still_charges_once(books: Database) -> None:
+    caller = await make_caller(books, "100")
+    held = await hold(books, caller, "5")
+    ledger = ledger_of(books)
+    await asyncio.gather(*(ledger.release_holds([held]) for _ in range(4)))
+    assert (await caller.balance(), await caller.held()) == (100, 0)
+    assert await ledger.settle_holds([settlement(held, "0.01")]) == {held.hold_id: "settled_late"}
+    assert await ledger.settle_holds([settlement(held, "0.01")]) == {held.hold_id: "already"}
+    assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
+    await assert_books_hold(books)
+
+
+async def test_a_cost_above_the_hold_is_charged_in_full(books: Database) -> None:
+    caller = await make_caller(books, "2")
+    held = await hold(books, caller, "2")
+    await ledger_of(books).settle_holds([settlement(held, "0.1")])
+    assert await caller.balance() == -7
+    with pytest.raises(InsufficientFunds):
+        await hold(books, caller, "0.01")
+    await assert_books_hold(books)
+
+
+async def test_a_free_request_is_an_entry_of_nothing(books: Database) -> None:
+    caller = await make_caller(books, "2")
+    await ledger_of(books).settle_holds([settlement(await hold(books, caller, "0", "1"), "0")])
+    assert roubles((await ledger_of(books).entries(caller.account_id, 1))[0].amount) == "0"
+    await assert_books_hold(books)
+
+
+async def test_unknown_revoked_foreign_and_inactive_keys_cannot_be_told_apart(books: Database) -> None:
+    caller, other = await make_caller(books, "100"), await make_caller(books, "100")
+    users = UserRepository(books)
+    own = claim(caller)
+    ceiling = Ceiling(most=Nano(1), least=Nano(1))
+
+    async def refused(wrong: KeyClaim) -> None:
+        with pytest.raises(UnknownKey):
+            await ledger_of(books).hold_funds(wrong, new_id(), ceiling, model="m", request_id="r")
+
+    await refused(KeyClaim(AccountId(10**12), own.key_hash))
+    await refused(KeyClaim(other.account_id, own.key_hash))
+    unknown = parse_key(make_key(caller.account_id))
+    assert unknown is not None
+    await refused(unknown)
+
+    new_key = await users.rotate_key(caller.account_id)
+    await refused(own)
+    assert not await users.is_alive(own)
+    caller.key = new_key
+    assert await users.is_alive(claim(caller))
+    await users.set_active(caller.account_id, False)
+    await refused(claim(caller))
+    await users.set_active(caller.account_id, True)
+    await hold(books, caller, "1")
+    assert [key.revoked_at is None for key in await users.keys(caller.account_id)] == [True, False]
+
+
+async def test_a_payment_is_booked_once_under_its_reference(books: Database) -> None:
+    caller = await make_caller(books, "0")
+    ledger = ledger_of(books)
+    results = await asyncio.gather(
+        *(ledger.book(caller.account_id, "topup", parse_roubles("50"), reference="pay-1") for _ in range(8)), return_exceptions=True
+    )
+    assert sum(isinstance(result, AlreadyBooked) for result in results) == 7
+    assert await caller.balance() == 50
+    await ledger.book(caller.account_id, "adjustment", parse_roubles("-20"), reason="a mistake of ours")
+    assert await caller.balance() == 30
+    with pytest.raises(NoSuchUser):
+        await ledger.book(AccountId(10**12), "topup", Nano(1))
+    await assert_books_hold(books)
+
+
+@pytest.mark.parametrize(
+    ("kind", "amount", "law"),
+    [
+        ("topup", -1, "topups_and_bonuses_give"),
+        ("bonus", 0, "topups_and_bonuses_give"),
+        ("adjustment", 10**18 + 1, "amount_is_bounded"),
+    ],
+)
+async def test_the_database_refuses_a_booking_that_makes_no_sense(books: Database, kind: str, amount: int, law: str) -> None:
+    caller = await make_caller(books, "0")
+    with pytest.raises(ConstraintViolated, match=law):
+        await ledger_of(books).book(caller.account_id, kind, Nano(amount))  # type: ignore[arg-type]
+    assert await caller.balance() == 0
+
+
+async def test_the_ledger_is_append_only_for_everyone(database_url: str, books: Database) -> None:
+    await make_caller(books, "10")
+    connection = await asyncpg.connect(database_url)
+    for statement in ("UPDATE ledger SET amount_nano = 1", "DELETE FROM ledger", "TRUNCATE ledger"):
+        with pytest.raises(asyncpg.RaiseError, match="append-only"):
+            await connection.execute(statement)
+    await connection.close()
+
+
+async def test_ids_are_unique_and_ordered_by_time() -> None:
+    ids = [new_id() for _ in range(1000)]
+    assert len(set(ids)) == 1000
+    assert {(one.version, one.variant) for one in ids} == {(7, "specified in RFC 4122")}
+    early = new_id()
+    await asyncio.sleep(0.002)
+    assert early < new_id()
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("hold"), st.integers(0, 60)),
+        st.tuples(st.just("settle"), st.integers(0, 5), st.integers(0, 90)),
+        st.tuples(st.just("release"), st.integers(0, 5)),
+        st.tuples(st.just("topup"), st.integers(1, 50)),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps)
+def test_any_history_agrees_with_a_model_of_it(database_url: str, history: list[tuple[str, int, int]]) -> None:
+    asyncio.run(_play(database_url, history))
+
+
+async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
+    async with database.connected(url) as books:
+        caller, ledger = await make_caller(books, "100"), ledger_of(books)
+        balance, open_holds, holds, closed = Decimal(100), {}, [], set()
+        for kind, *numbers in history:
+            if kind == "hold":
+                try:
+                    holds.append(await hold(books, caller, str(numbers[0])))
+                    granted = True
+                except InsufficientFunds:
+                    granted = False
+                assert granted == (balance - sum(open_holds.values()) >= numbers[0])
+                if granted:
+                    open_holds[holds[-1].hold_id] = Decimal(numbers[0])
+            elif kind == "topup":
+                await ledger.book(caller.account_id, "topup", parse_roubles(str(numbers[0])))
+                balance += numbers[0]
+            elif numbers[0] < len(holds):
+                which = holds[numbers[0]]
+                if kind == "release":
+                    await ledger.release_holds([which])
+                else:
+                    cost = Decimal(numbers[1]) / 100
+                    outcome = (await ledger.settle_holds([settlement(which, str(cost))]))[which.hold_id]
+                    assert (outcome == "already") == (which.hold_id in closed)
+                    if which.hold_id not in closed:
+                        balance -= cost * RATE
+                    closed.add(which.hold_id)
+                open_holds.pop(which.hold_id, None)
+            assert (await caller.balance(), await caller.held()) == (balance, sum(open_holds.values()))
+        await assert_books_hold(books)

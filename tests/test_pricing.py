@@ -1,0 +1,116 @@
+"""Ceilings and charges (contract C1, C4)."""
+
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal, localcontext
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptutor.money.amounts import Nano, parse_roubles
+from gptutor.money.pricing import LLMCostEvaluate, Size
+
+
+@dataclass
+class Price:
+    prompt_usd: Decimal = Decimal("0.000001")
+    completion_usd: Decimal = Decimal("0.000002")
+    request_usd: Decimal = Decimal(0)
+    image_usd: Decimal = Decimal(0)
+    context_tokens: int | None = 100_000
+    output_tokens_max: int | None = 10_000
+
+
+def evaluate(**changes: Any) -> LLMCostEvaluate:
+    policy: dict[str, Any] = {
+        "rub_per_usd": Decimal(90),
+        "balance_min_rub": Decimal(1),
+        "margin": Decimal(1),
+        "output_tokens_typical": 4096,
+        "output_tokens_min": 16,
+        "reserve": "typical",
+        "hold_default_rub": Decimal(10),
+        "media_tokens": 8192,
+    }
+    return LLMCostEvaluate(**{**policy, **changes})
+
+
+def rub(text: str) -> Nano:
+    return parse_roubles(text)
+
+
+def test_with_a_limit_the_hold_covers_all_of_it() -> None:
+    ceiling = evaluate().ceiling(Size(prompt_bytes=1000, output_tokens=5000), Price())
+    assert ceiling.most == rub("0.99")  # (1000 × 0.000001 + 5000 × 0.000002) × 90
+    assert ceiling.least == rub("1")  # the minimum balance is more
+    assert ceiling.output_limit(rub("1")) is None
+
+
+def test_a_limit_above_the_models_own_does_not_cost_more() -> None:
+    assert evaluate().ceiling(Size(0, output_tokens=10**9), Price()).most == rub("1.8")
+
+
+def test_without_a_limit_the_hold_covers_a_typical_answer() -> None:
+    ceiling = evaluate().ceiling(Size(prompt_bytes=1000), Price())
+    assert ceiling.most == rub("0.82728")
+    assert evaluate(reserve="worst_case").ceiling(Size(prompt_bytes=1000), Price()).most == rub("1.89")
+
+
+@pytest.mark.parametrize(
+    ("available", "limit"),
+    [("1.89", None), ("1.889999999", 9999), ("1", 5055), ("0.09288", 16), ("2", None)],
+)
+def test_what_the_balance_covers_is_the_limit(available: str, limit: int | None) -> None:
+    ceiling = evaluate(balance_min_rub=Decimal(0)).ceiling(Size(prompt_bytes=1000), Price())
+    assert ceiling.least == rub("0.09288")  # the prompt and 16 tokens
+    assert ceiling.output_limit(rub(available)) == limit
+
+
+@given(
+    st.integers(0, 10_000_000),
+    st.one_of(st.none(), st.integers(1, 10**6)),
+    st.integers(1, 8),
+    st.integers(0, 5),
+    st.decimals(0, 1, places=9),
+    st.decimals(0, 1, places=9),
+    st.integers(1, 10**15),
+)
+def test_one_request_alone_never_takes_a_balance_below_zero(
+    prompt: int, limit: int | None, choices: int, media: int, prompt_usd: Decimal, completion_usd: Decimal, available: int
+) -> None:
+    price = Price(prompt_usd, completion_usd, image_usd=Decimal("0.01"), context_tokens=10**9)
+    ceiling = evaluate(margin=Decimal("1.1")).ceiling(Size(prompt, media, choices, limit), price)
+    if available < ceiling.least:
+        return
+    sent = ceiling.output_limit(Nano(available))
+    tokens = min(token for token in (sent, limit, 10_000) if token is not None)
+    worst_usd = (prompt + media * 8192) * prompt_usd + media * Decimal("0.01") + tokens * choices * completion_usd
+    assert evaluate().charge(worst_usd) <= available
+    assert sent is None or sent >= 16
+    assert ceiling.least <= max(ceiling.most, rub("1"))
+
+
+def test_media_count_by_pieces_and_the_prompt_by_the_context() -> None:
+    price = Price(image_usd=Decimal("0.5"), request_usd=Decimal("0.25"))
+    assert evaluate().ceiling(Size(0, media_parts=2, output_tokens=1), price).most == rub("113.97474")
+    assert evaluate().ceiling(Size(10**9, output_tokens=1), price).most == rub("31.50018")
+
+
+def test_a_price_that_is_none_holds_the_default() -> None:
+    ceiling = evaluate().ceiling(Size(10**6), None)
+    assert (ceiling.most, ceiling.least) == (rub("10"), rub("10"))
+    assert ceiling.output_limit(rub("10")) is None
+
+
+def test_a_free_model_holds_nothing_but_asks_for_the_minimum() -> None:
+    ceiling = evaluate().ceiling(Size(1000), Price(Decimal(0), Decimal(0)))
+    assert (ceiling.most, ceiling.least, ceiling.output_limit(rub("1"))) == (0, rub("1"), None)
+
+
+@given(st.decimals(0, 99_999, places=30), st.decimals(min_value=Decimal("0.0001"), max_value=100_000, places=4))
+def test_the_charge_is_one_rounding_of_the_exact_product(cost: Decimal, rate: Decimal) -> None:
+    with localcontext() as context:
+        context.prec = 150
+        expected = (cost * rate * 10**9).quantize(Decimal(1), ROUND_HALF_UP)
+    assert evaluate(rub_per_usd=rate).charge(cost) == int(expected)

@@ -1,0 +1,313 @@
+"""Bytes and money through the whole gateway, plain and streamed, with every fault of the simulator (contract A2, A3, A4, A7, B7, C1,
+C4 to C8, F3; rows money-7 to -11, upstream-1, -6, -9 to -13, -15, client-2, client-3)."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from decimal import Decimal
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from gptutor import config as settings
+from gptutor.app import build_app
+from gptutor.logs import LoggerService
+from gptutor.money.invariants import check
+from gptutor.money.ledger import Ledger
+from gptutor.serve import listening
+from tests.conftest import SECRET, Caller, Gateway
+
+MODEL = "google/gemini-2.5-flash-lite"
+
+
+async def charged_usd(gateway: Gateway, caller: Caller) -> Decimal:
+    entries = await Ledger(gateway.books).entries(caller.account_id, 1000)
+    return sum((entry.cost_usd for entry in entries if entry.cost_usd is not None), Decimal(0))
+
+
+async def assert_books_agree(gateway: Gateway, caller: Caller, balance: str = "100") -> None:
+    """Our books, the simulator's bill and all laws agree, and nothing is held."""
+    assert await charged_usd(gateway, caller) == gateway.billed_usd()
+    assert await caller.balance() == Decimal(balance) - gateway.billed_usd() * 90
+    assert await caller.held() == 0
+    assert [finding.invariant.name async for finding in check(gateway.books) if finding.rows] == []
+
+
+async def test_a_plain_answer_arrives_and_is_charged_exactly(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    response, document = await gateway.chat(caller)
+    answer = json.loads(document)
+    assert response.status == 200
+    assert response.headers["Content-Type"] == "application/json"
+    assert answer["model"] == MODEL
+    assert response.headers["X-Generation-Id"] == answer["id"]
+    assert await charged_usd(gateway, caller) == Decimal(str(answer["usage"]["cost"])) > 0
+    assert "upstream_inference_completions_cost" in answer["usage"]["cost_details"]
+    await assert_books_agree(gateway, caller)
+
+
+async def test_a_stream_arrives_and_is_charged_exactly(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    response, stream = await gateway.chat(caller, stream=True)
+    assert response.headers["Content-Type"] == "text/event-stream"
+    assert response.headers["X-Generation-Id"].startswith("gen-")
+    events = [line.removeprefix(b"data: ") for line in stream.split(b"\n\n") if line.startswith(b"data: ")]
+    assert stream.startswith(b": OPENROUTER PROCESSING\n\n")
+    assert events[-1] == b"[DONE]"
+    last = json.loads(events[-2])
+    assert last["choices"] == []
+    assert Decimal(str(last["usage"]["cost"])) == await charged_usd(gateway, caller)
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("fault", ["", "fault:chunks=1", "fault:chunks=7", "fault:one-write"])
+async def test_the_bytes_do_not_depend_on_how_they_come(gateway: Gateway, fault: str) -> None:
+    caller = await gateway.caller()
+    _, stream = await gateway.chat(caller, fault, stream=True)
+    said = [json.loads(line[6:]) for line in stream.split(b"\n\n") if line.startswith(b"data: {")]
+    text = "".join(choice["delta"]["content"] for event in said for choice in event["choices"])
+    assert text.endswith(f"“{fault}”.")
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("fault", ["no-usage", "cost=null", "cost=-1", "cost=1e400", 'cost="0.1"', "cost=NaN"])
+async def test_a_missing_or_impossible_price_is_asked_for_at_generation(gateway: Gateway, fault: str, stream: bool) -> None:
+    caller = await gateway.caller()
+    response, document = await gateway.chat(caller, f"fault:{fault}", stream=stream)
+    assert response.status == 200
+    assert document
+    assert gateway.billed_usd() > 0
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("fault", ["cut=3", "cut=0", "cut-inside=3", "cut-inside=40", "chunks=9 fault:cut=5"])
+async def test_a_broken_stream_ends_in_an_error_event_and_is_charged_by_generation(gateway: Gateway, fault: str) -> None:
+    caller = await gateway.caller()
+    response, stream = await gateway.chat(caller, f"fault:{fault}", stream=True)
+    assert response.status == 200
+    event = json.loads(stream.rstrip(b"\n").rpartition(b"\n\n")[2].removeprefix(b"data: "))
+    assert event["error"]["code"] == 502
+    assert event["choices"][0]["finish_reason"] == "error"
+    assert b"[DONE]" not in stream
+    await assert_books_agree(gateway, caller)
+
+
+async def test_openrouters_own_error_event_passes_as_it_came(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    _, stream = await gateway.chat(caller, "fault:error=4", stream=True)
+    events = [line for line in stream.split(b"\n\n") if line.startswith(b"data: ")]
+    assert json.loads(events[-1][6:])["error"]["message"] == "Provider disconnected"
+    assert len(events) == 4
+    await assert_books_agree(gateway, caller)
+
+
+async def test_a_plain_answer_that_breaks_off_is_an_error_and_is_charged_by_generation(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    response, document = await gateway.chat(caller, "fault:cut-inside=0")
+    assert (response.status, json.loads(document)) == (500, {"error": "Internal server error"})
+    assert response.headers["x-should-retry"] == "false"
+    assert gateway.billed_usd() > 0
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 524, 529])
+async def test_a_transient_error_is_tried_again_and_then_told(gateway: Gateway, status: int) -> None:
+    caller = await gateway.caller()
+    response, document = await gateway.chat(caller, f"fault:status={status}:0")
+    assert response.status == {429: 429, 408: 504, 524: 504}.get(status, 500)
+    assert list(json.loads(document)) == ["error"]
+    assert gateway.billed_usd() == 0
+    await assert_books_agree(gateway, caller)
+
+
+async def test_a_caller_who_leaves_still_pays(gateway: Gateway) -> None:
+    gateway.simulator.word_s = 0.01
+    caller = await gateway.caller()
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+        await response.content.readany()
+        response.close()
+    await gateway.idle()
+    assert gateway.billed_usd() > 0
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("tuned", [{"relay": {"leaver_drain_s": 0.05}}])
+@pytest.mark.parametrize("model", [MODEL, "openai/gpt-4o-mini"])  # the second provider stops, and stops billing, when told to
+async def test_upstream_is_not_read_for_ever_for_a_caller_who_left(gateway: Gateway, model: str) -> None:
+    gateway.simulator.word_s = 0.1
+    caller = await gateway.caller()
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "model": model}
+    async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+        while b"Hello!" not in await response.content.readany():
+            pass
+        response.close()
+    await gateway.idle()
+    (record,) = gateway.simulator.books.records.values()
+    assert record.cancelled
+    assert record.completion_tokens < 10 or model == MODEL
+    assert gateway.billed_usd() > 0
+    await assert_books_agree(gateway, caller)
+
+
+async def test_a_caller_who_leaves_a_plain_request_still_pays(gateway: Gateway) -> None:
+    gateway.simulator.first_word_s = 0.3
+    caller = await gateway.caller()
+    body = {"messages": [{"role": "user", "content": "Hello"}]}
+    with pytest.raises(TimeoutError):
+        await gateway.session.post(
+            gateway.chat_url, json=body, headers=caller.headers, timeout=aiohttp.ClientTimeout(total=0.15)
+        )
+    await gateway.idle()
+    assert gateway.billed_usd() > 0
+    await assert_books_agree(gateway, caller)
+
+
+async def test_sixty_at_once_on_money_for_ten_never_overdraw(gateway: Gateway) -> None:
+    # 16 384 tokens × 0.0000006 dollars × 90 roubles × 1.1 ≈ 0.973 roubles: ten such holds fit into ten roubles.
+    caller = await gateway.caller("10")
+    gateway.simulator.first_word_s = 0.3
+    members = {"model": "openai/gpt-4o-mini", "max_tokens": 16_384}
+    replies = await asyncio.gather(*(gateway.chat(caller, **members) for _ in range(60)))
+    statuses = [response.status for response, _ in replies]
+    assert statuses.count(200) == 10
+    assert statuses.count(402) == 50
+    assert {document for response, document in replies if response.status == 402} == {b'{"error": "Insufficient balance"}'}
+    assert (await caller.user()).balance >= 0
+    await assert_books_agree(gateway, caller, "10")
+
+
+async def test_where_the_balance_limits_the_output_upstream_is_told(gateway: Gateway) -> None:
+    caller = await gateway.caller("1.1")
+    await gateway.chat(caller)
+    (record,) = gateway.simulator.books.records.values()
+    # 1.1 roubles / (0.0000004 dollars × 90 × 1.1) ≈ 27 777 tokens, less the prompt; the model could write 65 535
+    assert 27_000 < json.loads(record.body)["max_tokens"] < 27_777
+    await gateway.chat(await gateway.caller("100"))
+    assert "max_tokens" not in json.loads(list(gateway.simulator.books.records.values())[1].body)
+
+
+async def test_what_reaches_openrouter_is_what_the_caller_sent_and_nothing_of_who_he_is(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    body = b'{"messages":[{"role":"user","content":"Hi"}],"x_new":{"a":1.50,"b":1E+2},"temperature":1.0,"user":"ivan"}'
+    headers = {**caller.headers, "Content-Type": "application/json", "Cookie": "a=b", "X-Forwarded-For": "1.2.3.4", "X-Own": "1"}
+    for _ in range(2):
+        async with gateway.session.post(gateway.chat_url, data=body, headers=headers) as response:
+            assert response.status == 200
+    await gateway.idle()
+    first, second = gateway.simulator.books.records.values()
+    assert first.body == second.body
+    pseudonym = json.loads(first.body)["user"]
+    assert re.fullmatch(r"[0-9a-f]{32}", pseudonym)
+    assert first.body == body[:-14] + b'"user":"%s","usage":{"include":true},"model":"%s"}' % (pseudonym.encode(), MODEL.encode())
+    assert set(first.headers) == {
+        "Host", "Authorization", "Content-Type", "Accept-Encoding", "User-Agent", "X-Title", "Accept", "Content-Length",
+    }  # fmt: skip
+    assert first.headers["Authorization"] == "Bearer sk-or-test"
+    assert first.headers["Accept-Encoding"] == "identity"
+    await gateway.chat(await gateway.caller())
+    assert json.loads(list(gateway.simulator.books.records.values())[2].body)["user"] != pseudonym
+
+
+# -- a scripted upstream: bytes that no simulator would send
+
+
+@pytest.fixture
+async def scripted(database_url: str, gateway: Gateway, aiohttp_server: Any) -> AsyncIterator[Any]:
+    """A gateway whose OpenRouter is a function of the test's; gives (set the function, the gateway)."""
+    plays: list[Any] = []
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        result: web.StreamResponse = await plays[-1](request)
+        return result
+
+    async def models(request: web.Request) -> web.Response:
+        return web.Response(body=gateway.simulator._models, content_type="application/json")
+
+    app = web.Application()
+    app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])
+    server = await aiohttp_server(app)
+    config = settings.Config(
+        server=settings.Server(port=0, shutdown_s=1, drain_s=5),
+        database=settings.Database(url=database_url),
+        openrouter=settings.OpenRouter(base_url=str(server.make_url("/")), api_key="sk-or-test"),
+        relay=settings.Relay(lookup_s=0.1),
+    )
+    own = build_app(config, log=LoggerService(), secret=SECRET)
+    async with listening(own, config.server) as url:
+        yield plays, Gateway(url, own, gateway.simulator, gateway.books, gateway.session)
+
+
+ODD_STREAMS = [
+    b"",
+    b"data: x",
+    b"\xff\xfe\x00 not utf-8 \xc3\r\n\r\n: c\r\rdata: [DONE]\n\n",
+    b'event: x\ndata: {"usage":\r\ndata: {"cost":0.25}}\r\n\r\ndata: [DONE]\r\n\r\n',
+    b"data: " + b"x" * 300_000 + b"\n\n",
+]
+
+
+@pytest.mark.parametrize("stream", ODD_STREAMS)
+@pytest.mark.parametrize("size", [1_000_000, 5])
+async def test_odd_bytes_come_through_as_they_are(scripted: Any, stream: bytes, size: int) -> None:
+    plays, gateway = scripted
+    if size == 5 and len(stream) > 10_000:
+        size = 5_000
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Set-Cookie": "a=b", "X-Odd": "1"})
+        await response.prepare(request)
+        for start in range(0, len(stream), size):
+            await response.write(stream[start : start + size])
+        return response
+
+    plays.append(play)
+    response, received = await gateway.chat(await gateway.caller(), stream=True)
+    assert received == stream
+    assert "Set-Cookie" not in response.headers
+    assert "X-Odd" not in response.headers
+
+
+async def test_a_compressed_body_is_passed_as_it_came_and_never_unpacked(scripted: Any) -> None:
+    plays, gateway = scripted
+    document = b"\x1f\x8b\x08\x00 not really gzip"
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=document, headers={"Content-Encoding": "gzip", "Content-Type": "application/json"})
+
+    plays.append(play)
+    response, received = await gateway.chat(await gateway.caller())
+    assert (response.status, received) == (200, document)
+    assert response.headers["Content-Encoding"] == "gzip"
+
+
+async def test_an_answer_without_a_price_or_a_name_leaves_its_hold_open(scripted: Any) -> None:
+    plays, gateway = scripted
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        return web.json_response({"choices": []})
+
+    plays.append(play)
+    caller = await gateway.caller()
+    response, _ = await gateway.chat(caller)
+    assert response.status == 200
+    assert await caller.balance() == 100  # never silently estimated …
+    assert await caller.held() > 0  # … and never silently free
+
+
+async def test_a_redirect_is_not_followed(scripted: Any) -> None:
+    plays, gateway = scripted
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        raise web.HTTPTemporaryRedirect("http://localhost:1/steal")
+
+    plays.append(play)
+    caller = await gateway.caller()
+    response, _ = await gateway.chat(caller)
+    assert response.status == 500
+    assert await caller.held() == 0

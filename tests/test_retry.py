@@ -1,0 +1,48 @@
+"""When OpenRouter is asked again (contract F3; rows upstream-1, upstream-6): the decision as a table."""
+
+import pytest
+
+from gptutor.openrouter.retry import Failure, pause_before_retry
+
+
+@pytest.mark.parametrize(
+    # kind, status, Retry-After, generation id, attempt, seconds left → pause
+    ("kind", "status", "hint", "generation", "attempt", "left", "pause"),
+    [
+        ("unreachable", 0, None, None, 1, 60, 0.375),
+        ("unreachable", 0, None, None, 2, 60, 0.75),
+        ("unreachable", 0, None, None, 3, 60, None),  # the last attempt
+        ("unreachable", 0, None, None, 1, 0.3, None),  # no time left for it
+        ("timeout", 0, None, None, 1, 60, None),  # it may have been bought
+        ("broken", 0, None, None, 1, 60, None),
+        ("status", 429, None, None, 1, 60, 0.375),
+        ("status", 429, 7, None, 1, 60, 7),
+        ("status", 429, 7, None, 1, 6, None),  # longer than there is time
+        ("status", 408, None, None, 1, 60, 0.375),
+        ("status", 502, None, None, 1, 60, 0.375),
+        ("status", 503, 0, None, 2, 60, 0),
+        ("status", 524, None, None, 1, 60, 0.375),
+        ("status", 529, None, None, 1, 60, 0.375),
+        ("status", 502, None, "gen-1", 1, 60, None),  # something has a name, so something may have a price
+        ("status", 500, None, None, 1, 60, None),
+        ("status", 400, None, None, 1, 60, None),
+        ("status", 401, None, None, 1, 60, None),
+        ("status", 402, None, None, 1, 60, None),  # our credit is used up
+        ("status", 402, 2, None, 1, 60, 2),  # our budget in flight is used up for a moment
+        ("status", 403, 2, None, 1, 60, None),
+        ("status", 302, None, None, 1, 60, None),
+    ],
+)
+def test_the_decision(
+    kind: str, status: int, hint: float | None, generation: str | None, attempt: int, left: float, pause: float | None
+) -> None:
+    failure = Failure(kind, status, hint, generation)  # type: ignore[arg-type]
+    assert pause_before_retry(failure, attempt=attempt, attempts_max=3, left_s=left, dice=0.5) == pause
+
+
+def test_pauses_differ_and_are_bounded() -> None:
+    failure = Failure("unreachable")
+    pauses = {pause_before_retry(failure, attempt=1, attempts_max=3, left_s=60) for _ in range(50)}
+    assert len(pauses) > 10
+    assert all(0.25 <= pause <= 0.5 for pause in pauses if pause is not None)
+    assert pause_before_retry(failure, attempt=20, attempts_max=99, left_s=60, dice=1.0) == 8
