@@ -1,6 +1,7 @@
 # Everything a person does with the project. `make help` lists the targets.
 SHELL := /bin/sh
 VENV := .venv
+SYSTEMD_RUN ?= systemd-run
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The first Python that is new enough; PYTHON=… overrides.
@@ -41,7 +42,7 @@ types: install
 	@$(BIN)/mypy
 
 sql: install
-	@$(BIN)/sqlfluff lint --nofail --quiet sql >/dev/null; $(BIN)/sqlfluff lint sql
+	@$(BIN)/sqlfluff lint --disable-progress-bar sql
 
 test-completion: install ## chat completions, plain and streamed, against a running gateway of its own
 	@$(BIN)/python -m pytest -v tests/test_completion.py
@@ -54,3 +55,11 @@ docs: install ## the documentation at http://localhost:8080
 
 migrate: install ## bring the database of DATABASE_URL up to date
 	@$(BIN)/gptutor migrate
+
+service: install ## run as a systemd service, with restart; settings from gptutor.env
+	@command -v systemd-run >/dev/null || { echo "There is no systemd here. Run it with: make run"; exit 1; }
+	@test -f gptutor.env || { echo "Write gptutor.env first: DATABASE_URL, OPENROUTER_API_KEY and GPTUTOR_SECRET_KEY, a line each (README, Going live)."; exit 1; }
+	@$(SYSTEMD_RUN) --unit=gptutor --collect --working-directory=$(CURDIR) \
+		$$(sed -n -E 's/^((Restart|TimeoutStop|Kill|UMask|Limit|NoNew)[A-Za-z]*=.*)/-p \1/p' deploy/gptutor.service) \
+		-p EnvironmentFile=$(CURDIR)/gptutor.env $(CURDIR)/$(BIN)/gptutor serve
+	@echo "Running. See it with: systemctl status gptutor; journalctl -u gptutor -f. Stop it with: systemctl stop gptutor"

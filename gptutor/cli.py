@@ -331,7 +331,7 @@ def _user_json(user: User) -> dict[str, Any]:
 
 def _entry_json(entry: Entry) -> dict[str, Any]:
     return {
-        "id": entry.entry_id,
+        "id": str(entry.entry_id),
         "kind": entry.kind,
         "amount": roubles(entry.amount),
         "costUsd": None if entry.cost_usd is None else f"{entry.cost_usd:f}",

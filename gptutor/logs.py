@@ -107,8 +107,8 @@ class DailyFileHandler(logging.StreamHandler[IO[str]]):
         day = datetime.datetime.fromtimestamp(record.created, datetime.UTC).date()
         if day > self._day:
             self._day = day
-            self.stream.close()
-            self.setStream(self._open())
+            if (yesterday := self.setStream(self._open())) is not None:
+                yesterday.close()
             self._prune()
         super().emit(record)
 

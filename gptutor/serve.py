@@ -17,7 +17,7 @@ from gptutor.app import build_app
 from gptutor.banner import banner
 from gptutor.config import Config, Server, kept_secret
 from gptutor.config import Simulator as SimulatorPlace
-from gptutor.logs import LoggerService, logging_to
+from gptutor.logs import logging_to
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.keys import parse_key
 from gptutor.money.ledger import Ledger

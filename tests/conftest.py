@@ -24,6 +24,7 @@ from gptutor.money.ledger import Ledger
 from gptutor.money.users import User, UserRepository
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening, simulated_openrouter
+from tests.service import Service, start
 
 hypothesis_settings.register_profile("tests", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("tests")
@@ -55,7 +56,9 @@ async def _prepare(url: str) -> None:
 async def database_url(postgres: str) -> str:
     """The migrated database, empty. (Emptying it takes 20 ms, cloning a template 250 ms.)"""
     server = await asyncpg.connect(postgres)
-    tables = await server.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'schema_migrations'")
+    tables = await server.fetch(
+        "SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'schema_migrations'"
+    )
     await server.execute("SET session_replication_role = replica")  # the ledger's guard sleeps for a moment
     await server.execute(f"TRUNCATE {', '.join(table['tablename'] for table in tables)} RESTART IDENTITY CASCADE")
     await server.close()
@@ -159,3 +162,11 @@ async def gateway(
         app = build_app(config, log=LoggerService(), secret=SECRET)
         async with listening(app, config.server) as url, aiohttp.ClientSession(auto_decompress=False) as session:
             yield Gateway(url, app, simulator, books, session)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """`gptutor serve`, whole, on a bare directory."""
+    running = start(tmp_path_factory.mktemp("service"), GPTUTOR_LOGS__STDOUT="false")
+    yield running
+    assert running.stop() == 0

@@ -26,10 +26,11 @@ def test_an_amount_is_read_exactly(text: str, nano: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ten", "NaN", "Infinity", "-Infinity", "1e1000000", "1e-1000000", "0.0000000001", "1000000000.1", "1,5", "9" * 50]
+    "text",
+    ["", "ten", "NaN", "Infinity", "-Infinity", "1e1000000", "1e-1000000", "0.0000000001", "1000000000.1", "1,5", "9" * 50],
 )
 def test_what_is_no_amount_is_refused_in_a_sentence(text: str) -> None:
-    with pytest.raises(InvalidAmount, match="roubles|decimal places"):
+    with pytest.raises(InvalidAmount, match=r"roubles|decimal places"):
         parse_roubles(text)
 
 
@@ -40,7 +41,8 @@ def test_what_is_printed_reads_back(nano: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("exact", "rounded"), [("0.0000000005", 1), ("0.00000000049999999999999999999999999999999", 0), ("0.0000000015", 2), ("1", 10**9)]
+    ("exact", "rounded"),
+    [("0.0000000005", 1), ("0.00000000049999999999999999999999999999999", 0), ("0.0000000015", 2), ("1", 10**9)],
 )
 def test_a_charge_is_rounded_once_and_half_up(exact: str, rounded: int) -> None:
     assert nano_half_up(Decimal(exact)) == rounded

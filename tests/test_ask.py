@@ -57,8 +57,8 @@ def test_messages_are_required_to_the_letter(body: bytes) -> None:
     ],
 )
 def test_a_fault_names_the_field_and_what_is_allowed(member: str, text: str) -> None:
-    body = '{"messages": [{"role": "user", "content": "x"}], %s}' % member
-    assert refusal(body.encode()) == (400, "invalid_request", text)
+    body = b'{"messages": [{"role": "user", "content": "x"}], %s}' % member.encode()
+    assert refusal(body) == (400, "invalid_request", text)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,9 @@ def test_nulls_count_as_absent() -> None:
 
 def test_what_its_price_depends_on() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1000}}
-    body = json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}, image]}], "n": 3, "max_tokens": 5})
+    body = json.dumps(
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}, image]}], "n": 3, "max_tokens": 5}
+    )
     size = read_ask(body.encode(), default_model="m").size
     assert (size.media_parts, size.choices, size.output_tokens) == (1, 3, 5)
     assert size.prompt_bytes == len(body) - len(json.dumps(image))
@@ -156,7 +158,9 @@ def test_what_the_caller_wrote_reaches_upstream_as_he_wrote_it() -> None:
     )
 
 
-@pytest.mark.parametrize("spelling", [r"\ud83d", r"\uDE00", r"x\ud83d\ud83d\ude00", r"\\ud83d\ud83d", r"\udc00\ud800", r"\"\ud800"])
+@pytest.mark.parametrize(
+    "spelling", [r"\ud83d", r"\uDE00", r"x\ud83d\ud83d\ude00", r"\\ud83d\ud83d", r"\udc00\ud800", r"\"\ud800"]
+)
 def test_half_an_emoji_passes_as_it_was_written(spelling: str) -> None:
     body = b'{"messages":[{"role":"user","content":"%s"}],"stop":"\\n"}' % spelling.encode()
     sent = read_ask(body, default_model="m").upstream_body(user="u", output_limit=None)

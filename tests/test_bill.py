@@ -1,5 +1,6 @@
 """The scanner: every way of cutting a stream gives the same bill (contract A3, C6; rows money-9 to money-11, upstream-10, -15)."""
 
+import itertools
 import json
 from decimal import Decimal
 
@@ -23,12 +24,12 @@ def scan(*chunks: bytes) -> BillScanner:
 
 def cut(stream: bytes, places: list[int]) -> list[bytes]:
     edges = sorted({0, len(stream), *(place % (len(stream) + 1) for place in places)})
-    return [stream[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [stream[start:end] for start, end in itertools.pairwise(edges)]
 
 
 line_ends = st.sampled_from([b"\n", b"\r\n", b"\r"])
 texts = st.one_of(
-    st.text(alphabet="aя 🙂\"\\{}:,\n\r\u2028", max_size=20),
+    st.text(alphabet='aя 🙂"\\{}:,\n\r\u2028', max_size=20),
     st.sampled_from(['{"usage":{"cost":0}}', 'data: {"usage":{"cost":0}}\n\n', "data: [DONE]", '"usage"', "\\", '\\"usage\\"']),
 )
 costs = st.decimals(min_value=0, max_value=99_999, places=12)
@@ -40,7 +41,9 @@ def streams(draw: st.DrawFn) -> tuple[bytes, Decimal | None]:
     end = draw(line_ends)
     cost = None
     parts = []
-    for kind in draw(st.lists(st.sampled_from(["text", "comment", "bill", "bad bill", "split bill", "nested", "done"]), max_size=8)):
+    for kind in draw(
+        st.lists(st.sampled_from(["text", "comment", "bill", "bad bill", "split bill", "nested", "done"]), max_size=8)
+    ):
         event = {"id": "gen-1", "choices": [{"delta": {"content": draw(texts)}}]}
         if kind == "comment":
             parts.append(b": OPENROUTER PROCESSING" + end)

@@ -68,7 +68,9 @@ async def test_the_hold_takes_all_that_is_there_down_to_the_least(books: Databas
         await hold(books, caller, most="1", least="0.000000001")
 
 
-@pytest.mark.parametrize(("balance", "amount", "granted"), [("10", "10", True), ("9.999999999", "10", False), ("0", "0.01", False)])
+@pytest.mark.parametrize(
+    ("balance", "amount", "granted"), [("10", "10", True), ("9.999999999", "10", False), ("0", "0.01", False)]
+)
 async def test_exactly_enough_is_enough(books: Database, balance: str, amount: str, granted: bool) -> None:
     caller = await make_caller(books, balance)
     if granted:
@@ -171,7 +173,8 @@ async def test_a_payment_is_booked_once_under_its_reference(books: Database) -> 
     caller = await make_caller(books, "0")
     ledger = ledger_of(books)
     results = await asyncio.gather(
-        *(ledger.book(caller.account_id, "topup", parse_roubles("50"), reference="pay-1") for _ in range(8)), return_exceptions=True
+        *(ledger.book(caller.account_id, "topup", parse_roubles("50"), reference="pay-1") for _ in range(8)),
+        return_exceptions=True,
     )
     assert sum(isinstance(result, AlreadyBooked) for result in results) == 7
     assert await caller.balance() == 50

@@ -8,8 +8,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gptutor.app import CATALOGUE
 from gptutor.api.completions import EXCHANGES
+from gptutor.app import CATALOGUE
 from gptutor.database import DatabaseUnavailable
 from gptutor.errors import KINDS
 from gptutor.money.amounts import AccountId
@@ -20,7 +20,9 @@ from tests.conftest import Gateway
 ASK = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
-async def send(gateway: Gateway, method: str = "POST", path: str = "/v1/chat/completions", **request: Any) -> tuple[int, str, Any]:
+async def send(
+    gateway: Gateway, method: str = "POST", path: str = "/v1/chat/completions", **request: Any
+) -> tuple[int, str, Any]:
     async with gateway.session.request(method, gateway.url + path, **request) as response:
         document = json.loads(await response.read())
         assert response.headers["X-Request-ID"]
@@ -134,7 +136,13 @@ async def test_a_compressed_body_is_refused_unopened(gateway: Gateway, encoding:
 
 @pytest.mark.parametrize(
     ("content_type", "status"),
-    [("application/json", 200), ("application/json; charset=utf-8", 200), (None, 200), ("text/plain", 415), ("multipart/form-data", 415)],
+    [
+        ("application/json", 200),
+        ("application/json; charset=utf-8", 200),
+        (None, 200),
+        ("text/plain", 415),
+        ("multipart/form-data", 415),
+    ],
 )
 async def test_the_content_type(gateway: Gateway, content_type: str | None, status: int) -> None:
     caller = await gateway.caller()
@@ -160,7 +168,9 @@ async def test_wrong_paths_and_methods(gateway: Gateway, method: str, path: str,
     assert (send.headers.get("Allow") or "").replace(" ", "") == (allow or "")  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("given", "kept"), [("abc-1.2_Z", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("ключ", False)])
+@pytest.mark.parametrize(
+    ("given", "kept"), [("abc-1.2_Z", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("ключ", False)]
+)
 async def test_a_harmless_request_id_is_kept(gateway: Gateway, given: str, kept: bool) -> None:
     await send(gateway, "GET", "/health", headers={"X-Request-ID": given})
     assert (send.headers["X-Request-ID"] == given) is kept  # type: ignore[attr-defined]

@@ -159,9 +159,7 @@ async def test_a_caller_who_leaves_a_plain_request_still_pays(gateway: Gateway) 
     caller = await gateway.caller()
     body = {"messages": [{"role": "user", "content": "Hello"}]}
     with pytest.raises(TimeoutError):
-        await gateway.session.post(
-            gateway.chat_url, json=body, headers=caller.headers, timeout=aiohttp.ClientTimeout(total=0.15)
-        )
+        await gateway.session.post(gateway.chat_url, json=body, headers=caller.headers, timeout=aiohttp.ClientTimeout(total=0.15))
     await gateway.idle()
     assert gateway.billed_usd() > 0
     await assert_books_agree(gateway, caller)
@@ -260,7 +258,9 @@ async def test_odd_bytes_come_through_as_they_are(scripted: Any, stream: bytes, 
         size = 5_000
 
     async def play(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Set-Cookie": "a=b", "X-Odd": "1"})
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream; charset=utf-8", "Set-Cookie": "a=b", "X-Odd": "1"}
+        )
         await response.prepare(request)
         for start in range(0, len(stream), size):
             await response.write(stream[start : start + size])

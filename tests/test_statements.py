@@ -34,7 +34,11 @@ def test_every_statement_is_used_and_every_used_one_exists() -> None:
 
 
 def test_every_statement_says_what_it_is_for() -> None:
-    assert [name for name, text in STATEMENTS.items() if not text.startswith("-- ") and name not in ("has_migrations_table", "list_migrations")] == []
+    assert [
+        name
+        for name, text in STATEMENTS.items()
+        if not text.startswith("-- ") and name not in ("has_migrations_table", "list_migrations")
+    ] == []
 
 
 def test_no_sql_in_python() -> None:

@@ -1,0 +1,91 @@
+"""A gateway as its users run it: `gptutor serve` in a process of its own, found by its banner."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+START_S = 60
+
+
+def environment(directory: Path, **settings: str) -> dict[str, str]:
+    """The settings of a service that keeps everything below `directory` and takes whatever ports are free."""
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("GPTUTOR_", "OPENROUTER_", "DATABASE_URL"))
+    }
+    return {
+        **clean,
+        "PORT": "0",
+        "GPTUTOR_SIMULATOR__PORT": "0",
+        "GPTUTOR_SIMULATOR__WORD_S": "0.001",
+        "GPTUTOR_SIMULATOR__FIRST_WORD_S": "0.01",
+        "GPTUTOR_PATHS__DATA": str(directory / "var"),
+        "GPTUTOR_PATHS__LOGS": str(directory / "logs"),
+        **settings,
+    }
+
+
+@dataclass
+class Service:
+    process: subprocess.Popen[str]
+    banner: str
+    directory: Path
+    environ: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        return re.search(r"GPTutor +(http://\S+)/v1", self.banner)[1]  # type: ignore[index]
+
+    @property
+    def demo_key(self) -> str:
+        return re.search(r"sk-user-\S+", self.banner)[0]  # type: ignore[index]
+
+    def command(self, *arguments: str) -> Any:
+        """`gptutor <arguments> --json`, decoded."""
+        return orjson.loads(run(self.environ, *arguments, "--json").stdout)
+
+    def log(self) -> list[dict[str, Any]]:
+        (path,) = (self.directory / "logs").glob("combined-*.log")
+        return [orjson.loads(line) for line in path.read_text().splitlines()]
+
+    def lines_of(self, user_id: int, count: int) -> list[dict[str, Any]]:
+        """The user's lines of the log, of which `count` are expected: they are written behind the answer."""
+        for _ in range(100):
+            if len(lines := [line for line in self.log() if line.get("userId") == str(user_id)]) >= count:
+                break
+            time.sleep(0.05)
+        return lines
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(timeout=60)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+
+def run(environ: dict[str, str], *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "gptutor", *arguments], env=environ, check=check, capture_output=True, text=True)
+
+
+def start(directory: Path, **settings: str) -> Service:
+    environ = environment(directory, **settings)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptutor", "serve"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines: list[str] = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if "Stop with Ctrl-C" in line or "gptutor user create" in line:
+            break
+    else:
+        raise AssertionError("".join(lines))
+    return Service(process, "".join(lines), directory, environ)

@@ -1,0 +1,127 @@
+"""The command line (contract F10; rows operator-1, operator-4, money-15): for people, for scripts, and for mistakes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+
+from tests.service import Service, environment, run
+
+
+def said(service: Service, *arguments: str) -> str:
+    return run(service.environ, *arguments).stdout
+
+
+def refused(environ: dict[str, str], *arguments: str) -> str:
+    """The one line that a mistake gets."""
+    ended = run(environ, *arguments, check=False)
+    assert ended.returncode != 0
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    return " ".join(ended.stderr.split())
+
+
+def test_the_first_sight_explains_itself(service: Service) -> None:
+    first = run(service.environ, check=False).stdout
+    for word in ("gptutor serve", "gptutor user create --balance 100", "serve", "migrate", "simulator", "docs", "verify", "user"):
+        assert word in first
+    assert "rotate-key" in run(service.environ, "user", check=False).stdout
+
+
+def test_the_life_of_a_user_for_scripts(service: Service) -> None:
+    user = service.command("user", "create", "--balance", "100.000000001", "--name", "Иван")
+    number = str(user["id"])
+    assert (user["balance"], user["name"], user["isActive"]) == ("100.000000001", "Иван", True)
+    assert (
+        service.command("user", "topup", number, "50", "--reason", "card", "--reference", f"pay-{number}")["balance"]
+        == "150.000000001"
+    )
+    assert service.command("user", "deactivate", number)["isActive"] is False
+    assert service.command("user", "activate", number)["isActive"] is True
+    key = service.command("user", "rotate-key", number)["apiKey"]
+    shown = service.command("user", "show", number)
+    assert shown["available"] == "150.000000001"
+    assert [bool(entry["revokedAt"]) for entry in shown["keys"]] == [False, True]
+    assert shown["keys"][0]["key"] == key[: len(f"sk-user-{number}-") + 4] + "…"
+    assert user["id"] in {entry["id"] for entry in service.command("user", "list")}
+    topup, begin = service.command("user", "ledger", number)
+    assert (topup["kind"], topup["amount"], topup["reason"], topup["reference"]) == ("topup", "50", "card", f"pay-{number}")
+    assert begin["reason"] == "initial balance"
+
+
+def test_the_same_for_people(service: Service) -> None:
+    assert "shown only now" in said(service, "user", "create", "--balance", "3")
+    number = str(service.command("user", "list")[-1]["id"])
+    assert "3 roubles" in said(service, "user", "show", number)
+    assert "4.5 roubles" in said(service, "user", "topup", number, "1.5")
+    assert "inactive" in said(service, "user", "deactivate", number)
+    assert "the old ones are dead" in said(service, "user", "rotate-key", number)
+    assert "initial balance" in said(service, "user", "ledger", number)
+    assert "balance" in said(service, "user", "list")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("user", "show", "999999999"), "There is no user with this id"),
+        (("user", "ledger", "999999999"), "There is no user with this id"),
+        (("user", "topup", "999999999", "5"), "There is no user with this id"),
+        (("user", "topup", "1", "ten"), "not an amount in roubles"),
+        (("user", "topup", "1", "0"), "must be more than zero"),
+        (("user", "topup", "1", "0.0000000001"), "more than nine decimal places"),
+        (("user", "topup", "1", "99999999999"), "more than 1000000000 roubles"),
+        (("user", "create", "--balance", "NaN"), "not an amount in roubles"),
+    ],
+)
+def test_a_mistake_gets_a_sentence(service: Service, arguments: tuple[str, ...], words: str) -> None:
+    assert words in refused(service.environ, *arguments)
+
+
+def test_a_payment_is_not_booked_twice(service: Service) -> None:
+    number = str(service.command("user", "create")["id"])
+    run(service.environ, "user", "topup", number, "5", "--reference", "twice")
+    assert "was booked before" in refused(service.environ, "user", "topup", number, "5", "--reference", "twice")
+    assert service.command("user", "show", number)["balance"] == "5"
+
+
+def test_a_wrong_setting_or_a_silent_database_is_one_sentence(service: Service) -> None:
+    assert "PORT" in refused({**service.environ, "PORT": "99999"}, "serve")
+    away = {
+        **service.environ,
+        "DATABASE_URL": "postgresql://nobody:secret@127.0.0.1:1/none",
+        "GPTUTOR_SECRET_KEY": "A" * 43 + "=",
+    }
+    for command in (("serve",), ("migrate",), ("user", "list"), ("verify",)):
+        sentence = refused(away, *command)
+        assert "PostgreSQL does not answer" in sentence
+        assert "secret" not in sentence
+    assert "GPTUTOR_SECRET_KEY is missing" in refused({**away, "GPTUTOR_SECRET_KEY": ""}, "serve")
+
+
+def test_it_works_alone_on_a_bare_directory(tmp_path: Path) -> None:
+    environ = environment(tmp_path)
+    assert "There are no users yet" in run(environ, "user", "list").stdout
+    assert orjson.loads(run(environ, "user", "create", "--balance", "1", "--json").stdout)["balance"] == "1"
+    assert "All 13 invariants hold" in run(environ, "verify").stdout
+    assert "up to date" in run(environ, "migrate").stdout
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], check=False, capture_output=True, text=True).stdout
+    assert left == "", "the embedded PostgreSQL was left running"
+
+
+def test_broken_books_are_shown_and_exit_with_one(tmp_path: Path, postgres: str, database_url: str) -> None:
+    environ = environment(tmp_path, DATABASE_URL=database_url)
+    run(environ, "user", "create", "--balance", "5")
+    corrupt = "import asyncio, asyncpg, sys\n" + (
+        "async def main():\n"
+        "    connection = await asyncpg.connect(sys.argv[1])\n"
+        "    await connection.execute('UPDATE accounts SET balance_nano = balance_nano + 1')\n"
+        "asyncio.run(main())"
+    )
+
+    subprocess.run([sys.executable, "-c", corrupt, database_url], check=True)
+    proof = run(environ, "verify", check=False)
+    assert proof.returncode == 1
+    assert "2 of 13 invariants are broken." in proof.stdout
+    assert "balance_nano=5000000001" in proof.stdout

@@ -1,0 +1,112 @@
+"""The main job against a running gateway, by curl and by hand (contract A1, A2, C1, F1, F2, F5, F7, F9, F10; `make test-completion`)."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from tests.service import Service
+
+READMES = sorted(Path(__file__).parent.parent.glob("README*.md"))
+
+
+def examples(path: Path, language: str) -> list[str]:
+    return [block for block in re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL) if "localhost:3001" in block]
+
+
+def here(example: str, service: Service) -> str:
+    """The example, pointed at the running gateway and with a key that exists."""
+    return example.replace("http://localhost:3001", service.url).replace("sk-user-your-api-key", service.demo_key)
+
+
+def curl(command: str) -> str:
+    return subprocess.run(
+        ["sh", "-c", command.replace("curl ", "curl -sS ", 1)], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def balance(service: Service, user: int) -> Decimal:
+    return Decimal(service.command("user", "show", str(user))["balance"])
+
+
+def ask(service: Service, key: str, **members: object) -> str:
+    body = json.dumps({"messages": [{"role": "user", "content": "Привет!"}], **members})
+    return curl(
+        f"curl -N {service.url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"-H 'Authorization: Bearer {key}' -d {shlex.quote(body)}"
+    )
+
+
+def cost_of(document: str) -> Decimal:
+    return Decimal(re.findall(r'"cost":([^,}]+)', document)[-1])
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
+def test_the_curl_examples_of_the_readme_answer(service: Service, readme: Path) -> None:
+    plain, stream = examples(readme, "sh")
+    assert json.loads(curl(here(plain, service)))["choices"][0]["message"]["content"]
+    assert curl(here(stream, service)).endswith("data: [DONE]\n\n")
+
+
+def test_the_line_of_the_banner_answers(service: Service) -> None:
+    command = service.banner[service.banner.index("curl") : service.banner.index("Add ")]
+    assert json.loads(curl(command))["object"] == "chat.completion"
+    assert "SIMULATOR" in service.banner
+
+
+def test_the_balance_falls_by_exactly_cost_times_ninety(service: Service) -> None:
+    user = service.command("user", "create", "--balance", "100")
+    assert set(user) >= {"id", "apiKey", "balance"}
+    assert Decimal(str(user["balance"])) == 100
+    cost = cost_of(ask(service, user["apiKey"])) + cost_of(ask(service, user["apiKey"], stream=True))
+    assert cost > 0
+    assert balance(service, user["id"]) == 100 - cost * 90
+    entries = service.command("user", "ledger", str(user["id"]))
+    assert [entry["kind"] for entry in entries] == ["charge", "charge", "topup"]
+    assert sum(Decimal(entry["amount"]) for entry in entries) == 100 - cost * 90
+
+
+def test_each_request_has_its_two_lines_in_the_log(service: Service) -> None:
+    user = service.command("user", "create", "--balance", "5")
+    cost = cost_of(ask(service, user["apiKey"], model="anthropic/claude-3-haiku", max_tokens=5))
+    going_in, coming_out = service.lines_of(user["id"], 2)
+    assert list(going_in) == ["timestamp", "level", "message", "type", "model", "userId", "requestId", "stream", "messagesCount"]
+    assert going_in == going_in | {
+        "level": "info",
+        "message": "LLM Request: anthropic/claude-3-haiku",
+        "type": "llm",
+        "model": "anthropic/claude-3-haiku",
+        "stream": False,
+        "messagesCount": 1,
+    }
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", going_in["timestamp"])
+    assert coming_out["message"] == "LLM Response: anthropic/claude-3-haiku"
+    assert coming_out["requestId"] == going_in["requestId"]
+    assert (coming_out["outcome"], coming_out["completionTokens"], coming_out["cause"]) == ("settled", 5, None)
+    assert Decimal(coming_out["costRub"]) == cost * 90
+    assert coming_out["durationMs"] > 0
+
+
+def test_no_key_and_no_message_is_ever_logged(service: Service) -> None:
+    user = service.command("user", "create", "--balance", "0")
+    ask(service, user["apiKey"], messages=[{"role": "user", "content": "canary-7391"}])
+    ask(service, service.demo_key, messages=[{"role": "user", "content": "canary-7391 fault:cut=2"}], stream=True)
+    ask(service, service.demo_key + "x", messages="canary-7391")
+    service.lines_of(user["id"], 2)
+    text = json.dumps(service.log())
+    assert "insufficient_balance" in text
+    assert "canary" not in text
+    assert not re.search(r"sk-(user|or)-", text)
+
+
+def test_the_books_are_proven(service: Service) -> None:
+    proof = subprocess.run(
+        [sys.executable, "-m", "gptutor", "verify"], env=service.environ, check=False, capture_output=True, text=True
+    )
+    assert proof.returncode == 0
+    assert "All 13 invariants hold." in proof.stdout

@@ -1,0 +1,50 @@
+"""Files by day, retention, and one JSON line for each record (contract F1)."""
+
+import datetime
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from gptutor import logs
+from gptutor.logs import DailyFileHandler, logging_to
+
+
+def record(day: str, text: str = "x") -> logging.LogRecord:
+    made = logging.LogRecord("gptutor", logging.INFO, "", 0, text, (), None)
+    made.created = datetime.datetime.fromisoformat(f"{day}T12:00:00+00:00").timestamp()
+    return made
+
+
+def test_each_day_has_its_file_and_old_ones_go(tmp_path: Path) -> None:
+    for day in ("2020-01-01", "2099-01-30", "2099-01-31"):
+        (tmp_path / f"combined-{day}.log").write_text("old")
+    (tmp_path / "other.log").write_text("not ours")
+    handler = DailyFileHandler(tmp_path, retention_days=2)
+    handler.emit(record("2099-02-01", "first"))
+    handler.emit(record("2099-02-02", "second"))
+    handler.close()
+    assert (tmp_path / "combined-2099-02-01.log").read_text() == "first\n"
+    assert (tmp_path / "combined-2099-02-02.log").read_text() == "second\n"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "combined-2099-01-31.log", "combined-2099-02-01.log", "combined-2099-02-02.log", "other.log",
+    }  # fmt: skip
+
+
+def test_every_record_is_one_json_line_written_before_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_to(tmp_path, level="info", retention_days=1, stdout=True) as log:
+        log.http(method="GET", path="/", status=404, request_id="r\n1", duration_ms=2, code="not_found")
+        try:
+            raise ValueError("a\nb")
+        except ValueError:
+            logs.LOGGER.exception("It failed")
+        logging.getLogger("someone.else").info("not for us")
+        logs.LOGGER.debug("not at this level")
+    (path,) = tmp_path.glob("combined-*.log")
+    first, second = [json.loads(line) for line in path.read_text().splitlines()]
+    assert list(first)[:3] == ["timestamp", "level", "message"]
+    assert (first["message"], first["requestId"], first["code"]) == ("HTTP GET / 404", "r\n1", "not_found")
+    assert second["level"] == "error"
+    assert "ValueError: a\nb" in second["exc_info"]
+    assert capsys.readouterr().out == path.read_text()
