@@ -16,12 +16,13 @@ from rich.table import Table
 from gptutor import config, database
 from gptutor.config import Config, ConfigError
 from gptutor.database import Database
+from gptutor.listener import StartError
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles, roubles
 from gptutor.money.invariants import check, load_invariants
 from gptutor.money.ledger import AlreadyBooked, Entry, Ledger
 from gptutor.money.users import NoSuchUser, User, UserRepository
 from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import StartError, database_of, serve, simulated_openrouter
+from gptutor.serve import database_of, serve, simulated_openrouter
 
 app = typer.Typer(
     name="gptutor",

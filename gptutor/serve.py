@@ -17,6 +17,7 @@ from gptutor.app import build_app
 from gptutor.banner import banner
 from gptutor.config import Config, Server, kept_secret
 from gptutor.config import Simulator as SimulatorPlace
+from gptutor.listener import StartError, listening_on
 from gptutor.logs import logging_to
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.keys import parse_key
@@ -25,10 +26,6 @@ from gptutor.money.users import UserRepository
 from gptutor.openrouter.simulator.server import Simulator
 
 DEMO_ROUBLES = "100"
-
-
-class StartError(Exception):
-    """The service cannot start; the text is a sentence for the operator."""
 
 
 @contextmanager
@@ -93,7 +90,7 @@ async def listening(app: web.Application, server: Server) -> AsyncIterator[str]:
         auto_decompress=False,  # a compressed body is refused, unopened
         shutdown_timeout=server.shutdown_s / 2,  # aiohttp waits for it twice
     )
-    async with _site(runner, server.host, server.port) as url:
+    async with listening_on(runner, server.host, server.port) as url:
         yield url
 
 
@@ -101,23 +98,8 @@ async def listening(app: web.Application, server: Server) -> AsyncIterator[str]:
 async def simulated_openrouter(simulator: Simulator, place: SimulatorPlace) -> AsyncIterator[str]:
     """The simulator on its port; gives the base URL of its API. Raises StartError."""
     runner = web.AppRunner(simulator.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1)
-    async with _site(runner, place.host, place.port) as url:
+    async with listening_on(runner, place.host, place.port) as url:
         yield url + "/api/v1"
-
-
-@asynccontextmanager
-async def _site(runner: web.AppRunner, host: str, port: int) -> AsyncIterator[str]:
-    try:
-        try:
-            await runner.setup()
-            await web.TCPSite(runner, host, port, reuse_address=True).start()
-        except database.DatabaseUnavailable as error:
-            raise StartError(f"PostgreSQL does not answer at DATABASE_URL: {error.__cause__ or error}") from error
-        except OSError as error:
-            raise StartError(f"Cannot listen on {host}:{port}: {error.strerror}. Is something else running there?") from error
-        yield f"http://{'localhost' if host == '127.0.0.1' else host}:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 async def _prepare_database(config: Config, *, embedded: bool) -> None:

@@ -36,7 +36,7 @@ class Message(msgspec.Struct):
                 "items": {"type": "object", "required": ["type"], "properties": {"type": {"type": "string"}}},
             },
         ),
-    ] = Raw()
+    ] = msgspec.field(default_factory=Raw)
 
 
 class ChatRequest(msgspec.Struct):

@@ -65,20 +65,20 @@ def load_pages() -> Pages:
     }
 
 
-def read_page(text: str) -> Page:
-    markdown = MarkdownIt("commonmark", {"html": False, "typographer": False}).enable("table")
-    tokens = markdown.parse(text)
+def read_page(source: str) -> Page:
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = markdown.parse(source)
     title, headings = "", []
-    for opening, inline in zip(tokens, tokens[1:], strict=False):
-        if opening.type == "heading_open":
-            heading = Heading(anchor_of(inline), plain(inline))
-            opening.attrSet("id", heading.anchor)
-            if opening.tag == "h1":
-                title = heading.text
-            elif opening.tag == "h2":
-                headings.append(heading)
-        elif opening.type == "fence" and opening.info == DEFAULT_FILE.name:
-            opening.content = DEFAULT_FILE.read_text(encoding="utf-8")  # the file itself: settings are described once
+    for place, token in enumerate(tokens):
+        if token.type == "heading_open":
+            text = plain(tokens[place + 1])
+            token.attrSet("id", anchor_of(text))
+            if token.tag == "h1":
+                title = text
+            elif token.tag == "h2":
+                headings.append(Heading(anchor_of(text), text))
+        elif token.type == "fence" and token.info == DEFAULT_FILE.name:
+            token.content = DEFAULT_FILE.read_text(encoding="utf-8")  # the file itself: settings are described once
     return Page(title, tuple(headings), markdown.renderer.render(tokens, markdown.options, {}))
 
 
@@ -87,8 +87,8 @@ def plain(inline: Token) -> str:
     return "".join(child.content for child in inline.children or ())
 
 
-def anchor_of(inline: Token) -> str:
-    return re.sub(r"\W+", "-", plain(inline).lower()).strip("-")
+def anchor_of(text: str) -> str:
+    return re.sub(r"\W+", "-", text.lower()).strip("-")
 
 
 def render(pages: Pages, language: str, name: str) -> str:

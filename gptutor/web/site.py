@@ -13,6 +13,7 @@ from pathlib import Path
 from aiohttp import web
 
 from gptutor.config import Config
+from gptutor.listener import listening_on
 from gptutor.web.openapi import describe
 from gptutor.web.page import LANGUAGES, NAMES, load_pages, render
 
@@ -53,10 +54,8 @@ def build_site() -> web.Application:
 @asynccontextmanager
 async def documentation(config: Config) -> AsyncIterator[str]:
     """The site on its port; gives its address. Raises StartError."""
-    from gptutor.serve import _site  # imported only here: it brings the whole gateway with it, which the pages do not need
-
     runner = web.AppRunner(build_site(), access_log=None, shutdown_timeout=1)
-    async with _site(runner, config.docs.host, config.docs.port) as url:
+    async with listening_on(runner, config.docs.host, config.docs.port) as url:
         yield url
 
 
