@@ -1,5 +1,6 @@
 """The application: its rooms are wired here, and a request's way through them can be read in one place."""
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -7,24 +8,35 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from gptutor import database
 from gptutor.api import completions, health, middlewares, models
+from gptutor.api.event_stream import Patience
 from gptutor.api.exchange import Exchanges
 from gptutor.api.inflight import InFlight
 from gptutor.config import Config
-from gptutor.database import connected as database_connected
 from gptutor.logs import LoggerService
+from gptutor.money import journal
+from gptutor.money.journal import Journal, Leftover
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
+from gptutor.money.recovery import Recovery
 from gptutor.openrouter import catalogue, service
 
 LOGGER = logging.getLogger("gptutor.app")
 HOLD_SLACK_S = 60
-"""Beyond a request's own time limits: for looking its bill up and settling it."""
+"""Beyond a request's own time limits, for settling it; then recovery looks at its hold."""
+DATABASE_RETRY_S = 1.0
+ORPHANS_DRAIN_S = 5.0
+JOURNALS = "journal"
 
 CONFIG = web.AppKey("config", Config)
 LOG = web.AppKey("log", LoggerService)
 UPSTREAM = web.AppKey("upstream", service.OpenRouterService)
 CATALOGUE = web.AppKey("catalogue", catalogue.Catalogue)
+JOURNAL = web.AppKey("journal", Journal)
+LEFTOVERS = web.AppKey("leftovers", list[Leftover])
+RECOVERY = web.AppKey("recovery", Recovery)
+SECRET = web.AppKey("secret", bytes)
 IN_FLIGHT = web.AppKey("in_flight", InFlight)
 
 KEYED = frozenset({completions.complete})
@@ -46,10 +58,13 @@ def build_app(config: Config, *, log: LoggerService, secret: bytes) -> web.Appli
     app.on_response_prepare.append(middlewares.name_response)
     app[CONFIG] = config
     app[LOG] = log
+    app[SECRET] = secret
+    app[health.READINESS] = health.Readiness()
     app[completions.DEFAULT_MODEL] = config.openrouter.default_model
 
     # Entered in this order, left in the reverse: money under way is closed before the sessions and the pool that it needs.
-    app.cleanup_ctx.extend([database_context, upstream_context, exchanges_context(secret)])
+    app.cleanup_ctx.extend([journal_context, database_context, upstream_context, exchanges_context])
+    app.on_shutdown.append(close_the_door)
 
     app.add_routes(
         [
@@ -63,15 +78,23 @@ def build_app(config: Config, *, log: LoggerService, secret: bytes) -> web.Appli
     return app
 
 
+async def journal_context(app: web.Application) -> AsyncIterator[None]:
+    with journal.opened(app[CONFIG].paths.data / JOURNALS, bytes_max=app[CONFIG].recovery.journal_bytes_max) as (own, leftovers):
+        app[JOURNAL] = own
+        app[LEFTOVERS] = leftovers
+        yield
+
+
 async def database_context(app: web.Application) -> AsyncIterator[None]:
     limits = app[CONFIG].database
-    async with database_connected(
+    async with database.connected(
         limits.url,
+        connections_min=0,  # the service starts, and says so, before PostgreSQL answers
         connections_max=limits.connections_max,
         acquire_s=limits.acquire_s,
         statement_s=limits.statement_s,
-    ) as database:
-        app[health.DATABASE] = database
+    ) as connected:
+        app[health.DATABASE] = connected
         yield
 
 
@@ -101,41 +124,62 @@ async def upstream_context(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-def exchanges_context(secret: bytes):  # type: ignore[no-untyped-def] # aiohttp's own type for cleanup contexts is wider than it says
-    async def context(app: web.Application) -> AsyncIterator[None]:
-        config = app[CONFIG]
-        billing = config.billing
-        app[IN_FLIGHT] = InFlight()
-        app[completions.EXCHANGES] = Exchanges(
-            ledger=Ledger(
-                app[health.DATABASE],
-                rub_per_usd=billing.rub_per_usd,
-                hold_ttl_s=config.openrouter.total_s + config.relay.leaver_drain_s + config.relay.lookup_s + HOLD_SLACK_S,
-            ),
-            evaluate=LLMCostEvaluate(
-                rub_per_usd=billing.rub_per_usd,
-                balance_min_rub=billing.balance_min_rub,
-                margin=billing.margin,
-                output_tokens_typical=billing.output_tokens_typical,
-                output_tokens_min=billing.output_tokens_min,
-                reserve=billing.reserve,
-                hold_default_rub=billing.hold_default_rub,
-                media_tokens=billing.media_tokens,
-            ),
-            upstream=app[UPSTREAM],
-            catalogue=app[CATALOGUE],
-            log=app[LOG],
-            in_flight=app[IN_FLIGHT],
-            pseudonym_key=derived_key(secret, b"pseudonym"),
-            write_s=config.relay.write_s,
-            leaver_drain_s=config.relay.leaver_drain_s,
-            lookup_s=config.relay.lookup_s,
-        )
-        yield
-        if late := await app[IN_FLIGHT].drain(config.server.drain_s):
-            LOGGER.error("%d requests were cut off before their money was closed; their holds stay open", late)
+async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
+    config = app[CONFIG]
+    ledger = Ledger(
+        app[health.DATABASE],
+        app[JOURNAL],
+        rub_per_usd=config.billing.rub_per_usd,
+        hold_ttl_s=config.openrouter.total_s + config.relay.leaver_drain_s + HOLD_SLACK_S,
+    )
+    app[IN_FLIGHT] = InFlight()
+    app[completions.EXCHANGES] = Exchanges(
+        ledger=ledger,
+        evaluate=LLMCostEvaluate(**{name: getattr(config.billing, name) for name in config.billing.__struct_fields__}),
+        upstream=app[UPSTREAM],
+        catalogue=app[CATALOGUE],
+        log=app[LOG],
+        in_flight=app[IN_FLIGHT],
+        pseudonym_key=derived_key(app[SECRET], b"pseudonym"),
+        patience=Patience(**{name: getattr(config.relay, name) for name in config.relay.__struct_fields__}),
+    )
+    app[RECOVERY] = Recovery(
+        app[health.DATABASE],
+        ledger,
+        config.paths.data / JOURNALS,
+        app[UPSTREAM].cost_of,
+        poll_s=config.recovery.poll_s,
+        look_max_s=config.recovery.look_max_s,
+        give_up_s=config.recovery.give_up_s,
+    )
+    opening = asyncio.create_task(open_for_business(app), name="open for business")
+    yield
+    if late := await app[IN_FLIGHT].drain(config.server.drain_s):
+        LOGGER.error("%d requests were cut off before their money was closed; the journal has what is known of them", late)
+    opening.cancel()
+    await asyncio.gather(opening, return_exceptions=True)
+    await ledger.drain(ORPHANS_DRAIN_S)
 
-    return context
+
+async def open_for_business(app: web.Application) -> None:
+    """Waits for a migrated database, replays what dead processes left, opens the door, and goes on recovering."""
+    readiness = app[health.READINESS]
+    while readiness.obstacle is not None:
+        try:
+            if pending := await database.pending_migrations(app[CONFIG].database.url):
+                raise database.MigrationError(f"The database lacks {', '.join(pending)}: gptutor migrate")
+            for leftover in app[LEFTOVERS]:
+                await app[RECOVERY].replay(leftover)
+            readiness.obstacle = None
+        except (database.DatabaseUnavailable, database.DatabaseRefused, database.MigrationError) as error:
+            readiness.obstacle = str(error)
+            LOGGER.warning("Not ready yet: %s", error)
+            await asyncio.sleep(DATABASE_RETRY_S)
+    await app[RECOVERY].run()
+
+
+async def close_the_door(app: web.Application) -> None:
+    app[health.READINESS].obstacle = "the service is stopping"
 
 
 def derived_key(secret: bytes, purpose: bytes) -> bytes:

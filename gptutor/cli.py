@@ -18,8 +18,9 @@ from gptutor.config import Config, ConfigError
 from gptutor.database import Database
 from gptutor.listener import StartError
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles, roubles
+from gptutor.money.bookings import AlreadyBooked, Bookings, Entry
 from gptutor.money.invariants import check, load_invariants
-from gptutor.money.ledger import AlreadyBooked, Entry, Ledger
+from gptutor.money.journal import JournalError
 from gptutor.money.users import NoSuchUser, User, UserRepository
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import database_of, serve, simulated_openrouter
@@ -57,7 +58,7 @@ def main() -> None:
     """The entry point: an operator's mistake ends in a sentence and exit code 1, never in a traceback."""
     try:
         app()
-    except (ConfigError, StartError, InvalidAmount, database.MigrationError) as error:
+    except (ConfigError, StartError, InvalidAmount, JournalError, database.MigrationError, database.DatabaseRefused) as error:
         _fail(str(error))
     except NoSuchUser:
         _fail("There is no user with this id. `gptutor user list` shows them all.")
@@ -149,7 +150,7 @@ def user_create(
         users = UserRepository(books)
         user = await users.create(name)
         if amount:
-            user = await Ledger(books).book(user.account_id, "topup", amount, reason="initial balance")
+            user = await Bookings(books).book(user.account_id, "topup", amount, reason="initial balance")
         return user, await users.issue_key(user.account_id)
 
     user, key = _with_books(run)
@@ -212,7 +213,7 @@ def user_topup(user_id: UserId, amount: Roubles, reason: Reason = "", reference:
     nano = _positive(amount)
 
     async def run(books: Database) -> User:
-        return await Ledger(books).book(AccountId(user_id), "topup", nano, reason=reason, reference=reference)
+        return await Bookings(books).book(AccountId(user_id), "topup", nano, reason=reason, reference=reference)
 
     _show(_with_books(run), json)
 
@@ -249,7 +250,7 @@ def user_ledger(
 
     async def run(books: Database) -> list[Entry]:
         await UserRepository(books).find(AccountId(user_id))
-        return await Ledger(books).entries(AccountId(user_id), limit)
+        return await Bookings(books).entries(AccountId(user_id), limit)
 
     entries = _with_books(run)
     if json:

@@ -111,9 +111,17 @@ class Billing(Section, frozen=True):
 
 
 class Relay(Section, frozen=True):
+    buffer_bytes: Annotated[int, msgspec.Meta(ge=4096)] = 256 * 1024
     write_s: Seconds = 60
     leaver_drain_s: Seconds = 30
-    lookup_s: Seconds = 60
+    leaver_drain_bytes: Count = 1024 * 1024
+
+
+class Recovery(Section, frozen=True):
+    poll_s: Seconds = 1
+    look_max_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 600
+    give_up_s: Annotated[float, msgspec.Meta(gt=0, le=30 * 86_400)] = 86_400
+    journal_bytes_max: Annotated[int, msgspec.Meta(ge=1 << 20)] = 1 << 30
 
 
 class Security(Section, frozen=True):
@@ -140,6 +148,7 @@ class Config(Section, frozen=True):
     openrouter: OpenRouter = OpenRouter()
     billing: Billing = Billing()
     relay: Relay = Relay()
+    recovery: Recovery = Recovery()
     security: Security = Security()
     simulator: Simulator = Simulator()
     docs: Docs = Docs()

@@ -3,7 +3,10 @@
 This is the rim at which asyncpg's exceptions become ours; nothing above it sees one.
 """
 
+import asyncio
 import hashlib
+import itertools
+import random
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -14,6 +17,7 @@ from typing import Any
 import asyncpg
 
 SQL = Path(__file__).parent / "sql"
+ATTEMPTS_MAX = 8
 NAME_LINE = re.compile(r"^-- name: ([a-z_]+)\n", re.MULTILINE)
 
 Row = asyncpg.Record
@@ -21,6 +25,14 @@ Row = asyncpg.Record
 
 class DatabaseUnavailable(Exception):
     """PostgreSQL did not answer in time, or not at all. The statement may or may not have been carried out."""
+
+
+class TransactionLost(DatabaseUnavailable):
+    """A deadlock or a serialisation failure: the statement was certainly not carried out, and may be repeated."""
+
+
+class DatabaseRefused(Exception):
+    """PostgreSQL answers, and lets us not in; the text is its own sentence."""
 
 
 class ConstraintViolated(Exception):
@@ -51,21 +63,29 @@ STATEMENTS = load_statements()
 
 
 class Database:
-    """A pool, and statements by name. Raises DatabaseUnavailable and ConstraintViolated, nothing of asyncpg's."""
+    """A pool, and statements by name. Raises DatabaseUnavailable, DatabaseRefused and ConstraintViolated, nothing of
+    asyncpg's."""
 
     def __init__(self, pool: asyncpg.Pool, *, acquire_s: float) -> None:
         self._pool = pool
         self._acquire_s = acquire_s
 
     async def fetch(self, statement: str, *arguments: Any) -> list[Row]:
-        with translated():
-            async with self._pool.acquire(timeout=self._acquire_s) as connection:
-                return await connection.fetch(STATEMENTS[statement], *arguments)
+        for attempt in itertools.count(1):
+            try:
+                with translated():
+                    async with self._pool.acquire(timeout=self._acquire_s) as connection:
+                        return await connection.fetch(STATEMENTS[statement], *arguments)
+            except TransactionLost:
+                if attempt == ATTEMPTS_MAX:
+                    raise
+                await asyncio.sleep(random.uniform(0, 0.01 * 2**attempt))  # noqa: S311 - jitter
+        raise AssertionError("unreachable")
 
     async def fetchrow(self, statement: str, *arguments: Any) -> Row | None:
-        with translated():
-            async with self._pool.acquire(timeout=self._acquire_s) as connection:
-                return await connection.fetchrow(STATEMENTS[statement], *arguments)
+        """The first row, of statements that return at most one."""
+        rows = await self.fetch(statement, *arguments)
+        return rows[0] if rows else None
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Any]:
@@ -84,11 +104,15 @@ def translated() -> Iterator[None]:
         yield
     except asyncpg.IntegrityConstraintViolationError as error:
         raise ConstraintViolated(error.constraint_name or "") from error
+    except asyncpg.TransactionRollbackError as error:
+        raise TransactionLost(type(error).__name__) from error
+    except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
+        raise DatabaseRefused(f"PostgreSQL refuses DATABASE_URL: {error}") from error
     except UNAVAILABLE as error:
         raise DatabaseUnavailable(type(error).__name__) from error
 
 
-# asyncio.TimeoutError is the builtin one, and would otherwise look like a slow upstream.
+# TimeoutError is the builtin one, and would otherwise look like a slow upstream.
 UNAVAILABLE = (
     OSError,
     TimeoutError,
@@ -98,19 +122,21 @@ UNAVAILABLE = (
     asyncpg.OperatorInterventionError,
     asyncpg.LockNotAvailableError,
     asyncpg.ReadOnlySQLTransactionError,
-    asyncpg.TransactionRollbackError,
 )
 
 
 @asynccontextmanager
 async def connected(
-    url: str, *, connections_max: int = 2, acquire_s: float = 10, statement_s: float = 60
+    url: str, *, connections_min: int = 1, connections_max: int = 2, acquire_s: float = 10, statement_s: float = 60
 ) -> AsyncIterator[Database]:
-    """Opens a pool on `url` and closes it at the end. Raises DatabaseUnavailable."""
+    """Opens a pool on `url` and closes it at the end. With `connections_min` 0 it opens even where nothing answers yet.
+
+    Raises DatabaseUnavailable, DatabaseRefused.
+    """
     with translated():
         pool = await asyncpg.create_pool(
             url,
-            min_size=1,
+            min_size=connections_min,
             max_size=connections_max,
             timeout=acquire_s,
             command_timeout=statement_s + 1,  # the server's own limit should speak first: it says why

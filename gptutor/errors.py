@@ -33,6 +33,8 @@ KINDS: dict[str, Kind] = {
     # the caller
     "invalid_key": Kind(401, "Invalid API key or inactive user", {"WWW-Authenticate": "Bearer"}),
     "insufficient_balance": Kind(402, "Insufficient balance", DO_NOT_RETRY),
+    "repeated_request": Kind(409, "A request with this Idempotency-Key was made before", DO_NOT_RETRY),
+    "mismatched_request": Kind(422, "This Idempotency-Key was used for a different request", DO_NOT_RETRY),
     "moderated": Kind(403, "OpenRouter's moderation refused the request"),
     "rate_limited_upstream": Kind(429, "The model is overloaded, try again later", {"Retry-After": "5"}),
     # the route
@@ -47,7 +49,8 @@ KINDS: dict[str, Kind] = {
     "upstream_outcome_unknown": Kind(500, "Internal server error", DO_NOT_RETRY),
     "upstream_timeout": Kind(504, "OpenRouter did not answer in time", DO_NOT_RETRY),
     "database_unavailable": Kind(503, "Service temporarily unavailable", SOON),
-    "shutting_down": Kind(503, "Service is restarting", SOON),
+    "not_ready": Kind(503, "Service is starting or stopping", SOON),
+    "journal_unavailable": Kind(503, "Service temporarily unavailable", SOON),
 }
 
 

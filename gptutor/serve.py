@@ -20,8 +20,8 @@ from gptutor.config import Simulator as SimulatorPlace
 from gptutor.listener import StartError, listening_on
 from gptutor.logs import logging_to
 from gptutor.money.amounts import parse_roubles
+from gptutor.money.bookings import Bookings
 from gptutor.money.keys import parse_key
-from gptutor.money.ledger import Ledger
 from gptutor.money.users import UserRepository
 from gptutor.openrouter.simulator.server import Simulator
 
@@ -103,15 +103,16 @@ async def simulated_openrouter(simulator: Simulator, place: SimulatorPlace) -> A
 
 
 async def _prepare_database(config: Config, *, embedded: bool) -> None:
+    """The embedded database is brought up to date; one's own must be. If it does not answer yet, the service waits for it."""
     try:
         if embedded:
             await database.migrate(config.database.url)
         elif pending := await database.pending_migrations(config.database.url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
     except database.DatabaseUnavailable as error:
-        raise StartError(f"PostgreSQL does not answer at DATABASE_URL: {error.__cause__ or error}") from error
-    except database.MigrationError as error:
-        raise StartError(str(error)) from error
+        if embedded:
+            raise
+        print(f"PostgreSQL does not answer at DATABASE_URL yet ({error.__cause__ or error}): waiting for it.", flush=True)
 
 
 async def demo_user(config: Config) -> str:
@@ -125,6 +126,6 @@ async def demo_user(config: Config) -> str:
                 return key
             path.unlink()
         user = await users.create("demo")
-        await Ledger(connected).book(user.account_id, "bonus", parse_roubles(DEMO_ROUBLES), reason="demo")
+        await Bookings(connected).book(user.account_id, "bonus", parse_roubles(DEMO_ROUBLES), reason="demo")
         key = await users.issue_key(user.account_id, "demo")
         return kept_secret(path, lambda: key)

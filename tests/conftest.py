@@ -16,11 +16,12 @@ from hypothesis import settings as hypothesis_settings
 
 from gptutor import config as settings
 from gptutor import database
+from gptutor.api.health import READINESS
 from gptutor.app import IN_FLIGHT, build_app
 from gptutor.embedded import embedded_postgres
 from gptutor.logs import LoggerService
 from gptutor.money.amounts import AccountId, parse_roubles, roubles
-from gptutor.money.ledger import Ledger
+from gptutor.money.bookings import Bookings
 from gptutor.money.users import User, UserRepository
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening, simulated_openrouter
@@ -97,7 +98,7 @@ async def make_caller(books: database.Database, balance: str) -> Caller:
     users = UserRepository(books)
     user = await users.create()
     if Decimal(balance):
-        await Ledger(books).book(user.account_id, "topup", parse_roubles(balance))
+        await Bookings(books).book(user.account_id, "topup", parse_roubles(balance))
     return Caller(await users.issue_key(user.account_id), user.account_id, books)
 
 
@@ -132,6 +133,18 @@ class Gateway:
             while len(self.app[IN_FLIGHT]):
                 await asyncio.sleep(0.005)
 
+    async def recovered(self, caller: Caller) -> None:
+        """Waits until recovery has closed all that the caller's requests left open."""
+        await self.idle()
+        async with asyncio.timeout(20):
+            while await caller.held():
+                await asyncio.sleep(0.02)
+
+    async def ready(self) -> None:
+        async with asyncio.timeout(20):
+            while self.app[READINESS].obstacle is not None:
+                await asyncio.sleep(0.005)
+
     def billed_usd(self) -> Decimal:
         return self.simulator.books.total_usd()
 
@@ -142,6 +155,20 @@ def tuned() -> dict[str, Any]:
     return {}
 
 
+def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[str, Any] | None = None) -> settings.Config:
+    """The settings of a gateway under test: all defaults, but for its ends, its patience at the end, and what a test tunes."""
+    changed = tuned or {}
+    return settings.Config(
+        server=settings.Server(port=0, shutdown_s=1, drain_s=5),
+        paths=settings.Paths(data=directory / "var", logs=directory / "logs"),
+        database=settings.Database(url=database_url),
+        openrouter=settings.OpenRouter(base_url=base_url, api_key="sk-or-test", **changed.get("openrouter", {})),
+        billing=settings.Billing(**changed.get("billing", {})),
+        relay=settings.Relay(**changed.get("relay", {})),
+        recovery=settings.Recovery(**{"poll_s": 0.05, **changed.get("recovery", {})}),
+    )
+
+
 @pytest.fixture
 async def simulator() -> Simulator:
     return Simulator()
@@ -149,19 +176,15 @@ async def simulator() -> Simulator:
 
 @pytest.fixture
 async def gateway(
-    database_url: str, books: database.Database, simulator: Simulator, tuned: dict[str, Any]
+    database_url: str, books: database.Database, simulator: Simulator, tuned: dict[str, Any], tmp_path: Path
 ) -> AsyncIterator[Gateway]:
     async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url:
-        config = settings.Config(
-            server=settings.Server(port=0, shutdown_s=1, drain_s=5),
-            database=settings.Database(url=database_url),
-            openrouter=settings.OpenRouter(base_url=base_url, api_key="sk-or-test", **tuned.get("openrouter", {})),
-            billing=settings.Billing(**tuned.get("billing", {})),
-            relay=settings.Relay(**tuned.get("relay", {})),
-        )
+        config = config_for(database_url, base_url, tmp_path, tuned)
         app = build_app(config, log=LoggerService(), secret=SECRET)
         async with listening(app, config.server) as url, aiohttp.ClientSession(auto_decompress=False) as session:
-            yield Gateway(url, app, simulator, books, session)
+            running = Gateway(url, app, simulator, books, session)
+            await running.ready()
+            yield running
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,7 @@ def test_a_wrong_setting_or_a_silent_database_is_one_sentence(service: Service) 
         "DATABASE_URL": "postgresql://nobody:secret@127.0.0.1:1/none",
         "GPTUTOR_SECRET_KEY": "A" * 43 + "=",
     }
-    for command in (("serve",), ("migrate",), ("user", "list"), ("verify",)):
+    for command in (("migrate",), ("user", "list"), ("verify",)):
         sentence = refused(away, *command)
         assert "PostgreSQL does not answer" in sentence
         assert "secret" not in sentence

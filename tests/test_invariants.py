@@ -5,9 +5,8 @@ import pytest
 
 from gptutor.database import Database
 from gptutor.money.invariants import check, load_invariants
-from gptutor.money.ledger import Ledger
 from tests.conftest import make_caller
-from tests.test_ledger import hold, settlement
+from tests.test_ledger import hold, ledger_of, release, settlement
 
 # Which law a corruption breaks, besides others that it may break as well. Run with triggers and constraints asleep.
 CORRUPTIONS = {
@@ -23,7 +22,7 @@ CORRUPTIONS = {
         " SELECT account_id, gen_random_uuid(), kind, amount_nano, contra, generation_id, cost_usd, rub_per_usd"
         " FROM ledger WHERE kind = 'charge'"
     ),
-    "09_open_hold_is_within_its_time": "UPDATE holds SET expires_at = now() - interval '3 minutes' WHERE state = 'open'",
+    "09_open_hold_is_within_its_time": "UPDATE holds SET due_at = now() - interval '3 minutes' WHERE state = 'open'",
     "10_evidence_comes_within_a_day": "UPDATE holds SET created_at = now() - interval '25 hours' WHERE state = 'open'",
     "11_reference_is_booked_once": (
         "INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reference)"
@@ -40,9 +39,9 @@ async def broken(books: Database) -> set[str]:
 
 async def healthy(books: Database) -> None:
     caller = await make_caller(books, "100")
-    ledger = Ledger(books)
-    await ledger.settle_holds([settlement(await hold(books, caller, "5"), "0.01")])
-    await ledger.release_holds([await hold(books, caller, "5")])
+    ledger = ledger_of(books)
+    await ledger.settle(settlement(await hold(books, caller, "5"), "0.01"))
+    await ledger.release(release(await hold(books, caller, "5")))
     await hold(books, caller, "5")
 
 

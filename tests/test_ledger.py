@@ -2,7 +2,9 @@
 auth-4, auth-5, auth-7, auth-8)."""
 
 import asyncio
+import tempfile
 from decimal import Decimal
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -12,9 +14,20 @@ from hypothesis import strategies as st
 from gptutor import database
 from gptutor.database import ConstraintViolated, Database
 from gptutor.money.amounts import AccountId, Nano, parse_roubles, roubles
+from gptutor.money.bookings import AlreadyBooked, Bookings
+from gptutor.money.holds import (
+    Hold,
+    HoldRequest,
+    InsufficientFunds,
+    Release,
+    Settlement,
+    UnknownKey,
+    new_id,
+)
 from gptutor.money.invariants import check
+from gptutor.money.journal import Journal
 from gptutor.money.keys import KeyClaim, make_key, parse_key
-from gptutor.money.ledger import AlreadyBooked, Hold, InsufficientFunds, Ledger, Settlement, UnknownKey, new_id
+from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
 from gptutor.money.users import NoSuchUser, UserRepository
 from tests.conftest import Caller, make_caller
@@ -28,13 +41,18 @@ def claim(caller: Caller) -> KeyClaim:
     return read
 
 
-def ledger_of(books: Database) -> Ledger:
-    return Ledger(books, rub_per_usd=RATE, hold_ttl_s=60)
+def ledger_of(books: Database, journal: Journal | None = None) -> Ledger:
+    journal = journal or Journal(Path(tempfile.mkdtemp()), 1 << 20, 1 << 30)
+    return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60)
 
 
-async def hold(books: Database, caller: Caller, most: str, least: str | None = None) -> Hold:
+async def hold(books: Database, caller: Caller, most: str, least: str | None = None, ledger: Ledger | None = None) -> Hold:
     ceiling = Ceiling(most=parse_roubles(most), least=parse_roubles(least or most))
-    return await ledger_of(books).hold_funds(claim(caller), new_id(), ceiling, model="a/b", request_id="r")
+    return await (ledger or ledger_of(books)).hold_funds(HoldRequest(claim(caller), new_id(), ceiling, "a/b", "r"))
+
+
+def release(of: Hold) -> Release:
+    return Release(of.account_id, of.hold_id)
 
 
 def settlement(of: Hold, cost: str) -> Settlement:
@@ -52,9 +70,9 @@ async def test_a_hold_reserves_and_a_settlement_charges(books: Database) -> None
     assert (held.amount, held.available_before) == (parse_roubles("30"), parse_roubles("100"))
     assert (await caller.balance(), await caller.held()) == (100, 30)
 
-    assert await ledger_of(books).settle_holds([settlement(held, "0.1")]) == {held.hold_id: "settled"}
+    assert await ledger_of(books).settle(settlement(held, "0.1")) == "settled"
     assert (await caller.balance(), await caller.held()) == (91, 0)
-    entry, _ = await ledger_of(books).entries(caller.account_id, 10)
+    entry, _ = await Bookings(books).entries(caller.account_id, 10)
     assert (entry.entry_id, entry.kind, roubles(entry.amount)) == (held.hold_id, "charge", "-9")
     assert (entry.cost_usd, entry.rub_per_usd, entry.model, entry.contra) == (Decimal("0.1"), RATE, "a/b", "revenue")
     await assert_books_hold(books)
@@ -96,9 +114,9 @@ async def test_settling_is_idempotent_and_one_item_never_spoils_another(books: D
     unknown = Hold(other.account_id, new_id(), Nano(1), Nano(1))
     ledger = ledger_of(books)
     batch = [settlement(first, "0.01"), settlement(first, "0.01"), settlement(unknown, "0.01"), settlement(second, "0.02")]
-    assert await ledger.settle_holds(batch) == {first.hold_id: "settled", unknown.hold_id: "no_hold", second.hold_id: "settled"}
-    assert await ledger.settle_holds(batch[:2]) == {first.hold_id: "already"}
-    await ledger.release_holds([first, second])  # too late: nothing changes
+    assert await ledger._settle_batch(batch) == ["settled", "settled", "no_hold", "settled"]
+    assert await ledger._settle_batch(batch[:2]) == ["already", "already"]
+    await asyncio.gather(ledger.release(release(first)), ledger.release(release(second)))  # too late: nothing changes
     assert (await caller.balance(), await other.balance()) == (Decimal("99.1"), Decimal("98.2"))
     await assert_books_hold(books)
 
@@ -106,8 +124,8 @@ async def test_settling_is_idempotent_and_one_item_never_spoils_another(books: D
 async def test_a_settlement_races_with_itself_and_books_once(books: Database) -> None:
     caller = await make_caller(books, "100")
     held = await hold(books, caller, "5")
-    outcomes = await asyncio.gather(*(ledger_of(books).settle_holds([settlement(held, "0.01")]) for _ in range(16)))
-    assert sorted(outcome[held.hold_id] for outcome in outcomes) == ["already"] * 15 + ["settled"]
+    outcomes = await asyncio.gather(*(ledger_of(books).settle(settlement(held, "0.01")) for _ in range(16)))
+    assert sorted(outcomes) == ["already"] * 15 + ["settled"]
     assert await caller.balance() == Decimal("99.1")
     await assert_books_hold(books)
 
@@ -116,10 +134,10 @@ async def test_a_release_charges_nothing_and_late_evidence_still_charges_once(bo
     caller = await make_caller(books, "100")
     held = await hold(books, caller, "5")
     ledger = ledger_of(books)
-    await asyncio.gather(*(ledger.release_holds([held]) for _ in range(4)))
+    await asyncio.gather(*(ledger.release(release(held)) for _ in range(4)))
     assert (await caller.balance(), await caller.held()) == (100, 0)
-    assert await ledger.settle_holds([settlement(held, "0.01")]) == {held.hold_id: "settled_late"}
-    assert await ledger.settle_holds([settlement(held, "0.01")]) == {held.hold_id: "already"}
+    assert await ledger.settle(settlement(held, "0.01")) == "settled_late"
+    assert await ledger.settle(settlement(held, "0.01")) == "already"
     assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
     await assert_books_hold(books)
 
@@ -127,7 +145,7 @@ async def test_a_release_charges_nothing_and_late_evidence_still_charges_once(bo
 async def test_a_cost_above_the_hold_is_charged_in_full(books: Database) -> None:
     caller = await make_caller(books, "2")
     held = await hold(books, caller, "2")
-    await ledger_of(books).settle_holds([settlement(held, "0.1")])
+    await ledger_of(books).settle(settlement(held, "0.1"))
     assert await caller.balance() == -7
     with pytest.raises(InsufficientFunds):
         await hold(books, caller, "0.01")
@@ -136,8 +154,8 @@ async def test_a_cost_above_the_hold_is_charged_in_full(books: Database) -> None
 
 async def test_a_free_request_is_an_entry_of_nothing(books: Database) -> None:
     caller = await make_caller(books, "2")
-    await ledger_of(books).settle_holds([settlement(await hold(books, caller, "0", "1"), "0")])
-    assert roubles((await ledger_of(books).entries(caller.account_id, 1))[0].amount) == "0"
+    await ledger_of(books).settle(settlement(await hold(books, caller, "0", "1"), "0"))
+    assert roubles((await Bookings(books).entries(caller.account_id, 1))[0].amount) == "0"
     await assert_books_hold(books)
 
 
@@ -149,7 +167,7 @@ async def test_unknown_revoked_foreign_and_inactive_keys_cannot_be_told_apart(bo
 
     async def refused(wrong: KeyClaim) -> None:
         with pytest.raises(UnknownKey):
-            await ledger_of(books).hold_funds(wrong, new_id(), ceiling, model="m", request_id="r")
+            await ledger_of(books).hold_funds(HoldRequest(wrong, new_id(), ceiling, "m", "r"))
 
     await refused(KeyClaim(AccountId(10**12), own.key_hash))
     await refused(KeyClaim(other.account_id, own.key_hash))
@@ -171,7 +189,7 @@ async def test_unknown_revoked_foreign_and_inactive_keys_cannot_be_told_apart(bo
 
 async def test_a_payment_is_booked_once_under_its_reference(books: Database) -> None:
     caller = await make_caller(books, "0")
-    ledger = ledger_of(books)
+    ledger = Bookings(books)
     results = await asyncio.gather(
         *(ledger.book(caller.account_id, "topup", parse_roubles("50"), reference="pay-1") for _ in range(8)),
         return_exceptions=True,
@@ -196,7 +214,7 @@ async def test_a_payment_is_booked_once_under_its_reference(books: Database) -> 
 async def test_the_database_refuses_a_booking_that_makes_no_sense(books: Database, kind: str, amount: int, law: str) -> None:
     caller = await make_caller(books, "0")
     with pytest.raises(ConstraintViolated, match=law):
-        await ledger_of(books).book(caller.account_id, kind, Nano(amount))  # type: ignore[arg-type]
+        await Bookings(books).book(caller.account_id, kind, Nano(amount))  # type: ignore[arg-type]
     assert await caller.balance() == 0
 
 
@@ -242,7 +260,7 @@ async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
         for kind, *numbers in history:
             if kind == "hold":
                 try:
-                    holds.append(await hold(books, caller, str(numbers[0])))
+                    holds.append(await hold(books, caller, str(numbers[0]), ledger=ledger))
                     granted = True
                 except InsufficientFunds:
                     granted = False
@@ -250,15 +268,15 @@ async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
                 if granted:
                     open_holds[holds[-1].hold_id] = Decimal(numbers[0])
             elif kind == "topup":
-                await ledger.book(caller.account_id, "topup", parse_roubles(str(numbers[0])))
+                await Bookings(books).book(caller.account_id, "topup", parse_roubles(str(numbers[0])))
                 balance += numbers[0]
             elif numbers[0] < len(holds):
                 which = holds[numbers[0]]
                 if kind == "release":
-                    await ledger.release_holds([which])
+                    await ledger.release(release(which))
                 else:
                     cost = Decimal(numbers[1]) / 100
-                    outcome = (await ledger.settle_holds([settlement(which, str(cost))]))[which.hold_id]
+                    outcome = await ledger.settle(settlement(which, str(cost)))
                     assert (outcome == "already") == (which.hold_id in closed)
                     if which.hold_id not in closed:
                         balance -= cost * RATE

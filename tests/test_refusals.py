@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gptutor.api.completions import EXCHANGES
+from gptutor.api.health import DATABASE
 from gptutor.app import CATALOGUE
 from gptutor.database import DatabaseUnavailable
 from gptutor.errors import KINDS
@@ -247,8 +247,7 @@ async def test_without_the_database_nothing_is_bought(gateway: Gateway, monkeypa
     async def away(*_: Any, **__: Any) -> None:
         raise DatabaseUnavailable("ConnectionRefusedError")
 
-    ledger = gateway.app[EXCHANGES].ledger
-    monkeypatch.setattr(type(ledger), "hold_funds", away)
+    monkeypatch.setattr(gateway.app[DATABASE], "fetch", away)
     assert (await send(gateway, json=ASK, headers=caller.headers))[:2] == (503, "database_unavailable")
     assert send.headers["Retry-After"] == "1"  # type: ignore[attr-defined]
     await assert_nothing_happened(gateway)

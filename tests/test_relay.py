@@ -6,30 +6,31 @@ import json
 import re
 from collections.abc import AsyncIterator
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-from gptutor import config as settings
 from gptutor.app import build_app
 from gptutor.logs import LoggerService
+from gptutor.money.bookings import Bookings
 from gptutor.money.invariants import check
-from gptutor.money.ledger import Ledger
 from gptutor.serve import listening
-from tests.conftest import SECRET, Caller, Gateway
+from tests.conftest import SECRET, Caller, Gateway, config_for
 
 MODEL = "google/gemini-2.5-flash-lite"
 
 
 async def charged_usd(gateway: Gateway, caller: Caller) -> Decimal:
-    entries = await Ledger(gateway.books).entries(caller.account_id, 1000)
+    entries = await Bookings(gateway.books).entries(caller.account_id, 1000)
     return sum((entry.cost_usd for entry in entries if entry.cost_usd is not None), Decimal(0))
 
 
 async def assert_books_agree(gateway: Gateway, caller: Caller, balance: str = "100") -> None:
     """Our books, the simulator's bill and all laws agree, and nothing is held."""
+    await gateway.recovered(caller)
     assert await charged_usd(gateway, caller) == gateway.billed_usd()
     assert await caller.balance() == Decimal(balance) - gateway.billed_usd() * 90
     assert await caller.held() == 0
@@ -215,7 +216,7 @@ async def test_what_reaches_openrouter_is_what_the_caller_sent_and_nothing_of_wh
 
 
 @pytest.fixture
-async def scripted(database_url: str, gateway: Gateway, aiohttp_server: Any) -> AsyncIterator[Any]:
+async def scripted(database_url: str, gateway: Gateway, aiohttp_server: Any, tmp_path: Path) -> AsyncIterator[Any]:
     """A gateway whose OpenRouter is a function of the test's; gives (set the function, the gateway)."""
     plays: list[Any] = []
 
@@ -230,15 +231,12 @@ async def scripted(database_url: str, gateway: Gateway, aiohttp_server: Any) -> 
     app = web.Application()
     app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])
     server = await aiohttp_server(app)
-    config = settings.Config(
-        server=settings.Server(port=0, shutdown_s=1, drain_s=5),
-        database=settings.Database(url=database_url),
-        openrouter=settings.OpenRouter(base_url=str(server.make_url("/")), api_key="sk-or-test"),
-        relay=settings.Relay(lookup_s=0.1),
-    )
+    config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted")
     own = build_app(config, log=LoggerService(), secret=SECRET)
     async with listening(own, config.server) as url:
-        yield plays, Gateway(url, own, gateway.simulator, gateway.books, gateway.session)
+        running = Gateway(url, own, gateway.simulator, gateway.books, gateway.session)
+        await running.ready()
+        yield plays, running
 
 
 ODD_STREAMS = [

@@ -1,22 +1,30 @@
 """`POST /v1/chat/completions`: the ask is read and checked here; `exchange.py` does the rest."""
 
+import hashlib
+import re
+
 from aiohttp import web
 
 from gptutor.api.ask import read_ask
-from gptutor.api.exchange import Exchanges
+from gptutor.api.exchange import Exchanges, Order
+from gptutor.api.health import READINESS
 from gptutor.api.middlewares import CLAIM, LOGGED, REQUEST_ID
 from gptutor.errors import Refusal
 
 EXCHANGES = web.AppKey("exchanges", Exchanges)
 DEFAULT_MODEL = web.AppKey("default_model", str)
+IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
-    if request.content_type not in (
-        "application/json",
-        "application/octet-stream",
-    ):  # the latter stands for a missing header
+    if request.content_type not in ("application/json", "application/octet-stream"):  # the latter stands for a missing header
         raise Refusal("unsupported_media_type")
-    ask = read_ask(await request.read(), default_model=request.app[DEFAULT_MODEL])
+    body = await request.read()
+    ask = read_ask(body, default_model=request.app[DEFAULT_MODEL])
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
+        raise Refusal("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
+    request.app[READINESS].require()
     request[LOGGED] = True
-    return await request.app[EXCHANGES].begin(request, request[REQUEST_ID], request[CLAIM], ask)
+    body_hash = hashlib.sha256(body).digest() if key is not None else None
+    return await request.app[EXCHANGES].begin(request, Order(request[REQUEST_ID], request[CLAIM], ask, key, body_hash))

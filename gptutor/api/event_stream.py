@@ -2,9 +2,21 @@
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from aiohttp import web
 from aiohttp_sse import EventSourceResponse
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long, and for how much, a caller is waited for; the names are those of `config.yaml`, section `relay`."""
+
+    buffer_bytes: int
+    write_s: float
+    leaver_drain_s: float
+    leaver_drain_bytes: int
+
 
 # A caller who left shows as one of these. ClientConnectionResetError is an aiohttp ClientError as well:
 # caught here, it can never be taken for a failure of OpenRouter's.
@@ -12,41 +24,49 @@ LEFT = (ConnectionError, TimeoutError, RuntimeError)
 
 
 class EventStream:
-    """Headers go out with the first bytes, so that until then a refusal is still possible."""
+    """Headers go out with the first bytes, so that until then a refusal is still possible.
+
+    The socket's own buffer is the queue between upstream and the caller: up to `buffer_bytes` he may lag without anybody waiting.
+    Beyond that upstream waits for him, for `write_s` seconds in all; a caller who wants more patience than that is dropped, so
+    that nobody can keep a bill from being seen, or memory from being freed.
+    """
 
     def __init__(
-        self,
-        request: web.Request,
-        answer: asyncio.Future[web.StreamResponse],
-        headers: Mapping[str, str],
-        write_s: float,
+        self, request: web.Request, answer: asyncio.Future[web.StreamResponse], headers: Mapping[str, str], patience: Patience
     ) -> None:
         # Its pings would fall into the middle of events, so they are put off for ever; `send_timeout` lets the kernel give up
         # on a peer that acknowledges nothing.
         self.response = EventSourceResponse(
-            headers=headers, allow_all_methods=True, ping_interval=float("inf"), send_timeout=write_s
+            headers=headers, allow_all_methods=True, ping_interval=float("inf"), send_timeout=patience.write_s
         )
         self._request = request
         self._answer = answer
-        self._write_s = write_s
+        self._patience = patience
+        self._waits_s = patience.write_s
         self._gone = False
+        self._unheard_bytes = 0
 
-    async def write(self, chunk: bytes) -> None:
-        """Passes bytes on; waits where the caller reads slowly, and gives up on one who reads nothing for `write_s`."""
+    async def write(self, chunk: bytes) -> bool:
+        """Passes bytes on. False: the caller is gone, and more has been read for his bill than is worth while."""
         if self._gone or self._answer.cancelled():
-            return
+            self._unheard_bytes += len(chunk)
+            return self._unheard_bytes <= self._patience.leaver_drain_bytes
+        clock = asyncio.get_running_loop().time
+        began = clock()
         try:
-            async with asyncio.timeout(self._write_s):
+            async with asyncio.timeout(self._waits_s):
                 await self._prepare()
                 await self.response.write(chunk)
         except LEFT:
             self._leave()
+        self._waits_s = max(0.0, self._waits_s - (clock() - began))
+        return True
 
     async def finish(self) -> None:
         """The end of the body, as HTTP says it."""
         if not self._gone and not self._answer.cancelled():
             try:
-                async with asyncio.timeout(self._write_s):
+                async with asyncio.timeout(self._patience.write_s):
                     await self._prepare()
                     await self.response.write_eof()
             except LEFT:
@@ -56,8 +76,9 @@ class EventStream:
 
     async def _prepare(self) -> None:
         if not self.response.prepared:
-            if self._request.transport is None:
+            if (transport := self._request.transport) is None:
                 raise ConnectionResetError
+            transport.set_write_buffer_limits(high=self._patience.buffer_bytes)
             await self.response.prepare(self._request)
 
     def _leave(self) -> None:

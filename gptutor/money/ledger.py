@@ -1,106 +1,150 @@
-"""The ledger's doors: hold → settle | release, and the bookings of people.
+"""The ledger of requests: hold → settle | release | hand over. Batched, journalled, idempotent.
 
 A hold is committed before anything is bought, and closed once: by a settlement with the exact charge, or by a release where
-nothing was bought. Both are idempotent by the hold's id, so that repeating them after a lost acknowledgement is always safe.
+nothing was bought. What this process cannot find out itself it hands over to recovery. Closing is idempotent by the hold's
+id, so it is repeated until the database has it; the journal remembers it meanwhile.
+
+A hold whose statement failed may have been committed all the same. Nothing was sent for it, so it is released, as soon as the
+database answers.
 """
 
-import datetime
-import os
-import time
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+import asyncio
+import itertools
+import logging
+import random
+from collections.abc import Awaitable, Callable, Sequence
 from decimal import Decimal
-from typing import Literal, NewType
+from typing import Literal, TypeVar
 
-from gptutor.database import ConstraintViolated, Database
-from gptutor.money.amounts import AccountId, Nano
-from gptutor.money.keys import KeyClaim
-from gptutor.money.pricing import Ceiling
-from gptutor.money.users import User, user_of
+from gptutor.database import Database, DatabaseUnavailable, Row
+from gptutor.money.amounts import Nano
+from gptutor.money.batch import Batcher
+from gptutor.money.holds import (
+    HandOver,
+    Hold,
+    HoldId,
+    HoldRequest,
+    InsufficientFunds,
+    Release,
+    RepeatedRequest,
+    Settlement,
+    UnknownKey,
+)
+from gptutor.money.journal import Journal
 
-HoldId = NewType("HoldId", uuid.UUID)
+LOGGER = logging.getLogger("gptutor.ledger")
+LANES = 2
+BATCH_MAX = 200
+PAUSES_S = (0.05, 0.2, 1.0, 5.0)
+
 Outcome = Literal["settled", "settled_late", "already", "no_hold"]
-EntryKind = Literal["charge", "topup", "refund", "adjustment", "bonus"]
-
-# The other leg of each booking: whose money moved into or out of the account.
-CONTRA: dict[str, str] = {"topup": "payments", "refund": "payments", "adjustment": "corrections", "bonus": "goodwill"}
-
-
-class UnknownKey(Exception):
-    """The key is unknown or revoked, or its account is inactive: the statement does not say which."""
-
-
-class InsufficientFunds(Exception):
-    """Less is available than the request may cost, or than the minimum balance."""
-
-
-class AlreadyBooked(Exception):
-    """An entry with this reference exists: the booking was made before, and is not repeated."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    account_id: AccountId
-    hold_id: HoldId
-    amount: Nano
-    available_before: Nano
-
-
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    """A finished request: what it costs, by OpenRouter's word."""
-
-    account_id: AccountId
-    hold_id: HoldId
-    charge: Nano
-    cost_usd: Decimal
-    generation_id: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    entry_id: uuid.UUID
-    kind: EntryKind
-    amount: Nano
-    contra: str
-    reason: str
-    reference: str | None
-    model: str | None
-    generation_id: str | None
-    cost_usd: Decimal | None
-    rub_per_usd: Decimal | None
-    created_at: datetime.datetime
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Ledger:
-    def __init__(self, database: Database, *, rub_per_usd: Decimal = Decimal(0), hold_ttl_s: float = 0) -> None:
+    """`journal` is this process's own; `active` are the holds that a running exchange still has in its hands."""
+
+    def __init__(self, database: Database, journal: Journal, *, rub_per_usd: Decimal, hold_ttl_s: float) -> None:
+        self.journal = journal
+        self.active: set[HoldId] = set()
         self._database = database
         self._rub_per_usd = rub_per_usd
         self._hold_ttl_s = hold_ttl_s
-
-    async def hold_funds(self, claim: KeyClaim, hold_id: HoldId, ceiling: Ceiling, *, model: str, request_id: str) -> Hold:
-        """Authenticates the key and reserves the ceiling, in one statement. Raises UnknownKey, InsufficientFunds."""
-        row = await self._database.fetchrow(
-            "hold_funds",
-            claim.account_id,
-            claim.key_hash,
-            hold_id,
-            ceiling.most,
-            ceiling.least,
-            self._rub_per_usd,
-            model,
-            request_id,
-            self._hold_ttl_s,
+        self._orphans: set[asyncio.Task[None]] = set()
+        self._holds: Batcher[HoldRequest, Row] = Batcher(
+            self._hold_batch,
+            lambda request: request.claim.account_id,
+            lanes=LANES,
+            batch_max=BATCH_MAX,
+            abandoned=lambda request, row: self._forsake(request),
         )
-        if row is None:
-            raise UnknownKey
-        if row["amount_nano"] is None:
-            raise InsufficientFunds
-        return Hold(claim.account_id, hold_id, Nano(row["amount_nano"]), Nano(row["available_nano"]))
+        self._settlements: Batcher[Settlement, Outcome] = Batcher(
+            self._settle_batch, lambda item: item.account_id, lanes=LANES, batch_max=BATCH_MAX
+        )
+        self._releases: Batcher[Release, None] = Batcher(
+            self._release_batch, lambda item: item.account_id, lanes=LANES, batch_max=BATCH_MAX
+        )
+        self._hand_overs: Batcher[HandOver, None] = Batcher(
+            self._hand_over_batch, lambda item: item.account_id, lanes=1, batch_max=BATCH_MAX
+        )
 
-    async def settle_holds(self, settlements: Sequence[Settlement]) -> dict[HoldId, Outcome]:
-        """Books the charges and frees the holds; a charge above its hold is booked in full (contract C5)."""
+    async def hold_funds(self, request: HoldRequest) -> Hold:
+        """Authenticates the key and reserves the ceiling.
+
+        Raises UnknownKey, InsufficientFunds, RepeatedRequest, DatabaseUnavailable.
+        """
+        self.active.add(request.hold_id)
+        try:
+            row = await self._holds.submit(request)
+        except BaseException:
+            self._forsake(request)
+            raise
+        if row["outcome"] == "granted":
+            return Hold(request.claim.account_id, request.hold_id, Nano(row["amount_nano"]), Nano(row["available_nano"]))
+        self.active.discard(request.hold_id)
+        if row["outcome"] == "unknown_key":
+            raise UnknownKey
+        if row["outcome"] == "insufficient":
+            raise InsufficientFunds
+        raise RepeatedRequest(row["earlier_request_id"], same_body=row["outcome"] == "repeated")
+
+    async def settle(self, settlement: Settlement) -> Outcome:
+        """Books the charge and frees the hold; a charge above its hold is booked in full (contract C5)."""
+        outcome = await _until_done(self._settlements.submit, settlement)
+        if outcome == "no_hold":
+            LOGGER.error("A charge has no hold: %s", settlement)  # a commit was lost: a failover to a stale replica
+        return outcome
+
+    async def release(self, item: Release) -> None:
+        """Frees a hold; one that is closed already stays as it is."""
+        await _until_done(self._releases.submit, item)
+
+    async def hand_over(self, item: HandOver) -> None:
+        """Leaves the hold to recovery."""
+        await _until_done(self._hand_overs.submit, item)
+
+    def let_go(self, hold_id: HoldId) -> None:
+        """The exchange has ended, however: if its hold is not closed, recovery may look at it."""
+        self.active.discard(hold_id)
+
+    async def drain(self, within_s: float) -> None:
+        """Waits for the releases that were begun on nobody's behalf; what is left then, recovery finds."""
+        if self._orphans:
+            _, late = await asyncio.wait(self._orphans, timeout=within_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    def _forsake(self, request: HoldRequest) -> None:
+        """Nobody waits for this hold any more, and it may exist: it is released, having bought nothing."""
+        self.active.discard(request.hold_id)
+        task = asyncio.create_task(self.release(Release(request.claim.account_id, request.hold_id)))
+        self._orphans.add(task)
+        task.add_done_callback(self._orphans.discard)
+
+    # -- the statements
+
+    async def _hold_batch(self, requests: list[HoldRequest]) -> list[Row]:
+        rows = await self._database.fetch(
+            "hold_funds",
+            self.journal.owner,
+            self._hold_ttl_s,
+            self._rub_per_usd,
+            [request.claim.account_id for request in requests],
+            [request.claim.key_hash for request in requests],
+            [request.hold_id for request in requests],
+            [request.ceiling.most for request in requests],
+            [request.ceiling.least for request in requests],
+            [request.model for request in requests],
+            [request.request_id for request in requests],
+            [request.idempotency_key for request in requests],
+            [request.body_hash for request in requests],
+        )
+        by_id = {row["hold_id"]: row for row in rows}
+        return [by_id[request.hold_id] for request in requests]
+
+    async def _settle_batch(self, settlements: list[Settlement]) -> list[Outcome]:
         rows = await self._database.fetch(
             "settle_holds",
             [settlement.account_id for settlement in settlements],
@@ -109,48 +153,37 @@ class Ledger:
             [settlement.cost_usd for settlement in settlements],
             [settlement.generation_id for settlement in settlements],
         )
-        return {row["hold_id"]: row["outcome"] for row in rows}
+        outcomes = {row["hold_id"]: row["outcome"] for row in rows}
+        self.journal.closed(outcomes)
+        return [outcomes[settlement.hold_id] for settlement in settlements]
 
-    async def release_holds(self, holds: Sequence[Hold]) -> None:
-        """Frees the holds of requests that bought nothing; one that is closed already stays as it is."""
-        await self._database.fetch("release_holds", [hold.account_id for hold in holds], [hold.hold_id for hold in holds])
+    async def _release_batch(self, releases: list[Release]) -> Sequence[None]:
+        await self._database.fetch(
+            "release_holds",
+            [release.account_id for release in releases],
+            [release.hold_id for release in releases],
+            [release.unresolved for release in releases],
+        )
+        self.journal.closed(release.hold_id for release in releases)
+        return [None] * len(releases)
 
-    async def book(
-        self, account_id: AccountId, kind: EntryKind, amount: Nano, *, reason: str = "", reference: str | None = None
-    ) -> User:
-        """An entry by a person or a payment. Raises NoSuchUser, AlreadyBooked."""
+    async def _hand_over_batch(self, items: list[HandOver]) -> Sequence[None]:
+        await self._database.fetch(
+            "hand_over_holds",
+            [item.account_id for item in items],
+            [item.hold_id for item in items],
+            [item.generation_id for item in items],
+        )
+        self.journal.closed(item.hold_id for item in items)
+        return [None] * len(items)
+
+
+async def _until_done(submit: Callable[[Item], Awaitable[Result]], item: Item) -> Result:
+    """Submits an item that is idempotent, however often it takes while the database is away."""
+    for pause in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):
         try:
-            row = await self._database.fetchrow("book_entry", account_id, new_id(), kind, amount, CONTRA[kind], reason, reference)
-        except ConstraintViolated as violation:
-            if violation.name == "ledger_reference_is_booked_once":
-                raise AlreadyBooked(reference) from violation
-            raise
-        return user_of(row)
-
-    async def entries(self, account_id: AccountId, limit: int) -> list[Entry]:
-        """The newest entries, newest first."""
-        return [
-            Entry(
-                entry_id=row["entry_id"],
-                kind=row["kind"],
-                amount=Nano(row["amount_nano"]),
-                contra=row["contra"],
-                reason=row["reason"],
-                reference=row["reference"],
-                model=row["model"],
-                generation_id=row["generation_id"],
-                cost_usd=row["cost_usd"],
-                rub_per_usd=row["rub_per_usd"],
-                created_at=row["created_at"],
-            )
-            for row in await self._database.fetch("list_entries", account_id, limit)
-        ]
-
-
-def new_id() -> HoldId:
-    """A UUIDv7 (RFC 9562): its time comes first, so that new rows are neighbours in the index."""
-    milliseconds = time.time_ns() // 1_000_000
-    bits = milliseconds << 80 | int.from_bytes(os.urandom(10), "big")
-    bits = bits & ~(0xF << 76) | 0x7 << 76
-    bits = bits & ~(0x3 << 62) | 0x2 << 62
-    return HoldId(uuid.UUID(int=bits))
+            return await submit(item)
+        except DatabaseUnavailable as error:
+            LOGGER.error("A hold cannot be closed yet: %s", error)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+    raise AssertionError("the pauses never end")

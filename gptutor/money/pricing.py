@@ -72,6 +72,11 @@ class Ceiling:
         return covered if covered < self.output_tokens_max else None
 
 
+def charge(cost_usd: Decimal, rub_per_usd: Decimal) -> Nano:
+    """Dollars × rate, rounded once. `cost_usd` is finite and not negative, as `openrouter.bill` guarantees."""
+    return nano_half_up(EXACT.multiply(cost_usd, rub_per_usd))
+
+
 class LLMCostEvaluate:
     """Prices in dollars → amounts in nano-roubles, under one rate and one policy of reserving."""
 
@@ -125,8 +130,8 @@ class LLMCostEvaluate:
         )
 
     def charge(self, cost_usd: Decimal) -> Nano:
-        """The cost of a finished request. `cost_usd` is finite and not negative, as `openrouter.bill` guarantees."""
-        return nano_half_up(EXACT.multiply(cost_usd, self.rub_per_usd))
+        """The cost of a finished request, at the rate of today."""
+        return charge(cost_usd, self.rub_per_usd)
 
     def _nano(self, usd: Decimal) -> Nano:
         return nano_ceiling(EXACT.multiply(usd, self._ceiling_rate))

@@ -29,6 +29,7 @@ EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")
 EVENT_END = re.compile(b"|".join(EVENT_ENDS))
 LINE_END = re.compile(rb"\r\n|\n|\r")
 NUMBER = re.compile(r"(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?")
+GENERATION_ID = re.compile(r"[!-~]{1,200}")
 NUMBER_CHARACTERS_MAX = 64
 COST_USD_MAX = Decimal(100_000)
 
@@ -85,7 +86,7 @@ def read_bill(document: bytes) -> Bill | None:
         cost_usd=cost,
         prompt_tokens=_count(envelope.usage.prompt_tokens),
         completion_tokens=_count(envelope.usage.completion_tokens),
-        generation_id=envelope.id if isinstance(envelope.id, str) else None,
+        generation_id=sane_generation_id(envelope.id),
     )
 
 
@@ -96,6 +97,11 @@ def parse_usd(spelling: bytes) -> Decimal | None:
         return None
     cost = Decimal(text)
     return cost if cost < COST_USD_MAX else None
+
+
+def sane_generation_id(value: object) -> str | None:
+    """OpenRouter's name for what was bought, if it is a name that can be stored and asked for."""
+    return value if isinstance(value, str) and GENERATION_ID.fullmatch(value) else None
 
 
 class BillScanner:

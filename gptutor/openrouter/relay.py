@@ -3,26 +3,43 @@
 Upstream and downstream fail apart: a caller who leaves is not OpenRouter's failure, and OpenRouter's silence is not the caller's.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
-from gptutor.openrouter.bill import BillScanner
+from gptutor.openrouter.bill import Bill, BillScanner
 from gptutor.openrouter.service import Reply, UpstreamError
 
 
 class Downstream(Protocol):
-    """The caller's side. `write` never raises: a caller who has gone is remembered, and takes no more bytes."""
+    """The caller's side. `write` never raises: a caller who has gone is remembered, and takes no more bytes.
 
-    async def write(self, chunk: bytes) -> None: ...
+    It says whether reading on is worth while: for a caller who is there, always; for the bill of one who left, for a bounded
+    time.
+    """
+
+    async def write(self, chunk: bytes) -> bool: ...
 
 
-async def relay(reply: Reply, downstream: Downstream, scanner: BillScanner) -> UpstreamError | None:
-    """Passes every chunk on as soon as it arrives, until upstream ends. Returns how it failed, or None if it ended well."""
+async def relay(
+    reply: Reply, downstream: Downstream, scanner: BillScanner, billed: Callable[[Bill], None]
+) -> UpstreamError | None:
+    """Passes every chunk on as soon as it arrives, until upstream ends. Returns how it failed, or None if it ended well.
+
+    `billed` hears of a bill before the caller sees its bytes: whatever happens to him, or to this process, it is known by then.
+    """
+    known: Bill | None = None
     try:
         async for chunk in reply.chunks():
             scanner.feed(chunk)
-            await downstream.write(chunk)
+            if scanner.bill is not None and scanner.bill is not known:
+                known = scanner.bill
+                billed(known)
+            if not await downstream.write(chunk):
+                return None
     except UpstreamError as error:
         return error
     finally:
         scanner.finish()
+        if scanner.bill is not None and scanner.bill is not known:
+            billed(scanner.bill)
     return None

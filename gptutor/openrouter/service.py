@@ -6,16 +6,20 @@ This is the rim at which aiohttp's client exceptions become ours. Bytes come thr
 
 import asyncio
 import io
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import aiohttp
 import msgspec
 
-from gptutor.openrouter.bill import Bill, parse_usd
+from gptutor.openrouter.bill import Bill, parse_usd, sane_generation_id
 from gptutor.openrouter.retry import Failure, pause_before_retry
+
+LOGGER = logging.getLogger("gptutor.openrouter")
 
 # The headers of an answer that reach the caller; all others are OpenRouter's and its edge's own affair. It is asked not to
 # compress, but if it does, the bytes are passed as they are, and the caller must know.
@@ -42,7 +46,7 @@ class Reply:
         self._response = response
         self.status = response.status
         self.headers = {name: response.headers[name] for name in PASSED_ON if name in response.headers}
-        self.generation_id = response.headers.get("X-Generation-Id")
+        self.generation_id = _generation_id(response)
         self.is_event_stream = response.content_type == "text/event-stream"
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -135,6 +139,15 @@ class OpenRouterService:
             return None
         return Bill(cost, record.tokens_prompt, record.tokens_completion, generation_id)
 
+    async def cost_of(self, generation_id: str) -> Decimal | None:
+        """What a generation cost in dollars, or None while that cannot be learnt."""
+        try:
+            bill = await self.generation(generation_id)
+        except UpstreamError as error:
+            LOGGER.info("The generation %s cannot be looked up now: %s", generation_id, error)
+            return None
+        return bill.cost_usd if bill is not None else None
+
     async def models(self) -> bytes:
         """The model list, as OpenRouter wrote it. Raises UpstreamError."""
         return await self._get("/models")
@@ -208,8 +221,12 @@ def _failure(response: aiohttp.ClientResponse) -> Failure:
         "status",
         status=response.status,
         retry_after_s=_seconds(response.headers.get("Retry-After")),
-        generation_id=response.headers.get("X-Generation-Id"),
+        generation_id=_generation_id(response),
     )
+
+
+def _generation_id(response: aiohttp.ClientResponse) -> str | None:
+    return sane_generation_id(response.headers.get("X-Generation-Id"))
 
 
 def _seconds(text: str | None) -> float | None:

@@ -6,4 +6,4 @@ SELECT
     generation_id,
     created_at
 FROM holds
-WHERE state = 'open' AND expires_at < now() - interval '2 minutes';
+WHERE state = 'open' AND due_at < now() - interval '2 minutes';

@@ -35,26 +35,36 @@ CREATE TABLE holds (
     account_id bigint NOT NULL REFERENCES accounts,
     hold_id uuid NOT NULL,
     state hold_state NOT NULL DEFAULT 'open',
+    owner uuid NOT NULL,          -- the life of the process that took it: what that process's journal knows, it knows of this
     amount_nano bigint NOT NULL,
     rub_per_usd numeric NOT NULL, -- the rate that was promised when the request began
     model text NOT NULL,
     request_id text NOT NULL,
+    is_sent boolean NOT NULL DEFAULT FALSE, -- handed over to recovery: the request went upstream, what it bought is not known yet
     generation_id text,           -- OpenRouter's name for what was bought
     cost_usd numeric,
     charge_nano bigint,
     created_at timestamptz NOT NULL DEFAULT now(),
-    expires_at timestamptz NOT NULL, -- an open hold older than this waits for evidence; it is never simply dropped
+    due_at timestamptz NOT NULL,  -- when recovery looks for evidence of it (again); an open hold is never simply dropped
+    looks integer NOT NULL DEFAULT 0, -- how often recovery has looked
     closed_at timestamptz,
+    is_unresolved boolean NOT NULL DEFAULT FALSE, -- released after a day without evidence: the operator's loss, if there was one
+    idempotency_key text,         -- the caller's own name for the request, kept for a day
+    body_hash bytea,              -- SHA-256 of the body, beside that name
     PRIMARY KEY (account_id, hold_id),
     CONSTRAINT hold_is_not_negative CHECK (amount_nano >= 0),
     CONSTRAINT rate_is_positive CHECK (rub_per_usd > 0 AND rub_per_usd < 1000000),
     CONSTRAINT cost_is_a_price CHECK (cost_usd >= 0 AND cost_usd < 100000), -- NaN is greater than every number
     CONSTRAINT charge_is_not_negative CHECK (charge_nano >= 0),
+    CONSTRAINT idempotency_key_is_short CHECK (length(idempotency_key) <= 255),
+    CONSTRAINT idempotency_key_has_its_body CHECK ((idempotency_key IS NULL) OR (length(body_hash) = 32)),
+    CONSTRAINT only_released_holds_are_unresolved CHECK (NOT is_unresolved OR state = 'released'),
     CONSTRAINT closed_holds_have_a_time CHECK ((state = 'open') = (closed_at IS NULL)),
     CONSTRAINT settled_holds_have_a_charge CHECK ((state = 'settled') = (charge_nano IS NOT NULL AND cost_usd IS NOT NULL))
 );
 
-CREATE INDEX holds_open ON holds (expires_at) WHERE state = 'open';
+CREATE INDEX holds_open ON holds (due_at) WHERE state = 'open';
+CREATE UNIQUE INDEX holds_idempotency_key_is_used_once ON holds (account_id, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
 -- Append-only. An entry says what changed the balance, by how much, and from which counter-account:
 -- together with `contra` each row is a complete double entry.

@@ -1,55 +1,17 @@
 -- name: hold_funds
--- Authenticates and reserves, at once. $1 account, $2 SHA-256 of the key, $3 hold, $4 the most to hold, $5 the least that must
--- be available, $6 roubles per dollar, $7 model, $8 request id, $9 seconds until the hold waits for evidence.
--- No row: the key is unknown, revoked, or its account inactive. amount_nano NULL: available_nano does not suffice.
-WITH caller AS MATERIALIZED (
-    SELECT
-        accounts.account_id,
-        accounts.balance_nano - accounts.held_nano AS available_nano
-    FROM accounts
-    INNER JOIN api_keys ON accounts.account_id = api_keys.account_id
-    WHERE
-        accounts.account_id = $1::bigint
-        AND accounts.is_active
-        AND api_keys.key_hash = $2::bytea
-        AND api_keys.revoked_at IS NULL
-    FOR NO KEY UPDATE OF accounts
-),
-
-granted AS MATERIALIZED (
-    SELECT
-        account_id,
-        least($4::bigint, available_nano) AS amount_nano
-    FROM caller
-    WHERE available_nano >= $5::bigint
-),
-
-reserved AS (
-    UPDATE accounts
-    SET held_nano = accounts.held_nano + granted.amount_nano
-    FROM granted
-    WHERE accounts.account_id = granted.account_id
-),
-
-hold AS (
-    INSERT INTO holds (account_id, hold_id, amount_nano, rub_per_usd, model, request_id, expires_at)
-    SELECT
-        account_id,
-        $3::uuid AS hold_id,
-        amount_nano,
-        $6::numeric AS rub_per_usd,
-        $7::text AS model,
-        $8::text AS request_id,
-        now() + make_interval(secs => $9::double precision) AS expires_at
-    FROM granted
-    RETURNING amount_nano
-)
-
+-- Authenticates and reserves. $1 the process, $2 seconds until recovery looks at a hold, $3 roubles per dollar; arrays: $4 accounts,
+-- $5 SHA-256 of the keys, $6 holds, $7 the most to hold, $8 the least that must be available, $9 models, $10 request ids,
+-- $11 idempotency keys or NULL, $12 SHA-256 of the bodies or NULL. One row for each hold: see the function for its outcomes.
 SELECT
-    caller.available_nano,
-    hold.amount_nano
-FROM caller
-LEFT JOIN hold ON TRUE;
+    hold_id,
+    outcome,
+    amount_nano,
+    available_nano,
+    earlier_request_id
+FROM hold_funds(
+    $1::uuid, $2::double precision, $3::numeric,
+    $4::bigint[], $5::bytea[], $6::uuid[], $7::bigint[], $8::bigint[], $9::text[], $10::text[], $11::text[], $12::bytea[]
+);
 
 -- name: settle_holds
 -- Books charges, each once. Arrays: $1 accounts, $2 holds, $3 charges in nano-roubles, $4 costs in dollars, $5 generation ids.
@@ -60,6 +22,69 @@ SELECT
 FROM settle_holds($1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[]);
 
 -- name: release_holds
--- Frees holds that bought nothing. Arrays: $1 accounts, $2 holds. One row for each hold that was open.
+-- Frees holds. Arrays: $1 accounts, $2 holds, $3 whether it was never learnt what they bought. One row for each that was open.
 SELECT hold_id
-FROM release_holds($1::bigint[], $2::uuid[]);
+FROM release_holds($1::bigint[], $2::uuid[], $3::boolean[]);
+
+-- name: hand_over_holds
+-- Leaves open holds to recovery, due at once. Arrays: $1 accounts, $2 holds, $3 generation ids or NULL.
+-- One row for each that was open. Takes no account's row: it changes neither a balance nor a state.
+UPDATE holds
+SET
+    is_sent = TRUE,
+    due_at = now(),
+    generation_id = coalesce(item.generation_id, holds.generation_id)
+FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS item (account_id, hold_id, generation_id)
+WHERE holds.account_id = item.account_id AND holds.hold_id = item.hold_id AND holds.state = 'open'
+RETURNING holds.hold_id;
+
+-- name: claim_due_holds
+-- Open holds whose time has come, at most $1 of them, each for one claimant: the next look is put off by 1, 2, 4 … $2 seconds.
+UPDATE holds
+SET
+    due_at = now() + make_interval(secs => least(power(2, least(looks, 30)), $2::double precision)),
+    looks = looks + 1
+WHERE (account_id, hold_id) IN (
+    SELECT
+        due.account_id,
+        due.hold_id
+    FROM holds AS due
+    WHERE due.state = 'open' AND due.due_at <= now()
+    ORDER BY due.due_at
+    LIMIT $1::integer
+    FOR UPDATE SKIP LOCKED
+)
+RETURNING
+    account_id,
+    hold_id,
+    owner,
+    is_sent,
+    model,
+    request_id,
+    generation_id,
+    rub_per_usd,
+    extract(EPOCH FROM now() - created_at)::double precision AS age_s;
+
+-- name: list_open_holds_of
+-- What a process that is no more, $1, left open and did not hand over.
+SELECT
+    account_id,
+    hold_id
+FROM holds
+WHERE state = 'open' AND owner = $1::uuid AND NOT is_sent;
+
+-- name: list_waiting_holds
+-- Holds without evidence, the oldest first: open ones past their time or looked at before, and those given up.
+SELECT
+    account_id,
+    hold_id,
+    state::text AS state,
+    amount_nano,
+    model,
+    request_id,
+    generation_id,
+    looks,
+    created_at
+FROM holds
+WHERE (state = 'open' AND (looks > 0 OR due_at < now())) OR is_unresolved
+ORDER BY created_at;

@@ -1,0 +1,90 @@
+"""The words of a hold's life: what is asked for, what is granted, and how it can be refused."""
+
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import NewType
+
+from gptutor.money.amounts import AccountId, Nano
+from gptutor.money.keys import KeyClaim
+from gptutor.money.pricing import Ceiling
+
+HoldId = NewType("HoldId", uuid.UUID)
+
+
+class UnknownKey(Exception):
+    """The key is unknown or revoked, or its account is inactive: the statement does not say which."""
+
+
+class InsufficientFunds(Exception):
+    """Less is available than the request may cost, or than the minimum balance."""
+
+
+class RepeatedRequest(Exception):
+    """The idempotency key was used within a day, by the request named here; `same_body` tells whether it asked the same."""
+
+    def __init__(self, request_id: str, *, same_body: bool) -> None:
+        super().__init__(request_id)
+        self.request_id = request_id
+        self.same_body = same_body
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRequest:
+    """Who asks for how much, and what for. `body_hash` is SHA-256, and given with an idempotency key."""
+
+    claim: KeyClaim
+    hold_id: HoldId
+    ceiling: Ceiling
+    model: str
+    request_id: str
+    idempotency_key: str | None = None
+    body_hash: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    account_id: AccountId
+    hold_id: HoldId
+    amount: Nano
+    available_before: Nano
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """A finished request: what it costs, by OpenRouter's word."""
+
+    account_id: AccountId
+    hold_id: HoldId
+    charge: Nano
+    cost_usd: Decimal
+    generation_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A hold to be freed: nothing was bought, or (`unresolved`) nobody ever learnt whether."""
+
+    account_id: AccountId
+    hold_id: HoldId
+    unresolved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """A hold to be left to recovery, with what is known of it."""
+
+    account_id: AccountId
+    hold_id: HoldId
+    generation_id: str | None
+
+
+def new_id() -> HoldId:
+    """A UUIDv7 (RFC 9562): its time comes first, so that new rows are neighbours in the index."""
+    milliseconds = time.time_ns() // 1_000_000
+    bits = milliseconds << 80 | int.from_bytes(os.urandom(10), "big")
+    bits = bits & ~(0xF << 76) | 0x7 << 76
+    bits = bits & ~(0x3 << 62) | 0x2 << 62
+    return HoldId(uuid.UUID(int=bits))

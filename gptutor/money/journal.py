@@ -1,0 +1,293 @@
+"""The journal: what a process knows of its open holds, on the local disk, so that its death loses nothing.
+
+A hold is committed in PostgreSQL before anything is bought. What happens next is known to this process alone until the settlement
+is committed: that the request was sent, OpenRouter's name for it, its price. Each of these is one line, written the moment it is
+known:
+
+    sent <account> <hold>                              the request goes upstream now
+    named <account> <hold> <generation>                OpenRouter's headers came
+    billed <account> <hold> <charge> <cost> <generation or ->   its price is known
+    closed <hold>                                      the database has it; the journal may forget
+
+A plain `write` survives `kill -9`: the bytes are in the kernel. It does not survive a power cut, and the database's commits do;
+that is why the absence of a line proves something only within one boot of the machine (`Leftover.complete`).
+
+Every line begins with its CRC-32. A torn last line is what a death leaves; a line that does not check is skipped and counted.
+
+Files live in numbered slots, `<directory>/<slot>/<owner>.<segment>.log`, one slot for each process, locked for its life.
+Whoever can lock a slot knows that its files belong to the dead, and may replay them. A segment that has grown is replaced by
+a new one that begins with what is still open, so the files stay as small as the work under way. While PostgreSQL is away the
+journal is the spool.
+"""
+
+import fcntl
+import logging
+import os
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+from gptutor.money.amounts import AccountId, Nano
+from gptutor.money.holds import HoldId
+
+LOGGER = logging.getLogger("gptutor.journal")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+SLOTS_MAX = 256
+
+
+class JournalError(Exception):
+    """The journal cannot be written: nothing may be bought. The text is a sentence for the operator."""
+
+
+class Price(NamedTuple):
+    """What OpenRouter wants for a request, in dollars, and what the account is charged for it."""
+
+    charge: Nano
+    cost_usd: Decimal
+
+
+@dataclass(slots=True)
+class Knowledge:
+    """What is known of one open hold after it was sent."""
+
+    account_id: AccountId
+    generation_id: str | None = None
+    price: Price | None = None
+
+
+@dataclass(slots=True)
+class Leftover:
+    """What a dead process knew. `complete`: a hold of its own that is not in `known` was never sent."""
+
+    owner: uuid.UUID
+    known: dict[HoldId, Knowledge]
+    complete: bool
+    files: list[Path] = field(default_factory=list)
+
+    def discard(self) -> None:
+        """The database has it all."""
+        for path in self.files:
+            path.unlink(missing_ok=True)
+
+
+class Journal:
+    """One process's own file. `owner` is this process's life: its holds carry it."""
+
+    def __init__(self, slot: Path, segment_bytes_max: int, bytes_max: int) -> None:
+        self.owner = uuid.uuid4()
+        self.known: dict[HoldId, Knowledge] = {}
+        self._slot = slot
+        self._segment_bytes_max = segment_bytes_max
+        self._bytes_max = bytes_max
+        self._segment = 0
+        self._file = -1
+        self._size = 0
+        self._begin_segment()
+
+    # -- what is written down
+
+    def sent(self, account_id: AccountId, hold_id: HoldId) -> None:
+        """Raises JournalError: then the request must not be sent."""
+        if self._size > self._bytes_max:
+            raise JournalError(
+                f"The journal in {self._slot} has reached {self._bytes_max} bytes; PostgreSQL must catch up first."
+            )
+        self._append(_sent(hold_id, account_id))
+        self.known[hold_id] = Knowledge(account_id)
+
+    def named(self, hold_id: HoldId, generation_id: str) -> None:
+        knowledge = self.known[hold_id]
+        knowledge.generation_id = generation_id
+        self._record(_named(hold_id, knowledge.account_id, generation_id))
+
+    def billed(self, hold_id: HoldId, price: Price, generation_id: str | None) -> None:
+        knowledge = self.known[hold_id]
+        knowledge.price = price
+        knowledge.generation_id = knowledge.generation_id or generation_id
+        self._record(_billed(hold_id, knowledge, price))
+
+    def closed(self, hold_ids: Iterable[HoldId]) -> None:
+        gone = [hold_id for hold_id in hold_ids if self.known.pop(hold_id, None) is not None]
+        if gone:
+            self._record(b"".join(_line(b"closed %s" % str(hold_id).encode()) for hold_id in gone))
+        if self._size > self._segment_bytes_max and self._size > 2 * 200 * len(self.known):
+            self._begin_segment()
+
+    def close(self) -> None:
+        """At an orderly end; a journal that knows nothing any more leaves no file."""
+        os.close(self._file)
+        if not self.known:
+            self._path.unlink(missing_ok=True)
+
+    @property
+    def _path(self) -> Path:
+        return self._slot / f"{self.owner}.{self._segment:06d}.log"
+
+    def _record(self, lines: bytes) -> None:
+        """Writes what is already true: if the disk refuses, memory and the database are all there is."""
+        try:
+            self._append(lines)
+        except JournalError as error:
+            LOGGER.error("%s", error)
+
+    def _append(self, lines: bytes) -> None:
+        try:
+            written = os.write(self._file, lines)
+            if written != len(lines):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            os.ftruncate(self._file, self._size)  # half a line would spoil the next one as well
+            raise JournalError(f"The journal {self._path} cannot be written: {error.strerror}.") from error
+        self._size += written
+
+    def _begin_segment(self) -> None:
+        """A new file that begins with all that is open; then the old one may go."""
+        old_file, old_path = self._file, self._path
+        self._segment += 1
+        fresh = self._path.with_suffix(".new")
+        lines = [_line(b"owner %s %s" % (str(self.owner).encode(), boot_id()))]
+        for hold_id, knowledge in self.known.items():
+            lines.append(_sent(hold_id, knowledge.account_id))
+            if knowledge.price is not None:
+                lines.append(_billed(hold_id, knowledge, knowledge.price))
+            elif knowledge.generation_id is not None:
+                lines.append(_named(hold_id, knowledge.account_id, knowledge.generation_id))
+        try:
+            self._file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600)
+            self._size = 0
+            self._append(b"".join(lines))
+            fresh.rename(self._path)
+        except OSError as error:
+            raise JournalError(f"The journal {self._path} cannot be written: {error.strerror}.") from error
+        if old_file >= 0:
+            os.close(old_file)
+            old_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def opened(
+    directory: Path, *, segment_bytes_max: int = 4 << 20, bytes_max: int = 1 << 30
+) -> Iterator[tuple[Journal, list[Leftover]]]:
+    """A journal in the first free slot, and what dead processes left there. Raises JournalError if there can be none."""
+    for number in range(SLOTS_MAX):
+        slot = directory / str(number)
+        if (lock := _lock(slot)) is not None:
+            break
+    else:
+        raise JournalError(f"All {SLOTS_MAX} journals in {directory} are in use.")
+    try:
+        leftovers = read_slot(slot)
+        journal = Journal(slot, segment_bytes_max, bytes_max)
+        try:
+            yield journal, leftovers
+        finally:
+            journal.close()
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def adopted(directory: Path) -> Iterator[list[Leftover]]:
+    """What dead processes left in slots that nobody has taken since; locked while this context lasts."""
+    locks, leftovers = [], []
+    for slot in sorted(directory.iterdir()):
+        if any(slot.glob("*.log")) and (lock := _lock(slot)) is not None:
+            locks.append(lock)
+            leftovers += read_slot(slot)
+    try:
+        yield leftovers
+    finally:
+        for lock in locks:
+            os.close(lock)
+
+
+def read_slot(slot: Path) -> list[Leftover]:
+    """The files of a locked slot, one Leftover for each process that wrote them."""
+    leftovers: dict[str, Leftover] = {}
+    for path in sorted(slot.glob("*.log")):
+        name = path.name.partition(".")[0]
+        leftover = leftovers.setdefault(name, Leftover(uuid.UUID(name), {}, complete=False))
+        leftover.files.append(path)
+        _read(path, leftover)
+    return list(leftovers.values())
+
+
+def boot_id() -> bytes:
+    """The machine's current boot; where the kernel does not say, each answer is another, and absence proves nothing."""
+    try:
+        return BOOT_ID.read_bytes().strip()
+    except OSError:
+        return uuid.uuid4().hex.encode()
+
+
+def _read(path: Path, leftover: Leftover) -> None:
+    bad = 0
+    content = path.read_bytes()
+    for line in content.split(b"\n"):
+        if not line:
+            continue
+        try:
+            check, _, payload = line.partition(b" ")
+            if int(check, 16) != zlib.crc32(payload):
+                raise ValueError("the checksum is another")
+            _apply(payload.split(b" "), leftover)
+        except (ValueError, KeyError, IndexError):
+            bad += 1
+    torn = bool(content) and not content.endswith(b"\n")
+    if bad > torn:
+        leftover.complete = False  # one of the lost lines may have said that a request was sent
+        LOGGER.error("The journal %s has %d lines that do not check; they are skipped", path, bad - torn)
+
+
+def _apply(fields: list[bytes], leftover: Leftover) -> None:
+    kind, *values = fields
+    if kind == b"owner":
+        leftover.complete = values[1] == boot_id()
+    elif kind == b"closed":
+        leftover.known.pop(HoldId(uuid.UUID(values[0].decode())), None)
+    else:
+        hold_id = HoldId(uuid.UUID(values[1].decode()))
+        knowledge = leftover.known.setdefault(hold_id, Knowledge(AccountId(int(values[0]))))
+        if kind == b"named":
+            knowledge.generation_id = values[2].decode()
+        elif kind == b"billed":
+            knowledge.price = Price(Nano(int(values[2])), Decimal(values[3].decode()))
+            knowledge.generation_id = None if values[4] == b"-" else values[4].decode()
+
+
+def _lock(slot: Path) -> int | None:
+    """The slot's lock, held until closed (or until this process dies); None if another process has it. Raises JournalError."""
+    try:
+        slot.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(slot / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise JournalError(f"The journal needs the directory {slot}, and it cannot be used: {error.strerror}.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _line(payload: bytes) -> bytes:
+    return b"%08x %s\n" % (zlib.crc32(payload), payload)
+
+
+def _sent(hold_id: HoldId, account_id: AccountId) -> bytes:
+    return _line(b"sent %d %s" % (account_id, str(hold_id).encode()))
+
+
+def _named(hold_id: HoldId, account_id: AccountId, generation_id: str) -> bytes:
+    return _line(b"named %d %s %s" % (account_id, str(hold_id).encode(), generation_id.encode()))
+
+
+def _billed(hold_id: HoldId, knowledge: Knowledge, price: Price) -> bytes:
+    generation = (knowledge.generation_id or "-").encode()
+    cost = str(price.cost_usd).encode()
+    return _line(b"billed %d %s %d %s %s" % (knowledge.account_id, str(hold_id).encode(), price.charge, cost, generation))

@@ -1,0 +1,161 @@
+"""Recovery: holds that lost their exchange are closed by evidence, never by guess (contract C6).
+
+What may be known of such a hold, and what follows from it, is one table (`decide`):
+
+    its price                        settle                         upstream's bill was seen, the settlement was not committed
+    OpenRouter's name for it         ask /generation, patiently     it answers 404 for seconds, sometimes minutes
+    that it was sent                 wait for evidence              an answer may have been bought, and nobody has its name
+    that it was never sent           release                        the journal of its process is complete, and does not know it
+    nothing                          wait for evidence              its process may be alive on another machine
+
+A hold that waits is looked at after 1, 2, 4 … seconds, at most ten minutes. After a day it is given up: released, and marked
+for the operator, whose loss it is at most. Evidence that comes even later still charges it, once.
+
+Three sources feed this: the journals of dead processes, whose slots can be locked (at start, and while running); holds that an
+exchange handed over; and open holds whose time is up. Any process does it; a claim of due holds belongs to one of them.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+from gptutor.database import Database, DatabaseUnavailable, Row
+from gptutor.money import journal
+from gptutor.money.amounts import AccountId, roubles
+from gptutor.money.holds import HandOver, HoldId, Release, Settlement
+from gptutor.money.journal import JournalError, Knowledge, Leftover, Price
+from gptutor.money.ledger import Ledger
+from gptutor.money.pricing import charge
+
+LOGGER = logging.getLogger("gptutor.recovery")
+CLAIM_MAX = 50
+
+Decision = Literal["settle", "look_up", "wait", "release", "give_up"]
+
+
+def decide(knowledge: Knowledge | None, *, never_sent: bool, too_old: bool) -> Decision:
+    """What to do with an open hold that no exchange has in its hands."""
+    if knowledge is not None and knowledge.price is not None:
+        return "settle"
+    if knowledge is None and never_sent:
+        return "release"
+    if knowledge is not None and knowledge.generation_id is not None and not too_old:
+        return "look_up"
+    return "give_up" if too_old else "wait"
+
+
+class Recovery:
+    """`cost_of` asks OpenRouter what a generation cost: dollars, or None while it does not say."""
+
+    def __init__(
+        self,
+        database: Database,
+        ledger: Ledger,
+        journals: Path,
+        cost_of: Callable[[str], Awaitable[Decimal | None]],
+        *,
+        poll_s: float,
+        look_max_s: float,
+        give_up_s: float,
+    ) -> None:
+        self._database = database
+        self._ledger = ledger
+        self._journals = journals
+        self._cost_of = cost_of
+        self._poll_s = poll_s
+        self._look_max_s = look_max_s
+        self._give_up_s = give_up_s
+
+    async def run(self) -> None:
+        """For ever: adopt the dead, then look at what is due."""
+        while True:
+            try:
+                with journal.adopted(self._journals) as leftovers:
+                    for leftover in leftovers:
+                        await self.replay(leftover)
+                await self.look()
+            except (DatabaseUnavailable, JournalError) as error:
+                LOGGER.warning("Recovery waits: %s", error)
+            except Exception:
+                LOGGER.exception("Recovery failed, and goes on")
+            await asyncio.sleep(self._poll_s)
+
+    async def replay(self, leftover: Leftover) -> None:
+        """Brings what a dead process knew into the database, and forgets it here. Raises DatabaseUnavailable."""
+        rows = await self._database.fetch("list_open_holds_of", leftover.owner)
+        unknown = [row for row in rows if row["hold_id"] not in leftover.known]
+        steps: list[Awaitable[object]] = []
+        for hold_id, knowledge in leftover.known.items():
+            if knowledge.price is not None:
+                steps.append(self._settle(hold_id, knowledge, knowledge.price))
+            else:
+                steps.append(self._ledger.hand_over(HandOver(knowledge.account_id, hold_id, knowledge.generation_id)))
+        for row in unknown:
+            if decide(None, never_sent=leftover.complete, too_old=False) == "release":
+                steps.append(self._ledger.release(Release(row["account_id"], row["hold_id"])))
+            else:
+                steps.append(self._ledger.hand_over(HandOver(row["account_id"], row["hold_id"], None)))
+        await asyncio.gather(*steps)
+        leftover.discard()
+        LOGGER.info("A process that had died left %d holds known and %d unknown", len(leftover.known), len(unknown))
+
+    async def look(self) -> int:
+        """Looks once at every hold that is due; gives their number. Raises DatabaseUnavailable."""
+        rows = await self._database.fetch("claim_due_holds", CLAIM_MAX, self._look_max_s)
+        for outcome in await asyncio.gather(*map(self._look_at, rows), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                LOGGER.error("A hold could not be looked at: %r", outcome)
+        return len(rows)
+
+    async def _look_at(self, row: Row) -> None:
+        hold_id, owner = HoldId(row["hold_id"]), UUID(str(row["owner"]))
+        if hold_id in self._ledger.active:
+            return  # a long answer, still running here
+        ours = owner == self._ledger.journal.owner
+        knowledge = self._ledger.journal.known.get(hold_id) if ours else None
+        if knowledge is None and row["is_sent"]:
+            knowledge = Knowledge(AccountId(row["account_id"]), row["generation_id"])
+        decision = decide(knowledge, never_sent=ours, too_old=row["age_s"] > self._give_up_s)
+        if knowledge is not None and knowledge.price is not None:
+            await self._settle(hold_id, knowledge, knowledge.price)
+        elif decision == "release":
+            await self._ledger.release(Release(row["account_id"], hold_id))
+        elif decision == "look_up" and knowledge is not None and knowledge.generation_id is not None:
+            await self._look_up(row, knowledge.generation_id)
+        elif decision == "give_up":
+            await self._ledger.release(Release(row["account_id"], hold_id, unresolved=True))
+            LOGGER.error(
+                "A hold is given up: nobody learnt what it bought",
+                extra={"type": "recovery", "userId": str(row["account_id"]), "requestId": row["request_id"]},
+            )
+
+    async def _look_up(self, row: Row, generation_id: str) -> None:
+        cost_usd = await self._cost_of(generation_id)
+        if cost_usd is None:
+            return
+        due = charge(cost_usd, row["rub_per_usd"])
+        settlement = Settlement(AccountId(row["account_id"]), HoldId(row["hold_id"]), due, cost_usd, generation_id)
+        outcome = await self._ledger.settle(settlement)
+        LOGGER.info(
+            "LLM Recovered: %s",
+            row["model"],
+            extra={
+                "type": "recovery",
+                "model": row["model"],
+                "userId": str(row["account_id"]),
+                "requestId": row["request_id"],
+                "generationId": generation_id,
+                "costUsd": str(cost_usd),
+                "costRub": roubles(due),
+                "outcome": outcome,
+            },
+        )
+
+    async def _settle(self, hold_id: HoldId, knowledge: Knowledge, price: Price) -> None:
+        await self._ledger.settle(
+            Settlement(knowledge.account_id, hold_id, price.charge, price.cost_usd, knowledge.generation_id)
+        )
