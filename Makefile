@@ -30,13 +30,13 @@ run: install ## the service, whole: embedded PostgreSQL and the OpenRouter simul
 test: install ## all tests, on a real PostgreSQL
 	@$(BIN)/python -m pytest
 
-check: install format lint types sql test ## format, lint, types, SQL, tests: what a change must pass
+check: install lint types sql test ## lint, types, SQL, tests: what a change must pass
 
-format: install
+format: install ## put the code into the project's form
 	@$(BIN)/ruff format .
 
 lint: install
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
 types: install
 	@$(BIN)/mypy

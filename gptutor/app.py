@@ -50,7 +50,7 @@ def build_app(config: Config, *, log: LoggerService, secret: bytes) -> web.Appli
         middlewares=[
             middlewares.request_id,  # outermost: every answer has an id, and every line names it
             middlewares.access_log(log),  # sees the final answer, refusals included
-            middlewares.errors,  # the only broad except; all below it may raise a Refusal
+            middlewares.errors,  # turns every failure into an answer; all below it may raise a Refusal
             middlewares.body_limit(config.server.body_bytes_max),  # before anything reads the body
             middlewares.authenticate(KEYED),  # nearest to the handler: a 404 or 405 needs no key
         ],

@@ -75,6 +75,7 @@ class Database(Section, frozen=True):
 class OpenRouter(Section, frozen=True):
     api_key: str = ""
     base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?$")] = "https://openrouter.ai/api/v1"
+    management_key: str = ""
     default_model: Name = "google/gemini-2.5-flash-lite"
     referer: str = ""
     title: str = "GPTutor"
@@ -100,7 +101,7 @@ class Billing(Section, frozen=True):
     output_tokens_min: Count = 16
     reserve: Literal["typical", "worst_case"] = "typical"
     hold_default_rub: Decimal = Decimal(10)
-    media_tokens: Count = 8192
+    image_tokens: Count = 8192
 
     def __post_init__(self) -> None:
         # msgspec has no ranges for Decimal, so they stand here.
@@ -257,5 +258,9 @@ def _sentence(fault: str, settings: Mapping[str, Any], origin: Mapping[str, str]
         dotted, _, allowed = what.partition(" must be ")
         return f"{origin.get(dotted, dotted)} must be {allowed}."
     value = settings.get(section, {}).get(key, "")
-    shown = "" if dotted in ("security.secret_key", "openrouter.api_key", "database.url") else f" (it is {value!r})"
+    shown = (
+        ""
+        if dotted in ("security.secret_key", "openrouter.api_key", "openrouter.management_key", "database.url")
+        else f" (it is {value!r})"
+    )
     return f"{origin.get(dotted, dotted)} is wrong{shown}: {what[:1].lower()}{what[1:]}."

@@ -22,6 +22,7 @@ async def listening_on(runner: web.AppRunner, host: str, port: int) -> AsyncIter
             await web.TCPSite(runner, host, port, reuse_address=True).start()
         except OSError as error:
             raise StartError(f"Cannot listen on {host}:{port}: {error.strerror}. Is something else running there?") from error
-        yield f"http://{'localhost' if host == '127.0.0.1' else host}:{runner.addresses[0][1]}"
+        shown = {"127.0.0.1": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+        yield f"http://{shown}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()

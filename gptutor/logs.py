@@ -18,6 +18,18 @@ from typing import IO
 from pythonjsonlogger.orjson import OrjsonFormatter
 
 LOGGER = logging.getLogger("gptutor")
+WIRE = logging.getLogger("gptutor.wire")
+"""What the HTTP server says of malformed requests. Its tracebacks quote the request's bytes, keys included: they are cut off."""
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    cause = record.exc_info[0] if record.exc_info else None
+    record.exc_info = None
+    record.cause = cause.__name__ if cause is not None else None
+    return True
+
+
+WIRE.addFilter(_without_traceback)
 
 
 class LoggerService:
@@ -102,6 +114,7 @@ class DailyFileHandler(logging.StreamHandler[IO[str]]):
         self._retention = datetime.timedelta(days=retention_days)
         self._day = datetime.datetime.now(datetime.UTC).date()
         super().__init__(self._open())
+        self._prune()
 
     def emit(self, record: logging.LogRecord) -> None:
         day = datetime.datetime.fromtimestamp(record.created, datetime.UTC).date()

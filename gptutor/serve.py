@@ -18,7 +18,7 @@ from gptutor.banner import banner
 from gptutor.config import Config, Server, kept_secret
 from gptutor.config import Simulator as SimulatorPlace
 from gptutor.listener import StartError, listening_on
-from gptutor.logs import logging_to
+from gptutor.logs import WIRE, logging_to
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keys import parse_key
@@ -86,6 +86,7 @@ async def listening(app: web.Application, server: Server) -> AsyncIterator[str]:
         app,
         handler_cancellation=True,
         access_log=None,
+        logger=WIRE,
         keepalive_timeout=server.keepalive_s,
         auto_decompress=False,  # a compressed body is refused, unopened
         shutdown_timeout=server.shutdown_s / 2,  # aiohttp waits for it twice

@@ -50,8 +50,9 @@ def test_messages_are_required_to_the_letter(body: bytes) -> None:
         ('"stream": 1', "stream must be a boolean"),
         ('"n": 0', "n must be an integer from 1 to 128"),
         ('"n": 129', "n must be an integer from 1 to 128"),
-        ('"model": 5', "model must be a string of 1 to 200 characters"),
-        ('"model": ""', "model must be a string of 1 to 200 characters"),
+        ('"model": 5', "model must be a string of 1 to 200 printable characters"),
+        ('"model": "a\\u0000b"', "model must be a string of 1 to 200 printable characters"),
+        ('"model": ""', "model must be a string of 1 to 200 printable characters"),
         ('"models": "a"', "models must be an array of strings"),
         ('"stream_options": []', "stream_options must be an object"),
     ],
@@ -139,10 +140,21 @@ def test_what_its_price_depends_on() -> None:
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}, image]}], "n": 3, "max_tokens": 5}
     )
     size = read_ask(body.encode(), default_model="m").size
-    assert (size.media_parts, size.choices, size.output_tokens) == (1, 3, 5)
-    assert size.prompt_bytes == len(body) - len(json.dumps(image))
+    assert (size.images, size.has_files, size.choices, size.output_tokens) == (1, False, 3, 5)
+    assert 50 < size.prompt_bytes < 100  # the text, but not the picture's thousand bytes
     assert ask(max_tokens=5, max_completion_tokens=9).size.output_tokens == 9
     assert ask(model="a/b", models=["c/d", "e/f"]).fallbacks == ("c/d", "e/f")
+
+
+@pytest.mark.parametrize("kind", ["file", "input_audio", "video_url", "something_new"])
+def test_what_is_neither_text_nor_image_is_a_file(kind: str) -> None:
+    assert ask(messages=[{"role": "user", "content": [{"type": kind, kind: {"data": "x"}}]}]).size.has_files
+
+
+def test_half_emojis_do_not_make_a_request_smaller() -> None:
+    image = r'{"type":"image_url","image_url":{"url":"%s"}}' % (r"\ud83d" * 1000)
+    body = b'{"messages":[{"role":"user","content":[{"type":"text","text":"%s"},%s]}]}' % (b"x" * 5000, image.encode())
+    assert read_ask(body, default_model="m").size.prompt_bytes > 5000
 
 
 def test_what_the_caller_wrote_reaches_upstream_as_he_wrote_it() -> None:
@@ -165,6 +177,18 @@ def test_half_an_emoji_passes_as_it_was_written(spelling: str) -> None:
     body = b'{"messages":[{"role":"user","content":"%s"}],"stop":"\\n"}' % spelling.encode()
     sent = read_ask(body, default_model="m").upstream_body(user="u", output_limit=None)
     assert sent.startswith(body[:-1])
+
+
+def test_names_with_half_an_emoji_pass_too() -> None:
+    body = rb'{"\ud83dkey":1,"messages":[{"role":"user","content":"x"}]}'
+    assert read_ask(body, default_model="m").upstream_body(user="u", output_limit=None).startswith(body[:-1])
+
+
+@pytest.mark.parametrize(
+    "body", [rb'"\ufdd0 \ud83d"', rb'"\uFDD0\ud83d"', '"\ufdd0 \\ud83d"'.encode(), b'"' + b"x" * 3_000_000 + rb'\ud83d"']
+)
+def test_where_half_an_emoji_cannot_be_passed_safely_it_is_refused(body: bytes) -> None:
+    assert refusal(b'{"messages":[{"role":"user","content":%s}]}' % body)[1] == "invalid_json"
 
 
 def test_members_of_ours_replace_the_callers() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner, parse_usd, read_bill
+from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner, parse_usd, read_statement
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "cost": 9.3e-05, "is_byok": False}
 FINAL = b"data: " + json.dumps({"id": "gen-1", "choices": [], "usage": USAGE}).encode()
@@ -109,6 +109,40 @@ def test_memory_is_bounded_on_an_endless_event() -> None:
     assert len(scanner._rest) <= EVENT_BYTES_MAX + 100_000
 
 
+@pytest.mark.parametrize(
+    ("stream", "ended"),
+    [
+        (b"data: [DONE]\n\n", True),
+        (b"data:[DONE]", True),
+        (b"data: [DONE]\r\n\r\n: comment\n\n", True),
+        (b'data: {"error": {"code": 502}, "choices": []}\n\n', True),
+        (b'data: {"error": null, "choices": []}\n\n', False),
+        (b'data: {"choices": [{"delta": {"content": "[DONE] \\"error\\""}}]}\n\n', False),
+        (b'data: {"choices": [{"error": {"code": 1}}]}\n\n', False),
+        (b": [DONE]\n\n", False),
+        (b"data: [DON", False),
+        (b"", False),
+    ],
+)
+def test_it_knows_whether_openrouter_has_ended_the_answer(stream: bytes, ended: bool) -> None:
+    for known in (None, "gen-1"):
+        for chunks in ([stream], [bytes([byte]) for byte in stream]):
+            scanner = BillScanner(known)
+            for chunk in chunks:
+                scanner.feed(chunk)
+            scanner.finish()
+            assert scanner.has_ended is ended
+
+
+@pytest.mark.parametrize("identity", ["gen-1", "", "a b", "x" * 201, 5, None])
+def test_the_first_name_is_kept_unless_the_headers_gave_one(identity: object) -> None:
+    stream = b": c\n\n" + b"".join(b"data: " + json.dumps({"id": name}).encode() + b"\n\n" for name in (identity, "gen-2"))
+    assert scan(stream).generation_id == ("gen-1" if identity == "gen-1" else "gen-2")
+    scanner = BillScanner("gen-0")
+    scanner.feed(stream)
+    assert scanner.generation_id == "gen-0"
+
+
 def test_it_knows_where_an_event_ends() -> None:
     for stream, at_end in [(b"", True), (b"data: x", False), (b"data: x\n", False), (b"data: x\n\n", True), (b"a\r\n\r\n", True)]:
         assert scan(stream).at_event_end is at_end, stream
@@ -132,7 +166,7 @@ def test_it_knows_where_an_event_ends() -> None:
     ],
 )
 def test_a_plain_answer(document: bytes, cost: str | None) -> None:
-    bill = read_bill(document)
+    bill = read_statement(document).bill
     assert (str(bill.cost_usd) if bill else None) == cost
 
 

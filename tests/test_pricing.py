@@ -31,7 +31,7 @@ def evaluate(**changes: Any) -> LLMCostEvaluate:
         "output_tokens_min": 16,
         "reserve": "typical",
         "hold_default_rub": Decimal(10),
-        "media_tokens": 8192,
+        "image_tokens": 8192,
     }
     return LLMCostEvaluate(**{**policy, **changes})
 
@@ -41,20 +41,20 @@ def rub(text: str) -> Nano:
 
 
 def test_with_a_limit_the_hold_covers_all_of_it() -> None:
-    ceiling = evaluate().ceiling(Size(prompt_bytes=1000, output_tokens=5000), Price())
+    ceiling = evaluate().ceiling(Size(prompt_bytes=1000, output_tokens=5000), [Price()])
     assert ceiling.most == rub("0.99")  # (1000 × 0.000001 + 5000 × 0.000002) × 90
     assert ceiling.least == rub("1")  # the minimum balance is more
     assert ceiling.output_limit(rub("1")) is None
 
 
 def test_a_limit_above_the_models_own_does_not_cost_more() -> None:
-    assert evaluate().ceiling(Size(0, output_tokens=10**9), Price()).most == rub("1.8")
+    assert evaluate().ceiling(Size(0, output_tokens=10**9), [Price()]).most == rub("1.8")
 
 
 def test_without_a_limit_the_hold_covers_a_typical_answer() -> None:
-    ceiling = evaluate().ceiling(Size(prompt_bytes=1000), Price())
+    ceiling = evaluate().ceiling(Size(prompt_bytes=1000), [Price()])
     assert ceiling.most == rub("0.82728")
-    assert evaluate(reserve="worst_case").ceiling(Size(prompt_bytes=1000), Price()).most == rub("1.89")
+    assert evaluate(reserve="worst_case").ceiling(Size(prompt_bytes=1000), [Price()]).most == rub("1.89")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_without_a_limit_the_hold_covers_a_typical_answer() -> None:
     [("1.89", None), ("1.889999999", 9999), ("1", 5055), ("0.09288", 16), ("2", None)],
 )
 def test_what_the_balance_covers_is_the_limit(available: str, limit: int | None) -> None:
-    ceiling = evaluate(balance_min_rub=Decimal(0)).ceiling(Size(prompt_bytes=1000), Price())
+    ceiling = evaluate(balance_min_rub=Decimal(0)).ceiling(Size(prompt_bytes=1000), [Price()])
     assert ceiling.least == rub("0.09288")  # the prompt and 16 tokens
     assert ceiling.output_limit(rub(available)) == limit
 
@@ -80,7 +80,7 @@ def test_one_request_alone_never_takes_a_balance_below_zero(
     prompt: int, limit: int | None, choices: int, media: int, prompt_usd: Decimal, completion_usd: Decimal, available: int
 ) -> None:
     price = Price(prompt_usd, completion_usd, image_usd=Decimal("0.01"), context_tokens=10**9)
-    ceiling = evaluate(margin=Decimal("1.1")).ceiling(Size(prompt, media, choices, limit), price)
+    ceiling = evaluate(margin=Decimal("1.1")).ceiling(Size(prompt, media, False, choices, limit), [price])
     if available < ceiling.least:
         return
     sent = ceiling.output_limit(Nano(available))
@@ -93,18 +93,31 @@ def test_one_request_alone_never_takes_a_balance_below_zero(
 
 def test_media_count_by_pieces_and_the_prompt_by_the_context() -> None:
     price = Price(image_usd=Decimal("0.5"), request_usd=Decimal("0.25"))
-    assert evaluate().ceiling(Size(0, media_parts=2, output_tokens=1), price).most == rub("113.97474")
-    assert evaluate().ceiling(Size(10**9, output_tokens=1), price).most == rub("31.50018")
+    assert evaluate().ceiling(Size(0, images=2, output_tokens=1), [price]).most == rub("113.97474")
+    assert evaluate().ceiling(Size(10**9, output_tokens=1), [price]).most == rub("31.50018")
+
+
+def test_a_file_may_cost_all_that_the_model_can_read() -> None:
+    assert evaluate().ceiling(Size(1, has_files=True, output_tokens=1), [Price()]).most == rub("9.00018")
+
+
+def test_whichever_model_answers_is_covered() -> None:
+    small = Price(completion_usd=Decimal("0.0001"), output_tokens_max=100)  # dear, but soon silent
+    large = Price(completion_usd=Decimal("0.000002"), output_tokens_max=60_000)
+    ceiling = evaluate().ceiling(Size(0), [small, large])
+    assert ceiling.most == rub("0.9")  # 100 × 0.0001 × 90
+    assert ceiling.output_limit(rub("1")) == 5555  # and of the other 1 / (0.000002 × 90)
+    assert evaluate().ceiling(Size(0), [small, None]).most == rub("10")
 
 
 def test_a_price_that_is_none_holds_the_default() -> None:
-    ceiling = evaluate().ceiling(Size(10**6), None)
+    ceiling = evaluate().ceiling(Size(10**6), [None])
     assert (ceiling.most, ceiling.least) == (rub("10"), rub("10"))
     assert ceiling.output_limit(rub("10")) is None
 
 
 def test_a_free_model_holds_nothing_but_asks_for_the_minimum() -> None:
-    ceiling = evaluate().ceiling(Size(1000), Price(Decimal(0), Decimal(0)))
+    ceiling = evaluate().ceiling(Size(1000), [Price(Decimal(0), Decimal(0))])
     assert (ceiling.most, ceiling.least, ceiling.output_limit(rub("1"))) == (0, rub("1"), None)
 
 

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from gptutor.api.exchange import TRUNCATED
 from gptutor.app import build_app
 from gptutor.logs import LoggerService
 from gptutor.money.bookings import Bookings
@@ -85,7 +86,7 @@ async def test_a_missing_or_impossible_price_is_asked_for_at_generation(gateway:
     await assert_books_agree(gateway, caller)
 
 
-@pytest.mark.parametrize("fault", ["cut=3", "cut=0", "cut-inside=3", "cut-inside=40", "chunks=9 fault:cut=5"])
+@pytest.mark.parametrize("fault", ["cut=3", "cut-inside=3", "cut-inside=40", "chunks=9 fault:cut=5"])
 async def test_a_broken_stream_ends_in_an_error_event_and_is_charged_by_generation(gateway: Gateway, fault: str) -> None:
     caller = await gateway.caller()
     response, stream = await gateway.chat(caller, f"fault:{fault}", stream=True)
@@ -266,7 +267,10 @@ async def test_odd_bytes_come_through_as_they_are(scripted: Any, stream: bytes, 
 
     plays.append(play)
     response, received = await gateway.chat(await gateway.caller(), stream=True)
-    assert received == stream
+    ended = b"data: [DONE]" in stream
+    assert received[: len(stream)] == stream
+    assert (received == stream) is ended  # what was not ended by OpenRouter is ended by us, as an error
+    assert ended or received.endswith(TRUNCATED)
     assert "Set-Cookie" not in response.headers
     assert "X-Odd" not in response.headers
 

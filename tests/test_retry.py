@@ -16,11 +16,11 @@ from gptutor.openrouter.retry import Failure, pause_before_retry
         ("timeout", 0, None, None, 1, 60, None),  # it may have been bought
         ("broken", 0, None, None, 1, 60, None),
         ("status", 429, None, None, 1, 60, 0.375),
-        ("status", 429, 7, None, 1, 60, 7),
+        ("status", 429, 7, None, 1, 60, 7.25),
         ("status", 429, 7, None, 1, 6, None),  # longer than there is time
         ("status", 408, None, None, 1, 60, 0.375),
         ("status", 502, None, None, 1, 60, 0.375),
-        ("status", 503, 0, None, 2, 60, 0),
+        ("status", 503, 0, None, 2, 60, 0.25),
         ("status", 524, None, None, 1, 60, 0.375),
         ("status", 529, None, None, 1, 60, 0.375),
         ("status", 502, None, "gen-1", 1, 60, None),  # something has a name, so something may have a price
@@ -28,7 +28,7 @@ from gptutor.openrouter.retry import Failure, pause_before_retry
         ("status", 400, None, None, 1, 60, None),
         ("status", 401, None, None, 1, 60, None),
         ("status", 402, None, None, 1, 60, None),  # our credit is used up
-        ("status", 402, 2, None, 1, 60, 2),  # our budget in flight is used up for a moment
+        ("status", 402, 2, None, 1, 60, 2.25),  # our budget in flight is used up for a moment
         ("status", 403, 2, None, 1, 60, None),
         ("status", 302, None, None, 1, 60, None),
     ],

@@ -20,6 +20,8 @@ from gptutor.errors import Refusal
 from gptutor.money.pricing import Size
 
 MODEL_CHARACTERS_MAX = 200
+IMAGES = ("image_url", "input_image")
+"""Parts whose bytes are not tokens: a picture costs by its size in pixels, within a bound."""
 
 
 class Message(msgspec.Struct):
@@ -44,8 +46,8 @@ class ChatRequest(msgspec.Struct):
 
     messages: Annotated[list[Message], Meta(min_length=1, description="a non-empty array of messages")]
     model: Annotated[
-        Annotated[str, Meta(min_length=1, max_length=MODEL_CHARACTERS_MAX)] | None,
-        Meta(description=f"a string of 1 to {MODEL_CHARACTERS_MAX} characters"),
+        Annotated[str, Meta(min_length=1, max_length=MODEL_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*$")] | None,
+        Meta(description=f"a string of 1 to {MODEL_CHARACTERS_MAX} printable characters"),
     ] = None
     models: Annotated[list[str] | None, Meta(description="an array of strings")] = None
     stream: Annotated[bool | None, Meta(description="a boolean")] = None
@@ -122,11 +124,13 @@ def read_ask(body: bytes, *, default_model: str) -> Ask:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal("invalid_json", cause=str(error)) from error
 
-    media_parts = media_bytes = 0
+    images, image_bytes, has_files = 0, 0, False
     for index, message in enumerate(request.messages):
-        for part in _media_parts(message, f"messages[{index}].content"):
-            media_parts += 1
-            media_bytes += part
+        for kind, size in _parts(message, f"messages[{index}].content"):
+            if kind in IMAGES:
+                images, image_bytes = images + 1, image_bytes + size
+            elif kind != "text":
+                has_files = True
     limits = (request.max_tokens, request.max_completion_tokens)
     return Ask(
         model=request.model or default_model,
@@ -134,8 +138,9 @@ def read_ask(body: bytes, *, default_model: str) -> Ask:
         stream=bool(request.stream),
         messages=len(request.messages),
         size=Size(
-            prompt_bytes=len(body) - media_bytes,
-            media_parts=media_parts,
+            prompt_bytes=sum(len(memoryview(member)) for member in members.values()) - image_bytes,
+            images=images,
+            has_files=has_files,
             choices=request.n or 1,
             output_tokens=max((limit for limit in limits if limit is not None), default=None),
         ),
@@ -158,8 +163,8 @@ def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
         return _decode_request(masked), _decode_members(masked), True
 
 
-def _media_parts(message: Message, place: str) -> list[int]:
-    """The sizes in bytes of the message's parts that are not text. Raises Refusal if the content is not one of its forms."""
+def _parts(message: Message, place: str) -> list[tuple[str, int]]:
+    """The message's parts, type and size in bytes. Raises Refusal if the content is not one of its forms."""
     content = message.content
     view = memoryview(content)
     first = view[:1].tobytes()
@@ -169,15 +174,14 @@ def _media_parts(message: Message, place: str) -> list[int]:
         return []  # null beside tool calls
     if first != b"[":
         raise Refusal("invalid_request", f"{place} must be {RULES['content']}")
-    sizes = []
+    parts = []
     for index, part in enumerate(_decode_parts(content)):
         try:
             kind = _decode_part(part).type
         except msgspec.ValidationError as error:
             raise Refusal("invalid_request", f"{place}[{index}] must be an object with a string `type`") from error
-        if kind != "text":
-            sizes.append(len(memoryview(part)))
-    return sizes
+        parts.append((kind, len(memoryview(part))))
+    return parts
 
 
 def _refusal(fault: str) -> Refusal:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp_sse import EventSourceResponse
 
 
@@ -20,7 +20,7 @@ class Patience:
 
 # A caller who left shows as one of these. ClientConnectionResetError is an aiohttp ClientError as well:
 # caught here, it can never be taken for a failure of OpenRouter's.
-LEFT = (ConnectionError, TimeoutError, RuntimeError)
+LEFT = (ConnectionError, TimeoutError)
 
 
 class EventStream:
@@ -39,6 +39,9 @@ class EventStream:
         self.response = EventSourceResponse(
             headers=headers, allow_all_methods=True, ping_interval=float("inf"), send_timeout=patience.write_s
         )
+        if request.version < HttpVersion11:
+            self.response.force_close()  # without chunks, only the end of the connection ends the body
+        del self.response.headers["Connection"]  # the server says itself what is true
         self._request = request
         self._answer = answer
         self._patience = patience
@@ -71,8 +74,16 @@ class EventStream:
                     await self.response.write_eof()
             except LEFT:
                 self._leave()
+
+    def release(self) -> None:
+        """Ends the task that waits for the first ping, and would keep request and response for ever."""
         if self.response.prepared:
-            self.response.stop_streaming()  # ends the task that waits for the first ping
+            self.response.stop_streaming()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything has been sent: from then on there can be no refusal any more."""
+        return self.response.prepared
 
     async def _prepare(self) -> None:
         if not self.response.prepared:

@@ -22,6 +22,7 @@ from aiohttp import web
 from gptutor.api.ask import Ask
 from gptutor.api.event_stream import EventStream, Patience
 from gptutor.api.inflight import InFlight
+from gptutor.api.middlewares import LOGGED
 from gptutor.api.upstream_refusals import refusal_of
 from gptutor.database import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, Refusal
@@ -43,7 +44,7 @@ from gptutor.money.journal import JournalError, Price
 from gptutor.money.keys import KeyClaim
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling, LLMCostEvaluate
-from gptutor.openrouter.bill import Bill, BillScanner, read_bill
+from gptutor.openrouter.bill import Bill, BillScanner, read_statement
 from gptutor.openrouter.catalogue import Catalogue
 from gptutor.openrouter.relay import relay
 from gptutor.openrouter.service import OpenRouterService, Reply, UpstreamError
@@ -110,7 +111,6 @@ class Exchange:
         self._cause: str | None = None
 
     async def run(self) -> None:
-        self._log_request()
         hold_id = new_id()
         hold: Hold | None = None
         try:
@@ -129,15 +129,14 @@ class Exchange:
         finally:
             self._kit.ledger.let_go(hold_id)
             self.answer.cancel()  # where it was not given, this task is being cut off
-            self._log_response()
+            if LOGGED in self._request:
+                self._log_response()
 
     # -- before anything is bought
 
     def _ceiling(self) -> Ceiling:
-        """The dearest of the models that may answer."""
         models = (self._order.ask.model, *self._order.ask.fallbacks)
-        ceilings = [self._kit.evaluate.ceiling(self._order.ask.size, self._kit.catalogue.price(model)) for model in models]
-        return max(ceilings, key=lambda ceiling: ceiling.most)
+        return self._kit.evaluate.ceiling(self._order.ask.size, [self._kit.catalogue.price(model) for model in models])
 
     async def _hold(self, hold_id: HoldId, ceiling: Ceiling) -> Hold:
         order = self._order
@@ -145,16 +144,20 @@ class Exchange:
             order.claim, hold_id, ceiling, order.ask.model, order.request_id, order.idempotency_key, order.body_hash
         )
         try:
-            return await self._kit.ledger.hold_funds(request)
+            hold = await self._kit.ledger.hold_funds(request)
         except UnknownKey:
-            raise Refusal("invalid_key") from None
+            raise Refusal("invalid_key") from None  # nobody's request: it leaves no line in anybody's name
         except InsufficientFunds:
+            self._log_request()
             raise Refusal("insufficient_balance") from None
         except RepeatedRequest as repeated:
+            self._log_request()
             code = "repeated_request" if repeated.same_body else "mismatched_request"
             raise Refusal(code, f"{Refusal(code).text}: {repeated.request_id}") from None
         except DatabaseUnavailable as error:
             raise Refusal("database_unavailable", cause=str(error)) from error
+        self._log_request()
+        return hold
 
     # -- between upstream and downstream
 
@@ -193,24 +196,33 @@ class Exchange:
             document = await reply.read(left_s)
         except UpstreamError as error:
             raise refusal_of(error) from error
-        if (bill := read_bill(document)) is not None:
-            self._note_bill(hold, bill)
+        said = read_statement(document)
+        if said.bill is not None:
+            self._note_bill(hold, said.bill)
+        elif self._generation_id is None:
+            self._name(hold, said.generation_id)
         if not self.answer.done():
             self.answer.set_result(web.Response(body=document, status=reply.status, headers=reply.headers))
 
     async def _relay_stream(self, hold: Hold, reply: Reply) -> None:
-        scanner = BillScanner()
+        scanner = BillScanner(reply.generation_id)
         downstream = EventStream(self._request, self.answer, reply.headers, self._kit.patience)
         try:
             async with asyncio.timeout(None) as limit:
                 self.answer.add_done_callback(lambda _: self._hurry(limit))
                 error = await relay(reply, downstream, scanner, lambda bill: self._note_bill(hold, bill))
-                if error is not None:
-                    self._cause = f"upstream, in mid-stream: {error}"
+                if error is not None and not downstream.has_begun:
+                    raise refusal_of(error) from error
+                if not scanner.has_ended and not self._caller_left():
+                    self._cause = f"upstream, in mid-stream: {error or 'the end came too early'}"
                     await downstream.write(TRUNCATED if scanner.at_event_end else b"\n\n" + TRUNCATED)
                 await downstream.finish()
         except TimeoutError:
             self._cause = f"the caller left, and upstream went on for more than {self._kit.patience.leaver_drain_s} s"
+        finally:
+            downstream.release()
+            if self._generation_id is None:
+                self._name(hold, scanner.generation_id)
         if not self.answer.done():
             self.answer.set_result(downstream.response)
 
@@ -270,6 +282,7 @@ class Exchange:
         self._refuse(Refusal("internal_error", cause=repr(error), headers=DO_NOT_RETRY if self._sent else None))
 
     def _log_request(self) -> None:
+        self._request[LOGGED] = True
         self._kit.log.llm_request(
             model=self._order.ask.model,
             user_id=self._order.claim.account_id,

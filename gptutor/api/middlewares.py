@@ -36,7 +36,8 @@ async def request_id(request: web.Request, handler: Handler) -> web.StreamRespon
 
 async def name_response(request: web.Request, response: web.StreamResponse) -> None:
     """The other half of `request_id`: a signal, because the headers of a stream are sent inside its handler."""
-    response.headers["X-Request-ID"] = request[REQUEST_ID]
+    # What the server refuses by itself, such as an unknown `Expect`, has not passed the middlewares.
+    response.headers["X-Request-ID"] = request.get(REQUEST_ID) or str(uuid.uuid4())
 
 
 def access_log(log: LoggerService) -> Middleware:

@@ -38,7 +38,9 @@ class ModelList:
             self._list = b'{"object":"list","data":[%s]}' % b",".join(self._models.values())
 
     def _render(self, model: Model) -> bytes:
-        pricing_rub = {name: f"{EXACT.multiply(usd, self._rub_per_usd):f}" for name, usd in model.pricing.items()}
+        pricing_rub = {
+            name: f"{EXACT.multiply(usd, self._rub_per_usd):f}" for name, usd in model.pricing.items() if name != "discount"
+        }
         return msgspec.json.encode(
             {
                 "id": model.id,

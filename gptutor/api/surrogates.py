@@ -8,18 +8,23 @@ Escapes are read from the left, so that neither a whole pair nor an escaped back
 import re
 
 MASK = rb"\ufdd0"
+MASK_CHARACTER = "\ufdd0".encode()
+LONE_OR_NOT = re.compile(rb"\\u[dD][89a-fA-F]")
 ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|\\)", re.DOTALL
 )
+BODY_BYTES_MAX = 2 * 1024 * 1024
+"""A larger body is not searched: it would hold up everybody else."""
 
 
 def mask(body: bytes) -> bytes | None:
-    """The body with its lone surrogates masked, or None if it has none, or if it holds the mask already."""
-    if MASK + b"u" in body:
+    """The body with its lone surrogates masked, or None where there is none, or the mask itself, or too much to search."""
+    if len(body) > BODY_BYTES_MAX or MASK in body.lower() or MASK_CHARACTER in body or not LONE_OR_NOT.search(body):
         return None
     masked = ESCAPE.sub(lambda escape: MASK + escape[1] if escape[1] else escape[0], body)
     return masked if masked != body else None
 
 
 def unmask(body: bytes) -> bytes:
-    return body.replace(MASK, b"\\")
+    """Also in names of members, which have been written anew, with the character itself."""
+    return body.replace(MASK, b"\\").replace(MASK_CHARACTER, b"\\")

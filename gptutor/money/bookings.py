@@ -44,7 +44,9 @@ class Bookings:
     async def book(
         self, account_id: AccountId, kind: EntryKind, amount: Nano, *, reason: str = "", reference: str | None = None
     ) -> User:
-        """Raises NoSuchUser, AlreadyBooked."""
+        """Raises NoSuchUser, AlreadyBooked: a reference names one payment, whoever's account it was booked on."""
+        if reference is not None and await self._database.fetchrow("find_reference", reference):
+            raise AlreadyBooked(reference)
         try:
             row = await self._database.fetchrow("book_entry", account_id, new_id(), kind, amount, CONTRA[kind], reason, reference)
         except ConstraintViolated as violation:

@@ -6,13 +6,14 @@ Two questions, two answers, both pure:
 - after it, the *charge*: OpenRouter's dollars × the rate, rounded once, half up, to a nano-rouble (contract C1).
 
 The ceiling is `fixed + tokens × per_token`. The fixed part is the prompt, bounded by its bytes (a token is never shorter than
-a byte), media by count, and the per-request price. The second part is the output.
+a byte) and by the model's context, images by count, and the per-request price. The second part is the output.
 
 Where the caller sets no limit on the output, the hold covers a typical one. One request alone must still never take a balance
-below zero, so whenever the balance does not cover all that the model can write, `Ceiling.output_limit` says what it does cover,
-and that is sent upstream as `max_tokens`.
+below zero, so whenever the balance does not cover all that a model can write, `Ceiling.output_limit` says what it does cover,
+and that is sent upstream as `max_tokens`. Where several models may answer, all of them are covered.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
 from typing import Protocol
@@ -20,9 +21,8 @@ from typing import Protocol
 from gptutor.money.amounts import EXACT, Nano, nano_ceiling, nano_half_up, parse_roubles
 
 NANO = Decimal(10**9)
-NOTHING = Nano(0)
-OUTPUT_TOKENS_UNKNOWN = 131_072
-"""The output bound of a model that lists neither an output limit nor a context length."""
+TOKENS_UNKNOWN = 2_000_000
+"""The bound of a model that lists no limit: more than the largest context on the list."""
 
 
 class Priced(Protocol):
@@ -47,29 +47,45 @@ class Size:
     """What a request asks for, as far as its price is concerned."""
 
     prompt_bytes: int
-    media_parts: int = 0
+    """All bytes of the request that may be read as text; those of images are not among them."""
+    images: int = 0
+    has_files: bool = False
+    """Whether there are files, sounds or films, whose cost nothing but the model's context bounds."""
     choices: int = 1
     output_tokens: int | None = None
     """`max_tokens` or `max_completion_tokens`, as the caller set it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ceiling:
-    """What to hold. `most` is held if it is available, else all that is available, but never less than `least`."""
+class Output:
+    """What one model's output costs: `fixed` before the first token, then `token_nano` each, exact; at most `tokens_max`."""
 
-    most: Nano
-    least: Nano
-    fixed: Nano = NOTHING
-    token_nano: Decimal = Decimal(0)
-    """The price of one more output token, in nano-roubles; exact. 0 where the output needs no limit of ours."""
-    output_tokens_max: int = 0
+    fixed: Nano
+    token_nano: Decimal
+    tokens_max: int
 
-    def output_limit(self, available: Nano) -> int | None:
-        """`max_tokens` to send upstream, given what was available before the hold; None where none is needed."""
+    def limit(self, available: Nano) -> int | None:
+        """How many tokens are covered, if not all of them."""
         if not self.token_nano:
             return None
         covered = int(EXACT.divide(Decimal(available - self.fixed), self.token_nano).to_integral_value(ROUND_FLOOR))
-        return covered if covered < self.output_tokens_max else None
+        return covered if covered < self.tokens_max else None
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What to hold. `most` is held if it is available, else all that is available, but never less than `least`.
+
+    `outputs`, one for each model that may answer, are given where the caller set no limit and the balance may have to.
+    """
+
+    most: Nano
+    least: Nano
+    outputs: tuple[Output, ...] = ()
+
+    def output_limit(self, available: Nano) -> int | None:
+        """`max_tokens` to send upstream, given what was available before the hold; None where none is needed."""
+        return min((limit for output in self.outputs if (limit := output.limit(available)) is not None), default=None)
 
 
 def charge(cost_usd: Decimal, rub_per_usd: Decimal) -> Nano:
@@ -90,7 +106,7 @@ class LLMCostEvaluate:
         output_tokens_min: int,
         reserve: str,
         hold_default_rub: Decimal,
-        media_tokens: int,
+        image_tokens: int,
     ) -> None:
         self.rub_per_usd = rub_per_usd
         self._balance_min = parse_roubles(str(balance_min_rub))
@@ -99,35 +115,46 @@ class LLMCostEvaluate:
         self._output_tokens_typical = output_tokens_typical
         self._output_tokens_min = output_tokens_min
         self._worst_case = reserve == "worst_case"
-        self._media_tokens = media_tokens
+        self._image_tokens = image_tokens
 
-    def ceiling(self, size: Size, price: Priced | None) -> Ceiling:
-        """The most that a request of this size can cost at this price; `None` is a price that OpenRouter does not state."""
+    def ceiling(self, size: Size, prices: Sequence[Priced | None]) -> Ceiling:
+        """The most that a request of this size can cost, whichever of the models with these prices answers.
+
+        `None` is a price that OpenRouter does not state: a default is held.
+        """
+        ceilings = [self._ceiling_of(size, price) for price in prices]
+        return Ceiling(
+            most=max(ceiling.most for ceiling in ceilings),
+            least=max(ceiling.least for ceiling in ceilings),
+            outputs=tuple(output for ceiling in ceilings for output in ceiling.outputs),
+        )
+
+    def _ceiling_of(self, size: Size, price: Priced | None) -> Ceiling:
         if price is None:
             return Ceiling(most=self._hold_default, least=max(self._hold_default, self._balance_min))
-        prompt_tokens = size.prompt_bytes + size.media_parts * self._media_tokens
-        if price.context_tokens is not None:
-            prompt_tokens = min(prompt_tokens, price.context_tokens)
-        fixed_usd = EXACT.multiply(prompt_tokens, price.prompt_usd)
-        fixed_usd = EXACT.fma(size.media_parts, price.image_usd, fixed_usd)
-        fixed_usd = EXACT.add(fixed_usd, price.request_usd)
-        fixed = self._nano(fixed_usd)
+        fixed_usd = self._prompt_usd(size, price)
         token_usd = EXACT.multiply(price.completion_usd, size.choices)
-
-        tokens_max = price.output_tokens_max or price.context_tokens or OUTPUT_TOKENS_UNKNOWN
+        tokens_max = price.output_tokens_max or price.context_tokens or TOKENS_UNKNOWN
         if size.output_tokens is not None or self._worst_case:
             most = self._nano(EXACT.fma(min(size.output_tokens or tokens_max, tokens_max), token_usd, fixed_usd))
             return Ceiling(most=most, least=max(most, self._balance_min))
 
         least_usd = EXACT.fma(min(self._output_tokens_min, tokens_max), token_usd, fixed_usd)
         most_usd = EXACT.fma(min(self._output_tokens_typical, tokens_max), token_usd, fixed_usd)
+        token_nano = EXACT.multiply(EXACT.multiply(token_usd, self._ceiling_rate), NANO)
         return Ceiling(
             most=self._nano(most_usd),
             least=max(self._nano(least_usd), self._balance_min),
-            fixed=fixed,
-            token_nano=EXACT.multiply(EXACT.multiply(token_usd, self._ceiling_rate), NANO),
-            output_tokens_max=tokens_max,
+            outputs=(Output(self._nano(fixed_usd), token_nano, tokens_max),),
         )
+
+    def _prompt_usd(self, size: Size, price: Priced) -> Decimal:
+        """Everything before the first output token. No more tokens than the model's context holds can be read."""
+        tokens = size.prompt_bytes + size.images * self._image_tokens
+        context = price.context_tokens or TOKENS_UNKNOWN
+        tokens = context if size.has_files else min(tokens, context)
+        usd = EXACT.fma(size.images, price.image_usd, price.request_usd)
+        return EXACT.fma(tokens, price.prompt_usd, usd)
 
     def charge(self, cost_usd: Decimal) -> Nano:
         """The cost of a finished request, at the rate of today."""

@@ -1,12 +1,15 @@
 """Finds the bill in what OpenRouter sends: a scanner for event streams, a reader for plain answers. No I/O.
 
+Beside the bill it notes the two things that matter where there is none: OpenRouter's name for the answer, and whether OpenRouter
+itself has ended it.
+
 OpenRouter states a request's price once, as the `usage` object at the top level of one JSON value: the answer itself, or the data
 of one server-sent event, usually the last before `[DONE]`. The scanner is fed the stream's bytes as they pass, in whatever pieces
 they arrive, and finds the same bill for every way of cutting them.
 
 How it stays cheap: an event that holds a bill contains the seven bytes `"usage"`, quotes included. Inside a JSON string quotes
-are escaped, so a model that writes `{"usage": …}` in its text cannot produce them. A chunk that ends at an event boundary and
-lacks the seven bytes costs one search; only events that have them are parsed, and only a `usage` at the top level counts.
+are escaped, so a model that writes `{"usage": …}` in its text cannot produce them. A chunk that ends at an event boundary and has
+none of the marks looked for costs a search for each; only events that have one are parsed, and only their top level counts.
 
 How it stays bounded: an event longer than EVENT_BYTES_MAX is skipped to its end. It cannot hold a bill of ours, and a bill that
 is missed here is asked for at `/generation`.
@@ -25,6 +28,8 @@ import msgspec
 
 EVENT_BYTES_MAX = 1024 * 1024
 MARK = b'"usage"'
+DONE = b"[DONE]"
+FAULT = b'"error"'
 EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")
 EVENT_END = re.compile(b"|".join(EVENT_ENDS))
 LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -57,37 +62,53 @@ class _Usage(msgspec.Struct):
 
 
 class _Envelope(msgspec.Struct):
-    usage: _Usage | None = None
+    usage: msgspec.Raw = msgspec.Raw(b"null")
     id: Any = None
+    error: Any = None
 
 
 _decode_envelope = msgspec.json.Decoder(_Envelope).decode
+_decode_usage = msgspec.json.Decoder(_Usage | None).decode
 _decode_details = msgspec.json.Decoder(_CostDetails | None).decode
 
 
-def read_bill(document: bytes) -> Bill | None:
-    """The bill in one JSON value, or None where it states no usable price."""
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What one JSON value says of the purchase: a price, a name, a failure; or nothing of the kind."""
+
+    bill: Bill | None = None
+    generation_id: str | None = None
+    is_error: bool = False
+
+
+NOTHING_SAID = Statement()
+
+
+def read_statement(document: bytes) -> Statement:
+    """What an answer, or the data of an event, says at its top level."""
     try:
         envelope = _decode_envelope(document)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return NOTHING_SAID
+    name = sane_generation_id(envelope.id)
+    return Statement(_read_usage(envelope.usage, name), name, envelope.error is not None)
+
+
+def _read_usage(raw: bytes, generation_id: str | None) -> Bill | None:
+    try:
+        usage = _decode_usage(raw)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
-    if envelope.usage is None:
+    if usage is None:
         return None
-    cost = parse_usd(bytes(envelope.usage.cost))
+    cost = parse_usd(bytes(usage.cost))
+    if cost is not None and usage.is_byok is True:
+        # With a provider key of our own, `cost` is OpenRouter's fee alone and the provider's bill stands beside it.
+        provider = _provider_cost(bytes(usage.cost_details))
+        cost = cost + provider if provider is not None else None
     if cost is None:
         return None
-    if envelope.usage.is_byok is True:
-        # With a provider key of our own, `cost` is OpenRouter's fee alone and the provider's bill stands beside it.
-        provider = _provider_cost(bytes(envelope.usage.cost_details))
-        if provider is None:
-            return None
-        cost += provider
-    return Bill(
-        cost_usd=cost,
-        prompt_tokens=_count(envelope.usage.prompt_tokens),
-        completion_tokens=_count(envelope.usage.completion_tokens),
-        generation_id=sane_generation_id(envelope.id),
-    )
+    return Bill(cost, _count(usage.prompt_tokens), _count(usage.completion_tokens), generation_id)
 
 
 def parse_usd(spelling: bytes) -> Decimal | None:
@@ -105,18 +126,25 @@ def sane_generation_id(value: object) -> str | None:
 
 
 class BillScanner:
-    """Listens to an event stream: `feed` it every chunk, `finish` it at the end, and read `bill` (the last one stated)."""
+    """Listens to an event stream: `feed` it every chunk, and `finish` it at the end.
 
-    __slots__ = ("_rest", "_skipping", "bill")
+    `bill` is the last one stated. `generation_id` is the name that the headers gave, else the first that an event gives.
+    `has_ended` tells that OpenRouter itself has ended the answer, by `[DONE]` or by an error event: a stream that stops without
+    either was cut off.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_rest", "_skipping", "bill", "generation_id", "has_ended")
+
+    def __init__(self, generation_id: str | None = None) -> None:
         self.bill: Bill | None = None
+        self.generation_id = generation_id
+        self.has_ended = False
         self._rest = bytearray()  # the beginning of an event whose end has not come
         self._skipping = False  # inside an event that is too long
 
     def feed(self, chunk: bytes) -> None:
-        if not self._rest and not self._skipping and chunk.endswith(EVENT_ENDS) and MARK not in chunk:
-            return  # whole events, none with a bill: nearly every chunk of nearly every stream
+        if not self._rest and not self._skipping and chunk.endswith(EVENT_ENDS) and self._is_idle(chunk):
+            return  # whole events, and none of them of interest: nearly every chunk of nearly every stream
         rest = self._rest
         searched = max(0, len(rest) - 1)  # an end may straddle the seam
         rest += chunk
@@ -138,14 +166,23 @@ class BillScanner:
         """Whether something of our own may be written here without falling into the middle of an event."""
         return not self._skipping and not self._rest.strip(b"\r\n")
 
+    def _is_idle(self, block: bytes) -> bool:
+        return MARK not in block and DONE not in block and FAULT not in block and self.generation_id is not None
+
     def _read(self, block: bytes) -> None:
-        if MARK not in block:
+        if self._is_idle(block):
             return
         for event in EVENT_END.split(block)[self._skipping :]:
-            if MARK in event and len(event.strip(b"\r\n")) <= EVENT_BYTES_MAX:
-                lines = LINE_END.split(event)
-                data = b"\n".join(line[5:] for line in lines if line.startswith(b"data:"))
-                self.bill = read_bill(data) or self.bill
+            if self._is_idle(event) or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
+                continue
+            data = b"\n".join(line[5:] for line in LINE_END.split(event) if line.startswith(b"data:"))
+            if data.strip() == DONE:
+                self.has_ended = True
+                continue
+            said = read_statement(data)
+            self.bill = said.bill or self.bill
+            self.generation_id = self.generation_id or said.generation_id
+            self.has_ended = self.has_ended or said.is_error
 
 
 def _provider_cost(details: bytes) -> Decimal | None:

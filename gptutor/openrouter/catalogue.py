@@ -54,7 +54,8 @@ class Catalogue:
     """Grows with every refresh; what was made from an older version is stale."""
 
     def price(self, model_id: str) -> Price | None:
-        model = self.models.get(model_id)
+        """The price of a model or of a variant of it, such as `…:nitro`; None where OpenRouter states none."""
+        model = self.models.get(model_id) or self.models.get(model_id.partition(":")[0])
         return model.price if model is not None else None
 
     def replace(self, document: bytes) -> None:

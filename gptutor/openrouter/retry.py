@@ -21,11 +21,16 @@ TRANSIENT_WITH_HINT = {402: "our budget for calls in flight is used up for a mom
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 8.0
+HINT_JITTER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How an attempt failed. `unreachable`: nothing was sent. `timeout`, `broken`: it was sent, and nothing is known."""
+    """How an attempt failed.
+
+    `unreachable`: nothing was sent. `timeout`, `broken`: it was sent, and nothing is known. `status`: OpenRouter's own word,
+    which is JSON; an error page of its edge is `broken`, because behind the edge the request may still be running.
+    """
 
     kind: Literal["status", "unreachable", "timeout", "broken"]
     status: int = 0
@@ -50,9 +55,9 @@ def pause_before_retry(
     hinted = failure.retry_after_s is not None and failure.status in TRANSIENT_WITH_HINT
     if failure.kind == "status" and failure.status not in TRANSIENT and not hinted:
         return None
+    jitter = random.random() if dice is None else dice  # noqa: S311
     if failure.retry_after_s is not None:
-        pause = failure.retry_after_s
+        pause = failure.retry_after_s + jitter * HINT_JITTER_S  # all who were told the same must not come back at once
     else:
-        jitter = random.random() if dice is None else dice  # noqa: S311
         pause = min(BACKOFF_FIRST_S * 2 ** (attempt - 1), BACKOFF_MAX_S) * (0.5 + jitter / 2)
     return pause if pause < left_s else None

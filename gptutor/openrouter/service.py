@@ -5,13 +5,15 @@ This is the rim at which aiohttp's client exceptions become ours. Bytes come thr
 """
 
 import asyncio
+import contextlib
+import datetime
 import io
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import msgspec
@@ -27,6 +29,7 @@ PASSED_ON = ("Content-Type", "Content-Encoding", "X-Generation-Id")
 ONE_WRITE_BYTES_MAX = 1024 * 1024
 """A larger request is sent in pieces: one write of it would hold up everybody else."""
 ERROR_BYTES_MAX = 64 * 1024
+ERROR_BODY_S = 5.0
 MESSAGE_CHARACTERS_MAX = 1000
 
 
@@ -121,8 +124,9 @@ class OpenRouterService:
                 )
                 if response.status < 300:
                     return Reply(response)
-                async with response:
-                    raise UpstreamError(_failure(response), _message(await response.content.read(ERROR_BYTES_MAX)))
+        # The status has come: whatever happens to the rest of the answer, it is one of refusal.
+        async with response:
+            raise await _refused(response)
 
     async def generation(self, generation_id: str) -> Bill | None:
         """The bill of a finished generation, or None while OpenRouter does not know it. Raises UpstreamError."""
@@ -158,8 +162,45 @@ class OpenRouterService:
                 self._base_url + path, params=query, allow_redirects=False, timeout=self._short_timeout
             ) as response:
                 if response.status != 200:
-                    raise UpstreamError(_failure(response), _message(await response.content.read(ERROR_BYTES_MAX)))
+                    raise await _refused(response)
                 return await response.read()
+
+
+async def totals(base_url: str, api_key: str, management_key: str = "") -> dict[datetime.date, Decimal]:
+    """What OpenRouter says it charged: today by `/key`, and, with a management key, the days before by `/activity`.
+
+    Dollars by UTC day. Raises UpstreamError.
+    """
+    today = datetime.datetime.now(datetime.UTC).date()
+    limits = Limits(connect_s=10, total_s=30, first_byte_s=30, idle_s=30, attempts_max=1)
+    days: dict[datetime.date, Decimal] = {}
+    async with connected(base_url, api_key, limits, referer="", title="", connections_max=2) as service:
+        key = msgspec.json.decode(await service._get("/key"), type=_KeyAnswer).data
+        days[today] = parse_usd(bytes(key.usage_daily)) or Decimal(0)
+    if management_key:
+        async with connected(base_url, management_key, limits, referer="", title="", connections_max=2) as service:
+            for row in msgspec.json.decode(await service._get("/activity"), type=_ActivityAnswer).data:
+                day = datetime.date.fromisoformat(row.date[:10])
+                if day < today:
+                    days[day] = days.get(day, Decimal(0)) + (parse_usd(bytes(row.usage)) or Decimal(0))
+    return days
+
+
+class _Key(msgspec.Struct):
+    usage_daily: msgspec.Raw = msgspec.Raw(b"0")
+
+
+class _KeyAnswer(msgspec.Struct):
+    data: _Key
+
+
+class _Activity(msgspec.Struct):
+    date: str
+    usage: msgspec.Raw = msgspec.Raw(b"0")
+
+
+class _ActivityAnswer(msgspec.Struct):
+    data: list[_Activity]
 
 
 class _Generation(msgspec.Struct):
@@ -216,9 +257,23 @@ class _translated:  # noqa: N801 - reads as a statement
             raise UpstreamError(Failure("broken", generation_id=self._generation_id)) from error
 
 
-def _failure(response: aiohttp.ClientResponse) -> Failure:
+async def _refused(response: aiohttp.ClientResponse) -> UpstreamError:
+    """The error that a status of refusal means, with OpenRouter's sentence if the body has one."""
+    body = b""
+    with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+        async with asyncio.timeout(ERROR_BODY_S):
+            async for chunk in response.content.iter_any():
+                body += chunk
+                if len(body) > ERROR_BYTES_MAX:
+                    break
+    is_ours = body.lstrip()[:1] == b"{"
+    from_the_edge = response.status >= 500 and not is_ours
+    return UpstreamError(_failure(response, "broken" if from_the_edge else "status"), _message(body))
+
+
+def _failure(response: aiohttp.ClientResponse, kind: Literal["status", "broken"]) -> Failure:
     return Failure(
-        "status",
+        kind,
         status=response.status,
         retry_after_s=_seconds(response.headers.get("Retry-After")),
         generation_id=_generation_id(response),

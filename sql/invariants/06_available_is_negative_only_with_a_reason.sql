@@ -1,16 +1,27 @@
--- Available funds go below zero only by a charge above its hold, or by a correction that took money.
+-- Available funds are below zero by no more than charges above their holds, charges after a release, and corrections took.
+WITH holds_exceeded AS (
+    SELECT
+        account_id,
+        sum(CASE WHEN is_late THEN charge_nano ELSE greatest(charge_nano - amount_nano, 0) END) AS nano
+    FROM holds
+    WHERE state = 'settled'
+    GROUP BY account_id
+),
+
+corrections AS (
+    SELECT
+        account_id,
+        sum(-amount_nano) AS nano
+    FROM ledger
+    WHERE kind <> 'charge' AND amount_nano < 0
+    GROUP BY account_id
+)
+
 SELECT
-    account_id,
-    balance_nano,
-    held_nano
+    accounts.account_id,
+    accounts.balance_nano,
+    accounts.held_nano
 FROM accounts
-WHERE
-    balance_nano < held_nano
-    AND NOT EXISTS (
-        SELECT 1 FROM holds
-        WHERE holds.account_id = accounts.account_id AND holds.charge_nano > holds.amount_nano
-    )
-    AND NOT EXISTS (
-        SELECT 1 FROM ledger
-        WHERE ledger.account_id = accounts.account_id AND ledger.kind <> 'charge' AND ledger.amount_nano < 0
-    );
+LEFT JOIN holds_exceeded ON accounts.account_id = holds_exceeded.account_id
+LEFT JOIN corrections ON accounts.account_id = corrections.account_id
+WHERE accounts.balance_nano - accounts.held_nano < -(coalesce(holds_exceeded.nano, 0) + coalesce(corrections.nano, 0));

@@ -49,6 +49,7 @@ CREATE TABLE holds (
     looks integer NOT NULL DEFAULT 0, -- how often recovery has looked
     closed_at timestamptz,
     is_unresolved boolean NOT NULL DEFAULT FALSE, -- released after a day without evidence: the operator's loss, if there was one
+    is_late boolean NOT NULL DEFAULT FALSE, -- settled after a release: the money was not reserved any more
     idempotency_key text,         -- the caller's own name for the request, kept for a day
     body_hash bytea,              -- SHA-256 of the body, beside that name
     PRIMARY KEY (account_id, hold_id),
@@ -92,6 +93,7 @@ CREATE TABLE ledger (
 );
 
 CREATE UNIQUE INDEX ledger_reference_is_booked_once ON ledger (account_id, reference) WHERE reference IS NOT NULL;
+CREATE INDEX ledger_by_reference ON ledger (reference) WHERE reference IS NOT NULL;
 CREATE INDEX ledger_by_time ON ledger (account_id, created_at DESC, entry_id DESC);
 
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$

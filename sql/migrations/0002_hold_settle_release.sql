@@ -115,7 +115,8 @@ BEGIN
     settled AS (
         UPDATE holds
         SET state = 'settled', charge_nano = item.charge_nano, cost_usd = item.cost_usd, closed_at = clock_timestamp(),
-            generation_id = coalesce(item.generation_id, holds.generation_id), is_unresolved = FALSE
+            generation_id = coalesce(item.generation_id, holds.generation_id), is_unresolved = FALSE,
+            is_late = before.state = 'released'
         FROM item JOIN before USING (account_id, hold_id)
         WHERE holds.account_id = item.account_id AND holds.hold_id = item.hold_id AND before.state <> 'settled'
         RETURNING holds.*, before.freed_nano, before.state AS state_before

@@ -49,14 +49,7 @@ VALUES ($1::bigint, $2::bytea, $3::text, $4::text);
 -- name: replace_keys
 -- A new key in place of all others of account $1, at once and everywhere: the hold reads them.
 -- $2 SHA-256 of the new key, $3 the part that may be shown.
-WITH revoked AS (
-    UPDATE api_keys
-    SET revoked_at = now()
-    WHERE account_id = $1::bigint AND revoked_at IS NULL
-)
-
-INSERT INTO api_keys (account_id, key_hash, shown)
-VALUES ($1::bigint, $2::bytea, $3::text);
+SELECT replace_keys($1::bigint, $2::bytea, $3::text);
 
 -- name: list_keys
 -- The keys of account $1, newest first.

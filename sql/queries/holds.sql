@@ -1,7 +1,7 @@
 -- name: hold_funds
--- Authenticates and reserves. $1 the process, $2 seconds until recovery looks at a hold, $3 roubles per dollar; arrays: $4 accounts,
--- $5 SHA-256 of the keys, $6 holds, $7 the most to hold, $8 the least that must be available, $9 models, $10 request ids,
--- $11 idempotency keys or NULL, $12 SHA-256 of the bodies or NULL. One row for each hold: see the function for its outcomes.
+-- Authenticates and reserves. $1 the process, $2 seconds until recovery looks at a hold, $3 roubles per dollar; arrays: $4
+-- accounts, $5 SHA-256 of the keys, $6 holds, $7 the most to hold, $8 the least that must be available, $9 models, $10 request
+-- ids, $11 idempotency keys or NULL, $12 SHA-256 of the bodies or NULL. One row for each hold: see the function for its outcomes.
 SELECT
     hold_id,
     outcome,

@@ -33,6 +33,12 @@ SELECT
     updated_at
 FROM account;
 
+-- name: find_reference
+-- Whose entry has the reference $1. No row: nobody's.
+SELECT account_id
+FROM ledger
+WHERE reference = $1::text;
+
 -- name: list_entries
 -- The newest entries of account $1, at most $2.
 SELECT
@@ -51,3 +57,12 @@ FROM ledger
 WHERE account_id = $1::bigint
 ORDER BY created_at DESC, entry_id DESC
 LIMIT $2::integer;
+
+-- name: cost_of_day
+-- What OpenRouter charged us on the UTC day $1, by our books, in dollars. One row.
+SELECT coalesce(sum(cost_usd), 0) AS cost_usd
+FROM ledger
+WHERE
+    kind = 'charge'
+    AND created_at >= $1::date::timestamp AT TIME ZONE 'UTC'
+    AND created_at < ($1::date + 1)::timestamp AT TIME ZONE 'UTC';

@@ -33,7 +33,7 @@ def html(script: Script, generation: Generation, value: str) -> Script:
 
 
 def slow(script: Script, generation: Generation, value: str) -> Script:
-    """`slow=2`: so many seconds before the first byte of the body; `slow-headers` delays the headers."""
+    """`slow=2`: so many seconds before the first byte of the body."""
     first, *others = script.steps
     return script.with_steps([replace(first, pause_s=first.pause_s + float(value or 2)), *others])
 

@@ -56,14 +56,17 @@ def generate(generation_id: str, request: dict[str, Any], model: SimulatedModel,
     prompt = last_text(request["messages"])
     template = RUSSIAN if any("а" <= letter <= "я" for letter in prompt.lower()) else ENGLISH
     text = template.format(prompt=prompt[:ECHO_CHARACTERS])
-    if (request.get("response_format") or {}).get("type") == "json_object":
+    response_format = request.get("response_format")
+    if isinstance(response_format, dict) and response_format.get("type") == "json_object":
         text = json.dumps({"answer": text}, ensure_ascii=False)
     pieces = text.split(" ")
     words = [piece if index == 0 else f" {piece}" for index, piece in enumerate(pieces)]
     limit = request.get("max_tokens") or request.get("max_completion_tokens") or OUTPUT_TOKENS_DEFAULT
     finish_reason = "stop" if len(words) <= limit else "length"
     # A token of a real prompt is about four bytes; one is never shorter than a byte.
-    prompt_tokens = sum(max(1, len(json.dumps(message, ensure_ascii=False).encode()) // 4) for message in request["messages"])
+    prompt_tokens = sum(
+        max(1, len(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")) // 4) for message in request["messages"]
+    )
     return Generation(generation_id, model, created, words[:limit], finish_reason, prompt_tokens, choices=request.get("n") or 1)
 
 
@@ -77,7 +80,7 @@ def last_text(messages: list[Any]) -> str:
 
 def dumps(value: Any) -> bytes:
     """JSON as OpenRouter's servers print it: compact, costs as the shortest spelling of a double."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_double).encode()
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_double).encode("utf-8", "replace")
 
 
 def _double(value: object) -> float:

@@ -1,6 +1,7 @@
 """The simulator over HTTP: OpenRouter's paths below `/api/v1`, and its books below `/simulator`."""
 
 import asyncio
+import datetime
 import itertools
 import json
 import time
@@ -38,6 +39,7 @@ class Simulator:
                 web.get("/api/v1/models", self.models),
                 web.get("/api/v1/generation", self.generation),
                 web.get("/api/v1/key", self.key),
+                web.get("/api/v1/activity", self.activity),
                 web.get("/simulator/bills", self.bills),
             ]
         )
@@ -132,6 +134,11 @@ class Simulator:
                 }
             }
         )
+
+    async def activity(self, request: web.Request) -> web.Response:
+        """Past days, which a simulator has not lived through: one, on which nothing was asked."""
+        yesterday = datetime.datetime.now(datetime.UTC).date() - datetime.timedelta(days=1)
+        return _json({"data": [{"date": f"{yesterday} 00:00:00", "model": "openai/gpt-4o-mini", "usage": 0, "requests": 0}]})
 
     async def bills(self, request: web.Request) -> web.Response:
         """Everything served, as the simulator would bill it: the oracle of our own books."""
