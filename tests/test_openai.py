@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -19,8 +20,9 @@ MESSAGES = [{"role": "user", "content": "Привет!"}]
 
 
 @pytest.fixture
-def client(service: Service) -> OpenAI:
-    return OpenAI(api_key=service.demo_key, base_url=f"{service.url}/v1", max_retries=0)
+def client(service: Service) -> Iterator[OpenAI]:
+    with OpenAI(api_key=service.demo_key, base_url=f"{service.url}/v1", max_retries=0) as client:
+        yield client
 
 
 def test_create(client: OpenAI) -> None:

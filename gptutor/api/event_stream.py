@@ -92,7 +92,11 @@ class EventStream:
             transport.set_write_buffer_limits(high=self._patience.buffer_bytes)
             await self.response.prepare(self._request)
 
+    def abort(self) -> None:
+        """Breaks the connection: a stalled caller keeps nothing of ours, and an answer that went wrong does not look complete."""
+        if (transport := self._request.transport) is not None:
+            transport.abort()
+
     def _leave(self) -> None:
         self._gone = True
-        if (transport := self._request.transport) is not None:
-            transport.abort()  # a stalled caller keeps nothing of ours
+        self.abort()

@@ -100,6 +100,7 @@ class Exchange:
         self._request = request
         self._order = order
         self._started = time.monotonic()
+        self._downstream: EventStream | None = None
         # what is known of the purchase
         self._sent = False
         self._bought_nothing = False
@@ -112,6 +113,16 @@ class Exchange:
 
     async def run(self) -> None:
         hold_id = new_id()
+        try:
+            await self._trade(hold_id)
+        finally:
+            self._kit.ledger.let_go(hold_id)
+            if not self.answer.done():  # this task is being cut off
+                self._refuse(Refusal("not_ready", cause="cut off at the end", headers=DO_NOT_RETRY if self._sent else None))
+            if LOGGED in self._request:
+                self._log_response()
+
+    async def _trade(self, hold_id: HoldId) -> None:
         hold: Hold | None = None
         try:
             ceiling = self._ceiling()
@@ -121,16 +132,11 @@ class Exchange:
             self._refuse(refusal)
         except Exception as error:
             self._fail(error)
-        try:
-            if hold is not None:
+        if hold is not None:
+            try:
                 await self._close(hold)
-        except Exception as error:
-            self._fail(error)  # the hold is open, and the journal knows what it needs
-        finally:
-            self._kit.ledger.let_go(hold_id)
-            self.answer.cancel()  # where it was not given, this task is being cut off
-            if LOGGED in self._request:
-                self._log_response()
+            except Exception as error:
+                self._fail(error)  # the hold is open, and the journal knows what it needs
 
     # -- before anything is bought
 
@@ -206,7 +212,7 @@ class Exchange:
 
     async def _relay_stream(self, hold: Hold, reply: Reply) -> None:
         scanner = BillScanner(reply.generation_id)
-        downstream = EventStream(self._request, self.answer, reply.headers, self._kit.patience)
+        downstream = self._downstream = EventStream(self._request, self.answer, reply.headers, self._kit.patience)
         try:
             async with asyncio.timeout(None) as limit:
                 self.answer.add_done_callback(lambda _: self._hurry(limit))
@@ -274,7 +280,12 @@ class Exchange:
     def _refuse(self, refusal: Refusal) -> None:
         self._outcome = refusal.code
         self._cause = refusal.cause or refusal.code
-        if not self.answer.done():
+        if self.answer.done():
+            return
+        if self._downstream is not None and self._downstream.has_begun:
+            self._downstream.abort()  # too late to refuse: a broken connection is the truth
+            self.answer.cancel()
+        else:
             self.answer.set_exception(refusal)
 
     def _fail(self, error: Exception) -> None:

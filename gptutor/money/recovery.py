@@ -17,7 +17,7 @@ exchange handed over; and open holds whose time is up. Any process does it; a cl
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
@@ -88,28 +88,36 @@ class Recovery:
         """Brings what a dead process knew into the database, and forgets it here. Raises DatabaseUnavailable."""
         rows = await self._database.fetch("list_open_holds_of", leftover.owner)
         unknown = [row for row in rows if row["hold_id"] not in leftover.known]
-        steps: list[Awaitable[object]] = []
-        for hold_id, knowledge in leftover.known.items():
-            if knowledge.price is not None:
-                steps.append(self._settle(hold_id, knowledge, knowledge.price))
-            else:
-                steps.append(self._ledger.hand_over(HandOver(knowledge.account_id, hold_id, knowledge.generation_id)))
+        never_sent = decide(None, never_sent=leftover.complete, too_old=False) == "release"
         for row in unknown:
-            if decide(None, never_sent=leftover.complete, too_old=False) == "release":
-                steps.append(self._ledger.release(Release(row["account_id"], row["hold_id"])))
+            if never_sent:
+                await self._ledger.release(Release(row["account_id"], row["hold_id"]))
             else:
-                steps.append(self._ledger.hand_over(HandOver(row["account_id"], row["hold_id"], None)))
-        await asyncio.gather(*steps)
+                await self._ledger.hand_over(HandOver(row["account_id"], row["hold_id"], None))
+        await self._bring(leftover.known)
         leftover.discard()
         LOGGER.info("A process that had died left %d holds known and %d unknown", len(leftover.known), len(unknown))
 
     async def look(self) -> int:
-        """Looks once at every hold that is due; gives their number. Raises DatabaseUnavailable."""
+        """Looks once at every hold that was broken off here or is due; gives the number of these. Raises DatabaseUnavailable."""
+        own = self._ledger.journal.known
+        await self._bring({hold_id: own[hold_id] for hold_id in own.keys() - self._ledger.active})
         rows = await self._database.fetch("claim_due_holds", CLAIM_MAX, self._look_max_s)
         for outcome in await asyncio.gather(*map(self._look_at, rows), return_exceptions=True):
             if isinstance(outcome, BaseException):
                 LOGGER.error("A hold could not be looked at: %r", outcome)
         return len(rows)
+
+    async def _bring(self, known: Mapping[HoldId, Knowledge]) -> None:
+        """Into the database what only a journal knew: prices are settled, the rest is handed over."""
+        await asyncio.gather(
+            *(
+                self._settle(hold_id, knowledge, knowledge.price)
+                if knowledge.price is not None
+                else self._ledger.hand_over(HandOver(knowledge.account_id, hold_id, knowledge.generation_id))
+                for hold_id, knowledge in known.items()
+            )
+        )
 
     async def _look_at(self, row: Row) -> None:
         hold_id, owner = HoldId(row["hold_id"]), UUID(str(row["owner"]))

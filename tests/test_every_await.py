@@ -1,0 +1,231 @@
+"""Fail at every await: a request's life is run once for each point at which it waits, and fails there — by an exception, by a
+cancellation, by the death of the process. Whatever is left must recover to exactly the simulator's own bill (contract C3, C6, C8;
+rows process-1 to process-6, process-8, process-12, process-13).
+
+How: an exchange's coroutine is driven by hand, and its suspensions are counted. Death means that from that instant nothing which the
+process does has an effect: its task stops without running any `finally`, its statements and its journal go nowhere, its upstream
+connection breaks. What the database has been told stays told. Then a new process starts on the same journal and the same database.
+"""
+
+import asyncio
+import gc
+import json
+import types
+from collections.abc import AsyncIterator, Coroutine, Generator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from gptutor import config as settings
+from gptutor.api.completions import EXCHANGES
+from gptutor.api.health import DATABASE
+from gptutor.api.inflight import InFlight
+from gptutor.app import JOURNAL, UPSTREAM, build_app
+from gptutor.database import Database
+from gptutor.logs import LoggerService
+from gptutor.money.invariants import check
+from gptutor.openrouter.simulator.server import Simulator
+from gptutor.serve import listening, simulated_openrouter
+from tests.conftest import SECRET, Caller, Gateway, config_for, make_caller
+from tests.test_relay import charged_usd
+
+GRAVEYARD: list[Any] = []
+"""The coroutines of the dead: kept, because collecting them would run their `finally`."""
+
+
+class Injected(Exception):
+    """The exception that strikes."""
+
+
+class Strike(InFlight):
+    """Runs exchanges, and strikes the next one at its `point`-th suspension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.point = 0
+        self.how = ""
+        self.suspensions = 0
+        self.died = asyncio.Event()
+
+    def start(self, work: Coroutine[None, None, None]) -> None:
+        super().start(self._drive(work))
+
+    async def _drive(self, work: Coroutine[None, None, None]) -> None:
+        await self._steps(work)
+
+    @types.coroutine
+    def _steps(self, work: Coroutine[None, None, None]) -> Generator[Any, Any, None]:
+        self.suspensions = 0
+        strike: BaseException | None = None
+        while True:
+            try:
+                waits_for = work.throw(strike) if strike is not None else work.send(None)
+            except StopIteration:
+                return
+            except asyncio.CancelledError:
+                if strike is None:
+                    raise
+                return
+            strike = None
+            self.suspensions += 1
+            if self.suspensions != self.point:
+                yield waits_for
+            elif self.how == "death":
+                GRAVEYARD.append((work, waits_for))
+                self.died.set()
+                return
+            else:
+                if waits_for is not None:
+                    GRAVEYARD.append(waits_for)
+                    waits_for._asyncio_future_blocking = False
+                strike = Injected("here") if self.how == "exception" else asyncio.CancelledError()
+
+
+@asynccontextmanager
+async def process(config: settings.Config, books: Database, simulator: Simulator) -> AsyncIterator[tuple[Gateway, Strike]]:
+    """A gateway whose exchanges can be struck; it can die before its end."""
+    app = build_app(config, log=LoggerService(), secret=SECRET)
+    async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
+        gateway = Gateway(url, app, simulator, books, session)
+        await gateway.ready()
+        strike = Strike()
+        object.__setattr__(app[EXCHANGES], "in_flight", strike)
+        yield gateway, strike
+
+
+async def kill(gateway: Gateway) -> None:
+    """From now on nothing that this process does has an effect."""
+
+    async def nowhere(*_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
+
+    gateway.app[DATABASE].fetch = nowhere  # type: ignore[method-assign]
+    gateway.app[DATABASE].fetchrow = nowhere  # type: ignore[method-assign]
+    await gateway.app[UPSTREAM]._session.connector.close()  # type: ignore[union-attr]
+    for connection in (thing for thing in gc.get_objects() if isinstance(thing, aiohttp.connector.Connection)):
+        connection._protocol = None  # the dead do not complain of connections that were not closed
+    journal = gateway.app[JOURNAL]
+    journal._append = lambda lines: None  # type: ignore[method-assign]
+    journal.close = lambda: None  # type: ignore[method-assign]
+
+
+async def ask(gateway: Gateway, strike: Strike, caller: Caller, stream: bool) -> tuple[int, bytes]:
+    """A caller who asks once, and takes what comes: an answer, a refusal, or the end of the connection."""
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": stream, "max_tokens": 6}
+    request = asyncio.create_task(gateway.session.post(gateway.chat_url, json=body, headers=caller.headers))
+    death = asyncio.create_task(strike.died.wait())
+    try:
+        await asyncio.wait({request, death}, return_when=asyncio.FIRST_COMPLETED)
+        if strike.died.is_set():
+            return 0, b""
+        response = await request
+        read = asyncio.create_task(response.read())
+        await asyncio.wait({read, death}, return_when=asyncio.FIRST_COMPLETED)
+        if strike.died.is_set():
+            read.cancel()
+            response.close()
+            return 0, b""
+        return response.status, await read
+    except aiohttp.ClientError:
+        return 0, b""
+    finally:
+        request.cancel()
+        death.cancel()
+        await asyncio.gather(request, death, return_exceptions=True)
+
+
+async def assert_exact(gateway: Gateway, caller: Caller, books: Database, may_wait: bool) -> None:
+    """Nothing is lost, doubled or invented: what the simulator billed is charged, or its hold waits for a name that nobody has."""
+    async with asyncio.timeout(15):
+        while True:
+            rows = [row for row in await books.fetch("list_waiting_holds") if row["account_id"] == caller.account_id]
+            nameless = [row for row in rows if row["generation_id"] is None]
+            if len(nameless) == len(rows) and (nameless or not await caller.held()):
+                break
+            await asyncio.sleep(0.02)
+    records = gateway.simulator.books.records.values()
+    billed = sum(record.cost_usd for record in records)
+    charged = await charged_usd(gateway, caller)
+    if nameless:
+        assert charged == 0
+        assert may_wait, "a hold waits although its request was never sent"
+    else:
+        assert charged == billed
+    assert [finding.invariant.name async for finding in check(books) if finding.rows] == []
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("how", ["exception", "cancellation", "death"])
+async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
+    database_url: str, books: Database, tmp_path: Path, how: str, stream: bool
+) -> None:
+    simulator = Simulator(word_s=0.002, first_word_s=0.002)  # so that a stream comes in pieces
+    tuned = {"recovery": {"poll_s": 0.02}, "relay": {"leaver_drain_s": 0.2}}
+    async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url:
+        config = config_for(database_url, base_url, tmp_path, tuned)
+        point, settled, refused = 0, 0, 0
+        while True:
+            point += 1
+            simulator.books.records.clear()
+            caller = await make_caller(books, "100")
+            async with process(config, books, simulator) as (gateway, strike):
+                strike.point, strike.how = point, how
+                status, answer = await ask(gateway, strike, caller, stream)
+                if strike.died.is_set():
+                    await kill(gateway)
+                async with asyncio.timeout(10):
+                    while len(strike):
+                        await asyncio.sleep(0.005)
+                survived = strike.suspensions < point
+                if not strike.died.is_set():
+                    await assert_exact(gateway, caller, books, may_wait=point > 1)  # at the first, the hold itself is waited for
+            if strike.died.is_set():
+                async with process(config, books, simulator) as (heir, _):
+                    await assert_exact(heir, caller, books, may_wait=point > 1)
+            settled += await charged_usd(gateway, caller) > 0
+            refused += status >= 400
+            await books.fetch("release_holds", *await waiting(books))
+            if survived:
+                assert status == 200
+                assert answer.endswith(b"data: [DONE]\n\n") if stream else json.loads(answer)["usage"]
+                break
+        print(f"{how}, stream={stream}: {point - 1} points, {settled} settled, {refused} refused")
+        assert point > (8 if stream else 3), "the strike never strikes"
+        assert settled >= (5 if stream else 2)
+
+
+async def waiting(books: Database) -> tuple[list[Any], list[Any], list[bool]]:
+    """All that waits without a name, so that the next round begins with none."""
+    rows = [row for row in await books.fetch("list_waiting_holds") if row["state"] == "open"]
+    return [row["account_id"] for row in rows], [row["hold_id"] for row in rows], [True] * len(rows)
+
+
+def test_the_strike_really_strikes() -> None:
+    async def work(log: list[str]) -> None:
+        try:
+            await asyncio.sleep(0)
+            log.append("one")
+            await asyncio.sleep(0)
+            log.append("two")
+        except Injected:
+            log.append("struck")
+        finally:
+            log.append("finally")
+
+    async def run(point: int, how: str) -> list[str]:
+        strike, log = Strike(), []
+        strike.point, strike.how = point, how
+        strike.start(work(log))
+        while len(strike):
+            await asyncio.sleep(0)
+        return log
+
+    assert asyncio.run(run(0, "")) == ["one", "two", "finally"]
+    assert asyncio.run(run(1, "exception")) == ["struck", "finally"]
+    assert asyncio.run(run(2, "exception")) == ["one", "struck", "finally"]
+    assert asyncio.run(run(2, "cancellation")) == ["one", "finally"]
+    assert asyncio.run(run(2, "death")) == ["one"]
