@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,31 @@ def start(directory: Path, **settings: str) -> Service:
     else:
         raise AssertionError("".join(lines))
     return Service(process, "".join(lines), directory, environ)
+
+
+@dataclass
+class RunningSimulator:
+    process: subprocess.Popen[str]
+    base_url: str
+
+    def spend(self) -> None:
+        """Asks for a completion past every gateway."""
+        body = orjson.dumps({"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hello"}]})
+        request = urllib.request.Request(f"{self.base_url}/chat/completions", data=body, headers={"Authorization": "Bearer x"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            response.read()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def start_simulator(directory: Path) -> RunningSimulator:
+    """`gptutor simulator` in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "gptutor", "simulator"], env=environment(directory), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return RunningSimulator(process, re.search(r"http://\S+/api/v1", process.stdout.readline())[0])  # type: ignore[index]

@@ -7,7 +7,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from tests.service import Service, environment, run
+from tests.service import Service, environment, run, start_simulator
 
 
 def said(service: Service, *arguments: str) -> str:
@@ -125,3 +125,27 @@ def test_broken_books_are_shown_and_exit_with_one(tmp_path: Path, postgres: str,
     assert proof.returncode == 1
     assert "2 of 13 invariants are broken." in proof.stdout
     assert "balance_nano=5000000001" in proof.stdout
+
+
+def test_our_totals_are_compared_with_openrouters(service: Service, tmp_path: Path) -> None:
+    """Contract C9, C6: charges against `/key` and `/activity`, and every hold without evidence with its upper bound."""
+    assert "OPENROUTER_API_KEY is not set" in refused(service.environ, "reconcile")
+    simulator = start_simulator(tmp_path)
+    try:
+        environ = environment(
+            tmp_path,
+            OPENROUTER_BASE_URL=simulator.base_url,
+            OPENROUTER_API_KEY="sk-or-x",
+            GPTUTOR_OPENROUTER__MANAGEMENT_KEY="sk-or-m",
+        )
+        today, yesterday = orjson.loads(run(environ, "reconcile", "--json").stdout)["days"]
+        assert (today["oursUsd"], today["openrouterUsd"], today["differenceUsd"]) == ("0", "0", "0")
+        assert yesterday["openrouterUsd"] == "0"
+        simulator.spend()
+        (today, _) = orjson.loads(run(environ, "reconcile", "--json").stdout)["days"]
+        assert today["differenceUsd"] == today["openrouterUsd"] != "0"  # asked for without us: it shows
+        said = run(environ, "reconcile").stdout
+        assert "difference" in said
+        assert "0 holds wait for evidence" in said
+    finally:
+        simulator.stop()

@@ -92,6 +92,13 @@ def one_write(script: Script, generation: Generation, value: str) -> Script:
     return script.with_steps([Step(b"".join(step.data for step in script.steps), words=script.steps[-1].words)])
 
 
+def flood(script: Script, generation: Generation, value: str) -> Script:
+    """`flood=20000000`: so many more bytes of comments before the end, for a caller who reads slowly or not at all."""
+    line = b": " + b"x" * 65_000 + b"\n\n"
+    extra = [Step(line, words=script.steps[-1].words) for _ in range(int(value or 10_000_000) // len(line))]
+    return script.with_steps([*script.steps[:-3], *extra, *script.steps[-3:]])
+
+
 FAULTS: dict[str, Fault] = {
     "status": status,
     "html": html,
@@ -104,6 +111,7 @@ FAULTS: dict[str, Fault] = {
     "cost": usage_value,
     "chunks": odd_chunks,
     "one-write": one_write,
+    "flood": flood,
 }
 
 

@@ -1,0 +1,44 @@
+"""The embedded PostgreSQL among other processes, users and folders (contract F9)."""
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gptutor.embedded import EmbeddedPostgresError, embedded_postgres
+from tests.service import environment, run
+
+
+def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> None:
+    with embedded_postgres(tmp_path / "postgres"):
+        pass
+    bystander = subprocess.Popen(["sleep", "60"])
+    try:
+        stale = f"{bystander.pid}\n{tmp_path / 'postgres'}\n1700000000\n5432\n{tmp_path / 'postgres'}\n\n  1 1\nready\n"
+        (tmp_path / "postgres" / "postmaster.pid").write_text(stale)
+        with embedded_postgres(tmp_path / "postgres") as url:
+            assert url.startswith("postgresql://")
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_path_with_a_space_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(EmbeddedPostgresError, match="has a space"), embedded_postgres(tmp_path / "my data" / "postgres"):
+        pass
+    ended = run(environment(tmp_path / "my data"), "user", "list", check=False)
+    assert ended.returncode == 1
+    assert "GPTUTOR_PATHS__DATA" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's server is another user's")
+def test_the_folders_above_are_passed_through_and_not_opened(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    with embedded_postgres(closed / "var" / "postgres"):
+        pass
+    assert stat.S_IMODE(closed.stat().st_mode) == 0o711

@@ -1,0 +1,161 @@
+"""Raw sockets and odd callers (contract A7, A8, B3, B7, F1; rows client-3, client-4, client-9, client-10, input-22 in part)."""
+
+import asyncio
+import gc
+import json
+import logging
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from gptutor.logs import WIRE, logging_to
+from gptutor.money.amounts import AccountId
+from gptutor.money.keys import make_key
+from gptutor.money.users import UserRepository
+from tests.conftest import Caller, Gateway
+from tests.test_relay import assert_books_agree
+
+
+async def raw(gateway: Gateway, request: bytes, *, until_close_s: float = 5) -> bytes:
+    """Sends bytes, and gives all that comes until the server closes. Raises TimeoutError if it does not."""
+    parts = urlsplit(gateway.url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        writer.write(request)
+        async with asyncio.timeout(until_close_s):
+            return await reader.read()
+    finally:
+        writer.transport.abort()
+
+
+def post(caller: Caller, *, version: str = "1.1", extra: str = "Connection: close\r\n", stream: bool = False) -> bytes:
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": stream}).encode()
+    head = f"POST /v1/chat/completions HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n"
+    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        lambda key: b"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\x00\r\n\r\n" % key,
+        lambda key: b"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization Bearer %s\r\n\r\n" % key,
+        lambda key: b"GET /health?key=%s HTTP/9.9x\r\nHost: x\r\n\r\n" % key,
+        lambda key: b"GET /health HTTP/1.1\r\nHost: x\r\nX: %s\r\n\r\n" % (key * 500),
+        lambda key: b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n" % key,
+        lambda key: b"\x16\x03\x01 " + key + b"\r\n\r\n",
+    ],
+)
+async def test_malformed_http_is_refused_and_its_bytes_are_in_no_log(gateway: Gateway, tmp_path: Path, request_of: Any) -> None:
+    caller = await gateway.caller()
+    with logging_to(tmp_path / "wire", level="debug", retention_days=1, stdout=False):
+        answer = await raw(gateway, request_of(caller.key.encode()))
+        WIRE.error("at least one line")
+    assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400", b"HTTP/1.1 401")) or answer == b""
+    (path,) = (tmp_path / "wire").glob("combined-*.log")
+    text = path.read_text()
+    assert "at least one line" in text
+    assert "sk-user" not in text
+    assert "Traceback" not in text
+
+
+async def test_an_unknown_expectation_gets_an_answer(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    answer = await raw(gateway, post(caller, extra="Expect: a miracle\r\nConnection: close\r\n"))
+    assert answer.startswith(b"HTTP/1.1 417")
+    assert b"X-Request-ID:" in answer
+
+
+@pytest.mark.parametrize("extra", ["", "Connection: keep-alive\r\n"])
+async def test_an_old_client_learns_the_end_of_a_stream_by_the_end_of_the_connection(gateway: Gateway, extra: str) -> None:
+    caller = await gateway.caller()
+    answer = await raw(gateway, post(caller, version="1.0", extra=extra, stream=True))
+    assert answer.endswith(b"data: [DONE]\n\n")
+    assert b"Transfer-Encoding" not in answer
+    await assert_books_agree(gateway, caller)
+
+
+async def test_a_connection_is_used_again_after_a_stream(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    answer = await raw(gateway, post(caller, extra="", stream=True) + post(caller))
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("tuned", [{"relay": {"write_s": 0.3, "buffer_bytes": 4096}}])
+async def test_a_caller_who_stops_reading_is_dropped_and_pays(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    body = {"messages": [{"role": "user", "content": "x" * 150 + " fault:flood=20000000"}], "stream": True}
+    payload = json.dumps(body).encode()
+    parts = urlsplit(gateway.url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1024)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await asyncio.sleep(0.1)
+    await gateway.idle()  # it ends although nobody reads
+    writer.transport.abort()
+    await assert_books_agree(gateway, caller)
+    assert gateway.billed_usd() > 0
+    del reader
+
+
+@pytest.mark.parametrize("tuned", [{"relay": {"leaver_drain_s": 0.05}}])
+async def test_those_who_leave_take_nothing_with_them_and_leave_nothing_behind(gateway: Gateway) -> None:
+    gateway.simulator.word_s = 0.05
+    caller = await gateway.caller()
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    for _ in range(3):
+        async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+            await response.content.readany()
+            response.close()
+    await gateway.idle()
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert [task for task in asyncio.all_tasks() if "_ping" in repr(task.get_coro())] == []
+
+
+async def test_a_stranger_learns_nothing_from_his_mistakes(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    await UserRepository(gateway.books).set_active(caller.account_id, False)
+    for key in (caller.key, make_key(caller.account_id), make_key(AccountId(10**12))):
+        async with gateway.session.post(gateway.chat_url, json={}, headers={"Authorization": f"Bearer {key}"}) as response:
+            assert (response.status, await response.json()) == (401, {"error": "Invalid API key or inactive user"})
+
+
+async def test_a_stranger_leaves_no_line_in_anybodys_name(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+    caller = await gateway.caller()
+    caplog.set_level(logging.INFO, "gptutor")
+    forged = {"Authorization": f"Bearer {make_key(caller.account_id)}"}
+    async with gateway.session.post(
+        gateway.chat_url, json={"messages": [{"role": "user", "content": "x"}]}, headers=forged
+    ) as response:
+        assert response.status == 401
+    await gateway.idle()
+    assert [record.getMessage() for record in caplog.records] == ["HTTP POST /v1/chat/completions 401"]
+
+
+async def test_of_two_rotations_at_once_one_key_lives(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    users = UserRepository(gateway.books)
+    await asyncio.gather(*(users.rotate_key(caller.account_id) for _ in range(6)))
+    assert [key.revoked_at for key in await users.keys(caller.account_id)].count(None) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "fallbacks", "limited"),
+    [("google/gemini-2.5-flash-lite", ["anthropic/claude-3-haiku"], True), ("anthropic/claude-3-haiku:nitro", [], True)],
+)
+async def test_a_fallback_or_a_variant_cannot_take_a_balance_below_zero(
+    gateway: Gateway, model: str, fallbacks: list[str], limited: bool
+) -> None:
+    caller = await gateway.caller("1.01")
+    body = {"messages": [{"role": "user", "content": "Hello"}], "model": model, "models": fallbacks}
+    async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+        await response.read()
+    await gateway.idle()
+    if gateway.simulator.books.records:
+        (record,) = gateway.simulator.books.records.values()
+        assert ("max_tokens" in json.loads(record.body)) is limited
+    assert await caller.balance() >= 0
