@@ -11,8 +11,8 @@ from aiohttp import web
 from gptutor import database
 from gptutor.api import completions, health, middlewares, models
 from gptutor.api.event_stream import Patience
-from gptutor.api.exchange import Exchanges
 from gptutor.api.inflight import InFlight
+from gptutor.api.order import Kit
 from gptutor.config import Config
 from gptutor.logs import LoggerService
 from gptutor.money import journal
@@ -133,7 +133,7 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         hold_ttl_s=config.openrouter.total_s + config.relay.leaver_drain_s + HOLD_SLACK_S,
     )
     app[IN_FLIGHT] = InFlight()
-    app[completions.EXCHANGES] = Exchanges(
+    app[completions.KIT] = Kit(
         ledger=ledger,
         evaluate=LLMCostEvaluate(**{name: getattr(config.billing, name) for name in config.billing.__struct_fields__}),
         upstream=app[UPSTREAM],

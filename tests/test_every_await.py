@@ -20,7 +20,7 @@ import aiohttp
 import pytest
 
 from gptutor import config as settings
-from gptutor.api.completions import EXCHANGES
+from gptutor.api.completions import KIT
 from gptutor.api.health import DATABASE
 from gptutor.api.inflight import InFlight
 from gptutor.app import JOURNAL, UPSTREAM, build_app
@@ -92,7 +92,7 @@ async def process(config: settings.Config, books: Database, simulator: Simulator
         gateway = Gateway(url, app, simulator, books, session)
         await gateway.ready()
         strike = Strike()
-        object.__setattr__(app[EXCHANGES], "in_flight", strike)
+        object.__setattr__(app[KIT], "in_flight", strike)
         yield gateway, strike
 
 

@@ -6,13 +6,14 @@ import re
 from aiohttp import web
 
 from gptutor.api.ask import read_ask
-from gptutor.api.exchange import Exchanges, Order
+from gptutor.api.exchange import begin
 from gptutor.api.health import DATABASE, READINESS
 from gptutor.api.middlewares import CLAIM, REQUEST_ID
+from gptutor.api.order import Kit, Order
 from gptutor.errors import Refusal
 from gptutor.money.users import UserRepository
 
-EXCHANGES = web.AppKey("exchanges", Exchanges)
+KIT = web.AppKey("kit", Kit)
 DEFAULT_MODEL = web.AppKey("default_model", str)
 IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
@@ -33,4 +34,4 @@ async def complete(request: web.Request) -> web.StreamResponse:
         raise Refusal("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
     request.app[READINESS].require()
     body_hash = hashlib.sha256(body).digest() if key is not None else None
-    return await request.app[EXCHANGES].begin(request, Order(request[REQUEST_ID], request[CLAIM], ask, key, body_hash))
+    return await begin(request.app[KIT], request, Order(request[REQUEST_ID], request[CLAIM], ask, key, body_hash))

@@ -11,23 +11,18 @@ closing the hold is a matter of reading what is known.
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import logging
 import time
-from dataclasses import dataclass
 
 from aiohttp import web
 
-from gptutor.api.ask import Ask
-from gptutor.api.event_stream import EventStream, Patience
-from gptutor.api.inflight import InFlight
+from gptutor.api.event_stream import EventStream
 from gptutor.api.middlewares import LOGGED
+from gptutor.api.order import Kit, Order
 from gptutor.api.upstream_refusals import refusal_of
 from gptutor.database import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, Refusal
-from gptutor.logs import LoggerService
-from gptutor.money.amounts import AccountId, Nano, roubles
+from gptutor.money.amounts import Nano, roubles
 from gptutor.money.holds import (
     HandOver,
     Hold,
@@ -41,13 +36,10 @@ from gptutor.money.holds import (
     new_id,
 )
 from gptutor.money.journal import JournalError, Price
-from gptutor.money.keys import KeyClaim
-from gptutor.money.ledger import Ledger
-from gptutor.money.pricing import Ceiling, LLMCostEvaluate
+from gptutor.money.pricing import Ceiling
 from gptutor.openrouter.bill import Bill, BillScanner, read_statement
-from gptutor.openrouter.catalogue import Catalogue
 from gptutor.openrouter.relay import relay
-from gptutor.openrouter.service import OpenRouterService, Reply, UpstreamError
+from gptutor.openrouter.service import Reply, UpstreamError
 
 LOGGER = logging.getLogger("gptutor.exchange")
 
@@ -58,43 +50,15 @@ TRUNCATED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What a caller wants, and who he says he is. With an idempotency key comes the SHA-256 of the body."""
-
-    request_id: str
-    claim: KeyClaim
-    ask: Ask
-    idempotency_key: str | None = None
-    body_hash: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Exchanges:
-    """What every exchange uses; made once, at the start of the application."""
-
-    ledger: Ledger
-    evaluate: LLMCostEvaluate
-    upstream: OpenRouterService
-    catalogue: Catalogue
-    log: LoggerService
-    in_flight: InFlight
-    pseudonym_key: bytes
-    patience: Patience
-
-    def begin(self, request: web.Request, order: Order) -> asyncio.Future[web.StreamResponse]:
-        """Starts an exchange, and gives the future of its answer; cancelling it means that the caller has left."""
-        exchange = Exchange(self, request, order)
-        self.in_flight.start(exchange.run())
-        return exchange.answer
-
-    def pseudonym(self, account_id: AccountId) -> str:
-        """The account's stable name upstream, from which nobody learns the account."""
-        return hmac.new(self.pseudonym_key, b"user %d" % account_id, hashlib.sha256).hexdigest()[:32]
+def begin(kit: Kit, request: web.Request, order: Order) -> asyncio.Future[web.StreamResponse]:
+    """Starts an exchange, and gives the future of its answer; cancelling it means that the caller has left."""
+    exchange = Exchange(kit, request, order)
+    kit.in_flight.start(exchange.run())
+    return exchange.answer
 
 
 class Exchange:
-    def __init__(self, kit: Exchanges, request: web.Request, order: Order) -> None:
+    def __init__(self, kit: Kit, request: web.Request, order: Order) -> None:
         self.answer: asyncio.Future[web.StreamResponse] = asyncio.get_running_loop().create_future()
         self._kit = kit
         self._request = request

@@ -1,0 +1,45 @@
+"""What an exchange is given: the order of one caller, and the kit that all exchanges use."""
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+
+from gptutor.api.ask import Ask
+from gptutor.api.event_stream import Patience
+from gptutor.api.inflight import InFlight
+from gptutor.logs import LoggerService
+from gptutor.money.amounts import AccountId
+from gptutor.money.keys import KeyClaim
+from gptutor.money.ledger import Ledger
+from gptutor.money.pricing import LLMCostEvaluate
+from gptutor.openrouter.catalogue import Catalogue
+from gptutor.openrouter.service import OpenRouterService
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a caller wants, and who he says he is. With an idempotency key comes the SHA-256 of the body."""
+
+    request_id: str
+    claim: KeyClaim
+    ask: Ask
+    idempotency_key: str | None = None
+    body_hash: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kit:
+    """Made once, at the start of the application."""
+
+    ledger: Ledger
+    evaluate: LLMCostEvaluate
+    upstream: OpenRouterService
+    catalogue: Catalogue
+    log: LoggerService
+    in_flight: InFlight
+    pseudonym_key: bytes
+    patience: Patience
+
+    def pseudonym(self, account_id: AccountId) -> str:
+        """The account's stable name upstream, from which nobody learns the account."""
+        return hmac.new(self.pseudonym_key, b"user %d" % account_id, hashlib.sha256).hexdigest()[:32]
