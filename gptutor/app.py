@@ -131,6 +131,7 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         app[JOURNAL],
         rub_per_usd=config.billing.rub_per_usd,
         hold_ttl_s=config.openrouter.total_s + config.relay.leaver_drain_s + HOLD_SLACK_S,
+        chat_per_minute=config.rate_limit.chat_per_minute,
     )
     app[IN_FLIGHT] = InFlight()
     app[completions.KIT] = Kit(

@@ -30,6 +30,7 @@ SHORT_NAMES = {
     "DATABASE_URL": "database.url",
     "OPENROUTER_API_KEY": "openrouter.api_key",
     "OPENROUTER_BASE_URL": "openrouter.base_url",
+    "GPTUTOR_WORKERS": "server.workers",
     "GPTUTOR_SECRET_KEY": "security.secret_key",
 }
 CONFIG_PATH_NAME = "GPTUTOR_CONFIG"
@@ -52,6 +53,7 @@ class Server(Section, frozen=True):
     keepalive_s: Seconds = 75
     shutdown_s: Seconds = 20
     drain_s: Seconds = 60
+    workers: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
 
 
 class Paths(Section, frozen=True):
@@ -111,6 +113,10 @@ class Billing(Section, frozen=True):
         _check_decimal("hold_default_rub", self.hold_default_rub, Decimal("0.01"), Decimal(1_000_000))
 
 
+class RateLimit(Section, frozen=True):
+    chat_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
+
+
 class Relay(Section, frozen=True):
     buffer_bytes: Annotated[int, msgspec.Meta(ge=4096)] = 256 * 1024
     write_s: Seconds = 60
@@ -148,6 +154,7 @@ class Config(Section, frozen=True):
     database: Database = Database()
     openrouter: OpenRouter = OpenRouter()
     billing: Billing = Billing()
+    rate_limit: RateLimit = RateLimit()
     relay: Relay = Relay()
     recovery: Recovery = Recovery()
     security: Security = Security()

@@ -36,6 +36,7 @@ KINDS: dict[str, Kind] = {
     "repeated_request": Kind(409, "A request with this Idempotency-Key was made before", DO_NOT_RETRY),
     "mismatched_request": Kind(422, "This Idempotency-Key was used for a different request", DO_NOT_RETRY),
     "moderated": Kind(403, "OpenRouter's moderation refused the request"),
+    "rate_limited": Kind(429, "Too Many Requests"),
     "rate_limited_upstream": Kind(429, "The model is overloaded, try again later", {"Retry-After": "5"}),
     # the route
     "not_found": Kind(404, "Not found"),

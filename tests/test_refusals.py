@@ -1,11 +1,14 @@
 """Refusals over HTTP: exact texts, codes and headers (contract A7, A8, B1 to B6, C8; rows input-7 to -10, -21, auth-1 to -8, money-1,
 upstream-2 to -5, db-2, process-12)."""
 
+import asyncio
 import io
 import json
+import time
 from typing import Any
 
 import aiohttp
+import asyncpg
 import pytest
 
 from gptutor.api.health import DATABASE
@@ -286,3 +289,20 @@ async def test_a_router_model_without_a_price_holds_the_default(gateway: Gateway
     rich, poor = await gateway.caller("10"), await gateway.caller("9.99")
     assert (await send(gateway, json={**ASK, "model": "openrouter/auto"}, headers=rich.headers))[0] == 200
     assert (await send(gateway, json={**ASK, "model": "openrouter/auto"}, headers=poor.headers))[0] == 402
+
+
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"chat_per_minute": 3}}])
+async def test_the_limit_per_minute_is_exact_however_many_ask_at_once(gateway: Gateway, database_url: str) -> None:
+    caller, other = await gateway.caller(), await gateway.caller()
+    while time.time() % 60 > 50:  # all of it must happen in one minute
+        await asyncio.sleep(1)
+    replies = await asyncio.gather(*(gateway.chat(caller) for _ in range(10)))
+    assert sorted(response.status for response, _ in replies) == [200] * 3 + [429] * 7
+    refused = next(response for response, _ in replies if response.status == 429)
+    assert refused.headers["X-Error-Code"] == "rate_limited"
+    assert 0 <= int(refused.headers["Retry-After"]) <= 60
+    assert (await gateway.chat(other))[0].status == 200
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("UPDATE accounts SET minute = minute - interval '1 minute'")
+    await connection.close()
+    assert (await gateway.chat(caller))[0].status == 200

@@ -29,6 +29,7 @@ from gptutor.money.holds import (
     HoldId,
     HoldRequest,
     InsufficientFunds,
+    RateLimited,
     Release,
     RepeatedRequest,
     Settlement,
@@ -120,6 +121,9 @@ class Exchange:
         except InsufficientFunds:
             self._log_request()
             raise Refusal("insufficient_balance") from None
+        except RateLimited:
+            self._log_request()
+            raise Refusal("rate_limited", headers={"Retry-After": f"{60 - time.time() % 60:.0f}"}) from None
         except RepeatedRequest as repeated:
             self._log_request()
             code = "repeated_request" if repeated.same_body else "mismatched_request"

@@ -22,6 +22,10 @@ class InsufficientFunds(Exception):
     """Less is available than the request may cost, or than the minimum balance."""
 
 
+class RateLimited(Exception):
+    """The account has had all the requests that it may have in this minute."""
+
+
 class RepeatedRequest(Exception):
     """The idempotency key was used within a day, by the request named here; `same_body` tells whether it asked the same."""
 

@@ -25,6 +25,7 @@ from gptutor.money.holds import (
     HoldId,
     HoldRequest,
     InsufficientFunds,
+    RateLimited,
     Release,
     RepeatedRequest,
     Settlement,
@@ -45,12 +46,15 @@ Result = TypeVar("Result")
 class Ledger:
     """`journal` is this process's own; `active` are the holds that a running exchange still has in its hands."""
 
-    def __init__(self, database: Database, journal: Journal, *, rub_per_usd: Decimal, hold_ttl_s: float) -> None:
+    def __init__(
+        self, database: Database, journal: Journal, *, rub_per_usd: Decimal, hold_ttl_s: float, chat_per_minute: int = 0
+    ) -> None:
         self.journal = journal
         self.active: set[HoldId] = set()
         self._database = database
         self._rub_per_usd = rub_per_usd
         self._hold_ttl_s = hold_ttl_s
+        self._chat_per_minute = chat_per_minute
         self._orphans: set[asyncio.Task[None]] = set()
         self._holds: Batcher[HoldRequest, Row] = Batcher(
             self._hold_batch,
@@ -72,7 +76,7 @@ class Ledger:
     async def hold_funds(self, request: HoldRequest) -> Hold:
         """Authenticates the key and reserves the ceiling.
 
-        Raises UnknownKey, InsufficientFunds, RepeatedRequest, DatabaseUnavailable.
+        Raises UnknownKey, RateLimited, InsufficientFunds, RepeatedRequest, DatabaseUnavailable.
         """
         self.active.add(request.hold_id)
         try:
@@ -87,6 +91,8 @@ class Ledger:
             raise UnknownKey
         if row["outcome"] == "insufficient":
             raise InsufficientFunds
+        if row["outcome"] == "rate_limited":
+            raise RateLimited
         raise RepeatedRequest(row["earlier_request_id"], same_body=row["outcome"] == "repeated")
 
     async def settle(self, settlement: Settlement) -> Outcome:
@@ -131,6 +137,7 @@ class Ledger:
             self.journal.owner,
             self._hold_ttl_s,
             self._rub_per_usd,
+            self._chat_per_minute,
             [request.claim.account_id for request in requests],
             [request.claim.key_hash for request in requests],
             [request.hold_id for request in requests],

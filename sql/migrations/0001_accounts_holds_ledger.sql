@@ -9,6 +9,8 @@ CREATE TABLE accounts (
     held_nano bigint NOT NULL DEFAULT 0,    -- the sum of its open holds
     charges bigint NOT NULL DEFAULT 0,      -- the number of its charges: a lost or doubled update shows here
     is_active boolean NOT NULL DEFAULT TRUE,
+    minute timestamptz NOT NULL DEFAULT '-infinity', -- the minute in which its last request was let in …
+    minute_requests integer NOT NULL DEFAULT 0,      -- … and how many were, in that minute
     created_at timestamptz NOT NULL DEFAULT now(),
     updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT held_is_not_negative CHECK (held_nano >= 0),

@@ -6,11 +6,12 @@
 -- Authenticates and reserves, in the order of arrival. Outcomes:
 --   granted       amount_nano is held; available_nano is what was available before it
 --   unknown_key   unknown, revoked or foreign key, or inactive account: not told apart
+--   rate_limited  the account has used up its requests of this minute (per_minute; 0 is no limit)
 --   insufficient  less than least_nano is available
 --   repeated      the idempotency key was used within a day, with the same body: earlier_request_id
 --   mismatched    … with another body
 CREATE FUNCTION hold_funds(
-    owner uuid, ttl_s double precision, rub_per_usd numeric,
+    owner uuid, ttl_s double precision, rub_per_usd numeric, per_minute integer,
     account_ids bigint[], key_hashes bytea[], hold_ids uuid[], most_nano bigint[], least_nano bigint[],
     models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]
 ) RETURNS TABLE (hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text)
@@ -22,11 +23,15 @@ DECLARE
     account bigint;
     available bigint; -- of this account, as this batch goes on
     reserved bigint := 0;
+    this_minute timestamptz := date_trunc('minute', now());
+    requests integer; -- of this account, in this minute
+    granted integer := 0;
 BEGIN
     PERFORM FROM accounts WHERE account_id = ANY(account_ids) ORDER BY account_id FOR NO KEY UPDATE;
 
     FOR item IN
         SELECT i.*, accounts.balance_nano - accounts.held_nano AS available_nano,
+            CASE WHEN accounts.minute = this_minute THEN accounts.minute_requests ELSE 0 END AS requests,
             accounts.is_active AND api_keys.account_id IS NOT NULL AS is_known
         FROM unnest(account_ids, key_hashes, hold_ids, most_nano, least_nano, models, request_ids, idempotency_keys, body_hashes)
             WITH ORDINALITY AS i (
@@ -38,12 +43,15 @@ BEGIN
         ORDER BY i.account_id, i.place
     LOOP
         IF account IS DISTINCT FROM item.account_id THEN
-            IF reserved > 0 THEN
-                UPDATE accounts SET held_nano = held_nano + reserved WHERE account_id = account;
+            IF granted > 0 THEN
+                UPDATE accounts SET held_nano = held_nano + reserved, minute = this_minute, minute_requests = requests
+                WHERE account_id = account;
             END IF;
             account := item.account_id;
             available := item.available_nano;
+            requests := item.requests;
             reserved := 0;
+            granted := 0;
         END IF;
 
         hold_id := item.hold_id;
@@ -70,6 +78,12 @@ BEGIN
             END IF;
         END IF;
 
+        IF per_minute > 0 AND requests >= per_minute THEN
+            outcome := 'rate_limited';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+
         IF available < item.least_nano THEN
             outcome := 'insufficient';
             RETURN NEXT;
@@ -87,10 +101,13 @@ BEGIN
         );
         available := available - amount_nano;
         reserved := reserved + amount_nano;
+        requests := requests + 1;
+        granted := granted + 1;
         RETURN NEXT;
     END LOOP;
-    IF reserved > 0 THEN
-        UPDATE accounts SET held_nano = held_nano + reserved WHERE account_id = account;
+    IF granted > 0 THEN
+        UPDATE accounts SET held_nano = held_nano + reserved, minute = this_minute, minute_requests = requests
+        WHERE account_id = account;
     END IF;
 END $$;
 

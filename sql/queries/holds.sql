@@ -1,7 +1,8 @@
 -- name: hold_funds
--- Authenticates and reserves. $1 the process, $2 seconds until recovery looks at a hold, $3 roubles per dollar; arrays: $4
--- accounts, $5 SHA-256 of the keys, $6 holds, $7 the most to hold, $8 the least that must be available, $9 models, $10 request
--- ids, $11 idempotency keys or NULL, $12 SHA-256 of the bodies or NULL. One row for each hold: see the function for its outcomes.
+-- Authenticates and reserves. $1 the process, $2 seconds until recovery looks at a hold, $3 roubles per dollar, $4 requests per
+-- minute and account (0: no limit); arrays: $5 accounts, $6 SHA-256 of the keys, $7 holds, $8 the most to hold, $9 the least that
+-- must be available, $10 models, $11 request ids, $12 idempotency keys or NULL, $13 SHA-256 of the bodies or NULL.
+-- One row for each hold: see the function for its outcomes.
 SELECT
     hold_id,
     outcome,
@@ -9,8 +10,8 @@ SELECT
     available_nano,
     earlier_request_id
 FROM hold_funds(
-    $1::uuid, $2::double precision, $3::numeric,
-    $4::bigint[], $5::bytea[], $6::uuid[], $7::bigint[], $8::bigint[], $9::text[], $10::text[], $11::text[], $12::bytea[]
+    $1::uuid, $2::double precision, $3::numeric, $4::integer,
+    $5::bigint[], $6::bytea[], $7::uuid[], $8::bigint[], $9::bigint[], $10::text[], $11::text[], $12::text[], $13::bytea[]
 );
 
 -- name: settle_holds
