@@ -144,3 +144,14 @@ def test_make_service_passes_the_units_own_properties(tmp_path: Path) -> None:
     said = subprocess.run(make, cwd=source, env=environ, check=True, capture_output=True, text=True).stdout
     for property_ in ("Restart=always", "TimeoutStopSec=100", f"EnvironmentFile={source}/gptutor.env"):
         assert f"-p {property_}" in said
+
+
+def test_without_a_place_for_its_journal_the_service_does_not_start(tmp_path: Path, postgres: str) -> None:
+    """Row process-11: rather no service than one that can forget what it bought."""
+    (tmp_path / "var").mkdir()
+    (tmp_path / "var" / "journal").write_text("in the way")
+    environ = environment(tmp_path, DATABASE_URL=postgres, GPTUTOR_SECRET_KEY="A" * 43 + "=")
+    ended = run(environ, "serve", check=False)
+    assert ended.returncode == 1
+    assert f"The journal needs the directory {tmp_path / 'var' / 'journal' / '0'}" in ended.stderr
+    assert "Traceback" not in ended.stderr
