@@ -7,13 +7,20 @@ statements of one process never wait for each other on an account's row; within 
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from gptutor.database import DatabaseUnavailable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class Entry(Generic[Item, Result]):
+    item: Item
+    future: asyncio.Future[Result]
 
 
 class Batcher(Generic[Item, Result]):
@@ -35,52 +42,65 @@ class Batcher(Generic[Item, Result]):
         self._lane_of = lane_of
         self._batch_max = batch_max
         self._abandoned = abandoned
-        self._queues: list[deque[tuple[Item, asyncio.Future[Result]]]] = [deque() for _ in range(lanes)]
+        self._queues: list[deque[Entry[Item, Result]]] = [deque() for _ in range(lanes)]
         self._workers: list[asyncio.Task[None] | None] = [None] * lanes
 
     async def submit(self, item: Item) -> Result:
         """The item's own result, or the exception of its batch."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         lane = self._lane_of(item) % len(self._queues)
-        self._queues[lane].append((item, future))
+        self._queues[lane].append(Entry(item, future))
         if self._workers[lane] is None:
-            self._workers[lane] = asyncio.create_task(self._work(lane))
+            self._start(lane)
         return await future
+
+    def _start(self, lane: int) -> None:
+        worker = self._workers[lane] = asyncio.create_task(self._work(lane))
+        worker.add_done_callback(lambda ended: self._ended(lane, ended))
+
+    def _ended(self, lane: int, worker: asyncio.Task[None]) -> None:
+        """The lane is free again; what came in the last moment gets a worker, or, if this one was cancelled, an answer."""
+        self._workers[lane] = None
+        queue = self._queues[lane]
+        if worker.cancelled():
+            _fail(queue, DatabaseUnavailable("cancelled"))
+            queue.clear()
+        elif queue:
+            self._start(lane)
 
     async def _work(self, lane: int) -> None:
         queue = self._queues[lane]
-        try:
-            while queue:
-                batch = [queue.popleft() for _ in range(min(len(queue), self._batch_max))]
-                await self._carry_out([entry for entry in batch if not entry[1].done()])
-        finally:
-            self._workers[lane] = None
+        while queue:
+            batch = [queue.popleft() for _ in range(min(len(queue), self._batch_max))]
+            try:
+                await self._carry_out(batch)
+            except asyncio.CancelledError:
+                _fail(batch, DatabaseUnavailable("cancelled"))
+                raise
 
-    async def _carry_out(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+    async def _carry_out(self, batch: list[Entry[Item, Result]]) -> None:
+        batch = [entry for entry in batch if not entry.future.done()]  # whose submitter was cancelled is not served
         if not batch:
             return
         try:
-            results = await self._execute([item for item, _ in batch])
+            results = await self._execute([entry.item for entry in batch])
         except DatabaseUnavailable as error:
             _fail(batch, error)
         except Exception as error:
             if len(batch) == 1:
                 _fail(batch, error)
-            else:
-                for single in batch:  # one of them is to blame; the others must not suffer for it
-                    await self._carry_out([single])
-        except BaseException as error:
-            _fail(batch, DatabaseUnavailable(type(error).__name__))
-            raise
+                return
+            for entry in batch:  # one of them is to blame; the others must not suffer for it
+                await self._carry_out([entry])
         else:
-            for (item, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
+            for entry, result in zip(batch, results, strict=True):
+                if not entry.future.done():
+                    entry.future.set_result(result)
                 elif self._abandoned is not None:
-                    self._abandoned(item, result)
+                    self._abandoned(entry.item, result)
 
 
-def _fail(batch: list[tuple[Item, asyncio.Future[Result]]], error: Exception) -> None:
-    for _, future in batch:
-        if not future.done():
-            future.set_exception(error)
+def _fail(batch: Iterable[Entry[Item, Result]], error: Exception) -> None:
+    for entry in batch:
+        if not entry.future.done():
+            entry.future.set_exception(error)

@@ -20,6 +20,7 @@ a new one that begins with what is still open, so the files stay as small as the
 journal is the spool.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -38,6 +39,9 @@ from gptutor.money.holds import HoldId
 LOGGER = logging.getLogger("gptutor.journal")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SLOTS_MAX = 256
+CLOSED = -1
+LINES_BYTES = 200
+"""About what one open hold takes up in a new segment."""
 
 
 class JournalError(Exception):
@@ -85,7 +89,7 @@ class Journal:
         self._segment_bytes_max = segment_bytes_max
         self._bytes_max = bytes_max
         self._segment = 0
-        self._file = -1
+        self._file = CLOSED
         self._size = 0
         self._begin_segment()
 
@@ -115,12 +119,16 @@ class Journal:
         gone = [hold_id for hold_id in hold_ids if self.known.pop(hold_id, None) is not None]
         if gone:
             self._record(b"".join(_line(b"closed %s" % str(hold_id).encode()) for hold_id in gone))
-        if self._size > self._segment_bytes_max and self._size > 2 * 200 * len(self.known):
-            self._begin_segment()
+        if self._size > self._segment_bytes_max and self._size > 2 * LINES_BYTES * len(self.known):
+            try:
+                self._begin_segment()
+            except JournalError as error:
+                LOGGER.error("%s", error)  # the old file goes on
 
     def close(self) -> None:
         """At an orderly end; a journal that knows nothing any more leaves no file."""
         os.close(self._file)
+        self._file = CLOSED
         if not self.known:
             self._path.unlink(missing_ok=True)
 
@@ -136,20 +144,17 @@ class Journal:
             LOGGER.error("%s", error)
 
     def _append(self, lines: bytes) -> None:
+        if self._file == CLOSED:
+            raise JournalError(f"The journal {self._path} is closed.")
         try:
-            written = os.write(self._file, lines)
-            if written != len(lines):
-                raise OSError(28, "No space left on device")
+            _write(self._file, lines)
         except OSError as error:
             os.ftruncate(self._file, self._size)  # half a line would spoil the next one as well
             raise JournalError(f"The journal {self._path} cannot be written: {error.strerror}.") from error
-        self._size += written
+        self._size += len(lines)
 
     def _begin_segment(self) -> None:
-        """A new file that begins with all that is open; then the old one may go."""
-        old_file, old_path = self._file, self._path
-        self._segment += 1
-        fresh = self._path.with_suffix(".new")
+        """A new file that begins with all that is open; then the old one may go. Raises JournalError, and keeps the old one."""
         lines = [_line(b"owner %s %s" % (str(self.owner).encode(), boot_id()))]
         for hold_id, knowledge in self.known.items():
             lines.append(_sent(hold_id, knowledge.account_id))
@@ -157,14 +162,23 @@ class Journal:
                 lines.append(_billed(hold_id, knowledge, knowledge.price))
             elif knowledge.generation_id is not None:
                 lines.append(_named(hold_id, knowledge.account_id, knowledge.generation_id))
+        content = b"".join(lines)
+        old_file, old_path = self._file, self._path
+        path = self._slot / f"{self.owner}.{self._segment + 1:06d}.log"
+        fresh = path.with_suffix(".new")
         try:
-            self._file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600)
-            self._size = 0
-            self._append(b"".join(lines))
-            fresh.rename(self._path)
+            file = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o600)
+            try:
+                _write(file, content)
+                fresh.rename(path)
+            except OSError:
+                os.close(file)
+                fresh.unlink(missing_ok=True)
+                raise
         except OSError as error:
-            raise JournalError(f"The journal {self._path} cannot be written: {error.strerror}.") from error
-        if old_file >= 0:
+            raise JournalError(f"The journal {path} cannot be written: {error.strerror}.") from error
+        self._file, self._size, self._segment = file, len(content), self._segment + 1
+        if old_file != CLOSED:
             os.close(old_file)
             old_path.unlink(missing_ok=True)
 
@@ -194,12 +208,13 @@ def opened(
 @contextmanager
 def adopted(directory: Path) -> Iterator[list[Leftover]]:
     """What dead processes left in slots that nobody has taken since; locked while this context lasts."""
-    locks, leftovers = [], []
-    for slot in sorted(directory.iterdir()):
-        if any(slot.glob("*.log")) and (lock := _lock(slot)) is not None:
-            locks.append(lock)
-            leftovers += read_slot(slot)
+    locks: list[int] = []
+    leftovers: list[Leftover] = []
     try:
+        for slot in sorted(directory.iterdir()):
+            if any(slot.glob("*.log")) and (lock := _lock(slot)) is not None:
+                locks.append(lock)
+                leftovers += read_slot(slot)
         yield leftovers
     finally:
         for lock in locks:
@@ -226,22 +241,24 @@ def boot_id() -> bytes:
 
 
 def _read(path: Path, leftover: Leftover) -> None:
-    bad = 0
-    content = path.read_bytes()
-    for line in content.split(b"\n"):
-        if not line:
-            continue
-        try:
-            check, _, payload = line.partition(b" ")
-            if int(check, 16) != zlib.crc32(payload):
-                raise ValueError("the checksum is another")
-            _apply(payload.split(b" "), leftover)
-        except (ValueError, KeyError, IndexError):
-            bad += 1
-    torn = bool(content) and not content.endswith(b"\n")
-    if bad > torn:
+    *lines, rest = path.read_bytes().split(b"\n")
+    bad = sum(not _take(line, leftover) for line in lines)
+    _take(rest, leftover)  # a last line without its end is what a death leaves; if it checks, it is whole all the same
+    if bad:
         leftover.complete = False  # one of the lost lines may have said that a request was sent
-        LOGGER.error("The journal %s has %d lines that do not check; they are skipped", path, bad - torn)
+        LOGGER.error("The journal %s has %d lines that do not check; they are skipped", path, bad)
+
+
+def _take(line: bytes, leftover: Leftover) -> bool:
+    """Whether the line checks; if it does, what it says is known."""
+    try:
+        check, _, payload = line.partition(b" ")
+        if int(check, 16) != zlib.crc32(payload):
+            return False
+        _apply(payload.split(b" "), leftover)
+    except (ValueError, KeyError, IndexError):
+        return False
+    return True
 
 
 def _apply(fields: list[bytes], leftover: Leftover) -> None:
@@ -273,6 +290,11 @@ def _lock(slot: Path) -> int | None:
         os.close(lock)
         return None
     return lock
+
+
+def _write(file: int, lines: bytes) -> None:
+    if os.write(file, lines) != len(lines):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _line(payload: bytes) -> bytes:

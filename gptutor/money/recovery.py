@@ -17,11 +17,10 @@ exchange handed over; and open holds whose time is up. Any process does it; a cl
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal
-from uuid import UUID
 
 from gptutor.database import Database, DatabaseUnavailable, Row
 from gptutor.money import journal
@@ -43,8 +42,8 @@ def decide(knowledge: Knowledge | None, *, never_sent: bool, too_old: bool) -> D
         return "settle"
     if knowledge is None and never_sent:
         return "release"
-    if knowledge is not None and knowledge.generation_id is not None and not too_old:
-        return "look_up"
+    if knowledge is not None and knowledge.generation_id is not None:
+        return "look_up"  # however old: it may be the first question after a long outage
     return "give_up" if too_old else "wait"
 
 
@@ -94,8 +93,8 @@ class Recovery:
                 await self._ledger.release(Release(row["account_id"], row["hold_id"]))
             else:
                 await self._ledger.hand_over(HandOver(row["account_id"], row["hold_id"], None))
-        await self._bring(leftover.known)
-        leftover.discard()
+        if await self._bring(leftover.known):
+            leftover.discard()
         LOGGER.info("A process that had died left %d holds known and %d unknown", len(leftover.known), len(unknown))
 
     async def look(self) -> int:
@@ -103,48 +102,47 @@ class Recovery:
         own = self._ledger.journal.known
         await self._bring({hold_id: own[hold_id] for hold_id in own.keys() - self._ledger.active})
         rows = await self._database.fetch("claim_due_holds", CLAIM_MAX, self._look_max_s)
-        for outcome in await asyncio.gather(*map(self._look_at, rows), return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                LOGGER.error("A hold could not be looked at: %r", outcome)
+        _all_went_well(await asyncio.gather(*map(self._look_at, rows), return_exceptions=True))
         return len(rows)
 
-    async def _bring(self, known: Mapping[HoldId, Knowledge]) -> None:
-        """Into the database what only a journal knew: prices are settled, the rest is handed over."""
-        await asyncio.gather(
+    async def _bring(self, known: Mapping[HoldId, Knowledge]) -> bool:
+        """Into the database what only a journal knew: prices are settled, the rest is handed over. Whether all of it is there."""
+        outcomes = await asyncio.gather(
             *(
                 self._settle(hold_id, knowledge, knowledge.price)
                 if knowledge.price is not None
                 else self._ledger.hand_over(HandOver(knowledge.account_id, hold_id, knowledge.generation_id))
                 for hold_id, knowledge in known.items()
-            )
+            ),
+            return_exceptions=True,
         )
+        return _all_went_well(outcomes)
 
     async def _look_at(self, row: Row) -> None:
-        hold_id, owner = HoldId(row["hold_id"]), UUID(str(row["owner"]))
-        if hold_id in self._ledger.active:
-            return  # a long answer, still running here
-        ours = owner == self._ledger.journal.owner
-        knowledge = self._ledger.journal.known.get(hold_id) if ours else None
-        if knowledge is None and row["is_sent"]:
-            knowledge = Knowledge(AccountId(row["account_id"]), row["generation_id"])
-        decision = decide(knowledge, never_sent=ours, too_old=row["age_s"] > self._give_up_s)
-        if knowledge is not None and knowledge.price is not None:
-            await self._settle(hold_id, knowledge, knowledge.price)
-        elif decision == "release":
-            await self._ledger.release(Release(row["account_id"], hold_id))
-        elif decision == "look_up" and knowledge is not None and knowledge.generation_id is not None:
-            await self._look_up(row, knowledge.generation_id)
-        elif decision == "give_up":
-            await self._ledger.release(Release(row["account_id"], hold_id, unresolved=True))
+        account_id, hold_id = AccountId(row["account_id"]), HoldId(row["hold_id"])
+        own = self._ledger.journal
+        if hold_id in self._ledger.active or hold_id in own.known:
+            return  # a long answer, still running here; or one that was broken off just now
+        knowledge = Knowledge(account_id, row["generation_id"]) if row["is_sent"] else None
+        too_old = row["age_s"] > self._give_up_s
+        decision = decide(knowledge, never_sent=row["owner"] == own.owner, too_old=too_old)
+        if decision == "look_up" and await self._look_up(row):
+            return
+        if decision == "release":
+            await self._ledger.release(Release(account_id, hold_id))
+        elif too_old:
+            await self._ledger.release(Release(account_id, hold_id, unresolved=True))
             LOGGER.error(
                 "A hold is given up: nobody learnt what it bought",
-                extra={"type": "recovery", "userId": str(row["account_id"]), "requestId": row["request_id"]},
+                extra={"type": "recovery", "userId": str(account_id), "requestId": row["request_id"]},
             )
 
-    async def _look_up(self, row: Row, generation_id: str) -> None:
+    async def _look_up(self, row: Row) -> bool:
+        """Whether OpenRouter said what it cost; then it is settled."""
+        generation_id = row["generation_id"]
         cost_usd = await self._cost_of(generation_id)
         if cost_usd is None:
-            return
+            return False
         due = charge(cost_usd, row["rub_per_usd"])
         settlement = Settlement(AccountId(row["account_id"]), HoldId(row["hold_id"]), due, cost_usd, generation_id)
         outcome = await self._ledger.settle(settlement)
@@ -162,8 +160,17 @@ class Recovery:
                 "outcome": outcome,
             },
         )
+        return True
 
     async def _settle(self, hold_id: HoldId, knowledge: Knowledge, price: Price) -> None:
         await self._ledger.settle(
             Settlement(knowledge.account_id, hold_id, price.charge, price.cost_usd, knowledge.generation_id)
         )
+
+
+def _all_went_well(outcomes: Sequence[object]) -> bool:
+    """Says of each that did not; one hold's trouble is not another's."""
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    for error in errors:
+        LOGGER.error("A hold could not be closed: %r", error)
+    return not errors

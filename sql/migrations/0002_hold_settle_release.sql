@@ -173,6 +173,7 @@ BEGIN
         UPDATE holds SET state = 'released', closed_at = clock_timestamp(), is_unresolved = item.unresolved
         FROM unnest(account_ids, hold_ids, unresolved) AS item (account_id, hold_id, unresolved)
         WHERE holds.account_id = item.account_id AND holds.hold_id = item.hold_id AND holds.state = 'open'
+            AND (item.unresolved OR NOT holds.is_sent) -- one that was handed over meanwhile may have bought something
         RETURNING holds.account_id, holds.hold_id, holds.amount_nano
     ),
     total AS (
