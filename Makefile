@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format lint types sql test-completion test-openai docs migrate service
+.PHONY: help install run test check format lint types sql test-completion test-openai docs migrate service chaos
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ test-completion: install ## chat completions, plain and streamed, against a runn
 
 test-openai: install ## the OpenAI SDKs for Python and JavaScript against a running gateway of its own
 	@$(BIN)/python -m pytest -v tests/test_openai.py
+
+chaos: install ## real processes killed at random, then our books against OpenRouter's bill: SECONDS=240 SEED=7 KILLS=200 CRASHES=20
+	@exec $(BIN)/python -m tests.chaos --seconds $(or $(SECONDS),60) --kills-at-least $(or $(KILLS),30) \
+		--crashes-at-least $(or $(CRASHES),2) $(if $(SEED),--seed $(SEED))
 
 docs: install ## the documentation at http://localhost:8080
 	@exec $(BIN)/gptutor docs

@@ -19,7 +19,7 @@ from gptutor.money import journal
 from gptutor.money.journal import Journal, Leftover
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
-from gptutor.money.recovery import Recovery
+from gptutor.money.recovery import Recovery, connection_name
 from gptutor.openrouter import catalogue, service
 
 LOGGER = logging.getLogger("gptutor.app")
@@ -89,6 +89,7 @@ async def database_context(app: web.Application) -> AsyncIterator[None]:
     limits = app[CONFIG].database
     async with database.connected(
         limits.url,
+        name=connection_name(app[JOURNAL].owner),
         connections_min=0,  # the service starts, and says so, before PostgreSQL answers
         connections_max=limits.connections_max,
         acquire_s=limits.acquire_s,

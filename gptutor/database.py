@@ -127,9 +127,17 @@ UNAVAILABLE = (
 
 @asynccontextmanager
 async def connected(
-    url: str, *, connections_min: int = 1, connections_max: int = 2, acquire_s: float = 10, statement_s: float = 60
+    url: str,
+    *,
+    name: str = "gptutor",
+    connections_min: int = 1,
+    connections_max: int = 2,
+    acquire_s: float = 10,
+    statement_s: float = 60,
 ) -> AsyncIterator[Database]:
-    """Opens a pool on `url` and closes it at the end. With `connections_min` 0 it opens even where nothing answers yet.
+    """Opens a pool on `url`, under a name that the server shows, and closes it at the end.
+
+    With `connections_min` 0 it opens even where nothing answers yet.
 
     Raises DatabaseUnavailable, DatabaseRefused.
     """
@@ -141,7 +149,7 @@ async def connected(
             timeout=acquire_s,
             command_timeout=statement_s + 1,  # the server's own limit should speak first: it says why
             server_settings={
-                "application_name": "gptutor",
+                "application_name": name,
                 "timezone": "UTC",
                 "statement_timeout": f"{statement_s * 1000:.0f}",
                 "lock_timeout": f"{min(statement_s, 2) * 1000:.0f}",

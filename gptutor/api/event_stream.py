@@ -1,6 +1,7 @@
 """The caller's side of a stream: raw bytes on an `EventSourceResponse`, and a caller who may leave at any of them."""
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ class EventStream:
 
     def release(self) -> None:
         """Ends the task that waits for the first ping, and would keep request and response for ever."""
-        if self.response.prepared:
+        with contextlib.suppress(RuntimeError):  # it was not begun, or broke off while it was
             self.response.stop_streaming()
 
     @property

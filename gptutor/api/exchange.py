@@ -4,7 +4,7 @@ The task belongs to the application, not to the connection. The handler only wai
 handler is cancelled, which cancels `answer`, and that is how the exchange knows that nobody listens. The money goes on: upstream
 is read to its end for a bounded time, and the hold is closed by evidence.
 
-What is known of the purchase stands in the exchange (`_sent`, `_bought_nothing`, `_generation_id`, `_bill`) and, a moment
+What is known of the purchase stands in the exchange (`_sent`, `_generation_id`, `_bill`) and, a moment
 earlier, in the journal. So wherever this code is broken off, by an exception, a cancellation or the death of the process,
 closing the hold is a matter of reading what is known.
 """
@@ -68,7 +68,6 @@ class Exchange:
         self._downstream: EventStream | None = None
         # what is known of the purchase
         self._sent = False
-        self._bought_nothing = False
         self._generation_id: str | None = None
         self._bill: Bill | None = None
         self._charge: Nano | None = None
@@ -143,17 +142,17 @@ class Exchange:
         if self._caller_left():
             return
         try:
-            self._kit.ledger.journal.sent(hold.account_id, hold.hold_id)
+            reply, left_s = await self._kit.upstream.complete(
+                body,
+                stream=self._order.ask.stream,
+                wanted=lambda: not self._caller_left(),
+                attempting=lambda: self._send(hold),
+                refused=lambda: self._take_back(hold),
+            )
         except JournalError as error:
             LOGGER.error("%s", error)
             raise Refusal("journal_unavailable", cause=str(error)) from error
-        self._sent = True
-        try:
-            reply, left_s = await self._kit.upstream.complete(
-                body, stream=self._order.ask.stream, wanted=lambda: not self._caller_left()
-            )
         except UpstreamError as error:
-            self._bought_nothing = error.failure.bought_nothing
             self._name(hold, error.failure.generation_id)
             raise refusal_of(error) from error
         self._name(hold, reply.generation_id)
@@ -194,9 +193,9 @@ class Exchange:
         except TimeoutError:
             self._cause = f"the caller left, and upstream went on for more than {self._kit.patience.leaver_drain_s} s"
         finally:
-            downstream.release()
             if self._generation_id is None:
                 self._name(hold, scanner.generation_id)
+            downstream.release()
         if not self.answer.done():
             self.answer.set_result(downstream.response)
 
@@ -206,6 +205,16 @@ class Exchange:
             return
         with contextlib.suppress(RuntimeError):  # the stream has ended meanwhile
             limit.reschedule(asyncio.get_running_loop().time() + self._kit.patience.leaver_drain_s)
+
+    def _send(self, hold: Hold) -> None:
+        """From here on something may be bought. Raises JournalError."""
+        self._kit.ledger.journal.sent(hold.account_id, hold.hold_id)
+        self._sent = True
+
+    def _take_back(self, hold: Hold) -> None:
+        """OpenRouter's refusal proves that nothing was bought: a death before the next attempt must find it so."""
+        self._kit.ledger.journal.closed([hold.hold_id])
+        self._sent = False
 
     def _name(self, hold: Hold, generation_id: str | None) -> None:
         if generation_id is not None:
@@ -227,7 +236,7 @@ class Exchange:
                 Settlement(hold.account_id, hold.hold_id, self._charge, self._bill.cost_usd, self._generation_id)
             )
             self._end("settled")
-        elif self._bought_nothing or not self._sent:
+        elif not self._sent:
             await self._kit.ledger.release(Release(hold.account_id, hold.hold_id))
             self._end("released")
         else:

@@ -191,6 +191,6 @@ async def _until_done(submit: Callable[[Item], Awaitable[Result]], item: Item) -
         try:
             return await submit(item)
         except DatabaseUnavailable as error:
-            LOGGER.error("A hold cannot be closed yet: %s", error)
+            LOGGER.log(logging.WARNING if pause == PAUSES_S[0] else logging.DEBUG, "A hold cannot be closed yet: %s", error)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
     raise AssertionError("the pauses never end")

@@ -17,6 +17,7 @@ exchange handed over; and open holds whose time is up. Any process does it; a cl
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -45,6 +46,11 @@ def decide(knowledge: Knowledge | None, *, never_sent: bool, too_old: bool) -> D
     if knowledge is not None and knowledge.generation_id is not None:
         return "look_up"  # however old: it may be the first question after a long outage
     return "give_up" if too_old else "wait"
+
+
+def connection_name(owner: uuid.UUID) -> str:
+    """The name under which PostgreSQL shows a process's connections."""
+    return f"gptutor {owner}"
 
 
 class Recovery:
@@ -85,6 +91,8 @@ class Recovery:
 
     async def replay(self, leftover: Leftover) -> None:
         """Brings what a dead process knew into the database, and forgets it here. Raises DatabaseUnavailable."""
+        # A statement of the dead may still be under way, and commit a hold after this look. Without a connection it cannot.
+        await self._database.fetch("end_connections", connection_name(leftover.owner))
         rows = await self._database.fetch("list_open_holds_of", leftover.owner)
         unknown = [row for row in rows if row["hold_id"] not in leftover.known]
         never_sent = decide(None, never_sent=leftover.complete, too_old=False) == "release"

@@ -90,18 +90,30 @@ class OpenRouterService:
         self._plain_timeout = aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_s)
         self._short_timeout = aiohttp.ClientTimeout(total=30, sock_connect=limits.connect_s)
 
-    async def complete(self, body: bytes, *, stream: bool, wanted: Callable[[], bool]) -> tuple[Reply, float]:
+    async def complete(
+        self,
+        body: bytes,
+        *,
+        stream: bool,
+        wanted: Callable[[], bool],
+        attempting: Callable[[], None],
+        refused: Callable[[], None],
+    ) -> tuple[Reply, float]:
         """Sends a request for a completion, again where that is harmless and still `wanted`.
 
-        Gives the reply and the seconds that are left for the rest of a plain answer. Raises UpstreamError.
+        `attempting` is called before each attempt, `refused` after one that proves that nothing was bought. Gives the reply, and
+        the seconds that are left for the rest of a plain answer. Raises UpstreamError.
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + (self._limits.first_byte_s if stream else self._limits.total_s)
         attempt = 1
         while True:
+            attempting()
             try:
                 return await self._attempt(body, deadline - clock(), stream=stream), deadline - clock()
             except UpstreamError as error:
+                if error.failure.bought_nothing:
+                    refused()
                 pause = pause_before_retry(
                     error.failure,
                     attempt=attempt,

@@ -89,3 +89,9 @@ SELECT
 FROM holds
 WHERE (state = 'open' AND (looks > 0 OR due_at < now())) OR is_unresolved
 ORDER BY created_at;
+
+-- name: end_connections
+-- Ends the connections named $1, and waits until they are gone. One row for each.
+SELECT pg_terminate_backend(pid, 5000) AS ended
+FROM pg_stat_activity
+WHERE application_name = $1::text AND pid <> pg_backend_pid();

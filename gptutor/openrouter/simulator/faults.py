@@ -57,7 +57,9 @@ def stall(script: Script, generation: Generation, value: str) -> Script:
 
 
 def midstream_error(script: Script, generation: Generation, value: str) -> Script:
-    """`error=3`: OpenRouter's own error event after so many steps, and the end. Such an answer is not billed."""
+    """`error=3`: OpenRouter's own error event after so many steps, and the end; no price is stated or billed."""
+    if int(value or 3) > len(script.steps) - 2:
+        raise FaultError("the answer has stated its price by then")
     return replace(script, steps=[*script.steps[: int(value or 3)], Step(mid_stream_error(generation))], billed_words=0)
 
 
