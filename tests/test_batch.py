@@ -1,0 +1,655 @@
+"""Natural batching and the doors of the ledger that stand on it (contract C2, C3; rows money-3, money-4, db-3 to db-6, db-10,
+process-1, process-2, process-12): what arrives while a statement is under way forms the next one, nobody waits without need, and
+nobody suffers for his neighbour."""
+
+import asyncio
+import hashlib
+import logging
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptutor.database import ConstraintViolated, Database, DatabaseUnavailable
+from gptutor.money.amounts import AccountId, Nano, parse_roubles
+from gptutor.money.batch import Batcher
+from gptutor.money.holds import (
+    Hold,
+    HoldRequest,
+    InsufficientFunds,
+    Release,
+    RepeatedRequest,
+    Settlement,
+    UnknownKey,
+    new_id,
+)
+from gptutor.money.keys import KeyClaim, make_key, parse_key
+from gptutor.money.pricing import Ceiling
+from tests.conftest import Caller, make_caller
+from tests.test_ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
+
+Item = tuple[int, Any]
+"""An account, and what is asked for it."""
+
+
+@dataclass
+class Door:
+    """What carries out batches: it notes them, and waits where it is told to. An item's result is the item itself."""
+
+    batches: list[list[Item]] = field(default_factory=list)
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+    failures: dict[Any, BaseException] = field(default_factory=dict)
+    gates: dict[Any, asyncio.Event] = field(default_factory=dict)
+    """Where an item that is alone in its batch waits."""
+    running: Counter[int] = field(default_factory=Counter)
+    met: list[int] = field(default_factory=list)
+    abandoned: list[tuple[Item, Any]] = field(default_factory=list)
+
+    async def execute(self, items: list[Item]) -> list[Item]:
+        self.batches.append(items)
+        accounts = {account for account, _ in items}
+        self.met += [account for account in accounts if self.running[account]]
+        self.running.update(accounts)
+        try:
+            await self.open.wait()
+            if len(items) == 1 and items[0][1] in self.gates:
+                await self.gates[items[0][1]].wait()
+            for _, what in items:
+                if what in self.failures:
+                    raise self.failures[what]
+            return items
+        finally:
+            self.running.subtract(accounts)
+
+    @property
+    def served(self) -> list[Item]:
+        return [item for batch in self.batches for item in batch]
+
+    def batcher(self, lanes: int = 1, batch_max: int = 100) -> Batcher[Item, Item]:
+        return Batcher(
+            self.execute,
+            lambda item: item[0],
+            lanes=lanes,
+            batch_max=batch_max,
+            abandoned=lambda item, result: self.abandoned.append((item, result)),
+        )
+
+
+def submitted(batcher: Batcher[Item, Item], *items: Item) -> list[asyncio.Task[Item]]:
+    return [asyncio.create_task(batcher.submit(item)) for item in items]
+
+
+async def settle_down() -> None:
+    """Lets everything run that can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def outcomes(tasks: list[asyncio.Task[Item]]) -> list[Any]:
+    """Results and exceptions, in order; a submitter who hangs is a failure."""
+    async with asyncio.timeout(5):
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# -- the batcher alone
+
+
+async def test_one_at_a_time_is_one_statement_each_and_starts_at_once() -> None:
+    """No timer: a lone request pays nothing for batching."""
+    door = Door()
+    door.open.set()
+    batcher = door.batcher()
+    for number in range(5):
+        assert await batcher.submit((1, number)) == (1, number)
+    assert door.batches == [[(1, number)] for number in range(5)]
+
+    door.open.clear()
+    task = asyncio.create_task(batcher.submit((1, "x")))
+    await asyncio.sleep(0)  # the submitter runs, and starts its batch …
+    await asyncio.sleep(0)  # … which begins in the next turn of the loop, not after a while
+    assert door.batches[-1] == [(1, "x")]
+    door.open.set()
+    await task
+
+
+async def test_what_arrives_meanwhile_is_the_next_batch_and_no_batch_is_too_large() -> None:
+    door = Door()
+    batcher = door.batcher(batch_max=10)
+    tasks = submitted(batcher, (1, 0))
+    await settle_down()
+    tasks += submitted(batcher, *((1, number) for number in range(1, 26)))
+    await settle_down()
+    assert len(door.batches) == 1
+    door.open.set()
+    assert await outcomes(tasks) == [(1, number) for number in range(26)]
+    assert [len(batch) for batch in door.batches] == [1, 10, 10, 5]
+    assert door.served == [(1, number) for number in range(26)]
+
+
+async def test_lanes_run_side_by_side_and_two_batches_never_meet_on_an_account() -> None:
+    """Two statements of one process must not wait for each other's row."""
+    door = Door()
+    batcher = door.batcher(lanes=2)
+    tasks = submitted(batcher, (1, "a"), (2, "b"))
+    await settle_down()
+    assert door.batches == [[(1, "a")], [(2, "b")]]  # both under way
+    tasks += submitted(batcher, (1, "c"), (2, "d"), (3, "e"), (4, "f"))
+    await settle_down()
+    assert len(door.batches) == 2
+    door.open.set()
+    await outcomes(tasks)
+    assert door.batches[2:] == [[(1, "c"), (3, "e")], [(2, "d"), (4, "f")]]
+    assert door.met == []
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 7), max_size=60), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**32))
+def test_in_any_order_of_arrival_all_are_served_in_their_accounts_order(
+    accounts: list[int], lanes: int, batch_max: int, seed: int
+) -> None:
+    async def play() -> None:
+        dice = random.Random(seed)
+        door = Door()
+        batcher = door.batcher(lanes, batch_max)
+        tasks = []
+        for number, account in enumerate(accounts):
+            tasks += submitted(batcher, (account, number))
+            if dice.random() < 0.3:
+                door.open.set() if dice.random() < 0.5 else door.open.clear()
+                await asyncio.sleep(0)
+        door.open.set()
+        assert await outcomes(tasks) == [(account, number) for number, account in enumerate(accounts)]
+        assert door.met == []
+        served: dict[int, list[int]] = defaultdict(list)
+        for batch in door.batches:
+            assert 1 <= len(batch) <= batch_max
+            for account, number in batch:
+                served[account].append(number)
+        assert all(numbers == sorted(numbers) for numbers in served.values())
+        assert sum(map(len, served.values())) == len(accounts)  # each once
+
+    asyncio.run(play())
+
+
+async def test_one_bad_item_fails_alone() -> None:
+    """A rejected item never spoils its neighbours, and each good one is carried out once with effect."""
+    door = Door(failures={"bad": ConstraintViolated("law"), "worse": ValueError("nonsense")})
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "first"), (1, "a"), (1, "bad"), (1, "b"), (1, "worse"), (1, "c"))
+    door.open.set()
+    results = await outcomes(tasks)
+    assert [type(result) for result in results] == [tuple, tuple, ConstraintViolated, tuple, ValueError, tuple]
+    assert (await outcomes(submitted(batcher, (1, "after"))))[0] == (1, "after")
+
+
+async def test_a_database_that_is_away_is_everybodys_and_nothing_is_tried_one_by_one() -> None:
+    """Row db-2: a statement whose outcome is unknown is not simply repeated by the batcher."""
+    door = Door(failures={"b": DatabaseUnavailable("gone")})
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "first"))
+    await settle_down()
+    tasks += submitted(batcher, (1, "a"), (1, "b"), (1, "c"))
+    await settle_down()
+    door.open.set()
+    first, *others = await outcomes(tasks)
+    assert first == (1, "first")
+    assert [type(error) for error in others] == [DatabaseUnavailable] * 3
+    assert [len(batch) for batch in door.batches] == [1, 3]
+    assert await batcher.submit((1, "after")) == (1, "after")
+
+
+async def test_a_submitter_who_is_cancelled_in_the_queue_is_not_served() -> None:
+    door = Door()
+    batcher = door.batcher(batch_max=2)
+    tasks = submitted(batcher, (1, 0), (1, 1), (1, 2), (1, 3), (1, 4))
+    await settle_down()
+    for number in (2, 3):  # a whole batch of them
+        tasks[number].cancel()
+    door.open.set()
+    results = await outcomes(tasks)
+    assert [isinstance(result, asyncio.CancelledError) for result in results] == [False, False, True, True, False]
+    assert door.served == [(1, 0), (1, 1), (1, 4)]
+    assert door.abandoned == []
+
+
+async def test_a_result_that_nobody_waits_for_any_more_is_given_to_abandoned() -> None:
+    """A caller who left at the wrong moment must not leave a hold behind."""
+    door = Door()
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "left"), (1, "stayed"))
+    await settle_down()
+    tasks[0].cancel()
+    await settle_down()
+    door.open.set()
+    assert (await outcomes(tasks))[1] == (1, "stayed")
+    assert door.abandoned == [((1, "left"), (1, "left"))]
+
+
+async def test_without_abandoned_a_result_that_nobody_waits_for_is_dropped() -> None:
+    door = Door()
+    batcher: Batcher[Item, Item] = Batcher(door.execute, lambda item: item[0], lanes=1, batch_max=9)
+    tasks = submitted(batcher, (1, "left"), (1, "stayed"))
+    await settle_down()
+    tasks[0].cancel()
+    await settle_down()
+    door.open.set()
+    assert (await outcomes(tasks))[1] == (1, "stayed")
+
+
+async def test_a_failure_that_nobody_waits_for_harms_nobody() -> None:
+    door = Door(failures={"left": DatabaseUnavailable("gone")})
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "left"), (1, "stayed"))
+    await settle_down()
+    tasks[0].cancel()
+    await settle_down()
+    door.open.set()
+    assert isinstance((await outcomes(tasks))[1], DatabaseUnavailable)
+    assert door.abandoned == []
+
+
+async def test_a_worker_that_is_cancelled_leaves_no_submitter_of_its_batch_hanging() -> None:
+    """Row process-12: the outcome is unknown, and that is what they are told."""
+    door = Door()
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "a"), (1, "b"))
+    await settle_down()
+    cancel_worker(batcher)
+    assert [type(error) for error in await outcomes(tasks)] == [DatabaseUnavailable] * 2
+    door.open.set()
+    assert await batcher.submit((1, "after")) == (1, "after")
+
+
+def cancel_worker(batcher: Batcher[Item, Item], lane: int = 0) -> None:
+    worker = batcher._workers[lane]
+    assert worker is not None
+    worker.cancel()
+
+
+async def test_a_worker_that_is_cancelled_leaves_nobody_in_its_queue_hanging() -> None:
+    """Row process-12."""
+    door = Door()
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "under way"))
+    await settle_down()
+    tasks += submitted(batcher, (1, "queued"))
+    await settle_down()
+    cancel_worker(batcher)
+    door.open.set()
+    first, queued = await outcomes_or_hanging(tasks)
+    assert isinstance(first, DatabaseUnavailable)
+    assert queued == (1, "queued") or isinstance(queued, DatabaseUnavailable)
+
+
+async def outcomes_or_hanging(tasks: list[asyncio.Task[Item]]) -> list[Any]:
+    await settle_down()
+    hanging = [task for task in tasks if not task.done()]
+    for task in hanging:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    return ["hangs" if task in hanging else result for task, result in zip(tasks, results, strict=True)]
+
+
+async def test_a_worker_that_is_cancelled_before_it_begins_does_not_close_its_lane() -> None:
+    """Row process-12."""
+    door = Door()
+    door.open.set()
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "first"))
+    await asyncio.sleep(0)
+    cancel_worker(batcher)
+    await settle_down()
+    tasks += submitted(batcher, (1, "after"))
+    first, after = await outcomes_or_hanging(tasks)
+    assert first == (1, "first") or isinstance(first, DatabaseUnavailable)
+    assert after == (1, "after")
+
+
+async def test_a_worker_that_is_cancelled_while_it_tries_one_by_one_leaves_nobody_hanging() -> None:
+    """Row process-12."""
+    door = Door(failures={"bad": ValueError("nonsense")}, gates={"b": asyncio.Event()})
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "a"), (1, "bad"), (1, "b"), (1, "c"))
+    door.open.set()
+    await settle_down()
+    assert door.batches[-1] == [(1, "b")]
+    cancel_worker(batcher)
+    await settle_down()
+    assert [task.done() for task in tasks[:3]] == [True] * 3
+    results = await outcomes_or_hanging(tasks)
+    assert "hangs" not in results
+
+
+async def test_a_submitter_who_is_cancelled_while_others_are_tried_one_by_one_is_not_served() -> None:
+    door = Door(failures={"bad": ValueError("nonsense")})
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "bad"), (1, "left"))
+    await settle_down()
+    tasks[1].cancel()
+    door.open.set()
+    assert isinstance((await outcomes(tasks))[0], ValueError)
+    assert door.served[2:] == [(1, "bad")]
+
+
+# -- the doors of the ledger, on real SQL
+
+
+class Statements:
+    """Counts a database's statements, and can hold one up, or lose its reply, as a network does."""
+
+    def __init__(self, books: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self.let_in = asyncio.Event()
+        self.let_in.set()
+        self.lost_requests: list[str] = []
+        self.lost_replies: list[str] = []
+        self._fetch = books.fetch
+        monkeypatch.setattr(books, "fetch", self.fetch)
+
+    async def fetch(self, statement: str, *arguments: Any) -> Any:
+        self.seen.append((statement, max((len(each) for each in arguments if isinstance(each, list)), default=0)))
+        if statement in self.lost_requests:
+            self.lost_requests.remove(statement)
+            raise DatabaseUnavailable("the request was lost")
+        if statement == "hold_funds":
+            await self.let_in.wait()
+        rows = await self._fetch(statement, *arguments)
+        if statement in self.lost_replies:
+            self.lost_replies.remove(statement)
+            raise DatabaseUnavailable("the reply was lost")
+        return rows
+
+    def count(self, statement: str) -> int:
+        return sum(name == statement for name, _ in self.seen)
+
+
+@pytest.fixture
+def statements(books: Database, monkeypatch: pytest.MonkeyPatch) -> Statements:
+    return Statements(books, monkeypatch)
+
+
+def request(
+    caller: Caller, roubles: str, *, key: str | None = None, body: bytes = b"", model: str = "a/b", name: str = "r"
+) -> HoldRequest:
+    ceiling = Ceiling(most=parse_roubles(roubles), least=parse_roubles(roubles))
+    body_hash = hashlib.sha256(body).digest() if key else None
+    return HoldRequest(claim(caller), new_id(), ceiling, model, name, key, body_hash)
+
+
+async def test_each_of_a_mixed_batch_gets_its_own_outcome(books: Database, statements: Statements) -> None:
+    """Contract C2, C10, B3; rows money-1, money-4, auth-4, auth-5, auth-8: one statement, five kinds of answer, four accounts."""
+    rich, poor, other = [await make_caller(books, balance) for balance in ("100", "10", "50")]
+    stranger = Caller(make_key(rich.account_id), rich.account_id, books)
+    nobody = Caller(make_key(AccountId(10**12)), AccountId(10**12), books)
+    ledger = ledger_of(books)
+    await ledger.hold_funds(request(other, "1", key="k", body=b"x", name="the-first"))
+
+    asked: list[tuple[HoldRequest, str]] = [
+        (request(rich, "30"), "granted"),
+        (request(poor, "6"), "granted"),
+        (request(stranger, "1"), "unknown_key"),
+        (request(poor, "5"), "insufficient"),  # 4 are left
+        (request(poor, "4"), "granted"),  # the one before took nothing
+        (request(nobody, "1"), "unknown_key"),
+        (request(other, "1", key="k", body=b"x"), "repeated"),
+        (request(other, "1", key="k", body=b"y"), "mismatched"),
+        (request(rich, "71"), "insufficient"),
+        (request(rich, "2", key="k", body=b"x"), "granted"),  # another account's key is no obstacle
+        (request(rich, "2", key="k", body=b"x"), "repeated"),  # within one batch
+        (request(rich, "68"), "granted"),
+        (request(rich, "0.000000001"), "insufficient"),
+    ]
+    rows = await ledger._hold_batch([item for item, _ in asked])
+    assert [row["outcome"] for row in rows] == [expected for _, expected in asked]
+    assert [row["hold_id"] for row in rows] == [item.hold_id for item, _ in asked]
+    assert rows[6]["earlier_request_id"] == "the-first"
+    assert statements.count("hold_funds") == 2
+    assert [await caller.held() for caller in (rich, poor, other)] == [100, 10, 1]
+    assert [row["amount_nano"] for row in rows if row["outcome"] == "granted"] == [
+        parse_roubles(amount) for amount in ("30", "6", "4", "2", "68")
+    ]
+    await assert_books_hold(books)
+
+
+async def test_every_outcome_of_a_batch_comes_as_its_own_exception(books: Database, statements: Statements) -> None:
+    """Contract C2, C10, B3."""
+    caller = await make_caller(books, "10")
+    stranger = Caller(make_key(caller.account_id), caller.account_id, books)
+    ledger = ledger_of(books)
+    statements.let_in.clear()
+    first = asyncio.create_task(ledger.hold_funds(request(caller, "1", key="k", body=b"x", name="the-first")))
+    await settle_down()
+    others = [
+        asyncio.create_task(ledger.hold_funds(item))
+        for item in (
+            request(caller, "1", key="k", body=b"x"),
+            request(caller, "1", key="k", body=b"y"),
+            request(caller, "10"),
+            request(stranger, "1"),
+            request(caller, "9"),
+        )
+    ]
+    await settle_down()
+    statements.let_in.set()
+    assert isinstance(await first, Hold)
+    repeated, mismatched, insufficient, unknown, granted = await asyncio.gather(*others, return_exceptions=True)
+    assert isinstance(repeated, RepeatedRequest)
+    assert (repeated.request_id, repeated.same_body) == ("the-first", True)
+    assert isinstance(mismatched, RepeatedRequest)
+    assert (mismatched.request_id, mismatched.same_body) == ("the-first", False)
+    assert isinstance(insufficient, InsufficientFunds)
+    assert isinstance(unknown, UnknownKey)
+    assert isinstance(granted, Hold)
+    assert [size for name, size in statements.seen if name == "hold_funds"] == [1, 5]
+    assert len(ledger.active) == 2  # only those who hold
+    assert (await caller.user()).available == 0
+
+
+async def test_an_item_that_the_database_refuses_fails_alone(books: Database, statements: Statements) -> None:
+    """Rows input-11, process-12: text that PostgreSQL does not take is one request's own trouble."""
+    caller = await make_caller(books, "10")
+    ledger = ledger_of(books)
+    statements.let_in.clear()
+    asked = [request(caller, "1"), request(caller, "1"), request(caller, "1", model="a\0b"), request(caller, "1")]
+    tasks = [asyncio.create_task(ledger.hold_funds(item)) for item in asked]
+    await settle_down()
+    statements.let_in.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [isinstance(result, Hold) for result in results] == [True, True, False, True]
+    await ledger.drain(5)
+    assert await caller.held() == 3
+    assert len(ledger.active) == 3
+    await assert_books_hold(books)
+
+
+async def test_two_hundred_at_once_never_hold_more_than_the_balance(books: Database, statements: Statements) -> None:
+    """Contract C2; row money-3: through one ledger, and in a handful of statements."""
+    caller = await make_caller(books, "37.5")
+    ledger = ledger_of(books)
+    results = await asyncio.gather(*(hold(books, caller, "1", ledger=ledger) for _ in range(200)), return_exceptions=True)
+    assert Counter(type(result) for result in results) == {Hold: 37, InsufficientFunds: 163}
+    assert (await caller.held(), (await caller.user()).available) == (37, parse_roubles("0.5"))
+    assert statements.count("hold_funds") <= 3
+    await assert_books_hold(books)
+
+
+async def test_two_hundred_at_once_in_four_processes_never_hold_more_than_the_balance(books: Database) -> None:
+    """Contract C2; row money-3: and in different orders of accounts, without a deadlock that anybody sees (row db-6)."""
+    callers = [await make_caller(books, "10.5") for _ in range(4)]
+    ledgers = [ledger_of(books) for _ in range(4)]
+    turns = [(ledger, caller) for ledger in ledgers for caller in callers for _ in range(25)]
+    random.Random(7).shuffle(turns)
+    results = await asyncio.gather(*(hold(books, caller, "1", ledger=ledger) for ledger, caller in turns), return_exceptions=True)
+    assert Counter(type(result) for result in results) == {Hold: 40, InsufficientFunds: 360}
+    assert [await caller.held() for caller in callers] == [10] * 4
+    await assert_books_hold(books)
+
+
+async def test_settlements_and_releases_at_once_share_statements_and_close_each_hold_once(
+    books: Database, statements: Statements
+) -> None:
+    """Contract C3; row db-6: closings of the same holds in many orders, from two processes."""
+    callers = [await make_caller(books, "100") for _ in range(4)]
+    ledgers = [ledger_of(books), ledger_of(books)]
+    holds = [await hold(books, caller, "1", ledger=ledgers[0]) for _ in range(10) for caller in callers]
+    works: list[Any] = [ledger.settle(settlement(held, "0.01")) for held in holds for ledger in ledgers]
+    works += [ledgers[0].release(release(held)) for held in holds[::2]]
+    random.Random(3).shuffle(works)
+    results = await asyncio.gather(*works)
+    closed = Counter(result for result in results if result is not None)
+    assert closed["settled"] + closed["settled_late"] == 40
+    assert closed["already"] == 40
+    assert statements.count("settle_holds") < 20
+    assert [await caller.balance() for caller in callers] == [91] * 4
+    assert [await caller.held() for caller in callers] == [0] * 4
+    await assert_books_hold(books)
+
+
+async def test_a_caller_who_is_cancelled_in_the_queue_asks_for_no_hold(books: Database, statements: Statements) -> None:
+    """Contract C8; row client-1."""
+    caller = await make_caller(books, "10")
+    ledger = ledger_of(books)
+    statements.let_in.clear()
+    tasks = [asyncio.create_task(ledger.hold_funds(request(caller, "1"))) for _ in range(2)]
+    await settle_down()
+    tasks.append(asyncio.create_task(ledger.hold_funds(request(caller, "1"))))
+    await settle_down()
+    tasks[2].cancel()
+    statements.let_in.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[2], asyncio.CancelledError)
+    await ledger.drain(5)
+    assert sum(size for name, size in statements.seen if name == "hold_funds") == 2
+    assert await caller.held() == 2
+    assert len(ledger.active) == 2
+
+
+async def test_a_caller_who_is_cancelled_while_his_hold_is_taken_leaves_none_behind(
+    books: Database, statements: Statements
+) -> None:
+    """Contract C3, C8; rows client-1, process-1: its release may even come before it, and another follows it."""
+    caller = await make_caller(books, "10")
+    ledger = ledger_of(books)
+    statements.let_in.clear()
+    task = asyncio.create_task(ledger.hold_funds(request(caller, "1")))
+    await settle_down()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await ledger.drain(5)
+    assert statements.count("release_holds") == 1  # too early: there was nothing yet
+    statements.let_in.set()
+    async with asyncio.timeout(5):
+        while statements.count("release_holds") < 2:
+            await asyncio.sleep(0.001)
+    await ledger.drain(5)
+    assert (await caller.held(), await caller.balance()) == (0, 10)
+    assert ledger.active == set()
+    await assert_books_hold(books)
+
+
+async def test_a_hold_whose_reply_was_lost_is_refused_and_released(books: Database, statements: Statements) -> None:
+    """Contract C3, C8; row db-3."""
+    caller = await make_caller(books, "10")
+    ledger = ledger_of(books)
+    statements.lost_replies += ["hold_funds", "release_holds"]
+    with pytest.raises(DatabaseUnavailable):
+        await ledger.hold_funds(request(caller, "1"))
+    assert await caller.held() == 1  # it was committed all the same
+    assert ledger.active == set()
+    await ledger.drain(5)
+    assert statements.count("release_holds") == 2
+    assert (await caller.held(), await caller.balance()) == (0, 10)
+
+
+async def test_a_settlement_whose_reply_was_lost_is_repeated_and_booked_once(
+    books: Database, statements: Statements, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Contract C3; rows db-4, db-5."""
+    caller = await make_caller(books, "10")
+    ledger = ledger_of(books)
+    held = await hold(books, caller, "1", ledger=ledger)
+    ledger.journal.sent(held.account_id, held.hold_id)
+    statements.lost_requests += ["settle_holds"]
+    statements.lost_replies += ["settle_holds"]
+    with caplog.at_level(logging.DEBUG, "gptutor.ledger"):
+        assert await ledger.settle(settlement(held, "0.01")) == "already"
+    said = [(record.getMessage(), record.levelno) for record in caplog.records if record.name == "gptutor.ledger"]
+    assert [text for text, _ in said] == [
+        "A hold cannot be closed yet: the request was lost",
+        "A hold cannot be closed yet: the reply was lost",
+    ]
+    assert said[0][1] >= logging.WARNING  # the operator hears of it
+    assert ledger.journal.known == {}
+    assert (await caller.balance(), await caller.held()) == (Decimal("9.1"), 0)
+    await assert_books_hold(books)
+
+
+async def test_a_settlement_of_a_hold_that_is_lost_is_told_to_the_operator(
+    books: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Row operator-5: after a failover to a stale replica, or a restore, a charge has no hold."""
+    caller = await make_caller(books, "10")
+    lost = Settlement(caller.account_id, new_id(), Nano(1), Decimal("0.01"), None)
+    with caplog.at_level(logging.ERROR, "gptutor.ledger"):
+        assert await ledger_of(books).settle(lost) == "no_hold"
+    assert caplog.records[0].getMessage().startswith("A charge has no hold: ")
+    assert await caller.balance() == 10
+
+
+async def test_a_failure_that_is_no_outage_is_not_repeated(books: Database, statements: Statements) -> None:
+    """Row process-12: what the database refuses once it refuses for ever."""
+    caller = await make_caller(books, "10")
+    ledger = ledger_of(books)
+    held = await hold(books, caller, "1", ledger=ledger)
+    with pytest.raises(ConstraintViolated, match="charge_is_not_negative"):
+        await ledger.settle(Settlement(held.account_id, held.hold_id, Nano(-1), Decimal("0.01"), None))
+    assert statements.count("settle_holds") == 1
+    assert await caller.held() == 1
+
+
+async def test_draining_waits_for_forsaken_holds_but_not_for_ever(books: Database, statements: Statements) -> None:
+    """Rows process-7, db-4: what is left then, recovery finds."""
+    caller = await make_caller(books, "10")
+    ledger = ledger_of(books)
+    await ledger.drain(5)  # nothing to wait for
+    statements.lost_replies += ["hold_funds"]
+    statements.lost_requests += ["release_holds"] * 50
+    with pytest.raises(DatabaseUnavailable):
+        await ledger.hold_funds(request(caller, "1"))
+    await ledger.drain(0.01)
+    assert ledger._orphans == set()
+    assert await caller.held() == 1
+
+
+async def test_releasing_twice_and_in_one_batch_frees_once(books: Database) -> None:
+    """Contract C3: the same hold twice in one statement, and another that does not exist."""
+    caller = await make_caller(books, "10")
+    ledger = ledger_of(books)
+    held, kept = await hold(books, caller, "1"), await hold(books, caller, "2")
+    unknown = Release(caller.account_id, new_id())
+    await ledger._release_batch([release(held), unknown, release(held)])
+    assert (await caller.held(), await caller.balance()) == (2, 10)
+    assert kept.amount == parse_roubles("2")
+    await assert_books_hold(books)
+
+
+async def test_a_key_names_its_account_and_no_other_accounts_row_is_touched(books: Database) -> None:
+    """Contract D6; row auth-7, inside a batch beside the account that was meant."""
+    caller, victim = await make_caller(books, "10"), await make_caller(books, "10")
+    forged = KeyClaim(victim.account_id, claim(caller).key_hash)
+    ledger = ledger_of(books)
+    ceiling = Ceiling(most=Nano(1), least=Nano(1))
+    results = await asyncio.gather(
+        ledger.hold_funds(request(caller, "1")),
+        ledger.hold_funds(request(victim, "1")),
+        ledger.hold_funds(HoldRequest(forged, new_id(), ceiling, "m", "r")),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results] == [Hold, Hold, UnknownKey]
+    assert parse_key(caller.key) is not None
+    assert [await one.held() for one in (caller, victim)] == [1, 1]

@@ -1,0 +1,663 @@
+"""The journal: what a process knows survives its death, and what cannot be trusted is never trusted (contract C3, C6; rows process-3
+to process-6, process-11, operator-2, db-4)."""
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptutor.money import journal
+from gptutor.money.amounts import AccountId, Nano
+from gptutor.money.holds import HoldId
+from gptutor.money.journal import Journal, JournalError, Knowledge, Leftover, Price
+
+ACCOUNT = AccountId(7)
+PRICE = Price(Nano(9 * 10**8), Decimal("0.01"))
+MANY = 1 << 30
+
+
+def hold_id(number: int) -> HoldId:
+    return HoldId(uuid.UUID(int=number))
+
+
+@pytest.fixture
+def slot(tmp_path: Path) -> Path:
+    path = tmp_path / "journal" / "0"
+    path.mkdir(parents=True)
+    return path
+
+
+def written(slot: Path) -> Journal:
+    """A process that learns all kinds of things, and dies: hold 1 was sent, 2 named, 3 billed, 4 billed without a name, 5 closed."""
+    own = Journal(slot, MANY, MANY)
+    for number in (1, 2, 3, 4, 5):
+        own.sent(ACCOUNT, hold_id(number))
+    for number in (2, 3, 5):
+        own.named(hold_id(number), f"gen-{number}")
+    own.billed(hold_id(3), PRICE, "gen-3")
+    own.billed(hold_id(4), PRICE, None)
+    own.billed(hold_id(5), PRICE, "gen-5")
+    own.closed([hold_id(5), hold_id(99)])
+    return own
+
+
+WRITTEN = {
+    hold_id(1): Knowledge(ACCOUNT),
+    hold_id(2): Knowledge(ACCOUNT, "gen-2"),
+    hold_id(3): Knowledge(ACCOUNT, "gen-3", PRICE),
+    hold_id(4): Knowledge(ACCOUNT, None, PRICE),
+}
+
+
+def the_file(slot: Path) -> Path:
+    (path,) = slot.glob("*.log")
+    return path
+
+
+def read(slot: Path) -> Leftover:
+    (leftover,) = journal.read_slot(slot)
+    return leftover
+
+
+# -- what survives
+
+
+def test_what_was_written_survives_being_dropped_without_a_word(slot: Path) -> None:
+    """Rows process-3 to process-5: no flush, no close."""
+    own = written(slot)
+    leftover = read(slot)
+    assert leftover.owner == own.owner
+    assert leftover.known == own.known == WRITTEN
+    assert leftover.complete
+    leftover.discard()
+    leftover.discard()  # another has done it already
+    assert list(slot.iterdir()) == []
+
+
+def test_the_first_name_stays_whatever_the_bill_says(slot: Path) -> None:
+    """Contract C6: the name in the headers is the one that `/generation` knows."""
+    own = Journal(slot, MANY, MANY)
+    for number, (first, second) in enumerate([("gen-1", None), ("gen-1", "gen-2"), (None, "gen-2")]):
+        own.sent(ACCOUNT, hold_id(number))
+        if first is not None:
+            own.named(hold_id(number), first)
+        own.billed(hold_id(number), PRICE, second)
+    assert [knowledge.generation_id for knowledge in read(slot).known.values()] == ["gen-1", "gen-1", "gen-2"]
+    assert read(slot).known == own.known
+
+
+DYING = """
+import os, signal, sys, uuid
+from decimal import Decimal
+from pathlib import Path
+from gptutor.money import journal
+with journal.opened(Path(sys.argv[1])) as (own, leftovers):
+    own.sent(7, uuid.UUID(int=1))
+    own.named(uuid.UUID(int=1), "gen-1")
+    own.billed(uuid.UUID(int=1), journal.Price(900000000, Decimal("0.01")), "gen-1")
+    own.sent(7, uuid.UUID(int=2))
+    print(own.owner, own._slot.name, len(leftovers), flush=True)
+    if sys.argv[2] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.readline()
+    own.closed([uuid.UUID(int=1), uuid.UUID(int=2)])
+"""
+
+
+@contextlib.contextmanager
+def other_process(directory: Path, how: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", DYING, str(directory), how], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.kill()
+
+
+def said_by(process: subprocess.Popen[str]) -> list[str]:
+    assert process.stdout is not None
+    return process.stdout.readline().split()
+
+
+def test_a_process_that_is_killed_leaves_all_it_knew_to_the_next_in_its_slot(tmp_path: Path) -> None:
+    """Rows process-4, process-5; contract C6: kill -9 of a real process."""
+    with other_process(tmp_path, "die") as process:
+        owner, slot, _ = said_by(process)
+        assert process.wait(30) == -signal.SIGKILL
+    with journal.opened(tmp_path) as (own, leftovers):
+        (leftover,) = leftovers
+        assert own._slot.name == slot == "0"
+        assert str(leftover.owner) == owner != str(own.owner)
+        assert leftover.complete
+        assert leftover.known == {hold_id(1): Knowledge(ACCOUNT, "gen-1", PRICE), hold_id(2): Knowledge(ACCOUNT)}
+
+
+def test_two_processes_never_share_a_slot_and_only_the_dead_are_adopted(tmp_path: Path) -> None:
+    """Rows process-11, operator-2: two processes of one machine, and two journals of one process."""
+    with other_process(tmp_path, "live") as process:
+        owner, slot, _ = said_by(process)
+        with journal.opened(tmp_path) as (one, none), journal.opened(tmp_path) as (two, none_either):
+            assert [slot, one._slot.name, two._slot.name] == ["0", "1", "2"]
+            assert none == none_either == []
+            one.sent(ACCOUNT, hold_id(5))
+            with journal.adopted(tmp_path) as leftovers:
+                assert leftovers == []
+            process.kill()
+            process.wait(30)
+            with journal.adopted(tmp_path) as leftovers:
+                assert [str(leftover.owner) for leftover in leftovers] == [owner]
+                with journal.adopted(tmp_path) as again:  # one adopts, the others pass by
+                    assert again == []
+                with journal.opened(tmp_path) as (three, not_three):  # nor does a newcomer take the slot meanwhile
+                    assert (three._slot.name, not_three) == ("3", [])
+                leftovers[0].discard()
+            with journal.adopted(tmp_path) as leftovers:
+                assert leftovers == []
+    assert [path.name for path in (tmp_path / "1").glob("*.log")] == [f"{one.owner}.000001.log"]
+
+
+def test_an_orderly_end_leaves_a_file_only_if_something_is_open(tmp_path: Path) -> None:
+    """Row process-7: what was cut off at the end is known to the next."""
+    with journal.opened(tmp_path) as (own, _):
+        own.sent(ACCOUNT, hold_id(1))
+        own.closed([hold_id(1)])
+    with journal.opened(tmp_path) as (own, leftovers):
+        assert leftovers == []
+        own.sent(ACCOUNT, hold_id(2))
+    with journal.opened(tmp_path) as (_, leftovers):
+        assert [leftover.known for leftover in leftovers] == [{hold_id(2): Knowledge(ACCOUNT)}]
+
+
+def test_a_leftover_stays_until_it_is_discarded_however_many_die_over_it(tmp_path: Path) -> None:
+    """Row process-6: a process that dies before it has replayed leaves two."""
+    (tmp_path / "0").mkdir()
+    dead = written(tmp_path / "0")
+    for _ in range(3):
+        with journal.opened(tmp_path) as (own, leftovers):
+            assert [leftover.owner for leftover in leftovers] == [dead.owner]
+            assert own.owner != dead.owner
+    another = Journal(tmp_path / "0", MANY, MANY)
+    another.sent(ACCOUNT, hold_id(8))
+    with journal.opened(tmp_path) as (_, leftovers):
+        assert {leftover.owner: set(leftover.known) for leftover in leftovers} == {
+            dead.owner: set(WRITTEN),
+            another.owner: {hold_id(8)},
+        }
+
+
+def refused(sentence: str, directory: Path) -> None:
+    """There can be no journal there, for a reason that an operator reads."""
+    with pytest.raises(JournalError, match=sentence), journal.opened(directory):
+        pass
+
+
+def test_a_full_house_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "SLOTS_MAX", 2)
+    with journal.opened(tmp_path), journal.opened(tmp_path):
+        refused(f"All 2 journals in {tmp_path} are in use", tmp_path)
+
+
+# -- what is not trusted
+
+
+def test_a_torn_last_line_is_ignored(slot: Path) -> None:
+    """Row process-11: it was never acknowledged, so what it would have said has not happened."""
+    written(slot)
+    content = the_file(slot).read_bytes()
+    last = content.rstrip(b"\n").rindex(b"\n") + 1  # the line that closes hold 5
+    open_again = {**WRITTEN, hold_id(5): Knowledge(ACCOUNT, "gen-5", PRICE)}
+    for length in range(last, len(content) - 1):
+        the_file(slot).write_bytes(content[:length])
+        leftover = read(slot)
+        assert leftover.known == open_again
+        assert leftover.complete
+    the_file(slot).write_bytes(content[:-1])  # all of it but its end: it checks, so it counts
+    assert read(slot).known == WRITTEN
+    assert read(slot).complete
+
+
+def test_a_flipped_bit_costs_its_line_and_the_trust_in_what_is_absent(slot: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Row process-11: the line is skipped and counted, and `complete` is no more: it may have said that a request was sent."""
+    own = written(slot)
+    path = the_file(slot)
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    start = 0
+    for number, line in enumerate(lines):
+        for place in (0, 5, 8, 9, len(line) // 2, len(line) - 2):
+            damaged = bytearray(content)
+            damaged[start + place] ^= 0x04
+            path.write_bytes(damaged)
+            caplog.clear()
+            leftover = read(slot)
+            assert not leftover.complete
+            assert leftover.owner == own.owner  # the file's name says it, too
+            assert [record.getMessage() for record in caplog.records] == [
+                f"The journal {path} has 1 lines that do not check; they are skipped"
+            ]
+            path.write_bytes(b"".join(lines[:number] + lines[number + 1 :]))
+            assert leftover.known == read(slot).known
+        start += len(line)
+
+
+def test_garbage_with_a_right_checksum_is_skipped_as_well(slot: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Row process-11: a line of a version to come, or of a stranger, is no reason to stop."""
+    written(slot)
+    odd = [b"", b"sent", b"sent x y", b"named 7 not-a-uuid gen", b"closed", b"billed 7", b"owner", b"billed 7 \xff"]
+    with the_file(slot).open("ab") as file:
+        for payload in odd:
+            file.write(journal._line(payload))
+    leftover = read(slot)
+    assert leftover.known == WRITTEN
+    assert not leftover.complete
+    assert f"has {len(odd)} lines that do not check" in caplog.text
+
+
+def test_a_flipped_bit_is_counted_although_the_last_line_is_torn_at_its_very_end(slot: Path) -> None:
+    """Row process-11."""
+    written(slot)
+    content = bytearray(the_file(slot).read_bytes()[:-1])
+    content[content.index(b"sent")] ^= 0x04
+    the_file(slot).write_bytes(content)
+    assert not read(slot).complete
+
+
+def test_an_empty_file_and_one_without_its_first_line_prove_nothing(slot: Path) -> None:
+    """Row process-11: whoever wrote it, it does not say in which life of the machine."""
+    written(slot)
+    path = the_file(slot)
+    _, _, rest = path.read_bytes().partition(b"\n")
+    path.write_bytes(rest)
+    assert (read(slot).complete, read(slot).known) == (False, WRITTEN)
+    path.write_bytes(b"")
+    assert (read(slot).complete, read(slot).known) == (False, {})
+
+
+def test_after_another_boot_absence_proves_nothing(slot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract C6: a power cut loses the last lines of the file, and keeps the database's commits."""
+    written(slot)
+    assert read(slot).complete
+    other = tmp_path / "boot_id"
+    other.write_text("another-boot\n")
+    monkeypatch.setattr(journal, "BOOT_ID", other)
+    assert (read(slot).complete, read(slot).known) == (False, WRITTEN)
+
+
+def test_where_the_machine_does_not_name_its_boot_absence_proves_nothing(
+    slot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "BOOT_ID", tmp_path / "there is none")
+    written(slot)
+    assert (read(slot).complete, read(slot).known) == (False, WRITTEN)
+
+
+# -- rotation and bounds
+
+
+def test_a_segment_that_has_grown_is_replaced_by_what_is_open(slot: Path) -> None:
+    """The files stay as small as the work under way; nothing that is open is lost, nothing that is closed comes back."""
+    own = Journal(slot, segment_bytes_max=2000, bytes_max=MANY)
+    for number in (1, 2, 3, 4):
+        own.sent(ACCOUNT, hold_id(number))
+    own.named(hold_id(2), "gen-2")
+    own.billed(hold_id(3), PRICE, "gen-3")
+    own.billed(hold_id(4), PRICE, None)
+    names, sizes = set(), []
+    for number in range(100, 300):
+        own.sent(ACCOUNT, hold_id(number))
+        own.closed([hold_id(number)])
+        names.add(the_file(slot).name)  # exactly one at any time
+        sizes.append(the_file(slot).stat().st_size)
+        assert read(slot).known == own.known == WRITTEN
+        assert read(slot).complete
+    assert len(names) > 10
+    assert max(sizes) < 2500
+    assert {path.suffix for path in slot.iterdir()} == {".log"}
+
+
+def test_a_segment_full_of_what_is_open_is_not_rewritten_again_and_again(slot: Path) -> None:
+    """Row db-4: while PostgreSQL is away thousands are open, and each closing must stay cheap."""
+    own = Journal(slot, segment_bytes_max=1000, bytes_max=MANY)
+    for number in range(1, 201):
+        own.sent(ACCOUNT, hold_id(number))
+    for number in range(1, 101):
+        own.closed([hold_id(number)])
+    assert own._segment < 5
+    assert set(read(slot).known) == {hold_id(number) for number in range(101, 201)}
+    own.closed([hold_id(number) for number in range(101, 201)])
+    assert own._segment > 1
+    assert read(slot).known == {}
+
+
+def test_a_death_between_the_new_segment_and_the_removal_of_the_old_one_changes_nothing(slot: Path) -> None:
+    """Row process-6: both files are there, and say the same."""
+    own = written(slot)
+    old = the_file(slot)
+    content = old.read_bytes()
+    own._begin_segment()
+    own.closed([hold_id(1)])
+    own.sent(ACCOUNT, hold_id(6))
+    old.write_bytes(content)
+    leftover = read(slot)
+    assert leftover.known == own.known
+    assert len(leftover.files) == 2
+    leftover.discard()
+    assert list(slot.iterdir()) == []
+
+
+def fill(own: Journal) -> None:
+    for number in range(1, 1000):
+        own.sent(ACCOUNT, hold_id(number))
+
+
+def test_a_journal_that_has_reached_its_bound_takes_no_new_work(slot: Path) -> None:
+    """Row process-11, db-4: what is under way may still be written down, and when PostgreSQL has caught up, work goes on."""
+    own = Journal(slot, segment_bytes_max=100, bytes_max=1000)
+    with pytest.raises(JournalError, match=r"has reached 1000 bytes; PostgreSQL must catch up first\."):
+        fill(own)
+    numbers = list(own.known)
+    assert 5 < len(numbers) < 20
+    assert set(numbers) == set(read(slot).known)
+    own.named(numbers[0], "gen-1")
+    own.billed(numbers[0], PRICE, "gen-1")
+    assert read(slot).known[numbers[0]] == Knowledge(ACCOUNT, "gen-1", PRICE)
+    own.closed(numbers)
+    own.sent(ACCOUNT, hold_id(500))
+    assert read(slot).known == {hold_id(500): Knowledge(ACCOUNT)}
+
+
+# -- disks that refuse
+
+
+class FullDisk:
+    """From now on a write takes only so many bytes, or none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.room: int | None = None
+        self._write = os.write
+        monkeypatch.setattr(os, "write", self.write)
+
+    def write(self, file: int, data: bytes) -> int:
+        if self.room is None:
+            return self._write(file, data)
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self._write(file, data[: self.room])
+        self.room -= taken
+        return taken
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
+    return FullDisk(monkeypatch)
+
+
+@pytest.mark.parametrize("room", [0, 1, 20])
+def test_a_full_disk_stops_new_work_and_spoils_nothing(
+    slot: Path, disk: FullDisk, caplog: pytest.LogCaptureFixture, room: int
+) -> None:
+    """Row process-11: `sent` refuses, the rest is remembered and told; the file stays readable, half lines are taken back."""
+    own = written(slot)
+    size = the_file(slot).stat().st_size
+    disk.room = room
+    with pytest.raises(JournalError, match=r"cannot be written: No space left on device\."):
+        own.sent(ACCOUNT, hold_id(6))
+    assert hold_id(6) not in own.known
+    with caplog.at_level(logging.ERROR, "gptutor.journal"):
+        disk.room = room
+        own.named(hold_id(1), "gen-1")
+        disk.room = room
+        own.billed(hold_id(2), PRICE, "gen-2")
+        disk.room = room
+        own.closed([hold_id(3)])
+    assert [record.name for record in caplog.records] == ["gptutor.journal"] * 3
+    assert own.known == {
+        hold_id(1): Knowledge(ACCOUNT, "gen-1"),
+        hold_id(2): Knowledge(ACCOUNT, "gen-2", PRICE),
+        hold_id(4): WRITTEN[hold_id(4)],
+    }
+    assert the_file(slot).stat().st_size == size
+    assert read(slot).known == WRITTEN
+    assert read(slot).complete
+
+    disk.room = None  # there is room again, and the next line is not spoilt by the last
+    own.sent(ACCOUNT, hold_id(7))
+    assert read(slot).known == {**WRITTEN, hold_id(7): Knowledge(ACCOUNT)}
+    assert read(slot).complete
+
+
+def test_a_journal_that_cannot_begin_is_a_sentence(tmp_path: Path, disk: FullDisk) -> None:
+    """Issue 3, row process-11: no journal, no service."""
+    disk.room = 0
+    refused(r"^The journal .*\.log cannot be written: No space left on device\.$", tmp_path)
+
+
+ROTATING = {"segment_bytes_max": 300, "bytes_max": MANY}
+
+
+def full_at_rotation(slot: Path, disk: FullDisk) -> Journal:
+    """A journal whose next closing wants a new segment, for which there is no room."""
+    own = Journal(slot, **ROTATING)
+    for number in (1, 2, 3, 4):
+        own.sent(ACCOUNT, hold_id(number))
+    own.billed(hold_id(4), PRICE, "gen-4")
+    own.closed([hold_id(1), hold_id(2)])
+    own._size = 10_000  # the segment has grown
+    disk.room = 60  # the line of the closing fits, the segment does not
+    return own
+
+
+def test_a_new_segment_that_cannot_be_begun_is_no_failure_of_a_closing(slot: Path, disk: FullDisk) -> None:
+    """Row process-11: the database has it; the old segment goes on."""
+    own = full_at_rotation(slot, disk)
+    own.closed([hold_id(3)])
+    assert own.known == {hold_id(4): Knowledge(ACCOUNT, "gen-4", PRICE)} == read(slot).known
+    assert {path.suffix for path in slot.iterdir()} == {".log"}  # half a segment is not left about
+
+
+def test_after_a_new_segment_could_not_be_begun_what_is_written_is_still_found(slot: Path, disk: FullDisk) -> None:
+    """Row process-11, contract C6: what was sent afterwards must not be taken for never sent."""
+    own = full_at_rotation(slot, disk)
+    with contextlib.suppress(JournalError):  # the test before this one is about that
+        own.closed([hold_id(3)])
+    disk.room = None
+    own.sent(ACCOUNT, hold_id(9))
+    own.billed(hold_id(9), PRICE, "gen-9")
+    leftover = read(slot)
+    assert leftover.known[hold_id(9)] == Knowledge(ACCOUNT, "gen-9", PRICE)
+    assert leftover.known[hold_id(4)] == Knowledge(ACCOUNT, "gen-4", PRICE)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="only root may mount a small disk")
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """Row process-11, on a tmpfs of 64 kilobytes: writes fail, the file stays whole, and with room again work goes on."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=False, capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")
+    try:
+        with journal.opened(tmp_path) as (own, _):
+            ballast = tmp_path / "ballast"
+            ballast.write_bytes(b"x" * 40_000)
+            with pytest.raises(JournalError, match="No space left on device"):
+                fill(own)
+            count = len(own.known)
+            assert count > 20
+            own.billed(hold_id(1), PRICE, "g" * 200)
+            assert own.known[hold_id(1)].price == PRICE
+            (leftover,) = journal.read_slot(tmp_path / "0")
+            assert leftover.complete
+            assert set(leftover.known) == set(own.known)
+            ballast.unlink()
+            own.sent(ACCOUNT, hold_id(5000))
+            (leftover,) = journal.read_slot(tmp_path / "0")
+            assert set(leftover.known) == set(own.known)
+            assert len(own.known) == count + 1
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_an_unusable_directory_is_a_sentence(tmp_path: Path) -> None:
+    """Issue 3: no journal directory, no service, said at start. (Root may write anywhere, so the way is barred by a file.)"""
+    (tmp_path / "file").write_text("")
+    refused(r"^The journal needs the directory .*/file/0, and it cannot be used: Not a directory\.$", tmp_path / "file")
+
+
+def test_a_permission_lost_is_a_sentence(slot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row process-11."""
+
+    def forbidden(*_: Any) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", forbidden)
+    refused(r"it cannot be used: Permission denied\.$", slot.parent)
+    with pytest.raises(JournalError, match=r"cannot be written: Permission denied\.$"):
+        Journal(slot, MANY, MANY)
+
+
+def test_files_are_their_owners_alone(tmp_path: Path) -> None:
+    with journal.opened(tmp_path / "journal"):
+        modes = {
+            path.name: path.stat().st_mode & 0o777
+            for path in [tmp_path / "journal" / "0", *(tmp_path / "journal" / "0").iterdir()]
+        }
+    assert modes.pop("0") == 0o700
+    assert set(modes.values()) == {0o600}
+    assert len(modes) == 2
+
+
+def test_a_slot_that_cannot_be_read_does_not_lock_the_others_away(tmp_path: Path) -> None:
+    """Row process-11: what fails once must be possible the next time."""
+    for number in ("0", "1"):
+        (tmp_path / number).mkdir()
+    dead = written(tmp_path / "0")
+    odd = tmp_path / "1" / f"{uuid.uuid4()}.000001.log"
+    odd.mkdir()
+    with pytest.raises(OSError, match="Is a directory"), journal.adopted(tmp_path):
+        pass
+    odd.rmdir()
+    with journal.adopted(tmp_path) as leftovers:
+        assert [leftover.owner for leftover in leftovers] == [dead.owner]
+
+
+def test_a_journal_that_is_closed_writes_nowhere(slot: Path, tmp_path: Path) -> None:
+    """Row process-13: a closing that comes in after the end (a worker of a batch) must not write into another file."""
+    own = written(slot)
+    own.close()
+    stranger = os.open(tmp_path / "stranger", os.O_WRONLY | os.O_CREAT)  # takes the lowest number that is free
+    try:
+        own.closed([hold_id(1)])
+        assert (tmp_path / "stranger").read_bytes() == b""
+    finally:
+        os.close(stranger)
+
+
+# -- any history, cut anywhere
+
+numbers = st.integers(1, 6)
+names = st.text(alphabet="abc-019_~!", min_size=1, max_size=12).filter(lambda name: name != "-")
+prices = st.builds(
+    Price,
+    st.integers(0, 10**18).map(Nano),
+    st.decimals(min_value=0, max_value=99_999, allow_nan=False, allow_infinity=False),
+)
+operations = st.one_of(
+    st.tuples(st.just("sent"), numbers),
+    st.tuples(st.just("named"), numbers, names),
+    st.tuples(st.just("billed"), numbers, prices, st.none() | names),
+    st.tuples(st.just("closed"), st.lists(numbers, max_size=3)),
+)
+
+
+def copied(known: dict[HoldId, Knowledge]) -> dict[HoldId, Knowledge]:
+    return {one: Knowledge(what.account_id, what.generation_id, what.price) for one, what in known.items()}
+
+
+def play(own: Journal, operation: tuple[Any, ...]) -> None:
+    kind, which, *values = operation
+    if kind == "closed":
+        own.closed([hold_id(number) for number in which])
+    elif kind == "sent" and hold_id(which) not in own.known:
+        own.sent(AccountId(which * 1000), hold_id(which))
+    elif kind == "named" and hold_id(which) in own.known:
+        own.named(hold_id(which), *values)
+    elif kind == "billed" and hold_id(which) in own.known:
+        own.billed(hold_id(which), *values)
+
+
+@given(st.lists(operations, max_size=25), st.integers(0, 10**6), st.sampled_from([200, 600, 10**6]))
+def test_any_history_cut_at_any_byte_is_what_was_known_at_one_moment(
+    history: list[tuple[Any, ...]], cut: int, segment_bytes_max: int
+) -> None:
+    """Contract C3, C6; row process-11: never a mixture, and never more than one operation behind the byte at which it ends."""
+    with tempfile.TemporaryDirectory() as directory:
+        slot = Path(directory)
+        own = Journal(slot, segment_bytes_max, MANY)
+        moments = [(the_file(slot).stat().st_size, copied(own.known))]
+        for operation in history:
+            segment = own._segment
+            play(own, operation)
+            if own._segment != segment:
+                moments.clear()  # a new file, which is there as a whole or not at all
+            moments.append((the_file(slot).stat().st_size, copied(own.known)))
+            assert read(slot).known == own.known
+            assert read(slot).complete
+        os.close(own._file)
+
+        path = the_file(slot)
+        content = path.read_bytes()
+        first = moments[0][0]
+        length = first + cut % (len(content) - first + 1)
+        path.write_bytes(content[:length])
+        before = [known for size, known in moments if size <= length]
+        after = [known for size, known in moments if size > length]
+        leftover = read(slot)
+        assert leftover.complete
+        if length in [size for size, _ in moments]:
+            assert leftover.known == before[-1]
+        else:
+            closing = before[-1].keys() - after[0].keys()  # one closing of several holds is several lines
+            assert leftover.known in (before[-1], after[0]) or (
+                closing and leftover.known == {one: what for one, what in before[-1].items() if one in leftover.known}
+            )
+
+
+@given(st.lists(operations, min_size=1, max_size=12), st.data())
+def test_any_history_with_any_bit_flipped_is_never_believed_to_be_complete_and_never_invents(
+    history: list[tuple[Any, ...]], data: st.DataObject
+) -> None:
+    """Row process-11: every line but the last one's end is guarded; what is read was written, by someone, once."""
+    with tempfile.TemporaryDirectory() as directory:
+        slot = Path(directory)
+        own = Journal(slot, MANY, MANY)
+        prices_written, names_written = set(), set()
+        for operation in history:
+            play(own, operation)
+            prices_written |= {what.price for what in own.known.values()}
+            names_written |= {what.generation_id for what in own.known.values()}
+        os.close(own._file)
+        path = the_file(slot)
+        content = bytearray(path.read_bytes())
+        place = data.draw(st.integers(0, len(content) - 2))
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+        leftover = read(slot)
+        if leftover.complete:
+            assert leftover.known == own.known  # the same number, spelled with a capital letter
+        for what in leftover.known.values():
+            assert what.price in prices_written | {None}
+            assert what.generation_id in names_written | {None}
+            assert what.account_id in {1000, 2000, 3000, 4000, 5000, 6000}

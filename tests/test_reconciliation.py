@@ -1,0 +1,95 @@
+"""Our books against OpenRouter's own totals (contract C9; rows operator-5, upstream-19): what was lost, or doubled, shows as a
+difference, and what is not known yet is named with the most that it can be."""
+
+import datetime
+import json
+from decimal import Decimal
+
+import asyncpg
+import orjson
+
+from gptutor.database import Database
+from gptutor.money.amounts import parse_roubles
+from gptutor.money.bookings import Bookings
+from gptutor.money.holds import HandOver, Release
+from gptutor.money.reconciliation import reconcile
+from tests.conftest import make_caller
+from tests.test_ledger import hold, ledger_of, settlement
+
+UTC = datetime.UTC
+DAY = datetime.timedelta(days=1)
+
+
+def today() -> datetime.date:
+    return datetime.datetime.now(UTC).date()
+
+
+async def test_a_days_charges_are_compared_to_the_last_digit(books: Database, database_url: str) -> None:
+    """Contract C9: only charges count, in dollars, by UTC day; days come newest first."""
+    caller, other = await make_caller(books, "100"), await make_caller(books, "100")
+    ledger = ledger_of(books)
+    first = today()
+    for who, cost in ((caller, "0.01"), (caller, "0.02"), (other, "0.003"), (caller, "0")):
+        await ledger.settle(settlement(await hold(books, who, "5"), cost))
+    await Bookings(books).book(caller.account_id, "bonus", parse_roubles("1"))
+    await ledger.release(Release(caller.account_id, (await hold(books, caller, "5")).hold_id))
+
+    yesterday = settlement(await hold(books, other, "5"), "0.5")
+    await ledger.settle(yesterday)
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("SET session_replication_role = replica")
+    await connection.execute(  # one tick before midnight
+        "UPDATE ledger SET created_at = $2::date::timestamp AT TIME ZONE 'UTC' - interval '1 microsecond' WHERE entry_id = $1",
+        yesterday.hold_id,
+        first,
+    )
+    await connection.close()
+
+    theirs = {first - 2 * DAY: Decimal("0.7"), first: Decimal("0.0330000000000000001"), first - DAY: Decimal("0.4")}
+    found = await reconcile(books, theirs)
+    assert [(day.day, day.ours_usd, day.theirs_usd, day.difference_usd) for day in found.days] == [
+        (first, Decimal("0.033"), Decimal("0.0330000000000000001"), Decimal("0.0000000000000000001")),
+        (first - DAY, Decimal("0.5"), Decimal("0.4"), Decimal("-0.1")),  # we charged more than it did
+        (first - 2 * DAY, 0, Decimal("0.7"), Decimal("0.7")),  # it charged what we know nothing of
+    ]
+    assert (found.waiting, found.at_most) == ([], 0)
+    days = orjson.loads(orjson.dumps(found.as_json()))["days"]
+    assert days[0] == {
+        "day": first.isoformat(),
+        "oursUsd": "0.033",
+        "openrouterUsd": "0.0330000000000000001",
+        "differenceUsd": "0.0000000000000000001",  # never 1E-19
+    }
+
+
+async def test_what_waits_for_evidence_and_what_was_given_up_is_named_with_the_most_that_it_may_have_cost(
+    books: Database,
+) -> None:
+    """Contract C6, C9; row upstream-19: a list, not a silence."""
+    caller = await make_caller(books, "100")
+    ledger = ledger_of(books)
+    waiting, given_up, under_way, settled, released = [
+        await hold(books, caller, amount) for amount in ("1", "2.5", "4", "8", "16")
+    ]
+    await ledger.hand_over(HandOver(caller.account_id, waiting.hold_id, "gen-1"))
+    await ledger.release(Release(caller.account_id, given_up.hold_id, unresolved=True))
+    await ledger.settle(settlement(settled, "0.01"))
+    await ledger.release(Release(caller.account_id, released.hold_id))
+
+    found = await reconcile(books, {})
+    assert found.days == []
+    assert [(one.state, one.amount, one.generation_id, one.account_id) for one in found.waiting] == [
+        ("open", parse_roubles("1"), "gen-1", caller.account_id),
+        ("released", parse_roubles("2.5"), None, caller.account_id),
+    ]
+    assert found.at_most == parse_roubles("3.5")
+    told = json.loads(orjson.dumps(found.as_json()))
+    assert told["waitingAtMost"] == "3.5"
+    assert [(one["atMost"], one["model"], one["requestId"], one["generationId"]) for one in told["waiting"]] == [
+        ("1", "a/b", "r", "gen-1"),
+        ("2.5", "a/b", "r", None),
+    ]
+    assert under_way.amount == parse_roubles("4")  # it is under way in a living process, and nobody misses it
+
+    await ledger.settle(settlement(given_up, "0.01"))
+    assert [one.generation_id for one in (await reconcile(books, {})).waiting] == ["gen-1"]
