@@ -30,7 +30,9 @@ run: install ## the service, whole: embedded PostgreSQL and the OpenRouter simul
 test: install ## all tests, on a real PostgreSQL
 	@$(BIN)/python -m pytest
 
-check: install lint types sql test ## lint, types, SQL, tests: what a change must pass
+check: install lint types sql ## lint, types, SQL, tests, and that every branch of the money is tested: what a change must pass
+	@$(BIN)/python -m pytest --cov=gptutor.money --cov=gptutor.openrouter.bill --cov=gptutor.openrouter.retry --cov-branch \
+		--cov-report=term-missing:skip-covered --cov-fail-under=100
 
 format: install ## put the code into the project's form
 	@$(BIN)/ruff format .

@@ -5,7 +5,6 @@ This is the rim at which asyncpg's exceptions become ours; nothing above it sees
 
 import asyncio
 import hashlib
-import itertools
 import random
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -71,7 +70,8 @@ class Database:
         self._acquire_s = acquire_s
 
     async def fetch(self, statement: str, *arguments: Any) -> list[Row]:
-        for attempt in itertools.count(1):
+        attempt = 1
+        while True:
             try:
                 with translated():
                     async with self._pool.acquire(timeout=self._acquire_s) as connection:
@@ -79,8 +79,8 @@ class Database:
             except TransactionLost:
                 if attempt == ATTEMPTS_MAX:
                     raise
-                await asyncio.sleep(random.uniform(0, 0.01 * 2**attempt))  # noqa: S311 - jitter
-        raise AssertionError("unreachable")
+            await asyncio.sleep(random.uniform(0, 0.01 * 2**attempt))  # noqa: S311 - jitter
+            attempt += 1
 
     async def fetchrow(self, statement: str, *arguments: Any) -> Row | None:
         """The first row, of statements that return at most one."""

@@ -22,16 +22,16 @@ async def complete(request: web.Request) -> web.StreamResponse:
     if request.content_type not in ("application/json", "application/octet-stream"):  # the latter stands for a missing header
         raise Refusal("unsupported_media_type")
     body = await request.read()
+    key = request.headers.get("Idempotency-Key")
     try:
         ask = read_ask(body, default_model=request.app[DEFAULT_MODEL])
+        if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
+            raise Refusal("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
     except Refusal:
         # A stranger must not learn from his mistakes that his key is one: for him there is only one answer (contract B3).
         if not await UserRepository(request.app[DATABASE]).is_alive(request[CLAIM]):
             raise Refusal("invalid_key") from None
         raise
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
-        raise Refusal("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
     request.app[READINESS].require()
     body_hash = hashlib.sha256(body).digest() if key is not None else None
     return await begin(request.app[KIT], request, Order(request[REQUEST_ID], request[CLAIM], ask, key, body_hash))

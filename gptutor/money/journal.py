@@ -20,6 +20,7 @@ a new one that begins with what is still open, so the files stay as small as the
 journal is the spool.
 """
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -40,6 +41,7 @@ LOGGER = logging.getLogger("gptutor.journal")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SLOTS_MAX = 256
 CLOSED = -1
+LOG_NAMES = "????????-????-????-????-????????????.??????.log"
 LINES_BYTES = 200
 """About what one open hold takes up in a new segment."""
 
@@ -149,7 +151,8 @@ class Journal:
         try:
             _write(self._file, lines)
         except OSError as error:
-            os.ftruncate(self._file, self._size)  # half a line would spoil the next one as well
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)  # half a line would spoil the next one as well
             raise JournalError(f"The journal {self._path} cannot be written: {error.strerror}.") from error
         self._size += len(lines)
 
@@ -212,7 +215,7 @@ def adopted(directory: Path) -> Iterator[list[Leftover]]:
     leftovers: list[Leftover] = []
     try:
         for slot in sorted(directory.iterdir()):
-            if any(slot.glob("*.log")) and (lock := _lock(slot)) is not None:
+            if any(slot.glob(LOG_NAMES)) and (lock := _lock(slot)) is not None:
                 locks.append(lock)
                 leftovers += read_slot(slot)
         yield leftovers
@@ -224,7 +227,7 @@ def adopted(directory: Path) -> Iterator[list[Leftover]]:
 def read_slot(slot: Path) -> list[Leftover]:
     """The files of a locked slot, one Leftover for each process that wrote them."""
     leftovers: dict[str, Leftover] = {}
-    for path in sorted(slot.glob("*.log")):
+    for path in sorted(slot.glob(LOG_NAMES)):
         name = path.name.partition(".")[0]
         leftover = leftovers.setdefault(name, Leftover(uuid.UUID(name), {}, complete=False))
         leftover.files.append(path)

@@ -81,7 +81,7 @@ class Ledger:
         self.active.add(request.hold_id)
         try:
             row = await self._holds.submit(request)
-        except BaseException:
+        except (Exception, asyncio.CancelledError):
             self._forsake(request)
             raise
         if row["outcome"] == "granted":
@@ -187,10 +187,12 @@ class Ledger:
 
 async def _until_done(submit: Callable[[Item], Awaitable[Result]], item: Item) -> Result:
     """Submits an item that is idempotent, however often it takes while the database is away."""
-    for pause in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):
+    pauses = itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1]))
+    level = logging.WARNING  # once for each hold; then it is known that the database is away
+    while True:
         try:
             return await submit(item)
         except DatabaseUnavailable as error:
-            LOGGER.log(logging.WARNING if pause == PAUSES_S[0] else logging.DEBUG, "A hold cannot be closed yet: %s", error)
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-    raise AssertionError("the pauses never end")
+            LOGGER.log(level, "A hold cannot be closed yet: %s", error)
+            level = logging.DEBUG
+            await asyncio.sleep(next(pauses) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
