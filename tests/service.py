@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import psutil
 
 START_S = 60
 
@@ -70,6 +71,15 @@ class Service:
         assert self.process.stdout is not None
         self.process.stdout.close()
         return code
+
+
+def running_with(words: str) -> list[int]:
+    """The processes in whose command line the words stand."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if words in " ".join(process.info["cmdline"] or []) and process.pid != os.getpid()
+    ]
 
 
 def run(environ: dict[str, str], *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from tests.service import Service, environment, run, start_simulator
+from tests.service import Service, environment, run, running_with, start_simulator
 
 
 def said(service: Service, *arguments: str) -> str:
@@ -106,8 +106,7 @@ def test_it_works_alone_on_a_bare_directory(tmp_path: Path) -> None:
     assert orjson.loads(run(environ, "user", "create", "--balance", "1", "--json").stdout)["balance"] == "1"
     assert "All 13 invariants hold" in run(environ, "verify").stdout
     assert "up to date" in run(environ, "migrate").stdout
-    left = subprocess.run(["pgrep", "-f", str(tmp_path)], check=False, capture_output=True, text=True).stdout
-    assert left == "", "the embedded PostgreSQL was left running"
+    assert running_with(str(tmp_path)) == [], "the embedded PostgreSQL was left running"
 
 
 def test_broken_books_are_shown_and_exit_with_one(tmp_path: Path, postgres: str, database_url: str) -> None:

@@ -16,6 +16,7 @@ FORBIDDEN = {
 # pure modules → the only modules of ours that they may import
 PURE = {
     "gptutor.money.amounts": (),
+    "gptutor.money.knowledge": ("gptutor.money.amounts", "gptutor.money.holds"),
     "gptutor.money.keys": ("gptutor.money.amounts",),
     "gptutor.money.pricing": ("gptutor.money.amounts",),
     "gptutor.openrouter.bill": (),

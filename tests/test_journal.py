@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.holds import HoldId
-from gptutor.money.journal import Journal, JournalError, Knowledge, Leftover, Price
+from gptutor.money.journal import Journal, JournalError, Leftover
+from gptutor.money.knowledge import Knowledge, Price, _line
 
 ACCOUNT = AccountId(7)
 PRICE = Price(Nano(9 * 10**8), Decimal("0.01"))
@@ -103,11 +104,11 @@ DYING = """
 import os, signal, sys, uuid
 from decimal import Decimal
 from pathlib import Path
-from gptutor.money import journal
+from gptutor.money import journal, knowledge
 with journal.opened(Path(sys.argv[1])) as (own, leftovers):
     own.sent(7, uuid.UUID(int=1))
     own.named(uuid.UUID(int=1), "gen-1")
-    own.billed(uuid.UUID(int=1), journal.Price(900000000, Decimal("0.01")), "gen-1")
+    own.billed(uuid.UUID(int=1), knowledge.Price(900000000, Decimal("0.01")), "gen-1")
     own.sent(7, uuid.UUID(int=2))
     print(own.owner, own._slot.name, len(leftovers), flush=True)
     if sys.argv[2] == "die":
@@ -258,7 +259,7 @@ def test_garbage_with_a_right_checksum_is_skipped_as_well(slot: Path, caplog: py
     odd = [b"", b"sent", b"sent x y", b"named 7 not-a-uuid gen", b"closed", b"billed 7", b"owner", b"billed 7 \xff"]
     with the_file(slot).open("ab") as file:
         for payload in odd:
-            file.write(journal._line(payload))
+            file.write(_line(payload))
     leftover = read(slot)
     assert leftover.known == WRITTEN
     assert not leftover.complete

@@ -21,7 +21,8 @@ from gptutor.money import journal
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, Hold
-from gptutor.money.journal import Journal, JournalError, Knowledge, Price
+from gptutor.money.journal import Journal, JournalError
+from gptutor.money.knowledge import Knowledge, Price
 from gptutor.money.ledger import Ledger
 from gptutor.money.recovery import Recovery, decide
 from gptutor.money.users import UserRepository

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from gptutor import config as settings
-from tests.service import Service, environment, run, start
+from tests.service import Service, environment, run, running_with, start
 
 ROOT = Path(__file__).parent.parent
 
 
-def postgres_of(directory: Path) -> str:
-    return subprocess.run(["pgrep", "-f", f"postgres -D {directory}"], check=False, capture_output=True, text=True).stdout
+def postgres_of(directory: Path) -> list[int]:
+    return running_with(f"postgres -D {directory}")
 
 
 def stream(service: Service, text: str) -> bytes:
@@ -48,7 +48,7 @@ def test_a_stop_finishes_running_answers_and_their_money(tmp_path: Path, number:
     caller.join()
     assert answers[0].endswith(b"data: [DONE]\n\n")
     assert [line["outcome"] for line in running.log() if "outcome" in line] == ["settled"]
-    assert postgres_of(tmp_path) == ""
+    assert postgres_of(tmp_path) == []
     shown = json.loads(run(running.environ, "user", "show", "1", "--json").stdout)
     assert shown["held"] == "0"
     assert shown["balance"] != "100"
@@ -59,12 +59,12 @@ def test_a_killed_service_finds_its_database_its_user_and_its_key_again(tmp_path
     stream(first, "Hello")
     first.lines_of(1, 2)
     first.stop(signal.SIGKILL)
-    assert postgres_of(tmp_path) != ""
+    assert postgres_of(tmp_path) != []
     second = start(tmp_path)
     assert second.demo_key == first.demo_key
     assert second.command("user", "show", "1")["balance"] != "100"
     assert second.stop() == 0
-    assert postgres_of(tmp_path) == ""
+    assert postgres_of(tmp_path) == []
 
 
 def test_the_secrets_of_a_bare_machine_are_readable_by_their_owner_alone(service: Service) -> None:
@@ -78,7 +78,7 @@ def test_a_busy_port_is_a_sentence(service: Service, tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert f"Cannot listen on 127.0.0.1:{port}" in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert postgres_of(tmp_path) == ""
+    assert postgres_of(tmp_path) == []
 
 
 def test_a_database_of_ones_own_must_be_migrated_by_hand(tmp_path: Path, postgres: str) -> None:

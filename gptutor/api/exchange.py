@@ -36,7 +36,8 @@ from gptutor.money.holds import (
     UnknownKey,
     new_id,
 )
-from gptutor.money.journal import JournalError, Price
+from gptutor.money.journal import JournalError
+from gptutor.money.knowledge import Price
 from gptutor.money.pricing import Ceiling
 from gptutor.openrouter.bill import Bill, BillScanner, read_statement
 from gptutor.openrouter.relay import relay

@@ -12,7 +12,8 @@ known:
 A plain `write` survives `kill -9`: the bytes are in the kernel. It does not survive a power cut, and the database's commits do;
 that is why the absence of a line proves something only within one boot of the machine (`Leftover.complete`).
 
-Every line begins with its CRC-32. A torn last line is what a death leaves; a line that does not check is skipped and counted.
+How a line is spelled, and checked, is in `knowledge.py`. A torn last line is what a death leaves; a line that does not check is
+skipped and counted.
 
 Files live in numbered slots, `<directory>/<slot>/<owner>.<segment>.log`, one slot for each process, locked for its life.
 Whoever can lock a slot knows that its files belong to the dead, and may replay them. A segment that has grown is replaced by
@@ -26,16 +27,24 @@ import fcntl
 import logging
 import os
 import uuid
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
 
-from gptutor.money.amounts import AccountId, Nano
+from gptutor.money.amounts import AccountId
 from gptutor.money.holds import HoldId
+from gptutor.money.knowledge import (
+    Knowledge,
+    Price,
+    billed_line,
+    closed_line,
+    learn,
+    named_line,
+    owner_line,
+    payload_of,
+    sent_line,
+)
 
 LOGGER = logging.getLogger("gptutor.journal")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -48,22 +57,6 @@ LINES_BYTES = 200
 
 class JournalError(Exception):
     """The journal cannot be written: nothing may be bought. The text is a sentence for the operator."""
-
-
-class Price(NamedTuple):
-    """What OpenRouter wants for a request, in dollars, and what the account is charged for it."""
-
-    charge: Nano
-    cost_usd: Decimal
-
-
-@dataclass(slots=True)
-class Knowledge:
-    """What is known of one open hold after it was sent."""
-
-    account_id: AccountId
-    generation_id: str | None = None
-    price: Price | None = None
 
 
 @dataclass(slots=True)
@@ -103,24 +96,24 @@ class Journal:
             raise JournalError(
                 f"The journal in {self._slot} has reached {self._bytes_max} bytes; PostgreSQL must catch up first."
             )
-        self._append(_sent(hold_id, account_id))
+        self._append(sent_line(hold_id, account_id))
         self.known[hold_id] = Knowledge(account_id)
 
     def named(self, hold_id: HoldId, generation_id: str) -> None:
         knowledge = self.known[hold_id]
         knowledge.generation_id = generation_id
-        self._record(_named(hold_id, knowledge.account_id, generation_id))
+        self._record(named_line(hold_id, knowledge.account_id, generation_id))
 
     def billed(self, hold_id: HoldId, price: Price, generation_id: str | None) -> None:
         knowledge = self.known[hold_id]
         knowledge.price = price
         knowledge.generation_id = knowledge.generation_id or generation_id
-        self._record(_billed(hold_id, knowledge, price))
+        self._record(billed_line(hold_id, knowledge, price))
 
     def closed(self, hold_ids: Iterable[HoldId]) -> None:
         gone = [hold_id for hold_id in hold_ids if self.known.pop(hold_id, None) is not None]
         if gone:
-            self._record(b"".join(_line(b"closed %s" % str(hold_id).encode()) for hold_id in gone))
+            self._record(b"".join(closed_line(hold_id) for hold_id in gone))
         if self._size > self._segment_bytes_max and self._size > 2 * LINES_BYTES * len(self.known):
             try:
                 self._begin_segment()
@@ -158,13 +151,13 @@ class Journal:
 
     def _begin_segment(self) -> None:
         """A new file that begins with all that is open; then the old one may go. Raises JournalError, and keeps the old one."""
-        lines = [_line(b"owner %s %s" % (str(self.owner).encode(), boot_id()))]
+        lines = [owner_line(self.owner, boot_id())]
         for hold_id, knowledge in self.known.items():
-            lines.append(_sent(hold_id, knowledge.account_id))
+            lines.append(sent_line(hold_id, knowledge.account_id))
             if knowledge.price is not None:
-                lines.append(_billed(hold_id, knowledge, knowledge.price))
+                lines.append(billed_line(hold_id, knowledge, knowledge.price))
             elif knowledge.generation_id is not None:
-                lines.append(_named(hold_id, knowledge.account_id, knowledge.generation_id))
+                lines.append(named_line(hold_id, knowledge.account_id, knowledge.generation_id))
         content = b"".join(lines)
         old_file, old_path = self._file, self._path
         path = self._slot / f"{self.owner}.{self._segment + 1:06d}.log"
@@ -254,30 +247,17 @@ def _read(path: Path, leftover: Leftover) -> None:
 
 def _take(line: bytes, leftover: Leftover) -> bool:
     """Whether the line checks; if it does, what it says is known."""
+    fields = payload_of(line)
     try:
-        check, _, payload = line.partition(b" ")
-        if int(check, 16) != zlib.crc32(payload):
+        if fields is None:
             return False
-        _apply(payload.split(b" "), leftover)
+        if fields[0] == b"owner":
+            leftover.complete = fields[2] == boot_id()
+        else:
+            learn(leftover.known, fields)
     except (ValueError, KeyError, IndexError):
         return False
     return True
-
-
-def _apply(fields: list[bytes], leftover: Leftover) -> None:
-    kind, *values = fields
-    if kind == b"owner":
-        leftover.complete = values[1] == boot_id()
-    elif kind == b"closed":
-        leftover.known.pop(HoldId(uuid.UUID(values[0].decode())), None)
-    else:
-        hold_id = HoldId(uuid.UUID(values[1].decode()))
-        knowledge = leftover.known.setdefault(hold_id, Knowledge(AccountId(int(values[0]))))
-        if kind == b"named":
-            knowledge.generation_id = values[2].decode()
-        elif kind == b"billed":
-            knowledge.price = Price(Nano(int(values[2])), Decimal(values[3].decode()))
-            knowledge.generation_id = None if values[4] == b"-" else values[4].decode()
 
 
 def _lock(slot: Path) -> int | None:
@@ -298,21 +278,3 @@ def _lock(slot: Path) -> int | None:
 def _write(file: int, lines: bytes) -> None:
     if os.write(file, lines) != len(lines):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _line(payload: bytes) -> bytes:
-    return b"%08x %s\n" % (zlib.crc32(payload), payload)
-
-
-def _sent(hold_id: HoldId, account_id: AccountId) -> bytes:
-    return _line(b"sent %d %s" % (account_id, str(hold_id).encode()))
-
-
-def _named(hold_id: HoldId, account_id: AccountId, generation_id: str) -> bytes:
-    return _line(b"named %d %s %s" % (account_id, str(hold_id).encode(), generation_id.encode()))
-
-
-def _billed(hold_id: HoldId, knowledge: Knowledge, price: Price) -> bytes:
-    generation = (knowledge.generation_id or "-").encode()
-    cost = str(price.cost_usd).encode()
-    return _line(b"billed %d %s %d %s %s" % (knowledge.account_id, str(hold_id).encode(), price.charge, cost, generation))

@@ -27,7 +27,8 @@ from gptutor.database import Database, DatabaseUnavailable, Row
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, roubles
 from gptutor.money.holds import HandOver, HoldId, Release, Settlement
-from gptutor.money.journal import JournalError, Knowledge, Leftover, Price
+from gptutor.money.journal import JournalError, Leftover
+from gptutor.money.knowledge import Knowledge, Price
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import charge
 

@@ -6,7 +6,6 @@ This is the rim at which aiohttp's client exceptions become ours. Bytes come thr
 
 import asyncio
 import contextlib
-import datetime
 import io
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -142,7 +141,7 @@ class OpenRouterService:
 
     async def generation(self, generation_id: str) -> Bill | None:
         """The bill of a finished generation, or None while OpenRouter does not know it. Raises UpstreamError."""
-        document = await self._get("/generation", {"id": generation_id})
+        document = await self.get("/generation", {"id": generation_id})
         try:
             record = msgspec.json.decode(document, type=_GenerationAnswer).data
         except msgspec.DecodeError:
@@ -166,9 +165,9 @@ class OpenRouterService:
 
     async def models(self) -> bytes:
         """The model list, as OpenRouter wrote it. Raises UpstreamError."""
-        return await self._get("/models")
+        return await self.get("/models")
 
-    async def _get(self, path: str, query: dict[str, str] | None = None) -> bytes:
+    async def get(self, path: str, query: dict[str, str] | None = None) -> bytes:
         with _translated():
             async with self._session.get(
                 self._base_url + path, params=query, allow_redirects=False, timeout=self._short_timeout
@@ -176,43 +175,6 @@ class OpenRouterService:
                 if response.status != 200:
                     raise await _refused(response)
                 return await response.read()
-
-
-async def totals(base_url: str, api_key: str, management_key: str = "") -> dict[datetime.date, Decimal]:
-    """What OpenRouter says it charged: today by `/key`, and, with a management key, the days before by `/activity`.
-
-    Dollars by UTC day. Raises UpstreamError.
-    """
-    today = datetime.datetime.now(datetime.UTC).date()
-    limits = Limits(connect_s=10, total_s=30, first_byte_s=30, idle_s=30, attempts_max=1)
-    days: dict[datetime.date, Decimal] = {}
-    async with connected(base_url, api_key, limits, referer="", title="", connections_max=2) as service:
-        key = msgspec.json.decode(await service._get("/key"), type=_KeyAnswer).data
-        days[today] = parse_usd(bytes(key.usage_daily)) or Decimal(0)
-    if management_key:
-        async with connected(base_url, management_key, limits, referer="", title="", connections_max=2) as service:
-            for row in msgspec.json.decode(await service._get("/activity"), type=_ActivityAnswer).data:
-                day = datetime.date.fromisoformat(row.date[:10])
-                if day < today:
-                    days[day] = days.get(day, Decimal(0)) + (parse_usd(bytes(row.usage)) or Decimal(0))
-    return days
-
-
-class _Key(msgspec.Struct):
-    usage_daily: msgspec.Raw = msgspec.Raw(b"0")
-
-
-class _KeyAnswer(msgspec.Struct):
-    data: _Key
-
-
-class _Activity(msgspec.Struct):
-    date: str
-    usage: msgspec.Raw = msgspec.Raw(b"0")
-
-
-class _ActivityAnswer(msgspec.Struct):
-    data: list[_Activity]
 
 
 class _Generation(msgspec.Struct):
