@@ -8,8 +8,10 @@ connection breaks. What the database has been told stays told. Then a new proces
 """
 
 import asyncio
+import atexit
 import gc
 import json
+import logging
 import types
 from collections.abc import AsyncIterator, Coroutine, Generator
 from contextlib import asynccontextmanager
@@ -34,6 +36,7 @@ from tests.test_relay import charged_usd
 
 GRAVEYARD: list[Any] = []
 """The coroutines of the dead: kept, because collecting them would run their `finally`."""
+atexit.register(logging.disable, logging.CRITICAL)  # at the very end they are collected all the same, and complain of it
 
 
 class Injected(Exception):
@@ -75,6 +78,8 @@ class Strike(InFlight):
                 yield waits_for
             elif self.how == "death":
                 GRAVEYARD.append((work, waits_for))
+                if waits_for is not None:
+                    waits_for.add_done_callback(lambda future: future.cancelled() or future.exception())
                 self.died.set()
                 return
             else:
