@@ -10,6 +10,8 @@ from aiohttp import web
 
 from gptutor import database
 from gptutor.api import completions, health, middlewares, models
+from gptutor.api.body import BodyLimits, hold_invitation
+from gptutor.api.cors import cors, open_to_pages
 from gptutor.api.event_stream import Patience
 from gptutor.api.inflight import InFlight
 from gptutor.api.order import Kit
@@ -28,6 +30,7 @@ HOLD_SLACK_S = 60
 DATABASE_RETRY_S = 1.0
 ORPHANS_DRAIN_S = 5.0
 JOURNALS = "journal"
+MODELS_FILE = "models.json"
 
 CONFIG = web.AppKey("config", Config)
 LOG = web.AppKey("log", LoggerService)
@@ -46,20 +49,24 @@ KEYED = frozenset({completions.complete})
 def build_app(config: Config, *, log: LoggerService, secret: bytes) -> web.Application:
     """One application. `config.database.url` and `config.openrouter` name real ends here: embedded ones were filled in before."""
     app = web.Application(
-        client_max_size=config.server.body_bytes_max,
+        client_max_size=config.server.body_bytes_max,  # for whatever reads by aiohttp's own means
         middlewares=[
             middlewares.request_id,  # outermost: every answer has an id, and every line names it
+            cors(config.server.allowed_origins),  # a browser asks leave before it asks; that needs no line in the log
             middlewares.access_log(log),  # sees the final answer, refusals included
             middlewares.errors,  # turns every failure into an answer; all below it may raise a Refusal
             middlewares.body_limit(config.server.body_bytes_max),  # before anything reads the body
             middlewares.authenticate(KEYED),  # nearest to the handler: a 404 or 405 needs no key
         ],
     )
-    app.on_response_prepare.append(middlewares.name_response)
+    app.on_response_prepare.extend([middlewares.name_response, open_to_pages(config.server.allowed_origins)])
     app[CONFIG] = config
     app[LOG] = log
     app[SECRET] = secret
     app[health.READINESS] = health.Readiness()
+    app[completions.BODY_LIMITS] = BodyLimits(
+        config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s
+    )
     app[completions.DEFAULT_MODEL] = config.openrouter.default_model
 
     # Entered in this order, left in the reverse: money under way is closed before the sessions and the pool that it needs.
@@ -68,7 +75,7 @@ def build_app(config: Config, *, log: LoggerService, secret: bytes) -> web.Appli
 
     app.add_routes(
         [
-            web.post("/v1/chat/completions", completions.complete),
+            web.post("/v1/chat/completions", completions.complete, expect_handler=hold_invitation),
             web.get("/v1/models", models.list_models),
             web.get("/v1/models/{model_id:.+}", models.show_model),
             web.get("/health", health.health),
@@ -100,12 +107,14 @@ async def database_context(app: web.Application) -> AsyncIterator[None]:
 
 
 async def upstream_context(app: web.Application) -> AsyncIterator[None]:
-    openrouter = app[CONFIG].openrouter
+    config = app[CONFIG]
+    openrouter = config.openrouter
     limits = service.Limits(
         connect_s=openrouter.connect_s,
         total_s=openrouter.total_s,
         first_byte_s=openrouter.first_byte_s,
         idle_s=openrouter.idle_s,
+        end_s=openrouter.end_s,
         attempts_max=openrouter.attempts_max,
     )
     async with (
@@ -116,12 +125,13 @@ async def upstream_context(app: web.Application) -> AsyncIterator[None]:
             referer=openrouter.referer,
             title=openrouter.title,
             connections_max=openrouter.connections_max,
+            proxy=openrouter.proxy,
         ) as upstream,
-        catalogue.refreshed(upstream, openrouter.models_refresh_s) as models_known,
+        catalogue.refreshed(upstream, openrouter.models_refresh_s, config.paths.data / MODELS_FILE) as models_known,
     ):
         app[UPSTREAM] = upstream
         app[CATALOGUE] = models_known
-        app[models.MODELS] = models.ModelList(models_known, app[CONFIG].billing.rub_per_usd)
+        app[models.MODELS] = models.ModelList(models_known, config.billing.rub_per_usd)
         yield
 
 

@@ -128,9 +128,8 @@ def reconcile_command(json: Json = False) -> None:
     if settings.simulated:
         fail("There is nothing to compare: OPENROUTER_API_KEY is not set.")
     try:
-        theirs = asyncio.run(
-            totals(settings.openrouter.base_url, settings.openrouter.api_key, settings.openrouter.management_key)
-        )
+        upstream = settings.openrouter
+        theirs = asyncio.run(totals(upstream.base_url, upstream.api_key, upstream.management_key, proxy=upstream.proxy))
     except UpstreamError as error:
         fail(f"OpenRouter does not tell its totals: {error}.")
     found = with_books(lambda books: reconcile(books, theirs))

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 import yaml
@@ -33,6 +34,11 @@ SHORT_NAMES = {
     "GPTUTOR_WORKERS": "server.workers",
     "GPTUTOR_SECRET_KEY": "security.secret_key",
 }
+SECRETS = frozenset(
+    {"security.secret_key", "openrouter.api_key", "openrouter.management_key", "openrouter.proxy", "database.url"}
+)
+"""Settings whose values are never shown."""
+PROXY_FORM = r"https?://[^/\s]+/?"
 CONFIG_PATH_NAME = "GPTUTOR_CONFIG"
 DEFAULT_FILE = Path(__file__).parent / "config.yaml"
 
@@ -50,10 +56,24 @@ class Server(Section, frozen=True):
     host: Name = "127.0.0.1"
     port: Port = 3001
     body_bytes_max: Count = 10 * 1024 * 1024
+    header_s: Seconds = 10
+    body_idle_s: Seconds = 10
+    body_s: Seconds = 60
+    linger_s: Seconds = 5
     keepalive_s: Seconds = 75
     shutdown_s: Seconds = 20
     drain_s: Seconds = 60
     workers: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
+    cors_origins: str = "*"
+
+    def __post_init__(self) -> None:
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s*]+", origin):
+                raise ValueError(f"server.cors_origins must be *, or origins such as https://example.com, not {origin!r}")
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        return frozenset(self.cors_origins.split())
 
 
 class Paths(Section, frozen=True):
@@ -67,6 +87,11 @@ class Logs(Section, frozen=True):
     stdout: bool = True
 
 
+class Metrics(Section, frozen=True):
+    host: Name = "127.0.0.1"
+    port: Port = 0
+
+
 class Database(Section, frozen=True):
     url: str = ""
     connections_max: Annotated[int, msgspec.Meta(ge=1, le=100)] = 8
@@ -76,6 +101,7 @@ class Database(Section, frozen=True):
 
 class OpenRouter(Section, frozen=True):
     api_key: str = ""
+    proxy: Annotated[str, msgspec.Meta(pattern=f"^({PROXY_FORM})?$")] = ""
     base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?$")] = "https://openrouter.ai/api/v1"
     management_key: str = ""
     default_model: Name = "google/gemini-2.5-flash-lite"
@@ -85,6 +111,7 @@ class OpenRouter(Section, frozen=True):
     total_s: Seconds = 60
     first_byte_s: Seconds = 60
     idle_s: Seconds = 60
+    end_s: Seconds = 5
     connections_max: Count = 2000
     attempts_max: Annotated[int, msgspec.Meta(ge=1, le=10)] = 3
     models_refresh_s: Seconds = 600
@@ -118,6 +145,7 @@ class RateLimit(Section, frozen=True):
 
 
 class Relay(Section, frozen=True):
+    heartbeat_s: Seconds = 15
     buffer_bytes: Annotated[int, msgspec.Meta(ge=4096)] = 256 * 1024
     write_s: Seconds = 60
     leaver_drain_s: Seconds = 30
@@ -151,6 +179,7 @@ class Config(Section, frozen=True):
     server: Server = Server()
     paths: Paths = Paths()
     logs: Logs = Logs()
+    metrics: Metrics = Metrics()
     database: Database = Database()
     openrouter: OpenRouter = OpenRouter()
     billing: Billing = Billing()
@@ -222,9 +251,31 @@ def load(environ: Mapping[str, str] = os.environ) -> Config:
         config = msgspec.convert(settings, Config, strict=False, dec_hook=lambda kind, text: kind(text))
     except msgspec.ValidationError as error:
         raise ConfigError(_sentence(str(error), settings, origin, str(path))) from error
+    if not config.openrouter.proxy:
+        config = msgspec.structs.replace(
+            config, openrouter=msgspec.structs.replace(config.openrouter, proxy=_environments_proxy(config.openrouter, environ))
+        )
     if config.simulated and "openrouter.base_url" in origin and config.openrouter.base_url != OpenRouter().base_url:
         raise ConfigError("OPENROUTER_BASE_URL is set, but OPENROUTER_API_KEY is not: set both, or neither for the simulator.")
     return config
+
+
+def _environments_proxy(openrouter: OpenRouter, environ: Mapping[str, str]) -> str:
+    """What HTTPS_PROXY says, if it is meant for OpenRouter. Raises ConfigError."""
+    url = urlsplit(openrouter.base_url)
+    proxy = environ.get("HTTPS_PROXY") or environ.get("https_proxy") or ""
+    exempt = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
+    if url.scheme != "https" or _is_exempt(url.hostname or "", exempt):
+        return ""
+    proxy = proxy if "://" in proxy or not proxy else f"http://{proxy}"
+    if proxy and not re.fullmatch(PROXY_FORM, proxy):
+        raise ConfigError("HTTPS_PROXY must be an address such as http://host:3128.")
+    return proxy
+
+
+def _is_exempt(host: str, exempt: str) -> bool:
+    names = [name.strip().lstrip(".").lower() for name in exempt.split(",")]
+    return any(name in ("*", host) or host.endswith(f".{name}") for name in names if name)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -265,9 +316,5 @@ def _sentence(fault: str, settings: Mapping[str, Any], origin: Mapping[str, str]
         dotted, _, allowed = what.partition(" must be ")
         return f"{origin.get(dotted, dotted)} must be {allowed}."
     value = settings.get(section, {}).get(key, "")
-    shown = (
-        ""
-        if dotted in ("security.secret_key", "openrouter.api_key", "openrouter.management_key", "database.url")
-        else f" (it is {value!r})"
-    )
+    shown = "" if dotted in SECRETS else f" (it is {value!r})"
     return f"{origin.get(dotted, dotted)} is wrong{shown}: {what[:1].lower()}{what[1:]}."

@@ -24,10 +24,14 @@ SOON = {"Retry-After": "1"}
 
 KINDS: dict[str, Kind] = {
     # the ask
+    "malformed_request": Kind(400, "Malformed HTTP request"),
     "invalid_json": Kind(400, "Request body is not valid JSON"),
+    "duplicate_key": Kind(400, "A key stands twice in one JSON object"),
     "invalid_request": Kind(400, "Invalid request"),
+    "model_not_found": Kind(400, "Unknown model"),
     "upstream_rejected": Kind(400, "OpenRouter rejected the request"),
     "body_too_large": Kind(413, "Request body is too large"),
+    "body_too_slow": Kind(408, "Request body did not arrive in time"),
     "unsupported_encoding": Kind(415, "Request body must not be compressed"),
     "unsupported_media_type": Kind(415, "Content-Type must be application/json"),
     # the caller
@@ -40,8 +44,8 @@ KINDS: dict[str, Kind] = {
     "rate_limited_upstream": Kind(429, "The model is overloaded, try again later", {"Retry-After": "5"}),
     # the route
     "not_found": Kind(404, "Not found"),
-    "model_not_found": Kind(404, "Model not found"),
     "method_not_allowed": Kind(405, "Method not allowed"),
+    "expectation_failed": Kind(417, "The only expectation that is met is 100-continue"),
     # us and upstream
     "internal_error": Kind(500, "Internal server error"),
     "upstream_error": Kind(500, "Internal server error"),

@@ -5,20 +5,24 @@ on a bare machine (contract F9).
 """
 
 import asyncio
+import functools
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from gptutor import database
+from gptutor.api.connection import Connection
 from gptutor.app import build_app
 from gptutor.banner import banner
 from gptutor.config import Config, Server, kept_secret
 from gptutor.config import Simulator as SimulatorPlace
 from gptutor.listener import StartError, listening_on
 from gptutor.logs import WIRE, logging_to
+from gptutor.metrics import build_metrics
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keys import parse_key
@@ -26,6 +30,8 @@ from gptutor.money.users import UserRepository
 from gptutor.openrouter.simulator.server import Simulator
 
 DEMO_ROUBLES = "100"
+LINE_BYTES_MAX = 8190
+HEADERS_MAX = 128
 
 
 @contextmanager
@@ -67,6 +73,9 @@ async def serve(config: Config) -> None:
                 grounded = with_upstream(grounded, base_url)
             app = build_app(grounded, log=log, secret=secret)
             url = await stack.enter_async_context(listening(app, grounded.server))
+            if config.metrics.port:
+                runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
+                await stack.enter_async_context(listening_on(runner, config.metrics.host, config.metrics.port))
             demo_key = await demo_user(grounded) if config.embedded and config.simulated else None
             print(banner(config, url=url, demo_key=demo_key), flush=True)
             await stop.wait()
@@ -75,23 +84,37 @@ async def serve(config: Config) -> None:
 
 def with_upstream(config: Config, base_url: str) -> Config:
     """The configuration with the simulator in OpenRouter's place."""
-    upstream = msgspec.structs.replace(config.openrouter, base_url=base_url, api_key="sk-or-simulator")
+    upstream = msgspec.structs.replace(config.openrouter, base_url=base_url, api_key="sk-or-simulator", proxy="")
     return msgspec.structs.replace(config, openrouter=upstream)
 
 
 @asynccontextmanager
 async def listening(app: web.Application, server: Server) -> AsyncIterator[str]:
     """The service on its port; gives its address. At the end it stops listening, finishes and settles. Raises StartError."""
+    if HttpRequestParser is HttpRequestParserPy:
+        raise StartError(
+            "aiohttp runs without its C parser, and its substitute is less strict. Reinstall aiohttp, "
+            "or unset AIOHTTP_NO_EXTENSIONS."
+        )
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
-        access_log=None,
-        logger=WIRE,
-        keepalive_timeout=server.keepalive_s,
-        auto_decompress=False,  # a compressed body is refused, unopened
         shutdown_timeout=server.shutdown_s / 2,  # aiohttp waits for it twice
     )
-    async with listening_on(runner, server.host, server.port) as url:
+    connection = functools.partial(
+        Connection,
+        loop=asyncio.get_running_loop(),
+        header_s=server.header_s,
+        keepalive_timeout=server.keepalive_s,
+        lingering_time=server.linger_s,
+        max_line_size=LINE_BYTES_MAX,
+        max_field_size=LINE_BYTES_MAX,
+        max_headers=HEADERS_MAX,
+        auto_decompress=False,  # a compressed body is refused, unopened
+        access_log=None,
+        logger=WIRE,
+    )
+    async with listening_on(runner, server.host, server.port, connection) as url:
         yield url
 
 

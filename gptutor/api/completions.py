@@ -6,6 +6,7 @@ import re
 from aiohttp import web
 
 from gptutor.api.ask import read_ask
+from gptutor.api.body import BodyLimits, read_body, waits_to_be_invited
 from gptutor.api.exchange import begin
 from gptutor.api.health import DATABASE, READINESS
 from gptutor.api.middlewares import CLAIM, REQUEST_ID
@@ -14,6 +15,7 @@ from gptutor.errors import Refusal
 from gptutor.money.users import UserRepository
 
 KIT = web.AppKey("kit", Kit)
+BODY_LIMITS = web.AppKey("body_limits", BodyLimits)
 DEFAULT_MODEL = web.AppKey("default_model", str)
 IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
@@ -21,7 +23,9 @@ IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 async def complete(request: web.Request) -> web.StreamResponse:
     if request.content_type not in ("application/json", "application/octet-stream"):  # the latter stands for a missing header
         raise Refusal("unsupported_media_type")
-    body = await request.read()
+    if waits_to_be_invited(request) and not await UserRepository(request.app[DATABASE]).is_alive(request[CLAIM]):
+        raise Refusal("invalid_key")
+    body = await read_body(request, request.app[BODY_LIMITS])
     key = request.headers.get("Idempotency-Key")
     try:
         ask = read_ask(body, default_model=request.app[DEFAULT_MODEL])

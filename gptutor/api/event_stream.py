@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from aiohttp import HttpVersion11, web
 from aiohttp_sse import EventSourceResponse
 
+from gptutor.metrics import CALLERS_DROPPED
+
 
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long, and for how much, a caller is waited for; the names are those of `config.yaml`, section `relay`."""
 
+    heartbeat_s: float
     buffer_bytes: int
     write_s: float
     leaver_drain_s: float
@@ -99,5 +102,6 @@ class EventStream:
             transport.abort()
 
     def _leave(self) -> None:
+        CALLERS_DROPPED.inc()
         self._gone = True
         self.abort()

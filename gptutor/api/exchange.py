@@ -22,6 +22,7 @@ from gptutor.api.order import Kit, Order
 from gptutor.api.upstream_refusals import refusal_of
 from gptutor.database import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, Refusal
+from gptutor.metrics import COMPLETION_SECONDS, COMPLETIONS
 from gptutor.money.amounts import Nano, roubles
 from gptutor.money.holds import (
     HandOver,
@@ -184,7 +185,13 @@ class Exchange:
         try:
             async with asyncio.timeout(None) as limit:
                 self.answer.add_done_callback(lambda _: self._hurry(limit))
-                error = await relay(reply, downstream, scanner, lambda bill: self._note_bill(hold, bill))
+                error = await relay(
+                    reply,
+                    downstream,
+                    scanner,
+                    lambda bill: self._note_bill(hold, bill),
+                    heartbeat_s=self._kit.patience.heartbeat_s,
+                )
                 if error is not None and not downstream.has_begun:
                     raise refusal_of(error) from error
                 if not scanner.has_ended and not self._caller_left():
@@ -282,13 +289,16 @@ class Exchange:
 
     def _log_response(self) -> None:
         bill = self._bill
+        duration_s = time.monotonic() - self._started
+        COMPLETIONS.labels(self._outcome).inc()
+        COMPLETION_SECONDS.observe(duration_s)
         self._kit.log.llm_response(
             model=self._order.ask.model,
             user_id=self._order.claim.account_id,
             request_id=self._order.request_id,
             stream=self._order.ask.stream,
             outcome=self._outcome,
-            duration_ms=round((time.monotonic() - self._started) * 1000),
+            duration_ms=round(duration_s * 1000),
             generation_id=self._generation_id,
             prompt_tokens=bill.prompt_tokens if bill else None,
             completion_tokens=bill.completion_tokens if bill else None,

@@ -10,6 +10,8 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from gptutor.api.body import waits_to_be_invited
+from gptutor.api.refusals import as_response
 from gptutor.database import DatabaseUnavailable
 from gptutor.errors import Refusal
 from gptutor.logs import LoggerService
@@ -72,8 +74,6 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return refused(request, Refusal("method_not_allowed", headers={"Allow": ", ".join(sorted(error.allowed_methods))}))
     except web.HTTPNotFound:
         return refused(request, Refusal("not_found"))
-    except web.HTTPRequestEntityTooLarge:
-        return refused(request, Refusal("body_too_large"))
     except DatabaseUnavailable as error:
         return refused(request, Refusal("database_unavailable", cause=str(error)))
     except Exception:
@@ -83,13 +83,14 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def refused(request: web.Request, refusal: Refusal) -> web.Response:
     request[ERROR_CODE] = refusal.code
-    return web.json_response(
-        {"error": refusal.text}, status=refusal.status, headers={**refusal.headers, "X-Error-Code": refusal.code}
-    )
+    response = as_response(refusal)
+    if waits_to_be_invited(request):
+        response.force_close()  # whether his body still comes is his choice: what follows on this connection has no meaning
+    return response
 
 
 def body_limit(body_bytes_max: int) -> Middleware:
-    """Refuses what is too large by its own word, before reading it; `Request.read` counts what arrives without one."""
+    """Refuses what is too large by its own word, before reading it; `read_body` counts what arrives without one."""
     text = f"Request body is larger than {body_bytes_max} bytes"
 
     @web.middleware

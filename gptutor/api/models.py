@@ -3,6 +3,8 @@
 The list is made once for each version of the catalogue, not once for each request.
 """
 
+import hashlib
+from dataclasses import dataclass
 from decimal import Decimal
 
 import msgspec
@@ -13,6 +15,18 @@ from gptutor.money.amounts import EXACT
 from gptutor.openrouter.catalogue import Catalogue, Model
 
 
+@dataclass(frozen=True, slots=True)
+class Document:
+    """JSON that is made once and served many times. `etag` is strong: the hash of its bytes."""
+
+    body: bytes
+    etag: str
+
+    @classmethod
+    def of(cls, body: bytes) -> "Document":
+        return cls(body, hashlib.sha256(body).hexdigest()[:32])
+
+
 class ModelList:
     """The catalogue as JSON bytes; fields that OpenRouter wrote keep its spelling."""
 
@@ -20,22 +34,23 @@ class ModelList:
         self._catalogue = catalogue
         self._rub_per_usd = rub_per_usd
         self._version = -1
-        self._models: dict[str, bytes] = {}
-        self._list = b""
+        self._models: dict[str, Document] = {}
+        self._list = Document.of(b"")
 
-    def one(self, model_id: str) -> bytes | None:
+    def one(self, model_id: str) -> Document | None:
         self._refresh()
         return self._models.get(model_id)
 
-    def all(self) -> bytes:
+    def all(self) -> Document:
         self._refresh()
         return self._list
 
     def _refresh(self) -> None:
         if self._version != self._catalogue.version:
             self._version = self._catalogue.version
-            self._models = {model.id: self._render(model) for model in self._catalogue.models.values()}
-            self._list = b'{"object":"list","data":[%s]}' % b",".join(self._models.values())
+            self._models = {model.id: Document.of(self._render(model)) for model in self._catalogue.models.values()}
+            bodies = b",".join(document.body for document in self._models.values())
+            self._list = Document.of(b'{"object":"list","data":[%s]}' % bodies)
 
     def _render(self, model: Model) -> bytes:
         pricing_rub = {
@@ -57,11 +72,20 @@ MODELS = web.AppKey("models", ModelList)
 
 
 async def list_models(request: web.Request) -> web.Response:
-    return web.Response(body=request.app[MODELS].all(), content_type="application/json")
+    return served(request, request.app[MODELS].all())
 
 
 async def show_model(request: web.Request) -> web.Response:
     model = request.app[MODELS].one(request.match_info["model_id"])
     if model is None:
-        raise Refusal("model_not_found")
-    return web.Response(body=model, content_type="application/json")
+        raise Refusal("not_found", "Model not found")
+    return served(request, model)
+
+
+def served(request: web.Request, document: Document) -> web.Response:
+    """The document, or 304 for those who have it."""
+    known = any(tag.value in (document.etag, "*") for tag in request.if_none_match or ())
+    response = web.Response(status=304) if known else web.Response(body=document.body, content_type="application/json")
+    response.etag = document.etag
+    response.headers["Cache-Control"] = "no-cache"  # kept, but asked about each time: prices change
+    return response

@@ -7,6 +7,7 @@ the log for the operator.
 import logging
 
 from gptutor.errors import DO_NOT_RETRY, Refusal
+from gptutor.metrics import UPSTREAM_ACCOUNT
 from gptutor.openrouter.service import UpstreamError
 
 LOGGER = logging.getLogger("gptutor.upstream")
@@ -42,6 +43,7 @@ def refusal_of(error: UpstreamError) -> Refusal:
     if failure.status == 403 and any(word in (error.message or "").lower() for word in KEY_LIMIT_WORDS):
         code, told = "upstream_account", False
     if code == "upstream_account":
+        UPSTREAM_ACCOUNT.labels(failure.status).inc()
         LOGGER.error("OpenRouter refuses our account: %d %s", failure.status, error.message)
     headers = {}
     if code == "rate_limited_upstream" and failure.retry_after_s is not None:

@@ -5,19 +5,27 @@ a finite number from zero up never enters arithmetic: such a model has `price No
 """
 
 import asyncio
+import contextlib
 import logging
+import math
+import os
+import random
+import tempfile
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 
 import msgspec
 
+from gptutor.metrics import CATALOGUE_AGE
 from gptutor.openrouter.service import OpenRouterService, UpstreamError
 
 LOGGER = logging.getLogger("gptutor.catalogue")
 PRICE_USD_MAX = Decimal(1000)
-FIRST_RETRY_S = 2.0
+RETRY_S = 5.0
 
 
 class CatalogueError(Exception):
@@ -51,7 +59,17 @@ class Model:
 class Catalogue:
     models: dict[str, Model] = field(default_factory=dict)
     version: int = 0
-    """Grows with every refresh; what was made from an older version is stale."""
+    """Grows with every change; what was made from an older version is stale."""
+    read_at: float = -math.inf
+    """When OpenRouter told it, on the monotonic clock; a copy from the disk has no such time."""
+    _document: bytes = b""
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self.read_at
+
+    def is_fresh(self, refresh_s: float) -> bool:
+        return self.age_s < 3 * refresh_s
 
     def price(self, model_id: str) -> Price | None:
         """The price of a model or of a variant of it, such as `…:nitro`; None where OpenRouter states none."""
@@ -63,8 +81,9 @@ class Catalogue:
         models = {model.id: model for model in parse_models(document)}
         if not models:
             raise CatalogueError("the model list is empty")
-        self.models = models
-        self.version += 1
+        if document != self._document:
+            self.models, self._document = models, document
+            self.version += 1
 
 
 class _TopProvider(msgspec.Struct):
@@ -131,11 +150,18 @@ def _price(facts: _ModelFacts, pricing: Mapping[str, Decimal]) -> Price | None:
 
 
 @asynccontextmanager
-async def refreshed(service: OpenRouterService, refresh_s: float) -> AsyncIterator[Catalogue]:
-    """A catalogue that is read now and again every `refresh_s`; while OpenRouter is away the last good copy stays."""
+async def refreshed(service: OpenRouterService, refresh_s: float, kept: Path) -> AsyncIterator[Catalogue]:
+    """A catalogue that is read now, and again about every `refresh_s`.
+
+    While OpenRouter is away the last good copy stays; the file `kept` carries it over a restart, and then nobody waits for a
+    new one.
+    """
     catalogue = Catalogue()
-    await _refresh(catalogue, service)
-    task = asyncio.create_task(_keep_fresh(catalogue, service, refresh_s), name="catalogue")
+    _recall(catalogue, kept)
+    if not catalogue.models:
+        await _refresh(catalogue, service, kept)
+    CATALOGUE_AGE.set_function(lambda: catalogue.age_s)
+    task = asyncio.create_task(_keep_fresh(catalogue, service, refresh_s, kept), name="catalogue")
     try:
         yield catalogue
     finally:
@@ -143,14 +169,41 @@ async def refreshed(service: OpenRouterService, refresh_s: float) -> AsyncIterat
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _keep_fresh(catalogue: Catalogue, service: OpenRouterService, refresh_s: float) -> None:
+async def _keep_fresh(catalogue: Catalogue, service: OpenRouterService, refresh_s: float, kept: Path) -> None:
+    if catalogue.models and not catalogue.is_fresh(refresh_s):
+        await _refresh(catalogue, service, kept)  # what was recalled is from before the restart
     while True:
-        await asyncio.sleep(refresh_s if catalogue.models else min(FIRST_RETRY_S, refresh_s))
-        await _refresh(catalogue, service)
+        # Many gateways that were started together must not ask together for ever.
+        pause_s = refresh_s * random.uniform(0.8, 1.2)  # noqa: S311
+        await asyncio.sleep(pause_s if catalogue.is_fresh(refresh_s) else min(RETRY_S, pause_s))
+        await _refresh(catalogue, service, kept)
 
 
-async def _refresh(catalogue: Catalogue, service: OpenRouterService) -> None:
+async def _refresh(catalogue: Catalogue, service: OpenRouterService, kept: Path) -> None:
     try:
-        catalogue.replace(await service.models())
+        document = await service.models()
+        catalogue.replace(document)
+        catalogue.read_at = time.monotonic()
     except (UpstreamError, CatalogueError) as error:
         LOGGER.warning("The model list could not be read (%s); the last good copy stays: %d models", error, len(catalogue.models))
+        return
+    try:
+        _keep(document, kept)
+    except OSError as error:
+        LOGGER.warning("The model list cannot be kept in %s: %s", kept, error.strerror)
+
+
+def _recall(catalogue: Catalogue, kept: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            catalogue.replace(kept.read_bytes())
+        except (CatalogueError, OSError) as error:
+            LOGGER.warning("The kept model list %s is not used: %s", kept, error)
+
+
+def _keep(document: bytes, kept: Path) -> None:
+    """In one step, so that a reader, or a death, never sees half of it."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=kept.parent, prefix=kept.name, delete=False) as file:
+        file.write(document)
+    os.replace(file.name, kept)

@@ -9,6 +9,9 @@ from typing import Protocol
 from gptutor.openrouter.bill import Bill, BillScanner
 from gptutor.openrouter.service import Reply, UpstreamError
 
+HEARTBEAT = b": GPTUTOR WAITING\n\n"
+"""A comment, which every reader of events skips."""
+
 
 class Downstream(Protocol):
     """The caller's side. `write` never raises: a caller who has gone is remembered, and takes no more bytes.
@@ -21,19 +24,25 @@ class Downstream(Protocol):
 
 
 async def relay(
-    reply: Reply, downstream: Downstream, scanner: BillScanner, billed: Callable[[Bill], None]
+    reply: Reply, downstream: Downstream, scanner: BillScanner, billed: Callable[[Bill], None], *, heartbeat_s: float
 ) -> UpstreamError | None:
     """Passes every chunk on as soon as it arrives, until upstream ends. Returns how it failed, or None if it ended well.
 
     `billed` hears of a bill before the caller sees its bytes: whatever happens to him, or to this process, it is known by then.
+    Whenever upstream is silent for `heartbeat_s`, the caller hears of us instead, unless that would fall into an event.
     """
     known: Bill | None = None
     try:
-        async for chunk in reply.chunks():
+        async for chunk in reply.chunks(heartbeat_s):
+            if not chunk:
+                if scanner.at_event_end:
+                    await downstream.write(HEARTBEAT)
+                continue
             scanner.feed(chunk)
             if scanner.bill is not None and scanner.bill is not known:
                 known = scanner.bill
                 billed(known)
+                reply.expect_end()
             if not await downstream.write(chunk):
                 return None
     except UpstreamError as error:

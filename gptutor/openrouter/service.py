@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import io
 import logging
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 
+from gptutor.metrics import UPSTREAM_FAILURES, UPSTREAM_RETRIES
 from gptutor.openrouter.bill import Bill, parse_usd, sane_generation_id
+from gptutor.openrouter.circuit import Circuit
 from gptutor.openrouter.retry import Failure, pause_before_retry
 
 LOGGER = logging.getLogger("gptutor.openrouter")
@@ -27,9 +30,18 @@ LOGGER = logging.getLogger("gptutor.openrouter")
 PASSED_ON = ("Content-Type", "Content-Encoding", "X-Generation-Id")
 ONE_WRITE_BYTES_MAX = 1024 * 1024
 """A larger request is sent in pieces: one write of it would hold up everybody else."""
+GET_S = 30.0
 ERROR_BYTES_MAX = 64 * 1024
 ERROR_BODY_S = 5.0
 MESSAGE_CHARACTERS_MAX = 1000
+
+
+NEVER_SENT = (
+    aiohttp.ClientConnectorError,  # refused, no such host, a certificate that is none, a proxy that is away
+    aiohttp.ClientHttpProxyError,  # the proxy will not lead there
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.InvalidURL,
+)
 
 
 class UpstreamError(Exception):
@@ -42,26 +54,53 @@ class UpstreamError(Exception):
 
 
 class Reply:
-    """An answer whose headers have come: read its bytes by `read()` or by iterating `chunks()`, then `close()` it."""
+    """An answer whose headers have come: read its bytes by `read()` or by iterating `chunks()`, then `close()` it.
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    A stream may be silent for `idle_s`, and for `end_s` once its end is expected.
+    """
+
+    def __init__(self, response: aiohttp.ClientResponse, idle_s: float, end_s: float) -> None:
         self._response = response
+        self._silence_s = idle_s
+        self._end_s = end_s
         self.status = response.status
         self.headers = {name: response.headers[name] for name in PASSED_ON if name in response.headers}
         self.generation_id = _generation_id(response)
         self.is_event_stream = response.content_type == "text/event-stream"
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive. Raises UpstreamError if it ends before its end."""
+    async def chunks(self, quiet_s: float) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive, and `b""` after each `quiet_s` of silence.
+
+        Raises UpstreamError if it ends before its end, or is silent for too long.
+        """
+        content = self._response.content
+        clock = asyncio.get_running_loop().time
+        heard = clock()
         with _translated(self.generation_id):
-            async for chunk in self._response.content.iter_any():
+            while True:
+                left_s = heard + self._silence_s - clock()
+                if left_s <= 0:
+                    raise TimeoutError
+                try:
+                    async with asyncio.timeout(min(quiet_s, left_s)):
+                        chunk = await content.readany()
+                except TimeoutError:
+                    yield b""
+                    continue
+                if not chunk:
+                    return
                 yield chunk
+                heard = clock()
 
     async def read(self, within_s: float) -> bytes:
         """The whole body. Raises UpstreamError."""
         with _translated(self.generation_id):
             async with asyncio.timeout(within_s):
                 return await self._response.read()
+
+    def expect_end(self) -> None:
+        """All that matters has been said: from now on silence is not worth waiting for."""
+        self._silence_s = min(self._silence_s, self._end_s)
 
     def close(self) -> None:
         """Gives the connection back if the body was read to its end, and drops it otherwise."""
@@ -76,6 +115,7 @@ class Limits:
     total_s: float
     first_byte_s: float
     idle_s: float
+    end_s: float
     attempts_max: int
 
 
@@ -84,10 +124,10 @@ class OpenRouterService:
         self._session = session
         self._base_url = base_url.rstrip("/")
         self._limits = limits
-        silence_s = max(limits.first_byte_s, limits.idle_s)  # aiohttp's gap between reads covers the wait for headers too
-        self._stream_timeout = aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_s, sock_read=silence_s)
-        self._plain_timeout = aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_s)
-        self._short_timeout = aiohttp.ClientTimeout(total=30, sock_connect=limits.connect_s)
+        self._circuit = Circuit()
+        # `connect` counts the wait for a free connection too: whoever waited in vain has bought nothing.
+        # All other times are kept here, by what they mean.
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_s)
 
     async def complete(
         self,
@@ -107,9 +147,11 @@ class OpenRouterService:
         deadline = clock() + (self._limits.first_byte_s if stream else self._limits.total_s)
         attempt = 1
         while True:
+            if not self._circuit.lets_through(clock()):
+                raise UpstreamError(Failure("unreachable"))
             attempting()
             try:
-                return await self._attempt(body, deadline - clock(), stream=stream), deadline - clock()
+                return await self._attempt(body, deadline - clock()), deadline - clock()
             except UpstreamError as error:
                 if error.failure.bought_nothing:
                     refused()
@@ -119,25 +161,40 @@ class OpenRouterService:
                     attempts_max=self._limits.attempts_max,
                     left_s=deadline - clock(),
                 )
+                UPSTREAM_FAILURES.labels(error.failure.kind, error.failure.status or "").inc()
                 if pause is None or not wanted():
                     raise
+                failed = error
             await asyncio.sleep(pause)
+            if not wanted():
+                raise failed
+            UPSTREAM_RETRIES.inc()
             attempt += 1
 
-    async def _attempt(self, body: bytes, within_s: float, *, stream: bool) -> Reply:
-        with _translated():
-            async with asyncio.timeout(within_s):
-                response = await self._session.post(
-                    f"{self._base_url}/chat/completions",
-                    data=body if len(body) <= ONE_WRITE_BYTES_MAX else io.BytesIO(body),
-                    allow_redirects=False,
-                    timeout=self._stream_timeout if stream else self._plain_timeout,
-                )
-                if response.status < 300:
-                    return Reply(response)
+    async def _attempt(self, body: bytes, within_s: float) -> Reply:
+        clock = asyncio.get_running_loop().time
+        try:
+            response = await self._post(body, within_s)
+        except UpstreamError as error:
+            if error.failure.kind == "unreachable":
+                self._circuit.missed(clock())
+            raise
+        self._circuit.reached()
+        if response.status < 300:
+            return Reply(response, self._limits.idle_s, self._limits.end_s)
         # The status has come: whatever happens to the rest of the answer, it is one of refusal.
         async with response:
             raise await _refused(response)
+
+    async def _post(self, body: bytes, within_s: float) -> aiohttp.ClientResponse:
+        with _translated():
+            async with asyncio.timeout(within_s):
+                return await self._session.post(
+                    f"{self._base_url}/chat/completions",
+                    data=body if len(body) <= ONE_WRITE_BYTES_MAX else io.BytesIO(body),
+                    allow_redirects=False,
+                    timeout=self._timeout,
+                )
 
     async def generation(self, generation_id: str) -> Bill | None:
         """The bill of a finished generation, or None while OpenRouter does not know it. Raises UpstreamError."""
@@ -169,9 +226,10 @@ class OpenRouterService:
 
     async def get(self, path: str, query: dict[str, str] | None = None) -> bytes:
         with _translated():
-            async with self._session.get(
-                self._base_url + path, params=query, allow_redirects=False, timeout=self._short_timeout
-            ) as response:
+            async with (
+                asyncio.timeout(GET_S),
+                self._session.get(self._base_url + path, params=query, allow_redirects=False, timeout=self._timeout) as response,
+            ):
                 if response.status != 200:
                     raise await _refused(response)
                 return await response.read()
@@ -191,7 +249,7 @@ class _GenerationAnswer(msgspec.Struct):
 
 @asynccontextmanager
 async def connected(
-    base_url: str, api_key: str, limits: Limits, *, referer: str, title: str, connections_max: int
+    base_url: str, api_key: str, limits: Limits, *, referer: str, title: str, connections_max: int, proxy: str = ""
 ) -> AsyncIterator[OpenRouterService]:
     """A service with its pool of connections, which is closed at the end."""
     headers = {
@@ -203,12 +261,14 @@ async def connected(
         **({"X-Title": title} if title else {}),
     }
     # An idle connection is dropped well before OpenRouter's edge drops it: a request sent into a closing one is lost.
-    connector = aiohttp.TCPConnector(limit=connections_max, keepalive_timeout=15)
+    # The certificates are read now, so that SSL_CERT_FILE is heard; aiohttp has read its own when it was imported.
+    connector = aiohttp.TCPConnector(limit=connections_max, keepalive_timeout=15, ssl=ssl.create_default_context())
     async with aiohttp.ClientSession(
         connector=connector,
         headers=headers,
         auto_decompress=False,
         trust_env=False,
+        proxy=proxy or None,
         cookie_jar=aiohttp.DummyCookieJar(),
     ) as session:
         yield OpenRouterService(session, base_url, limits)
@@ -223,7 +283,7 @@ class _translated:  # noqa: N801 - reads as a statement
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)):
+        if isinstance(error, NEVER_SENT):
             raise UpstreamError(Failure("unreachable")) from error
         if isinstance(error, TimeoutError):
             raise UpstreamError(Failure("timeout", generation_id=self._generation_id)) from error

@@ -9,19 +9,19 @@ from gptutor.openrouter.bill import parse_usd
 from gptutor.openrouter.service import Limits, connected
 
 
-async def totals(base_url: str, api_key: str, management_key: str = "") -> dict[datetime.date, Decimal]:
+async def totals(base_url: str, api_key: str, management_key: str = "", *, proxy: str = "") -> dict[datetime.date, Decimal]:
     """What OpenRouter says it charged: today by `/key`, and, with a management key, the days before by `/activity`.
 
     Dollars by UTC day. Raises UpstreamError.
     """
     today = datetime.datetime.now(datetime.UTC).date()
-    limits = Limits(connect_s=10, total_s=30, first_byte_s=30, idle_s=30, attempts_max=1)
+    limits = Limits(connect_s=10, total_s=30, first_byte_s=30, idle_s=30, end_s=30, attempts_max=1)
     days: dict[datetime.date, Decimal] = {}
-    async with connected(base_url, api_key, limits, referer="", title="", connections_max=2) as service:
+    async with connected(base_url, api_key, limits, referer="", title="", connections_max=2, proxy=proxy) as service:
         key = msgspec.json.decode(await service.get("/key"), type=_KeyAnswer).data
         days[today] = parse_usd(bytes(key.usage_daily)) or Decimal(0)
     if management_key:
-        async with connected(base_url, management_key, limits, referer="", title="", connections_max=2) as service:
+        async with connected(base_url, management_key, limits, referer="", title="", connections_max=2, proxy=proxy) as service:
             for row in msgspec.json.decode(await service.get("/activity"), type=_ActivityAnswer).data:
                 day = datetime.date.fromisoformat(row.date[:10])
                 if day < today:

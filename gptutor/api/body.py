@@ -1,0 +1,71 @@
+"""The request's body: invited, counted and timed while it arrives.
+
+The limit of its declared length is in `middlewares.body_limit`, before anything is read. Here is the rest: a client that asks
+first (`Expect: 100-continue`) is invited only once his key has been found good, a body without a declared length is counted, and
+one that drips is not waited for.
+"""
+
+import asyncio
+from dataclasses import dataclass
+
+from aiohttp import StreamReader, web
+
+from gptutor.api.refusals import as_response
+from gptutor.errors import Refusal
+
+WAITS_TO_BE_INVITED = web.RequestKey("waits_to_be_invited", bool)
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Bytes and seconds; the names are those of `config.yaml`, section `server`, without their `body_`."""
+
+    bytes_max: int
+    idle_s: float
+    total_s: float
+
+
+async def hold_invitation(request: web.Request) -> web.Response | None:
+    """Takes the place of aiohttp's answer to `Expect`, which comes before any check."""
+    if request.headers["Expect"].lower() == "100-continue":
+        request[WAITS_TO_BE_INVITED] = True
+        return None
+    return as_response(Refusal("expectation_failed"))
+
+
+def waits_to_be_invited(request: web.Request) -> bool:
+    return request.get(WAITS_TO_BE_INVITED) is True
+
+
+async def read_body(request: web.Request, limits: BodyLimits) -> bytes:
+    """The whole body. Raises Refusal."""
+    if waits_to_be_invited(request):
+        request[WAITS_TO_BE_INVITED] = False
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun
+    content = request.content
+    try:
+        if content.is_eof():  # it came with the head, as nearly every body does: nothing to wait for
+            body = content.read_nowait()
+        else:
+            async with asyncio.timeout(limits.total_s):
+                body = await _arriving(content, limits)
+    except TimeoutError:
+        raise Refusal("body_too_slow") from None
+    except web.RequestPayloadError as error:
+        raise Refusal("malformed_request", cause=type(error).__name__) from error
+    if len(body) > limits.bytes_max:
+        raise Refusal("body_too_large")
+    return body
+
+
+async def _arriving(content: StreamReader, limits: BodyLimits) -> bytes:
+    pieces, size = [], 0
+    while size <= limits.bytes_max:
+        async with asyncio.timeout(limits.idle_s):
+            piece = await content.readany()
+        if not piece:
+            break
+        pieces.append(piece)
+        size += len(piece)
+    return b"".join(pieces)

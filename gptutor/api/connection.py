@@ -1,0 +1,81 @@
+"""A caller's connection, where the HTTP server leaves something open: how long a head may take, what malformed bytes are told.
+
+Bytes that are not HTTP never reach the application, so they get their refusal here, in the same form as all others, and one line
+in the log, without a byte of what was sent. Pipelined requests need no bound of ours: the server parses at most 32 ahead, then
+stops reading.
+"""
+
+import asyncio
+import logging
+import uuid
+from typing import Any
+
+from aiohttp import web
+
+from gptutor.api.refusals import as_response
+from gptutor.errors import Refusal
+from gptutor.metrics import MALFORMED_REQUESTS, SLOW_HEADS
+
+LOGGER = logging.getLogger("gptutor.wire")
+
+
+class Connection(web.RequestHandler):
+    """`header_s` seconds are given for the whole head of a request, from its first byte, or from the connection's beginning."""
+
+    __slots__ = ("_header_s", "_impatience")
+
+    def __init__(self, manager: web.Server, *, header_s: float, **limits: Any) -> None:
+        super().__init__(manager, **limits)
+        self._header_s = header_s
+        self._impatience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._waits():
+            if self._impatience is None and data:
+                self._wait_for_head()
+        elif self._impatience is not None:
+            self._impatience.cancel()
+            self._impatience = None
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._impatience is not None:
+            self._impatience.cancel()
+            self._impatience = None
+        super().connection_lost(exc)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+    ) -> web.StreamResponse:
+        """What the server itself has to say, in our form. `exc` and `message` quote the caller's bytes, keys included."""
+        cause = type(exc).__name__
+        if status == 400:
+            MALFORMED_REQUESTS.inc()
+            refusal = Refusal("malformed_request", cause=cause)
+        else:
+            refusal = Refusal("internal_error", cause=cause)
+        request_id = str(uuid.uuid4())
+        LOGGER.warning("HTTP %d before any handler", status, extra={"type": "http", "cause": cause, "requestId": request_id})
+        if request.writer.output_size > 0:
+            raise ConnectionError("An answer has begun")
+        response = as_response(refusal)
+        response.headers["X-Request-ID"] = request_id
+        response.force_close()
+        return response
+
+    def _waits(self) -> bool:
+        """Whether the server waits for a request whose head is not complete."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def _wait_for_head(self) -> None:
+        self._impatience = asyncio.get_running_loop().call_later(self._header_s, self._give_up)
+
+    def _give_up(self) -> None:
+        self._impatience = None
+        if self._waits():
+            SLOW_HEADS.inc()
+            self.force_close()
