@@ -131,6 +131,9 @@ class Billing(Section, frozen=True):
     reserve: Literal["typical", "worst_case"] = "typical"
     hold_default_rub: Decimal = Decimal(10)
     image_tokens: Count = 8192
+    paid_tool_usd: Decimal = Decimal("0.05")
+    cache_write_factor: Decimal = Decimal(2)
+    hurry_factor: Decimal = Decimal(2)
 
     def __post_init__(self) -> None:
         # msgspec has no ranges for Decimal, so they stand here.
@@ -138,6 +141,9 @@ class Billing(Section, frozen=True):
         _check_decimal("balance_min_rub", self.balance_min_rub, Decimal(0), Decimal(1_000_000))
         _check_decimal("margin", self.margin, Decimal(1), Decimal(10))
         _check_decimal("hold_default_rub", self.hold_default_rub, Decimal("0.01"), Decimal(1_000_000))
+        _check_decimal("paid_tool_usd", self.paid_tool_usd, Decimal(0), Decimal(1000))
+        _check_decimal("cache_write_factor", self.cache_write_factor, Decimal(1), Decimal(10))
+        _check_decimal("hurry_factor", self.hurry_factor, Decimal(1), Decimal(10))
 
 
 class RateLimit(Section, frozen=True):

@@ -21,6 +21,7 @@ IN_FLIGHT = Gauge("gptutor_in_flight", "Requests whose money is not closed yet."
 REFUSALS = Counter("gptutor_refusals", "Answers of refusal, by their code.", ["code"])
 MALFORMED_REQUESTS = Counter("gptutor_malformed_requests", "Requests that were not HTTP.")
 SLOW_HEADS = Counter("gptutor_slow_heads", "Connections closed because the head of a request did not come in time.")
+SLOW_PARSES = Counter("gptutor_slow_parses", "Requests so large that they were checked beside the event loop.")
 CALLERS_DROPPED = Counter("gptutor_callers_dropped", "Streams whose caller stopped reading, or left.")
 UPSTREAM_FAILURES = Counter(
     "gptutor_upstream_failures", "Attempts that OpenRouter did not answer, by kind and status.", ["kind", "status"]

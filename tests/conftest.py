@@ -159,7 +159,7 @@ def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[st
     """The settings of a gateway under test: all defaults, but for its ends, its patience at the end, and what a test tunes."""
     changed = tuned or {}
     return settings.Config(
-        server=settings.Server(port=0, shutdown_s=1, drain_s=5),
+        server=settings.Server(**{"port": 0, "shutdown_s": 1, "drain_s": 5, **changed.get("server", {})}),
         paths=settings.Paths(data=directory / "var", logs=directory / "logs"),
         database=settings.Database(url=database_url),
         openrouter=settings.OpenRouter(base_url=base_url, api_key="sk-or-test", **changed.get("openrouter", {})),

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from openapi_spec_validator import validate
 
-from gptutor.api.ask import ChatRequest, Message, read_ask
+from gptutor.api.ask import ChatRequest, Message, Tool, read_ask
 from gptutor.app import build_app
 from gptutor.config import DEFAULT_FILE, Config, Docs
 from gptutor.errors import KINDS, Refusal
@@ -95,7 +95,7 @@ def test_every_described_refusal_can_be_named_and_traced() -> None:
 def test_request_rules_are_written_in_the_code_alone() -> None:
     written = yaml.safe_load(openapi.SOURCE.read_text(encoding="utf-8"))["components"]["schemas"]
     described = openapi.describe()["components"]["schemas"]
-    for struct in (ChatRequest, Message):
+    for struct in (ChatRequest, Message, Tool):
         words = written[struct.__name__]
         assert set(words) == {"description", "properties"}
         assert set(words["properties"]) == set(get_type_hints(struct)) == set(described[struct.__name__]["properties"])

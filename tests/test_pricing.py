@@ -18,6 +18,10 @@ class Price:
     completion_usd: Decimal = Decimal("0.000002")
     request_usd: Decimal = Decimal(0)
     image_usd: Decimal = Decimal(0)
+    media_usd: Decimal = Decimal(0)
+    cache_write_usd: Decimal = Decimal(0)
+    rich_completion_usd: Decimal = Decimal("0.000004")
+    search_usd: Decimal = Decimal(0)
     context_tokens: int | None = 100_000
     output_tokens_max: int | None = 10_000
 
@@ -32,6 +36,9 @@ def evaluate(**changes: Any) -> LLMCostEvaluate:
         "reserve": "typical",
         "hold_default_rub": Decimal(10),
         "image_tokens": 8192,
+        "paid_tool_usd": Decimal("0.05"),
+        "cache_write_factor": Decimal(2),
+        "hurry_factor": Decimal(3),
     }
     return LLMCostEvaluate(**{**policy, **changes})
 
@@ -127,3 +134,27 @@ def test_the_charge_is_one_rounding_of_the_exact_product(cost: Decimal, rate: De
         context.prec = 150
         expected = (cost * rate * 10**9).quantize(Decimal(1), ROUND_HALF_UP)
     assert evaluate(rub_per_usd=rate).charge(cost) == int(expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "price", "held"),
+    [
+        # 1000 × 0.000001 + 100 × 0.000002 dollars, × 90 roubles, unless something is dearer
+        (Size(1000, output_tokens=100), Price(), "0.108"),
+        (Size(1000, output_tokens=100, paid_tools=2), Price(), "9.108"),
+        (Size(1000, output_tokens=100, paid_tools=1), Price(search_usd=Decimal("0.5")), "45.108"),
+        (Size(1000, output_tokens=100, caches_prompt=True), Price(), "0.198"),
+        (Size(1000, output_tokens=100), Price(cache_write_usd=Decimal("0.000004")), "0.378"),
+        (Size(1000, output_tokens=100, more_than_text=True), Price(), "0.126"),
+        (Size(1000, output_tokens=100, hurried=True), Price(), "0.324"),
+        (Size(1000, output_tokens=100), Price(media_usd=Decimal(1)), "0.108"),
+        (Size(1000, images=1, output_tokens=100), Price(media_usd=Decimal("0.00001")), "8.2908"),
+        (Size(1000, has_files=True, output_tokens=100), Price(media_usd=Decimal("0.00001")), "90.018"),
+    ],
+)
+def test_what_makes_a_request_dearer_is_in_the_ceiling(size: Size, price: Price, held: str) -> None:
+    assert evaluate().ceiling(size, [price]).most == rub(held)
+
+
+def test_paid_tools_are_held_where_no_price_is_known() -> None:
+    assert evaluate().ceiling(Size(1000, paid_tools=2), [None]).most == rub("19")

@@ -4,6 +4,7 @@ upstream-2 to -5, db-2, process-12)."""
 import asyncio
 import io
 import json
+import math
 import time
 from typing import Any
 
@@ -221,8 +222,14 @@ async def test_an_edges_error_page_is_not_passed_on(gateway: Gateway) -> None:
     assert await caller.held() > 0
 
 
-async def test_an_unknown_model_is_upstreams_to_refuse(gateway: Gateway) -> None:
+async def test_an_unknown_model_is_refused_here_while_the_list_is_fresh(gateway: Gateway) -> None:
     caller = await gateway.caller()
+    status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=caller.headers)
+    assert (status, code) == (400, "model_not_found")
+    assert text.startswith("no/such is not a model")
+    assert (await send(gateway, json={**ASK, "models": ["no/such"]}, headers=caller.headers))[:2] == (400, "model_not_found")
+    await assert_nothing_happened(gateway)
+    gateway.app[CATALOGUE].read_at = -math.inf  # the list is old by now: who knows
     status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=caller.headers)
     assert (status, code) == (400, "upstream_rejected")
     assert "no/such" in text

@@ -217,7 +217,9 @@ async def test_what_reaches_openrouter_is_what_the_caller_sent_and_nothing_of_wh
 
 
 @pytest.fixture
-async def scripted(database_url: str, gateway: Gateway, aiohttp_server: Any, tmp_path: Path) -> AsyncIterator[Any]:
+async def scripted(
+    database_url: str, gateway: Gateway, aiohttp_server: Any, tmp_path: Path, tuned: dict[str, Any]
+) -> AsyncIterator[Any]:
     """A gateway whose OpenRouter is a function of the test's; gives (set the function, the gateway)."""
     plays: list[Any] = []
 
@@ -232,7 +234,7 @@ async def scripted(database_url: str, gateway: Gateway, aiohttp_server: Any, tmp
     app = web.Application()
     app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])
     server = await aiohttp_server(app)
-    config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted")
+    config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted", tuned)
     own = build_app(config, log=LoggerService(), secret=SECRET)
     async with listening(own, config.server) as url:
         running = Gateway(url, own, gateway.simulator, gateway.books, gateway.session)

@@ -7,6 +7,8 @@ What the caller wrote reaches OpenRouter as he wrote it (contract A4): the top l
 bytes, and only the members that are ours are written anew. No number is ever parsed and printed again.
 """
 
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +22,14 @@ from gptutor.errors import Refusal
 from gptutor.money.pricing import Size
 
 MODEL_CHARACTERS_MAX = 200
+NAME_CHARACTERS_SHOWN = 100
+NUMBER_CHARACTERS_MAX = 400
+"""No number that means anything is written longer; the largest double has 309 digits."""
 IMAGES = ("image_url", "input_image")
 """Parts whose bytes are not tokens: a picture costs by its size in pixels, within a bound."""
+OWN_TOOLS = ("function", "custom")
+"""Tools that the caller runs himself; all others are run by OpenRouter, for money."""
+ORDINARY_TIERS = (None, "auto", "default", "flex")
 
 
 class Message(msgspec.Struct):
@@ -39,6 +47,10 @@ class Message(msgspec.Struct):
             },
         ),
     ] = msgspec.field(default_factory=Raw)
+
+
+class Tool(msgspec.Struct):
+    type: Annotated[Any, Meta(description="`function`, or a tool of OpenRouter's")] = "function"
 
 
 class ChatRequest(msgspec.Struct):
@@ -63,6 +75,11 @@ class ChatRequest(msgspec.Struct):
     n: Annotated[Annotated[int, Meta(ge=1, le=128)] | None, Meta(description="an integer from 1 to 128")] = None
     usage: Annotated[dict[str, Any] | None, Meta(description="an object")] = None
     stream_options: Annotated[dict[str, Any] | None, Meta(description="an object")] = None
+    tools: Annotated[list[Tool] | None, Meta(description="an array of objects")] = None
+    plugins: Annotated[list[dict[str, Any]] | None, Meta(description="an array of objects")] = None
+    web_search_options: Annotated[dict[str, Any] | None, Meta(description="an object")] = None
+    modalities: Annotated[list[str] | None, Meta(description="an array of strings")] = None
+    service_tier: Annotated[str | None, Meta(description="a string")] = None
 
 
 class _Part(msgspec.Struct):
@@ -71,8 +88,16 @@ class _Part(msgspec.Struct):
 
 RULES: Mapping[str, str] = {
     name: str(hint.__metadata__[-1].description)
-    for struct in (Message, ChatRequest)
+    for struct in (Message, Tool, ChatRequest)
     for name, hint in get_type_hints(struct, include_extras=True).items()
+}
+ELEMENTS = {
+    "messages": "an object with a role",
+    "models": "a string",
+    "modalities": "a string",
+    "plugins": "an object",
+    "stop": "a string",
+    "tools": "an object",
 }
 PLACE = re.compile(r"`\$\.?(.*)`")
 MISSING = re.compile(r"missing required field `(\w+)`")
@@ -118,11 +143,12 @@ class Ask:
 def read_ask(body: bytes, *, default_model: str) -> Ask:
     """Checks a request body. Raises Refusal, whose text names the field, its fault and what is allowed."""
     try:
+        _refuse_ambiguity(body.decode())
         request, members, masked = _parse(body)
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Refusal("invalid_json", cause=str(error)) from error
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise Refusal("invalid_json", cause=type(error).__name__) from error
 
     images, image_bytes, has_files = 0, 0, False
     for index, message in enumerate(request.messages):
@@ -143,6 +169,10 @@ def read_ask(body: bytes, *, default_model: str) -> Ask:
             has_files=has_files,
             choices=request.n or 1,
             output_tokens=max((limit for limit in limits if limit is not None), default=None),
+            paid_tools=_paid_tools(request),
+            caches_prompt=b'"cache_control"' in body,
+            more_than_text=any(modality != "text" for modality in request.modalities or ()),
+            hurried=request.service_tier not in ORDINARY_TIERS,
         ),
         members=members,
         masked=masked,
@@ -151,7 +181,6 @@ def read_ask(body: bytes, *, default_model: str) -> Ask:
 
 def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
     """The request's known fields, its members, and whether lone surrogates had to be masked. Raises msgspec's errors."""
-    str(body, "utf-8")
     try:
         return _decode_request(body), _decode_members(body), False
     except msgspec.ValidationError:
@@ -161,6 +190,39 @@ def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
         if masked is None:
             raise
         return _decode_request(masked), _decode_members(masked), True
+
+
+def _paid_tools(request: ChatRequest) -> int:
+    """How many things are asked for that OpenRouter does for a price of their own."""
+    tools = sum(tool.type not in OWN_TOOLS for tool in request.tools or ())
+    online = any(":online" in (model or "") for model in (request.model, *(request.models or ())))
+    return tools + len(request.plugins or ()) + (request.web_search_options is not None) + online
+
+
+def _object_once(pairs: list[tuple[str, Any]]) -> None:
+    if len(pairs) > 1 and len(dict(pairs)) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Refusal("duplicate_key", f"{twice[:NAME_CHARACTERS_SHOWN]!r} stands twice in one object")
+
+
+def _number(text: str) -> None:
+    if len(text) > NUMBER_CHARACTERS_MAX or math.isinf(float(text)):
+        raise Refusal("invalid_request", f"Numbers must be finite, and at most {NUMBER_CHARACTERS_MAX} characters long")
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(text)  # NaN, Infinity: Python's own reader would take them
+
+
+_refuse_ambiguity = json.JSONDecoder(
+    object_pairs_hook=_object_once, parse_float=_number, parse_int=_number, parse_constant=_no_number
+).decode
+"""Reads a text, and raises Refusal for what two readers of JSON may read differently, and ValueError for what is none.
+
+A key that stands twice is priced by one value here, and may be obeyed by the other upstream. A number out of the range of a
+double is infinite for one and an error for the other.
+"""
 
 
 def _parts(message: Message, place: str) -> list[tuple[str, int]]:
@@ -195,9 +257,8 @@ def _refusal(fault: str) -> Refusal:
     if not place:
         return Refusal("invalid_request", "Request body must be a JSON object")
     field = re.split(r"[.\[]", place.rpartition(".")[2])[0]
-    if place.startswith("messages[") and place.endswith("]"):
-        return Refusal("invalid_request", f"{place} must be an object with a role")
-    return Refusal("invalid_request", f"{place} must be {RULES.get(field, 'something else')}")
+    rules = ELEMENTS if place.endswith("]") else RULES
+    return Refusal("invalid_request", f"{place} must be {rules.get(field, 'something else')}")
 
 
 def _is_null(raw: Raw | None) -> bool:

@@ -1,22 +1,26 @@
 """`POST /v1/chat/completions`: the ask is read and checked here; `exchange.py` does the rest."""
 
+import asyncio
 import hashlib
 import re
 
 from aiohttp import web
 
-from gptutor.api.ask import read_ask
+from gptutor.api.ask import Ask, read_ask
 from gptutor.api.body import BodyLimits, read_body, waits_to_be_invited
 from gptutor.api.exchange import begin
 from gptutor.api.health import DATABASE, READINESS
 from gptutor.api.middlewares import CLAIM, REQUEST_ID
 from gptutor.api.order import Kit, Order
 from gptutor.errors import Refusal
+from gptutor.metrics import SLOW_PARSES
 from gptutor.money.users import UserRepository
 
 KIT = web.AppKey("kit", Kit)
 BODY_LIMITS = web.AppKey("body_limits", BodyLimits)
 DEFAULT_MODEL = web.AppKey("default_model", str)
+ON_THE_LOOP_BYTES_MAX = 1024 * 1024
+"""A larger body is checked by a thread: it would hold up everybody else."""
 IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
 
@@ -28,7 +32,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, request.app[BODY_LIMITS])
     key = request.headers.get("Idempotency-Key")
     try:
-        ask = read_ask(body, default_model=request.app[DEFAULT_MODEL])
+        ask = await _checked(request, body)
         if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refusal("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
     except Refusal:
@@ -39,3 +43,16 @@ async def complete(request: web.Request) -> web.StreamResponse:
     request.app[READINESS].require()
     body_hash = hashlib.sha256(body).digest() if key is not None else None
     return await begin(request.app[KIT], request, Order(request[REQUEST_ID], request[CLAIM], ask, key, body_hash))
+
+
+async def _checked(request: web.Request, body: bytes) -> Ask:
+    """What is asked. Raises Refusal."""
+    if len(body) <= ON_THE_LOOP_BYTES_MAX:
+        ask = read_ask(body, default_model=request.app[DEFAULT_MODEL])
+    else:
+        SLOW_PARSES.inc()
+        ask = await asyncio.to_thread(read_ask, body, default_model=request.app[DEFAULT_MODEL])
+    for model in (ask.model, *ask.fallbacks):
+        if request.app[KIT].catalogue.lacks(model):
+            raise Refusal("model_not_found", f"{model} is not a model of OpenRouter's; GET /v1/models lists them")
+    return ask

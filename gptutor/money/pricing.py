@@ -26,7 +26,12 @@ TOKENS_UNKNOWN = 2_000_000
 
 
 class Priced(Protocol):
-    """A model's price list in US dollars, and its limits in tokens; prices are finite and not negative."""
+    """A model's price list in US dollars, and its limits in tokens; prices are finite and not negative.
+
+    Per token of the prompt: `prompt_usd`; `media_usd` where pictures, sounds or files are in it; `cache_write_usd` where it may
+    be written to a cache unasked. Per token of the output: `completion_usd`, or `rich_completion_usd` if it may be more than
+    text.
+    """
 
     @property
     def prompt_usd(self) -> Decimal: ...
@@ -36,6 +41,14 @@ class Priced(Protocol):
     def request_usd(self) -> Decimal: ...
     @property
     def image_usd(self) -> Decimal: ...
+    @property
+    def media_usd(self) -> Decimal: ...
+    @property
+    def cache_write_usd(self) -> Decimal: ...
+    @property
+    def rich_completion_usd(self) -> Decimal: ...
+    @property
+    def search_usd(self) -> Decimal: ...
     @property
     def context_tokens(self) -> int | None: ...
     @property
@@ -54,6 +67,14 @@ class Size:
     choices: int = 1
     output_tokens: int | None = None
     """`max_tokens` or `max_completion_tokens`, as the caller set it."""
+    paid_tools: int = 0
+    """Plugins, server tools and web searches: what each may cost is a setting."""
+    caches_prompt: bool = False
+    """Whether it asks for its prompt to be kept, which costs more than reading it."""
+    more_than_text: bool = False
+    """Whether pictures or sounds are asked for."""
+    hurried: bool = False
+    """Whether a dearer service tier is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +128,9 @@ class LLMCostEvaluate:
         reserve: str,
         hold_default_rub: Decimal,
         image_tokens: int,
+        paid_tool_usd: Decimal,
+        cache_write_factor: Decimal,
+        hurry_factor: Decimal,
     ) -> None:
         self.rub_per_usd = rub_per_usd
         self._balance_min = parse_roubles(str(balance_min_rub))
@@ -116,6 +140,9 @@ class LLMCostEvaluate:
         self._output_tokens_min = output_tokens_min
         self._worst_case = reserve == "worst_case"
         self._image_tokens = image_tokens
+        self._paid_tool_usd = paid_tool_usd
+        self._cache_write_factor = cache_write_factor
+        self._hurry_factor = hurry_factor
 
     def ceiling(self, size: Size, prices: Sequence[Priced | None]) -> Ceiling:
         """The most that a request of this size can cost, whichever of the models with these prices answers.
@@ -131,9 +158,12 @@ class LLMCostEvaluate:
 
     def _ceiling_of(self, size: Size, price: Priced | None) -> Ceiling:
         if price is None:
-            return Ceiling(most=self._hold_default, least=max(self._hold_default, self._balance_min))
+            most = Nano(self._hold_default + self._nano(EXACT.multiply(self._paid_tool_usd, size.paid_tools)))
+            return Ceiling(most=most, least=max(most, self._balance_min))
         fixed_usd = self._prompt_usd(size, price)
-        token_usd = EXACT.multiply(price.completion_usd, size.choices)
+        token_usd = EXACT.multiply(price.rich_completion_usd if size.more_than_text else price.completion_usd, size.choices)
+        if size.hurried:
+            token_usd = EXACT.multiply(token_usd, self._hurry_factor)
         tokens_max = price.output_tokens_max or price.context_tokens or TOKENS_UNKNOWN
         if size.output_tokens is not None or self._worst_case:
             most = self._nano(EXACT.fma(min(size.output_tokens or tokens_max, tokens_max), token_usd, fixed_usd))
@@ -153,8 +183,16 @@ class LLMCostEvaluate:
         tokens = size.prompt_bytes + size.images * self._image_tokens
         context = price.context_tokens or TOKENS_UNKNOWN
         tokens = context if size.has_files else min(tokens, context)
+        token_usd = max(price.prompt_usd, price.cache_write_usd)
+        if size.images or size.has_files:
+            token_usd = max(token_usd, price.media_usd)
+        if size.caches_prompt:
+            token_usd = max(token_usd, EXACT.multiply(price.prompt_usd, self._cache_write_factor))
+        if size.hurried:
+            token_usd = EXACT.multiply(token_usd, self._hurry_factor)
         usd = EXACT.fma(size.images, price.image_usd, price.request_usd)
-        return EXACT.fma(tokens, price.prompt_usd, usd)
+        usd = EXACT.fma(size.paid_tools, max(self._paid_tool_usd, price.search_usd), usd)
+        return EXACT.fma(tokens, token_usd, usd)
 
     def charge(self, cost_usd: Decimal) -> Nano:
         """The cost of a finished request, at the rate of today."""

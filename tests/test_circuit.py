@@ -1,0 +1,47 @@
+"""When nothing reaches OpenRouter (row upstream-20)."""
+
+import asyncio
+import time
+
+import pytest
+
+from gptutor.app import UPSTREAM
+from gptutor.openrouter.circuit import FAILURES_MAX, PAUSE_S, Circuit
+from tests.conftest import Gateway
+
+
+def test_it_opens_after_failures_in_a_row_and_lets_one_try_at_a_time() -> None:
+    circuit = Circuit()
+    for _ in range(FAILURES_MAX - 1):
+        circuit.missed(now=100)
+    circuit.reached()
+    for _ in range(FAILURES_MAX):
+        assert circuit.lets_through(100)
+        circuit.missed(now=100)
+    assert not circuit.lets_through(100 + PAUSE_S / 2)
+    assert circuit.lets_through(100 + PAUSE_S)
+    assert not circuit.lets_through(100 + PAUSE_S)  # the one that tries has not come back
+    circuit.missed(now=100 + PAUSE_S)
+    assert not circuit.lets_through(100 + 1.5 * PAUSE_S)
+    assert circuit.lets_through(100 + 2 * PAUSE_S)
+    circuit.reached()
+    assert circuit.lets_through(100 + 2 * PAUSE_S)
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"attempts_max": 1}}])
+async def test_while_openrouter_is_away_callers_learn_it_at_once_and_when_it_is_back_they_are_served(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = await gateway.caller()
+    upstream = gateway.app[UPSTREAM]
+    real = upstream._base_url
+    upstream._base_url = "http://127.0.0.1:1/api/v1"
+    for _ in range(3 * FAILURES_MAX):
+        response, _ = await gateway.chat(caller)
+        assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_unreachable")
+    assert await caller.held() == 0
+    upstream._base_url = real
+    began = time.monotonic()
+    while (await gateway.chat(caller))[0].status != 200:
+        await asyncio.sleep(0.1)
+    assert time.monotonic() - began < 5

@@ -1,0 +1,76 @@
+"""Callers in browsers: what a page may ask and read (contract A6, A7)."""
+
+from typing import Any
+
+import pytest
+
+from gptutor.config import ConfigError, load
+from tests.conftest import Gateway
+
+PAGE = "https://shop.example"
+# What OpenAI's SDK for JavaScript 7 sends beside its key.
+SDK = (
+    "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-package-version,"
+    "x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,x-stainless-timeout"
+)
+
+
+async def preflight(gateway: Gateway, *, origin: str = PAGE, method: str = "POST", headers: str = SDK) -> Any:
+    asked = {"Origin": origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
+    async with gateway.session.options(gateway.chat_url, headers=asked) as response:
+        return response
+
+
+async def test_a_page_may_ask_with_everything_that_the_sdk_sends(gateway: Gateway) -> None:
+    leave = await preflight(gateway)
+    assert leave.status == 204
+    assert leave.headers["Access-Control-Allow-Origin"] == "*"
+    assert leave.headers["Access-Control-Allow-Headers"].split(", ") == SDK.split(",")
+    assert "POST" in leave.headers["Access-Control-Allow-Methods"]
+    assert "Access-Control-Allow-Credentials" not in leave.headers
+    assert leave.headers["X-Request-ID"]
+
+
+async def test_headers_that_mean_nothing_here_are_not_allowed(gateway: Gateway) -> None:
+    leave = await preflight(gateway, headers="cookie, X-Forwarded-For, Idempotency-Key")
+    assert leave.headers["Access-Control-Allow-Headers"] == "idempotency-key"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", ["Hello", "fault:status=400"])
+async def test_a_page_may_read_answers_and_refusals_with_their_headers(gateway: Gateway, stream: bool, text: str) -> None:
+    caller = await gateway.caller()
+    body = {"messages": [{"role": "user", "content": text}], "stream": stream}
+    async with gateway.session.post(gateway.chat_url, json=body, headers={**caller.headers, "Origin": PAGE}) as response:
+        await response.read()
+    assert response.headers["Access-Control-Allow-Origin"] == "*"
+    exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
+    assert {"X-Request-ID", "X-Error-Code", "X-Generation-Id", "Retry-After"} <= set(exposed)
+    async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+        await response.read()
+    assert "Access-Control-Allow-Origin" not in response.headers
+
+
+@pytest.mark.parametrize("tuned", [{"server": {"cors_origins": f"https://other.example {PAGE}"}}])
+async def test_pages_can_be_limited_to_some(gateway: Gateway) -> None:
+    allowed, refused = await preflight(gateway), await preflight(gateway, origin="https://evil.example")
+    assert allowed.headers["Access-Control-Allow-Origin"] == PAGE
+    assert refused.status == 405
+    assert "Access-Control-Allow-Origin" not in refused.headers
+    assert allowed.headers["Vary"] == refused.headers["Vary"] == "Origin"
+
+
+@pytest.mark.parametrize("tuned", [{"server": {"cors_origins": ""}}])
+async def test_or_to_none(gateway: Gateway) -> None:
+    assert "Access-Control-Allow-Origin" not in (await preflight(gateway)).headers
+
+
+async def test_a_request_for_options_that_is_no_preflight_is_a_wrong_method(gateway: Gateway) -> None:
+    async with gateway.session.options(gateway.chat_url, headers={"Origin": PAGE}) as response:
+        assert (response.status, response.headers["Allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize("origins", ["example.org", "https://a.example/", "https://*.example", "null"])
+def test_what_is_no_origin_stops_the_start(origins: str) -> None:
+    with pytest.raises(ConfigError, match=r"GPTUTOR_SERVER__CORS_ORIGINS must be \*, or origins such as"):
+        load({"GPTUTOR_SERVER__CORS_ORIGINS": origins})

@@ -1,0 +1,61 @@
+"""Figures for the operator (contract F11, B6)."""
+
+import re
+from pathlib import Path
+
+import aiohttp
+import pytest
+from prometheus_client import REGISTRY
+
+from gptutor.metrics import build_metrics
+from tests.conftest import Gateway
+from tests.service import start
+
+PAGES = sorted((Path(__file__).parent.parent / "gptutor" / "web" / "pages").glob("operation.*.md"))
+
+
+def value(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+async def test_what_happens_is_counted(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    counted = [
+        ("gptutor_completions_total", {"outcome": "settled"}),
+        ("gptutor_completions_total", {"outcome": "upstream_account"}),
+        ("gptutor_refusals_total", {"code": "upstream_account"}),
+        ("gptutor_upstream_account_refusals_total", {"status": "402"}),
+        ("gptutor_upstream_failures_total", {"kind": "status", "status": "402"}),
+        ("gptutor_upstream_failures_total", {"kind": "status", "status": "503"}),
+        ("gptutor_upstream_retries_total", {}),
+        ("gptutor_completion_seconds_count", {}),
+    ]
+    before = [value(name, **labels) for name, labels in counted]
+    await gateway.chat(caller)
+    await gateway.chat(caller, "fault:status=402")
+    await gateway.chat(caller, "fault:status=503:0")
+    after = [value(name, **labels) for name, labels in counted]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1, 1, 1, 1, 3, 2, 3]
+    assert value("gptutor_catalogue_age_seconds") > 0
+
+
+async def test_the_public_side_does_not_tell(gateway: Gateway) -> None:
+    async with gateway.session.get(f"{gateway.url}/metrics") as response:
+        assert response.status == 404
+
+
+async def test_they_are_told_on_a_listener_of_their_own(tmp_path: Path, unused_tcp_port: int) -> None:
+    service = start(tmp_path, GPTUTOR_METRICS__PORT=str(unused_tcp_port))
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{unused_tcp_port}/metrics") as response:
+        text = await response.text()
+    assert service.stop() == 0
+    assert response.content_type == "text/plain"
+    assert "gptutor_in_flight 0.0" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_figure_is_documented(page: Path) -> None:
+    assert build_metrics()
+    ours = {metric.name for metric in REGISTRY.collect() if metric.name.startswith("gptutor_")}
+    assert len(ours) >= 11
+    assert set(re.findall(r"^\| `(gptutor_\w+?)(?:_total)?(?:\{\w+(?:, \w+)?\})?` \|", page.read_text(), re.MULTILINE)) == ours

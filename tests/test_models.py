@@ -1,0 +1,193 @@
+"""The model list: for callers, for prices, and over a restart (contract E1, C4; row money-16)."""
+
+import asyncio
+import json
+import math
+from collections.abc import Iterable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptutor.api.models import ModelList
+from gptutor.app import CATALOGUE
+from gptutor.openrouter.catalogue import Catalogue, Price, refreshed
+from gptutor.openrouter.retry import Failure
+from gptutor.openrouter.service import UpstreamError
+from tests.conftest import Gateway
+
+MODEL = "google/gemini-2.5-flash-lite"
+
+
+def listing(*models: dict[str, Any]) -> bytes:
+    return json.dumps({"data": [{"pricing": {"prompt": "0.1", "completion": "0.2"}, **model} for model in models]}).encode()
+
+
+def price_of(pricing: dict[str, Any]) -> Price | None:
+    catalogue = Catalogue()
+    catalogue.replace(listing({"id": "a/b", "pricing": pricing}))
+    return catalogue.price("a/b")
+
+
+async def get(gateway: Gateway, path: str, known: str = "") -> tuple[int, str, bytes]:
+    """Status, ETag and body; for one who knows the tags `known`."""
+    headers = {"If-None-Match": known} if known else {}
+    async with gateway.session.get(gateway.url + path, headers=headers) as response:
+        return response.status, response.headers["ETag"], await response.read()
+
+
+# -- for callers
+
+
+@pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{MODEL}"])
+async def test_who_has_the_list_already_is_not_sent_it_again(gateway: Gateway, path: str) -> None:
+    status, tag, document = await get(gateway, path)
+    assert status == 200
+    assert not tag.startswith("W/")
+    for known in (tag, f'"other", {tag}', "*", f"W/{tag}"):
+        assert await get(gateway, path, known) == (304, tag, b"")
+    for known in ('"other"', ""):
+        assert await get(gateway, path, known) == (200, tag, document)
+
+
+async def test_the_tag_changes_with_the_list_alone(gateway: Gateway) -> None:
+    catalogue = gateway.app[CATALOGUE]
+    version, tag = catalogue.version, (await get(gateway, "/v1/models"))[1]
+    catalogue.replace(gateway.simulator._models)
+    assert catalogue.version == version
+    catalogue.replace(listing({"id": "a/b"}))
+    assert (await get(gateway, "/v1/models"))[1] != tag
+
+
+async def test_the_list_is_made_once_for_all_requests() -> None:
+    catalogue = Catalogue()
+    catalogue.replace(listing({"id": "a/b"}))
+    models = ModelList(catalogue, Decimal(90))
+    assert models.all() is models.all()
+    assert json.loads(models.all().body)["data"][0]["pricing_rub"] == {"prompt": "9.0", "completion": "18.0"}
+
+
+async def test_prices_in_roubles_are_exact_and_only_of_what_has_a_price(gateway: Gateway) -> None:
+    models = {model["id"]: model for model in json.loads((await get(gateway, "/v1/models"))[2])["data"]}
+    assert models[MODEL]["pricing"]["prompt"] == "0.0000001"
+    assert Decimal(models[MODEL]["pricing_rub"]["prompt"]) == Decimal("0.0000090")
+    assert "prompt" not in models["openrouter/auto"]["pricing_rub"]
+    assert models["openrouter/auto"]["pricing"]["prompt"] == "-1"
+
+
+# -- for prices
+
+
+@pytest.mark.parametrize(
+    "pricing",
+    [
+        {},
+        {"prompt": "1"},
+        {"prompt": "-1", "completion": "-1"},
+        {"prompt": "NaN", "completion": "1"},
+        {"prompt": "Infinity", "completion": "1"},
+        {"prompt": "1", "completion": "1e400"},
+        {"prompt": "1", "completion": "1", "request": "-1"},
+        {"prompt": "1", "completion": "1", "input_cache_write": "?"},
+        {"prompt": "1", "completion": "1", "overrides": [{"completion": "-1"}]},
+    ],
+)
+def test_what_is_no_price_is_never_reckoned_with(pricing: dict[str, Any]) -> None:
+    assert price_of(pricing) is None
+
+
+def test_of_each_kind_of_price_the_dearest_bounds_the_cost() -> None:
+    price = price_of(
+        {
+            "prompt": "1", "completion": "2", "internal_reasoning": "3", "request": "4", "image": "5", "audio": "6",
+            "input_cache_write": "7", "image_output": "8", "web_search": "9", "discount": 0.5,
+            "overrides": [{"min_prompt_tokens": 200000, "prompt": "10", "completion": "20"}, {"prompt": "0.5"}],
+        }
+    )  # fmt: skip
+    assert price == Price(*map(Decimal, (10, 20, 4, 5, 6, 7, 20, 9)), None, None)
+
+
+def test_a_model_is_found_by_its_variants_and_its_permanent_name() -> None:
+    catalogue = Catalogue()
+    free = {"id": "a/b:free", "canonical_slug": "a/b-2026", "pricing": {"prompt": "0", "completion": "0"}}
+    catalogue.replace(listing({"id": "a/b", "canonical_slug": "a/b-2026"}, free))
+    assert (
+        catalogue.price("a/b") == catalogue.price("a/b:nitro") == catalogue.price("a/b-2026") == catalogue.price("a/b-2026:floor")
+    )
+    assert catalogue.price("a/b:free") not in (None, catalogue.price("a/b"))
+    assert catalogue.price("a/c") is None
+
+
+@pytest.mark.parametrize(
+    ("model", "lacking"),
+    [("a/b", False), ("a/b:online", False), ("a/c", True), ("a/c:free", True), ("@preset/x", False), ("a/c@preset/x", False), ("~a/c-latest", False)],
+)  # fmt: skip
+def test_a_model_is_lacking_only_in_a_list_that_is_fresh(model: str, lacking: bool) -> None:
+    catalogue = Catalogue()
+    catalogue.replace(listing({"id": "a/b"}))
+    assert not catalogue.lacks(model)
+    catalogue.read_at = math.inf
+    assert catalogue.lacks(model) is lacking
+
+
+# -- over a restart
+
+
+class Upstream:
+    """OpenRouter, as far as its model list goes: answers in their order, and the last for ever."""
+
+    def __init__(self, answers: Iterable[bytes | Exception]) -> None:
+        self.answers = list(answers)
+        self.asked = 0
+
+    async def models(self) -> bytes:
+        answer = self.answers[min(self.asked, len(self.answers) - 1)]
+        self.asked += 1
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+AWAY = UpstreamError(Failure("unreachable"))
+
+
+async def test_the_last_good_copy_serves_after_a_restart_without_openrouter(tmp_path: Path) -> None:
+    kept = tmp_path / "var" / "models.json"
+    async with refreshed(Upstream([listing({"id": "a/b"})]), 60, kept) as catalogue:  # type: ignore[arg-type]
+        assert "a/b" in catalogue.models
+        assert catalogue.is_fresh
+    async with refreshed(Upstream([AWAY]), 60, kept) as catalogue:  # type: ignore[arg-type]
+        assert "a/b" in catalogue.models
+        assert not catalogue.is_fresh
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+async def test_a_copy_is_served_at_once_and_made_fresh_behind_it(tmp_path: Path) -> None:
+    kept = tmp_path / "models.json"
+    kept.write_bytes(listing({"id": "old/model"}))
+    async with refreshed(Upstream([listing({"id": "new/model"})]), 60, kept) as catalogue:  # type: ignore[arg-type]
+        assert list(catalogue.models) == ["old/model"]
+        async with asyncio.timeout(5):
+            while not catalogue.is_fresh:
+                await asyncio.sleep(0.01)
+        assert list(catalogue.models) == ["new/model"]
+    assert kept.read_bytes() == listing({"id": "new/model"})
+
+
+@pytest.mark.parametrize("document", [b"", b"{", b'{"data": []}', b"\xff"])
+async def test_a_broken_copy_is_not_used_and_does_no_harm(tmp_path: Path, document: bytes) -> None:
+    kept = tmp_path / "models.json"
+    kept.write_bytes(document)
+    async with refreshed(Upstream([listing({"id": "a/b"})]), 60, kept) as catalogue:  # type: ignore[arg-type]
+        assert list(catalogue.models) == ["a/b"]
+
+
+async def test_what_openrouter_sends_instead_of_a_list_does_not_replace_it(tmp_path: Path) -> None:
+    upstream = Upstream([listing({"id": "a/b"}), b"<html>", AWAY, b'{"data": []}'])
+    async with refreshed(upstream, 0.01, tmp_path / "models.json") as catalogue:  # type: ignore[arg-type]
+        async with asyncio.timeout(5):
+            while upstream.asked < 5:
+                await asyncio.sleep(0.01)
+        assert list(catalogue.models) == ["a/b"]
+    assert (tmp_path / "models.json").read_bytes() == listing({"id": "a/b"})

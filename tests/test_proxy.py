@@ -1,0 +1,190 @@
+"""OpenRouter by TLS and through an outbound proxy: a real one, tinyproxy from Debian (contract C8, F8; row upstream-1)."""
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import pytest
+import trustme
+from aiohttp import web
+
+from gptutor import config, database
+from gptutor.app import build_app
+from gptutor.config import ConfigError
+from gptutor.logs import LoggerService
+from gptutor.openrouter.simulator.server import Simulator
+from gptutor.serve import listening
+from tests.conftest import SECRET, Gateway, config_for
+from tests.test_relay import assert_books_agree
+
+
+@pytest.fixture(scope="module")
+def tinyproxy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The program: an installed one, or unpacked from Debian's package."""
+    if installed := shutil.which("tinyproxy"):
+        return installed
+    if not shutil.which("apt-get"):
+        pytest.skip("tinyproxy is not installed, and this is no Debian: the outbound proxy is not checked")
+    directory = tmp_path_factory.mktemp("tinyproxy")
+    own = ["-o", f"Dir::State={directory}/state", "-o", f"Dir::Cache={directory}/cache", "-o", "APT::Sandbox::User="]
+    for place in ("state/lists/partial", "cache/archives/partial"):
+        (directory / place).mkdir(parents=True)
+    for command in (["update"], ["download", "tinyproxy-bin"]):
+        ran = subprocess.run(["apt-get", *own, *command], cwd=directory, check=False, capture_output=True, text=True)
+        if ran.returncode:
+            pytest.skip(f"tinyproxy cannot be downloaded, the outbound proxy is not checked: {ran.stderr[-200:]}")
+    (package,) = directory.glob("tinyproxy-bin_*.deb")
+    subprocess.run(["dpkg-deb", "-x", package, directory], check=True)
+    return str(directory / "usr/bin/tinyproxy")
+
+
+@pytest.fixture
+def proxy(tinyproxy: str, tmp_path: Path, unused_tcp_port: int) -> Iterator[tuple[str, Path]]:
+    """A running proxy that asks for a password: its address without that, and its log."""
+    port, log = unused_tcp_port, tmp_path / "proxy.log"
+    settings = tmp_path / "proxy.conf"
+    settings.write_text(
+        f'Port {port}\nListen 127.0.0.1\nAllow 127.0.0.1\nBasicAuth ivan s3cret\nLogFile "{log}"\nLogLevel Connect\nTimeout 60\n'
+    )
+    process = subprocess.Popen([tinyproxy, "-d", "-c", settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.02)
+    yield f"127.0.0.1:{port}", log
+    process.terminate()
+    process.wait(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+async def secure(authority: trustme.CA) -> AsyncIterator[tuple[Simulator, str]]:
+    """The simulator behind TLS, and the base URL of its API."""
+    simulator, context = Simulator(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    runner = web.AppRunner(simulator.app(), shutdown_timeout=1)
+    await runner.setup()
+    await web.TCPSite(runner, "localhost", 0, ssl_context=context).start()
+    yield simulator, f"https://localhost:{runner.addresses[0][1]}/api/v1"
+    await runner.cleanup()
+
+
+@asynccontextmanager
+async def gateway_through(
+    proxy: str, secure: tuple[Simulator, str], books: database.Database, database_url: str, directory: Path
+) -> AsyncIterator[Gateway]:
+    simulator, base_url = secure
+    settings = config_for(database_url, base_url, directory)
+    settings = msgspec.structs.replace(settings, openrouter=msgspec.structs.replace(settings.openrouter, proxy=proxy))
+    app = build_app(settings, log=LoggerService(), secret=SECRET)
+    async with listening(app, settings.server) as url, aiohttp.ClientSession() as session:
+        gateway = Gateway(url, app, simulator, books, session)
+        await gateway.ready()
+        yield gateway
+
+
+@pytest.fixture
+def trusted(authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("stream", [False, True])
+async def test_openrouter_is_reached_through_the_proxy_and_learns_nothing_of_it(
+    proxy: tuple[str, Path],
+    secure: tuple[Simulator, str],
+    books: database.Database,
+    database_url: str,
+    tmp_path: Path,
+    stream: bool,
+) -> None:
+    address, log = proxy
+    async with gateway_through(f"http://ivan:s3cret@{address}", secure, books, database_url, tmp_path) as gateway:
+        caller = await gateway.caller()
+        response, _ = await gateway.chat(caller, stream=stream)
+        assert response.status == 200
+        await assert_books_agree(gateway, caller)
+        (record,) = gateway.simulator.books.records.values()
+    assert not [name for name in record.headers if name.lower().startswith(("proxy-", "via", "x-forwarded"))]
+    assert "CONNECT localhost" in log.read_text()
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("known", ["ivan:wrong@", ""])
+async def test_a_proxy_that_refuses_us_is_told_as_openrouter_unreachable_and_costs_nothing(
+    proxy: tuple[str, Path],
+    secure: tuple[Simulator, str],
+    books: database.Database,
+    database_url: str,
+    tmp_path: Path,
+    known: str,
+) -> None:
+    async with gateway_through(f"http://{known}{proxy[0]}", secure, books, database_url, tmp_path) as gateway:
+        await assert_unreachable(gateway)
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_a_proxy_that_is_away_is_told_the_same(
+    secure: tuple[Simulator, str], books: database.Database, database_url: str, tmp_path: Path, unused_tcp_port: int
+) -> None:
+    async with gateway_through(f"http://127.0.0.1:{unused_tcp_port}", secure, books, database_url, tmp_path) as gateway:
+        await assert_unreachable(gateway)
+
+
+async def test_a_certificate_that_nobody_vouches_for_is_not_accepted(
+    secure: tuple[Simulator, str], books: database.Database, database_url: str, tmp_path: Path
+) -> None:
+    async with gateway_through("", secure, books, database_url, tmp_path) as gateway:
+        await assert_unreachable(gateway)
+
+
+async def assert_unreachable(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    async with asyncio.timeout(20):
+        response, _ = await gateway.chat(caller)
+    assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_unreachable")
+    assert not gateway.simulator.books.records
+    assert await caller.held() == 0
+    assert await caller.balance() == 100
+
+
+REAL = {"OPENROUTER_API_KEY": "sk-or-1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "proxy"),
+    [
+        ({}, ""),
+        ({"HTTPS_PROXY": "http://p:3128"}, "http://p:3128"),
+        ({"https_proxy": "p:3128"}, "http://p:3128"),
+        ({"HTTPS_PROXY": "http://p:3128", "GPTUTOR_OPENROUTER__PROXY": "http://own:1"}, "http://own:1"),
+        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "localhost, .openrouter.ai"}, ""),
+        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "router.ai"}, "http://p:3128"),
+        ({"HTTPS_PROXY": "http://p:3128", "NO_PROXY": "*"}, ""),
+        ({"HTTPS_PROXY": "http://p:3128", "OPENROUTER_BASE_URL": "http://localhost:3002/api/v1"}, ""),
+    ],
+)
+def test_the_proxy_of_the_environment(environ: dict[str, str], proxy: str) -> None:
+    assert config.load({**REAL, **environ}).openrouter.proxy == proxy
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "GPTUTOR_OPENROUTER__PROXY"])
+def test_a_proxy_that_is_no_address_is_told_without_its_password(name: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        config.load({**REAL, name: "socks5://ivan:s3cret@p:1080"})
+    assert name in str(told.value)
+    assert "s3cret" not in str(told.value)
