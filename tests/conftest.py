@@ -186,6 +186,20 @@ async def gateway(
             running = Gateway(url, app, simulator, books, session)
             await running.ready()
             yield running
+            await running.idle()
+            assert await overruns(database_url) == []
+
+
+async def overruns(database_url: str) -> list[tuple[Any, ...]]:
+    """The simulator's bills that were above what was held for them: there are none, in any test (contract C4)."""
+    connection = await asyncpg.connect(database_url)
+    try:
+        rows = await connection.fetch(
+            "SELECT model, amount_nano, charge_nano FROM holds WHERE charge_nano > amount_nano AND generation_id LIKE 'gen-%-%'"
+        )
+    finally:
+        await connection.close()
+    return [tuple(row) for row in rows]
 
 
 @pytest.fixture(scope="session")

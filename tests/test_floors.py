@@ -21,6 +21,7 @@ PURE = {
     "gptutor.money.pricing": ("gptutor.money.amounts",),
     "gptutor.openrouter.bill": (),
     "gptutor.openrouter.retry": (),
+    "gptutor.openrouter.circuit": (),
     "gptutor.api.ask": ("gptutor.api.surrogates", "gptutor.errors", "gptutor.money.pricing"),
     "gptutor.api.surrogates": (),
     "gptutor.errors": (),

@@ -194,7 +194,8 @@ async def test_where_the_balance_limits_the_output_upstream_is_told(gateway: Gat
 async def test_what_reaches_openrouter_is_what_the_caller_sent_and_nothing_of_who_he_is(gateway: Gateway) -> None:
     caller = await gateway.caller()
     body = b'{"messages":[{"role":"user","content":"Hi"}],"x_new":{"a":1.50,"b":1E+2},"temperature":1.0,"user":"ivan"}'
-    headers = {**caller.headers, "Content-Type": "application/json", "Cookie": "a=b", "X-Forwarded-For": "1.2.3.4", "X-Own": "1"}
+    headers = {**caller.headers, "Content-Type": "application/json", "Cookie": "a=b", "X-Forwarded-For": "1.2.3.4", "X-Own": "1",
+               "X-OpenRouter-Metadata": "enabled", "Proxy-Authorization": "x", "TE": "trailers", "HTTP-Referer": "https://own.example"}  # fmt: skip
     for _ in range(2):
         async with gateway.session.post(gateway.chat_url, data=body, headers=headers) as response:
             assert response.status == 200
@@ -205,7 +206,7 @@ async def test_what_reaches_openrouter_is_what_the_caller_sent_and_nothing_of_wh
     assert re.fullmatch(r"[0-9a-f]{32}", pseudonym)
     assert first.body == body[:-14] + b'"user":"%s","usage":{"include":true},"model":"%s"}' % (pseudonym.encode(), MODEL.encode())
     assert set(first.headers) == {
-        "Host", "Authorization", "Content-Type", "Accept-Encoding", "User-Agent", "X-Title", "Accept", "Content-Length",
+        "Host", "Authorization", "Content-Type", "Accept-Encoding", "User-Agent", "X-Title", "Accept", "Content-Length", "X-OpenRouter-Metadata",
     }  # fmt: skip
     assert first.headers["Authorization"] == "Bearer sk-or-test"
     assert first.headers["Accept-Encoding"] == "identity"

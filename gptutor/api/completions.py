@@ -15,6 +15,7 @@ from gptutor.api.order import Kit, Order
 from gptutor.errors import Refusal
 from gptutor.metrics import SLOW_PARSES
 from gptutor.money.users import UserRepository
+from gptutor.openrouter.service import SENT_ON
 
 KIT = web.AppKey("kit", Kit)
 BODY_LIMITS = web.AppKey("body_limits", BodyLimits)
@@ -42,7 +43,8 @@ async def complete(request: web.Request) -> web.StreamResponse:
         raise
     request.app[READINESS].require()
     body_hash = hashlib.sha256(body).digest() if key is not None else None
-    return await begin(request.app[KIT], request, Order(request[REQUEST_ID], request[CLAIM], ask, key, body_hash))
+    headers = {name: request.headers[name] for name in SENT_ON if name in request.headers}
+    return await begin(request.app[KIT], request, Order(request[REQUEST_ID], request[CLAIM], ask, headers, key, body_hash))
 
 
 async def _checked(request: web.Request, body: bytes) -> Ask:

@@ -146,6 +146,7 @@ class Exchange:
         try:
             reply, left_s = await self._kit.upstream.complete(
                 body,
+                self._order.headers,
                 stream=self._order.ask.stream,
                 wanted=lambda: not self._caller_left(),
                 attempting=lambda: self._send(hold),

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gptutor.api.ask import Ask
@@ -23,6 +24,8 @@ class Order:
     request_id: str
     claim: KeyClaim
     ask: Ask
+    headers: Mapping[str, str]
+    """Those of his headers that are sent on, by `openrouter.service.SENT_ON`."""
     idempotency_key: str | None = None
     body_hash: bytes | None = None
 

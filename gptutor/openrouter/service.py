@@ -9,7 +9,7 @@ import contextlib
 import io
 import logging
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -25,6 +25,9 @@ from gptutor.openrouter.retry import Failure, pause_before_retry
 
 LOGGER = logging.getLogger("gptutor.openrouter")
 
+# Both lists are complete: what is not in them does not pass, hop-by-hop headers and cookies least of all.
+# The headers of a request that reach OpenRouter beside our own: they change what the answer is, and say nothing of the caller.
+SENT_ON = ("X-OpenRouter-Metadata", "x-anthropic-beta")
 # The headers of an answer that reach the caller; all others are OpenRouter's and its edge's own affair. It is asked not to
 # compress, but if it does, the bytes are passed as they are, and the caller must know.
 PASSED_ON = ("Content-Type", "Content-Encoding", "X-Generation-Id")
@@ -132,16 +135,18 @@ class OpenRouterService:
     async def complete(
         self,
         body: bytes,
+        headers: Mapping[str, str],
         *,
         stream: bool,
         wanted: Callable[[], bool],
         attempting: Callable[[], None],
         refused: Callable[[], None],
     ) -> tuple[Reply, float]:
-        """Sends a request for a completion, again where that is harmless and still `wanted`.
+        """Sends a request for a completion, and again where that is harmless and still `wanted`.
 
-        `attempting` is called before each attempt, `refused` after one that proves that nothing was bought. Gives the reply, and
-        the seconds that are left for the rest of a plain answer. Raises UpstreamError.
+        `headers` are those of SENT_ON that the caller gave. `attempting` is called before each attempt, `refused` after one that
+        proves that nothing was bought. Gives the reply, and the seconds that are left for the rest of a plain answer. Raises
+        UpstreamError.
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + (self._limits.first_byte_s if stream else self._limits.total_s)
@@ -151,7 +156,7 @@ class OpenRouterService:
                 raise UpstreamError(Failure("unreachable"))
             attempting()
             try:
-                return await self._attempt(body, deadline - clock()), deadline - clock()
+                return await self._attempt(body, headers, deadline - clock()), deadline - clock()
             except UpstreamError as error:
                 if error.failure.bought_nothing:
                     refused()
@@ -171,10 +176,10 @@ class OpenRouterService:
             UPSTREAM_RETRIES.inc()
             attempt += 1
 
-    async def _attempt(self, body: bytes, within_s: float) -> Reply:
+    async def _attempt(self, body: bytes, headers: Mapping[str, str], within_s: float) -> Reply:
         clock = asyncio.get_running_loop().time
         try:
-            response = await self._post(body, within_s)
+            response = await self._post(body, headers, within_s)
         except UpstreamError as error:
             if error.failure.kind == "unreachable":
                 self._circuit.missed(clock())
@@ -186,12 +191,13 @@ class OpenRouterService:
         async with response:
             raise await _refused(response)
 
-    async def _post(self, body: bytes, within_s: float) -> aiohttp.ClientResponse:
+    async def _post(self, body: bytes, headers: Mapping[str, str], within_s: float) -> aiohttp.ClientResponse:
         with _translated():
             async with asyncio.timeout(within_s):
                 return await self._session.post(
                     f"{self._base_url}/chat/completions",
                     data=body if len(body) <= ONE_WRITE_BYTES_MAX else io.BytesIO(body),
+                    headers=headers,
                     allow_redirects=False,
                     timeout=self._timeout,
                 )

@@ -1,0 +1,42 @@
+"""When the process runs out of file descriptors (row client-11)."""
+
+import socket
+import time
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+
+from tests.service import start
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def test_without_descriptors_the_others_are_still_served_and_it_recovers(tmp_path: Path) -> None:
+    service = start(tmp_path, GPTUTOR_LOGS__STDOUT="false")
+    process = psutil.Process(service.process.pid)
+    address = (urlsplit(service.url).hostname, urlsplit(service.url).port)
+    with ExitStack() as stack:
+        early = stack.enter_context(socket.create_connection(address, timeout=10))
+        early.sendall(HEALTH)
+        assert early.recv(4096).startswith(b"HTTP/1.1 200")
+        limit = process.num_fds() + 10
+        process.rlimit(psutil.RLIMIT_NOFILE, (limit, limit))
+        for _ in range(50):
+            stack.enter_context(socket.create_connection(address, timeout=10)).sendall(HEALTH)
+        time.sleep(0.5)
+        assert process.num_fds() >= limit - 1
+        early.sendall(HEALTH)
+        assert early.recv(4096).startswith(b"HTTP/1.1 200")
+    for _ in range(50):
+        try:
+            with urllib.request.urlopen(f"{service.url}/health", timeout=5) as response:
+                assert response.status == 200
+            break
+        except OSError:
+            time.sleep(0.1)
+    else:
+        raise AssertionError("it does not recover")
+    assert service.stop() == 0
