@@ -1,19 +1,39 @@
 """Listening on a port: what cannot start says so in a sentence."""
 
 import asyncio
+import errno
 import functools
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import cast
+from typing import Any, cast
 
 from aiohttp import web
 
-BACKLOG = 1024
-"""Connections that may wait to be accepted."""
+LOGGER = logging.getLogger("gptutor.listener")
+BACKLOG = 128
+"""Connections that may wait to be accepted; a server out of file descriptors fails so many times in a row."""
+COMPLAINT_PAUSE_S = 5.0
 
 
 class StartError(Exception):
     """Something cannot start; the text is a sentence for the operator."""
+
+
+def complain_calmly(loop: asyncio.AbstractEventLoop) -> None:
+    """A process without file descriptors says so from time to time, not for each connection that waits."""
+    silent_until = 0.0
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal silent_until
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            loop.default_exception_handler(context)
+        elif loop.time() >= silent_until:
+            silent_until = loop.time() + COMPLAINT_PAUSE_S
+            LOGGER.error("No connection can be accepted: %s. Raise LimitNOFILE of the service.", error.strerror)
+
+    loop.set_exception_handler(handle)
 
 
 @asynccontextmanager

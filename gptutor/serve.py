@@ -20,7 +20,7 @@ from gptutor.app import build_app
 from gptutor.banner import banner
 from gptutor.config import Config, Server, kept_secret
 from gptutor.config import Simulator as SimulatorPlace
-from gptutor.listener import StartError, listening_on
+from gptutor.listener import StartError, complain_calmly, listening_on
 from gptutor.logs import WIRE, logging_to
 from gptutor.metrics import build_metrics
 from gptutor.money.amounts import parse_roubles
@@ -55,6 +55,7 @@ async def serve(config: Config) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    complain_calmly(asyncio.get_running_loop())
     secret = config.secret_key()
     with (
         logging_to(

@@ -23,7 +23,8 @@ def test_without_descriptors_the_others_are_still_served_and_it_recovers(tmp_pat
         early.sendall(HEALTH)
         assert early.recv(4096).startswith(b"HTTP/1.1 200")
         limit = process.num_fds() + 10
-        process.rlimit(psutil.RLIMIT_NOFILE, (limit, limit))
+        _, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+        process.rlimit(psutil.RLIMIT_NOFILE, (limit, hard))
         for _ in range(50):
             stack.enter_context(socket.create_connection(address, timeout=10)).sendall(HEALTH)
         time.sleep(0.5)
