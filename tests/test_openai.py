@@ -56,10 +56,10 @@ async def async_client(service: Service) -> Any:
 
 
 class Account:
-    """A user with five roubles, and a client of his own."""
+    """A user with fifty roubles, and a client of his own."""
 
     def __init__(self, service: Service, client: OpenAI) -> None:
-        created = service.command("user", "create", "--balance", "5")
+        created = service.command("user", "create", "--balance", "50")
         self.user_id = int(created["id"])
         self.client = client.with_options(api_key=created["apiKey"])
         self._service = service
@@ -69,7 +69,7 @@ class Account:
         for _ in range(20):
             shown = self._service.command("user", "show", str(self.user_id))
             if shown["held"] == "0":
-                return 5 - Decimal(shown["balance"])
+                return 50 - Decimal(shown["balance"])
             time.sleep(0.1)
         raise AssertionError(f"{shown['held']} roubles are still held")
 
@@ -418,28 +418,30 @@ def test_the_python_example_of_the_readme_runs(service: Service, readme: Path) -
 
 @pytest.fixture(scope="session")
 def node() -> str:
-    """Node with OpenAI's SDK beside it."""
+    """Node with OpenAI's SDK, and the package of forms that it works with, beside it."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if not node or not npm:
         pytest.skip("node and npm are not installed: OpenAI's SDK for JavaScript is not checked")
-    if not (JAVASCRIPT / "node_modules" / "openai").exists():
+    if not all((JAVASCRIPT / "node_modules" / package).exists() for package in ("openai", "zod")):
         subprocess.run([npm, "install", "--no-save", "--no-package-lock", "--silent"], cwd=JAVASCRIPT, check=True)
     return node
 
 
-def run_node(node: str, service: Service, *arguments: str) -> str:
-    environ = {**os.environ, "GATEWAY_URL": f"{service.url}/v1", "GATEWAY_KEY": service.demo_key}
+def run_node(node: str, *arguments: str, **settings: str) -> str:
+    environ = {**os.environ, **settings}
     ran = subprocess.run([node, *arguments], cwd=JAVASCRIPT, env=environ, check=False, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 
 
-def test_javascript(service: Service, node: str) -> None:
-    said = run_node(node, service, "check.mjs")
+def test_javascript(service: Service, account: Account, node: str) -> None:
+    poor = service.command("user", "create", "--balance", "0.5")["apiKey"]
+    said = run_node(node, "check.mjs", GATEWAY_URL=f"{service.url}/v1", GATEWAY_KEY=account.client.api_key, GATEWAY_POOR_KEY=poor)
     assert said.count("ok ") == (JAVASCRIPT / "check.mjs").read_text().count("  async '")
+    assert account.settled() > 0
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
 def test_the_javascript_example_of_the_readme_runs(service: Service, node: str, readme: Path) -> None:
     (example,) = examples(readme, "javascript")
-    assert len(run_node(node, service, "--input-type=module", "--eval", here(example, service))) > 20
+    assert len(run_node(node, "--input-type=module", "--eval", here(example, service))) > 20
