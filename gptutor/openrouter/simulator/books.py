@@ -20,21 +20,32 @@ class Record:
     created: float
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cost_usd: Decimal = Decimal(0)
+    fee_usd: Decimal = Decimal(0)
+    """What OpenRouter charges: everything, or its fee alone where a provider's own key is used."""
+    provider_usd: Decimal = Decimal(0)
+    """What the provider bills to a key of its own."""
+    is_byok: bool = False
     finished: bool = False
     cancelled: bool = False
     known_at: float = 0
     """When `/generation` begins to know it, in the event loop's time."""
 
+    @property
+    def cost_usd(self) -> Decimal:
+        """All that the generation costs its buyer."""
+        return self.fee_usd + self.provider_usd
+
     def stats(self) -> dict[str, Any]:
-        """As `GET /generation` tells it; the cost is put in by the server, which spells it."""
+        """As `GET /generation` tells it."""
         return {
             "id": self.generation_id,
             "model": self.model,
             "streamed": self.stream,
             "cancelled": self.cancelled,
-            "is_byok": False,
-            "upstream_inference_cost": 0,
+            "is_byok": self.is_byok,
+            "total_cost": self.fee_usd,
+            "usage": self.fee_usd,
+            "upstream_inference_cost": self.provider_usd if self.is_byok else 0,
             "provider_name": "Simulator",
             "created_at": self.created,
             "tokens_prompt": self.prompt_tokens,
@@ -56,3 +67,6 @@ class Books:
 
     def total_usd(self) -> Decimal:
         return sum((record.cost_usd for record in self.records.values()), Decimal(0))
+
+    def provider_usd(self) -> Decimal:
+        return sum((record.provider_usd for record in self.records.values()), Decimal(0))

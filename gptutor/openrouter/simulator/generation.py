@@ -1,73 +1,134 @@
-"""What a simulated model says to a request, and what that costs."""
+"""What a simulated model says to a request: a finished answer as a row of pieces, of which each is a token."""
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 from gptutor.openrouter.simulator.library import SimulatedModel
+from gptutor.openrouter.simulator.speech import (
+    Delta,
+    Media,
+    calls_of,
+    media_of,
+    text_of,
+    thought,
+    thoughts_of,
+    tool_deltas,
+    words_of,
+)
+from gptutor.openrouter.simulator.tariff import Input, Output, read_input, usage
 
-RUSSIAN = (
-    "Привет! Это симулятор OpenRouter: никакая модель не спрошена, но всё остальное настоящее — запрос прошёл через шлюз, "
-    "счёт посчитан по прайс-листу, и рубли списаны до последней цифры. Вы написали: «{prompt}»."
-)
-ENGLISH = (
-    "Hello! This is the OpenRouter simulator: no model was asked, but everything else is real — the request went through the "
-    "gateway, the bill follows the price list, and the roubles are exact to the last digit. You wrote: “{prompt}”."
-)
-ECHO_CHARACTERS = 200
 OUTPUT_TOKENS_DEFAULT = 400
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A finished answer: its words are its tokens."""
-
     generation_id: str
     model: SimulatedModel
     created: int
-    words: list[str]
+    pieces: Sequence[Delta]
     finish_reason: str
-    prompt_tokens: int
-    choices: int
+    given: Input
+    choices: int = 1
+    reasoning: int = 0
+    """So many of the pieces, the first ones, are thought and not said."""
+    media: Media | None = None
+    top_logprobs: int | None = None
+    """How many alternatives are told for each word; None: nothing is told."""
+    fallbacks: Sequence[SimulatedModel] = ()
+    byok: bool = False
 
     def usage(self, words: int | None = None) -> dict[str, Any]:
-        """The `usage` object for the first `words` words (all, if None). Costs are exact decimals; see `dumps`."""
-        completion = (len(self.words) if words is None else words) * self.choices
-        prompt_usd = self.prompt_tokens * self.model.usd("prompt") + self.model.usd("request")
-        completion_usd = completion * self.model.usd("completion")
+        """The `usage` object for the first `words` pieces (all, if None)."""
+        count = len(self.pieces) if words is None else words
+        media = self.media if self.media is not None and count >= len(self.pieces) else Media({})
+        made = Output(
+            words=count * self.choices,
+            reasoning=min(count, self.reasoning) * self.choices,
+            images=media.images * self.choices,
+            audio=media.audio * self.choices,
+        )
+        return usage(self.model, self.given, made, byok=self.byok)
+
+    def message(self) -> dict[str, Any]:
+        """The plain answer's message."""
+        said = "".join(piece.get("content", "") for piece in self.pieces)
+        thoughts = "".join(piece.get("reasoning", "") for piece in self.pieces)
+        calls: list[dict[str, Any]] = []
+        for call in (call for piece in self.pieces for call in piece.get("tool_calls", ())):
+            if "id" in call:
+                calls.append({**call, "function": dict(call["function"])})
+            else:
+                calls[-1]["function"]["arguments"] += call["function"]["arguments"]
         return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion,
-            "total_tokens": self.prompt_tokens + completion,
-            "cost": prompt_usd + completion_usd,
-            "is_byok": False,
-            "prompt_tokens_details": {"cached_tokens": 0},
-            "cost_details": {
-                "upstream_inference_cost": None,
-                "upstream_inference_prompt_cost": prompt_usd,
-                "upstream_inference_completions_cost": completion_usd,
-            },
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "role": "assistant",
+            "content": said or None,
+            "refusal": None,
+            **({"reasoning": thoughts, "reasoning_details": [thought(thoughts)]} if thoughts else {}),
+            **({"tool_calls": calls} if calls else {}),
+            **(self.media.delta if self.media else {}),
+        }
+
+    def logprobs(self, pieces: Sequence[Delta]) -> dict[str, Any] | None:
+        """How sure the model was of what it says in these pieces."""
+        if self.top_logprobs is None:
+            return None
+        words = [piece["content"] for piece in pieces if piece.get("content")]
+        return {
+            "content": [{**_sure(word), "top_logprobs": [_sure(word)] * self.top_logprobs} for word in words],
+            "refusal": None,
         }
 
 
-def generate(generation_id: str, request: dict[str, Any], model: SimulatedModel, created: int) -> Generation:
+def generate(
+    generation_id: str,
+    request: dict[str, Any],
+    model: SimulatedModel,
+    created: int,
+    fallbacks: Sequence[SimulatedModel] = (),
+) -> Generation:
+    """Raises NoEndpoint, and whatever a senseless request makes it raise."""
     prompt = last_text(request["messages"])
-    template = RUSSIAN if any("а" <= letter <= "я" for letter in prompt.lower()) else ENGLISH
-    text = template.format(prompt=prompt[:ECHO_CHARACTERS])
-    response_format = request.get("response_format")
-    if isinstance(response_format, dict) and response_format.get("type") == "json_object":
-        text = json.dumps({"answer": text}, ensure_ascii=False)
-    pieces = text.split(" ")
-    words = [piece if index == 0 else f" {piece}" for index, piece in enumerate(pieces)]
-    limit = request.get("max_tokens") or request.get("max_completion_tokens") or OUTPUT_TOKENS_DEFAULT
-    finish_reason = "stop" if len(words) <= limit else "length"
-    # A token of a real prompt is about four bytes; one is never shorter than a byte.
-    prompt_tokens = sum(
-        max(1, len(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")) // 4) for message in request["messages"]
+    calls = calls_of(request, prompt)
+    thoughts, is_told = thoughts_of(request)
+    thinking: list[Delta] = [
+        {"reasoning": word, "reasoning_details": [thought(word)]} if is_told else {"content": ""} for word in thoughts
+    ]
+    saying = tool_deltas(generation_id, calls) if calls else [{"content": word} for word in words_of(text_of(request, prompt))]
+    pieces = [*thinking, *saying]
+    asked_limit = request.get("max_tokens") or request.get("max_completion_tokens")
+    limit = asked_limit or OUTPUT_TOKENS_DEFAULT
+    media = None if calls else media_of(generation_id, request, model)
+    is_whole = len(pieces) <= limit
+    if media is not None and asked_limit and len(pieces) + media.images + media.audio > asked_limit:
+        media, is_whole = None, False
+    return Generation(
+        generation_id,
+        model,
+        created,
+        pieces[:limit],
+        ("tool_calls" if calls else "stop") if is_whole else "length",
+        read_input(request),
+        choices=request.get("n") or 1,
+        reasoning=min(len(thinking), limit),
+        media=media,
+        top_logprobs=(request.get("top_logprobs") or 0) if request.get("logprobs") else None,
+        fallbacks=fallbacks,
     )
-    return Generation(generation_id, model, created, words[:limit], finish_reason, prompt_tokens, choices=request.get("n") or 1)
+
+
+def with_words(generation: Generation, words: Sequence[str]) -> Generation:
+    """The same answer, which begins with these words."""
+    thought_of = generation.reasoning
+    said = [{"content": word} for word in words]
+    return replace(generation, pieces=[*generation.pieces[:thought_of], *said, *generation.pieces[thought_of:]])
+
+
+def _sure(word: str) -> dict[str, Any]:
+    return {"token": word, "logprob": -math.log1p(1 / (1 + len(word))), "bytes": list(word.encode("utf-8", "replace"))}
 
 
 def last_text(messages: list[Any]) -> str:

@@ -1,15 +1,19 @@
 """The simulator's model list: 326 models in OpenRouter's form, the same at every start.
 
-The recommended models of our documentation come first, with prices of their own; then models made from the names of real
-families; free ones; and router models, whose price is known only afterwards and stands as "-1".
+The recommended models of our documentation come first, with prices of their own; then router models, whose price is known only
+afterwards and stands as "-1"; some whose price lists have every other entry that OpenRouter knows; then models made from the
+names of real families, and free ones.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
 MODELS_TOTAL = 326
 CREATED = 1_735_689_600  # 2025-01-01
+VARIANTS = ("nitro", "floor", "online", "thinking")
+"""Suffixes that make a routable name of every listed model; none of them is listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +28,15 @@ class SimulatedModel:
     request: str = "0"
     cancellable: bool = True
     """Whether its provider stops, and stops billing, when the caller closes a stream."""
+    prices: Mapping[str, str] = field(default_factory=dict)
+    """The rest of its price list, by OpenRouter's names."""
+    overrides: Sequence[Mapping[str, Any]] = ()
+    """Other prices from so many prompt tokens on; the last that applies counts."""
+    outputs: Sequence[str] = ("text",)
 
     def listing(self) -> dict[str, Any]:
         """The model as an element of `GET /models`."""
-        modalities = ["text", "image"] if self.image != "0" else ["text"]
+        modalities = ["text", *(["image"] if self.image != "0" else []), *(["audio"] if "audio" in self.prices else [])]
         return {
             "id": self.id,
             "canonical_slug": self.id.partition(":")[0],
@@ -36,9 +45,9 @@ class SimulatedModel:
             "description": f"{self.name}, simulated.",
             "context_length": self.context,
             "architecture": {
-                "modality": "+".join(modalities) + "->text",
+                "modality": f"{'+'.join(modalities)}->{'+'.join(self.outputs)}",
                 "input_modalities": modalities,
-                "output_modalities": ["text"],
+                "output_modalities": list(self.outputs),
                 "tokenizer": "Other",
                 "instruct_type": None,
             },
@@ -49,6 +58,8 @@ class SimulatedModel:
                 "image": self.image,
                 "web_search": "0",
                 "internal_reasoning": "0",
+                **self.prices,
+                **({"overrides": list(self.overrides)} if self.overrides else {}),
             },
             "top_provider": {
                 "context_length": self.context,
@@ -56,13 +67,26 @@ class SimulatedModel:
                 "is_moderated": self.id.startswith("openai/"),
             },
             "per_request_limits": None,
-            "supported_parameters": ["max_tokens", "temperature", "top_p", "stop", "seed", "tools", "response_format"],
+            "supported_parameters": SUPPORTED,
         }
 
     def usd(self, name: str) -> Decimal:
-        """A price as it is billed: a router's "-1" is billed at a middling price."""
-        price = Decimal(getattr(self, name))
+        """A price as it is billed: 0 where none is listed; a router's "-1" is billed at a middling price."""
+        price = Decimal(str(self.prices.get(name) or getattr(self, name, "0")))
         return price if price >= 0 else Decimal("0.000001")
+
+    def at(self, prompt_tokens: int) -> "SimulatedModel":
+        """The model with the prices that hold for a prompt of this length."""
+        for override in reversed(self.overrides):
+            if prompt_tokens >= override["min_prompt_tokens"]:
+                return replace(self, prompt=override["prompt"], completion=override["completion"])
+        return self
+
+
+SUPPORTED = [
+    "max_tokens", "temperature", "top_p", "stop", "seed", "tools", "tool_choice", "response_format", "structured_outputs",
+    "reasoning", "logprobs", "top_logprobs",
+]  # fmt: skip
 
 
 RECOMMENDED = [
@@ -78,6 +102,32 @@ ROUTERS = [
     SimulatedModel("openrouter/auto", "Auto Router", "-1", "-1", 2_000_000, None),
     SimulatedModel("openrouter/auto-beta", "Auto Router (beta)", "-1", "-1", 2_000_000, None),
 ]
+SPECIAL = [
+    SimulatedModel(
+        "anthropic/claude-sonnet-4.5", "Anthropic: Claude Sonnet 4.5", "0.000003", "0.000015", 1_000_000, 64_000, image="0.0048",
+        prices={"input_cache_read": "0.0000003", "input_cache_write": "0.00000375", "web_search": "0.01"},
+        overrides=({"min_prompt_tokens": 200_000, "prompt": "0.000006", "completion": "0.0000225"},),
+    ),
+    SimulatedModel(
+        "google/gemini-2.5-pro", "Google: Gemini 2.5 Pro", "0.00000125", "0.00001", 1_048_576, 65_536, image="0.00516",
+        cancellable=False,
+        prices={"audio": "0.0000025", "input_cache_read": "0.00000031", "input_cache_write": "0.000001625",
+                "internal_reasoning": "0.000012"},
+        overrides=({"min_prompt_tokens": 200_000, "prompt": "0.0000025", "completion": "0.000015"},),
+    ),
+    SimulatedModel(
+        "google/gemini-2.5-flash-image", "Google: Gemini 2.5 Flash Image", "0.0000003", "0.0000025", 32_768, 32_768,
+        image="0.001238", cancellable=False, prices={"image_output": "0.00003"}, outputs=("text", "image"),
+    ),
+    SimulatedModel(
+        "openai/gpt-4o-audio-preview", "OpenAI: GPT-4o Audio", "0.0000025", "0.00001", 128_000, 16_384,
+        prices={"audio": "0.00004", "audio_output": "0.00008"}, outputs=("text", "audio"),
+    ),
+    SimulatedModel(
+        "perplexity/sonar", "Perplexity: Sonar", "0.000001", "0.000001", 127_072, None, request="0.005", cancellable=False,
+        prices={"web_search": "0.005"},
+    ),
+]  # fmt: skip
 FAMILIES = [
     ("openai", "gpt", 0.00000125, True), ("anthropic", "claude", 0.000003, True), ("google", "gemini", 0.0000003, False),
     ("meta-llama", "llama", 0.00000004, True), ("mistralai", "mistral", 0.0000004, False), ("qwen", "qwen3", 0.0000001, True),
@@ -91,7 +141,7 @@ SIZES = [("nano", 0.2), ("mini", 0.5), ("base", 1.0), ("pro", 3.0), ("ultra", 10
 
 def make_library() -> dict[str, SimulatedModel]:
     """All models by id."""
-    models = [*RECOMMENDED, *ROUTERS]
+    models = [*RECOMMENDED, *ROUTERS, *SPECIAL]
     generation = 1
     while len(models) < MODELS_TOTAL:
         for author, family, price, cancellable in FAMILIES:
@@ -108,3 +158,9 @@ def make_library() -> dict[str, SimulatedModel]:
                     models.append(SimulatedModel(identity + ":free", f"{family} {generation} (free)", "0", "0", 32_768, 8192))
         generation += 1
     return {model.id: model for model in models[:MODELS_TOTAL]}
+
+
+def find(library: Mapping[str, SimulatedModel], name: str) -> SimulatedModel | None:
+    """The model that answers to a name, which may have the suffix of a variant."""
+    base, _, variant = name.rpartition(":")
+    return library.get(name) or (library.get(base) if variant in VARIANTS else None)

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from gptutor.openrouter.simulator.generation import Generation, dumps
+from gptutor.openrouter.simulator.speech import Delta
 
 PROCESSING = b": OPENROUTER PROCESSING\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -12,12 +14,15 @@ STALL_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Wait, then send. `words` is how many words the caller has when these bytes are out; `cut` breaks the connection instead."""
+    """Wait, then act. `words` is how many words are billed to a caller who leaves when these bytes are out.
+
+    `write` is a write of HTTP's, `raw` goes past its framing onto the socket; `reset` and `close` end the connection instead.
+    """
 
     data: bytes = b""
     pause_s: float = 0.0
     words: int = 0
-    cut: bool = False
+    act: Literal["write", "raw", "reset", "close"] = "write"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,38 +43,27 @@ class Script:
 
 
 def plain(generation: Generation, first_word_s: float, word_s: float) -> Script:
-    body = dumps(
-        {
-            "id": generation.generation_id,
-            "provider": "Simulator",
-            "model": generation.model.id,
-            "object": "chat.completion",
-            "created": generation.created,
-            "choices": [
-                {
-                    "logprobs": None,
-                    "finish_reason": generation.finish_reason,
-                    "native_finish_reason": generation.finish_reason,
-                    "index": index,
-                    "message": {"role": "assistant", "content": "".join(generation.words), "refusal": None},
-                }
-                for index in range(generation.choices)
-            ],
-            "usage": generation.usage(),
-        }
-    )
-    words = len(generation.words)
+    choice = {
+        "logprobs": generation.logprobs(generation.pieces),
+        "finish_reason": generation.finish_reason,
+        "native_finish_reason": generation.finish_reason,
+    }
+    choices = [{**choice, "index": index, "message": generation.message()} for index in range(generation.choices)]
+    body = dumps({**_envelope(generation, "chat.completion"), "choices": choices, "usage": generation.usage()})
+    words = len(generation.pieces)
     step = Step(body, pause_s=first_word_s + word_s * words, words=words)
     return Script(200, [step], headers={"X-Generation-Id": generation.generation_id}, billed_words=words)
 
 
 def streamed(generation: Generation, first_word_s: float, word_s: float) -> Script:
-    steps = [Step(PROCESSING), Step(_event(generation, {"role": "assistant", "content": ""}), pause_s=first_word_s)]
-    for count, word in enumerate(generation.words, start=1):
-        steps.append(Step(_event(generation, {"content": word}), pause_s=word_s, words=count))
-    words = len(generation.words)
-    steps.append(Step(_event(generation, {"content": ""}, generation.finish_reason), words=words))
-    steps.append(Step(_data({**_envelope(generation), "choices": [], "usage": generation.usage()}), words=words))
+    steps = [Step(PROCESSING), Step(event(generation, {"role": "assistant", "content": ""}), pause_s=first_word_s)]
+    for count, piece in enumerate(generation.pieces, start=1):
+        steps.append(Step(event(generation, piece), pause_s=word_s, words=count))
+    words = len(generation.pieces)
+    if generation.media is not None:
+        steps.append(Step(event(generation, generation.media.delta), words=words))
+    steps.append(Step(event(generation, {"content": ""}, finish_reason=generation.finish_reason), words=words))
+    steps.append(Step(usage_event(generation), words=words))
     steps.append(Step(DONE, words=words))
     return Script(
         200,
@@ -84,36 +78,46 @@ def refused(status: int, message: str, headers: dict[str, str] | None = None) ->
     return Script(status, [Step(dumps({"error": {"code": status, "message": message}}))], headers=headers or {})
 
 
-def mid_stream_error(generation: Generation) -> bytes:
+def mid_stream_error(generation: Generation, code: int | str = 502) -> bytes:
     """The event by which OpenRouter says, after a 200, that a provider failed."""
     choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "error"}
-    error = {"code": 502, "message": "Provider disconnected", "metadata": {"error_type": "provider_error"}}
+    error = {"code": code, "message": "Provider disconnected", "metadata": {"error_type": "provider_error"}}
     return _data({**_envelope(generation), "error": error, "choices": [choice]})
 
 
-def _event(generation: Generation, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+def event(
+    generation: Generation, delta: Delta, *, finish_reason: str | None = None, usage: dict[str, Any] | None = None
+) -> bytes:
+    """A piece of the answer, the same for every choice; `usage` is beside it where a provider states its price so."""
     choices = [
         {
             "index": index,
             "delta": delta,
             "finish_reason": finish_reason,
             "native_finish_reason": finish_reason,
-            "logprobs": None,
+            "logprobs": generation.logprobs([delta]) if delta.get("content") else None,
         }
         for index in range(generation.choices)
     ]
-    return _data({**_envelope(generation), "choices": choices})
+    return _data({**_envelope(generation), "choices": choices, **({"usage": usage} if usage else {})})
 
 
-def _envelope(generation: Generation) -> dict[str, object]:
+def usage_event(generation: Generation, words: int | None = None) -> bytes:
+    """The price of so many words (of all, if None), as a stream states it."""
+    return _data({**_envelope(generation), "choices": [], "usage": generation.usage(words)})
+
+
+def _envelope(generation: Generation, kind: str = "chat.completion.chunk") -> dict[str, Any]:
+    tier = generation.given.tier
     return {
         "id": generation.generation_id,
         "provider": "Simulator",
         "model": generation.model.id,
-        "object": "chat.completion.chunk",
+        "object": kind,
         "created": generation.created,
+        **({"service_tier": tier} if tier else {}),
     }
 
 
-def _data(event: dict[str, object]) -> bytes:
-    return b"data: " + dumps(event) + b"\n\n"
+def _data(value: dict[str, Any]) -> bytes:
+    return b"data: " + dumps(value) + b"\n\n"

@@ -5,15 +5,17 @@ import datetime
 import itertools
 import json
 import time
+from decimal import Decimal
 from typing import Any
 
 from aiohttp import web
 
 from gptutor.openrouter.simulator.books import Books, Record
-from gptutor.openrouter.simulator.faults import FaultError, apply_faults
+from gptutor.openrouter.simulator.faults import FaultError, apply_faults, change_generation
 from gptutor.openrouter.simulator.generation import Generation, as_billed, dumps, generate, last_text
-from gptutor.openrouter.simulator.library import make_library
+from gptutor.openrouter.simulator.library import SimulatedModel, find, make_library
 from gptutor.openrouter.simulator.script import Script, plain, refused, streamed
+from gptutor.openrouter.simulator.speech import NoEndpoint
 
 BODY_BYTES_MAX = 64 * 1024 * 1024
 
@@ -51,25 +53,35 @@ class Simulator:
             return _answer(refused(401, "No auth credentials found"))
         try:
             ask = json.loads(body)
-            model = self._library.get(ask["model"])
-            stream = ask.get("stream") or False
+            stream = bool(ask.get("stream"))
+            names = [ask.get("model") or ask["models"][0], *(ask.get("models") or [])]
+            models = [find(self._library, name) for name in names]
+            if None in models:
+                return _answer(refused(400, f"{names[models.index(None)]} is not a valid model ID"))
             asked = f"{_fault_header(request)} {last_text(ask['messages'])}"
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            return _answer(refused(400, "Invalid request"))
-        if model is None:
-            return _answer(refused(400, f"{ask['model']} is not a valid model ID"))
-
-        generation = generate(f"gen-{self._epoch}-{next(self._numbers):08d}", ask, model, int(time.time()))
-        script = (streamed if stream else plain)(generation, self.first_word_s, self.word_s)
-        try:
-            script = apply_faults(script, generation, asked)
+            generation, script = self._perform(ask, [model for model in models if model is not None], asked, stream=stream)
         except FaultError as error:
             return _answer(refused(400, str(error)))
+        except NoEndpoint as error:
+            return _answer(refused(404, str(error)))
+        except (ValueError, KeyError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
+            return _answer(refused(400, "Invalid request"))
         if script.billed_words is None:
             return _answer(script)
-        record = Record(generation.generation_id, model.id, bool(stream), body, dict(request.headers), time.time())
+        record = Record(generation.generation_id, generation.model.id, stream, body, dict(request.headers), time.time())
         self.books.open(record)
         return await self._play(request, script, generation, record)
+
+    def _perform(
+        self, ask: dict[str, Any], models: list[SimulatedModel], asked: str, *, stream: bool
+    ) -> tuple[Generation, Script]:
+        """What the first of the models says to the ask, under the faults asked for."""
+        model, *others = models
+        name = f"gen-{self._epoch}-{next(self._numbers):08d}"
+        fallbacks = [other for other in others if other is not model]
+        generation = change_generation(generate(name, ask, model, int(time.time()), fallbacks), asked)
+        script = (streamed if stream else plain)(generation, self.first_word_s, self.word_s)
+        return generation, apply_faults(script, generation, asked)
 
     async def _play(self, request: web.Request, script: Script, generation: Generation, record: Record) -> web.StreamResponse:
         """Sends the script. What is billed: all of it at the end or at a break, what was said if a caller left in time."""
@@ -82,12 +94,16 @@ class Simulator:
             for number, step in enumerate(script.steps):
                 if step.pause_s and (number or script.is_stream):
                     await asyncio.sleep(step.pause_s)
-                if step.cut:
-                    if request.transport is not None:
-                        request.transport.abort()
+                if (transport := request.transport) is None:
+                    raise ConnectionResetError
+                if step.act in ("reset", "close"):
+                    transport.abort() if step.act == "reset" else transport.close()
                     break
                 said = step.words
-                await response.write(step.data)
+                if step.act == "raw":
+                    transport.write(step.data)
+                else:
+                    await response.write(step.data)
         except (asyncio.CancelledError, ConnectionError):
             record.cancelled = script.is_stream
             if script.is_stream and generation.model.cancellable:
@@ -102,8 +118,10 @@ class Simulator:
         usage = generation.usage(words)
         record.prompt_tokens = usage["prompt_tokens"]
         record.completion_tokens = usage["completion_tokens"]
-        # Nothing was said: OpenRouter does not charge for the prompt either.
-        record.cost_usd = as_billed(usage["cost"]) if words else as_billed(usage["cost"] * 0)
+        record.is_byok = generation.byok
+        if words:  # if nothing was said, OpenRouter does not charge for the prompt either
+            record.fee_usd = as_billed(usage["cost"])
+            record.provider_usd = as_billed(usage["cost_details"]["upstream_inference_cost"] or Decimal(0))
         record.finished = True
         record.known_at = asyncio.get_running_loop().time() + self.known_after_s
 
@@ -114,10 +132,10 @@ class Simulator:
         record = self.books.records.get(request.query.get("id", ""))
         if record is None or not record.finished or asyncio.get_running_loop().time() < record.known_at:
             return _answer(refused(404, "Generation not found"))
-        return _json({"data": {**record.stats(), "total_cost": record.cost_usd, "usage": record.cost_usd}})
+        return _json({"data": record.stats()})
 
     async def key(self, request: web.Request) -> web.Response:
-        usage = self.books.total_usd()
+        usage = self.books.total_usd() - self.books.provider_usd()
         return _json(
             {
                 "data": {
@@ -128,7 +146,7 @@ class Simulator:
                     "usage_daily": usage,
                     "usage_weekly": usage,
                     "usage_monthly": usage,
-                    "byok_usage": 0,
+                    "byok_usage": self.books.provider_usd(),
                     "is_free_tier": False,
                     "is_management_key": False,
                 }
