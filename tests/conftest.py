@@ -202,6 +202,32 @@ async def overruns(database_url: str) -> list[tuple[Any, ...]]:
     return [tuple(row) for row in rows]
 
 
+@pytest.fixture
+async def scripted(
+    database_url: str, gateway: Gateway, aiohttp_server: Any, tmp_path: Path, tuned: dict[str, Any]
+) -> AsyncIterator[Any]:
+    """A gateway whose OpenRouter is a function of the test's; gives (set the function, the gateway)."""
+    plays: list[Any] = []
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        await request.read()
+        result: web.StreamResponse = await plays[-1](request)
+        return result
+
+    async def models(request: web.Request) -> web.Response:
+        return web.Response(body=gateway.simulator._models, content_type="application/json")
+
+    app = web.Application()
+    app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])
+    server = await aiohttp_server(app)
+    config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted", tuned)
+    own = build_app(config, log=LoggerService(), secret=SECRET)
+    async with listening(own, config.server) as url:
+        running = Gateway(url, own, gateway.simulator, gateway.books, gateway.session)
+        await running.ready()
+        yield plays, running
+
+
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """`gptutor serve`, whole, on a bare directory."""

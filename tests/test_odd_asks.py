@@ -81,10 +81,13 @@ async def test_an_image_is_never_fetched_here_and_goes_up_as_it_is(
         {"plugins": [{"id": "web", "max_results": 5}, {"id": "file-parser", "pdf": {"engine": "mistral-ocr"}}]},
         {"model": "openai/gpt-4o-mini:online"},
         {"web_search_options": {"search_context_size": "high"}},
-        {"tools": [{"type": "openrouter:web_search"}]},
+        {"plugins": [{"id": "web", "max_results": 50}]},
+        {"tools": [{"type": "openrouter:web_search"}] * 30},
         {"service_tier": "priority"},
         {"service_tier": "flex"},
-        {"modalities": ["text", "image"]},
+        {"model": "google/gemini-2.5-flash-image", "modalities": ["text", "image"]},
+        {"model": "openai/gpt-4o-audio-preview", "modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}},
+        {"model": "google/gemini-2.5-pro", "messages": [{"role": "user", "content": "x" * 900_000}], "reasoning": {"effort": "high"}},
         {"reasoning": {"effort": "high"}},
         {"reasoning_effort": "high"},
         {"model": "openrouter/auto"},
@@ -120,8 +123,8 @@ async def test_the_price_is_asked_for_whatever_the_caller_wishes(gateway: Gatewa
 
 async def test_many_messages_and_one_long_one_are_served_or_refused_and_nobody_waits(gateway: Gateway) -> None:
     caller = await gateway.caller("10000")
-    many = b'{"messages":[%s]}' % b",".join([b'{"role":"user","content":"x"}'] * 300_000)
-    long = b'{"messages":[{"role":"user","content":"%s"}]}' % (b"x" * 10_000_000)
+    many = b'{"messages":[%s]}' % b",".join([b'{"role":"user","content":"x"}'] * 120_000)
+    long = b'{"messages":[{"role":"user","content":"%s"}]}' % (b"x" * 4_000_000)
     for body in (many, long):
         asked = asyncio.create_task(send(gateway, caller, body))
         answers = 0

@@ -18,7 +18,7 @@ from gptutor.money.amounts import AccountId
 from gptutor.money.keys import make_key
 from gptutor.openrouter.relay import HEARTBEAT
 from tests.conftest import Gateway
-from tests.test_relay import assert_books_agree, scripted  # noqa: F401 - a fixture
+from tests.test_relay import assert_books_agree
 from tests.test_wire import post, raw
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -172,7 +172,7 @@ async def test_a_large_body_is_checked_beside_the_event_loop(gateway: Gateway, m
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"first_byte_s": 2, "idle_s": 0.3}, "relay": {"heartbeat_s": 60}}])
-async def test_the_first_byte_and_the_gaps_between_have_times_of_their_own(scripted: Any) -> None:  # noqa: F811
+async def test_the_first_byte_and_the_gaps_between_have_times_of_their_own(scripted: Any) -> None:
     plays, gateway = scripted
 
     async def play(request: web.Request) -> web.StreamResponse:
@@ -193,7 +193,7 @@ async def test_the_first_byte_and_the_gaps_between_have_times_of_their_own(scrip
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"heartbeat_s": 0.1}}])
-async def test_silence_in_mid_stream_is_filled_between_events_and_never_inside_one(scripted: Any) -> None:  # noqa: F811
+async def test_silence_in_mid_stream_is_filled_between_events_and_never_inside_one(scripted: Any) -> None:
     plays, gateway = scripted
     event = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 
@@ -218,7 +218,7 @@ async def test_silence_in_mid_stream_is_filled_between_events_and_never_inside_o
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.3}}])
-async def test_after_the_price_nobody_waits_long_for_an_end(scripted: Any) -> None:  # noqa: F811
+async def test_after_the_price_nobody_waits_long_for_an_end(scripted: Any) -> None:
     plays, gateway = scripted
 
     async def play(request: web.Request) -> web.StreamResponse:
@@ -239,7 +239,7 @@ async def test_after_the_price_nobody_waits_long_for_an_end(scripted: Any) -> No
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"total_s": 30, "attempts_max": 9}}])
-async def test_a_caller_who_leaves_between_attempts_is_not_asked_for_again(scripted: Any) -> None:  # noqa: F811
+async def test_a_caller_who_leaves_between_attempts_is_not_asked_for_again(scripted: Any) -> None:
     plays, gateway = scripted
     asked = asyncio.Queue[None]()
 

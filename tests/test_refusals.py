@@ -127,7 +127,10 @@ async def test_the_body_has_a_limit_however_it_comes(gateway: Gateway) -> None:
     assert (await send(gateway, data=io.BytesIO(body), headers=headers))[:2] == (413, "body_too_large")
     assert (await send(gateway, data=in_pieces(), headers=headers))[:2] == (413, "body_too_large")
     await assert_nothing_happened(gateway)
-    assert (await send(gateway, data=io.BytesIO(body[:9_000_000] + b'"}]}'), headers=headers))[0] == 200
+    assert (await send(gateway, data=io.BytesIO(body[:4_000_000] + b'"}]}'), headers=headers))[0] == 200
+    status, code, text = await send(gateway, data=io.BytesIO(body[:9_000_000] + b'"}]}'), headers=headers)
+    assert (status, code) == (400, "upstream_rejected")
+    assert "maximum context length" in text
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd"])

@@ -4,9 +4,7 @@ C4 to C8, F3; rows money-7 to -11, upstream-1, -6, -9 to -13, -15, client-2, cli
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -14,12 +12,9 @@ import pytest
 from aiohttp import web
 
 from gptutor.api.exchange import TRUNCATED
-from gptutor.app import build_app
-from gptutor.logs import LoggerService
 from gptutor.money.bookings import Bookings
 from gptutor.money.invariants import check
-from gptutor.serve import listening
-from tests.conftest import SECRET, Caller, Gateway, config_for
+from tests.conftest import Caller, Gateway
 
 MODEL = "google/gemini-2.5-flash-lite"
 
@@ -215,32 +210,6 @@ async def test_what_reaches_openrouter_is_what_the_caller_sent_and_nothing_of_wh
 
 
 # -- a scripted upstream: bytes that no simulator would send
-
-
-@pytest.fixture
-async def scripted(
-    database_url: str, gateway: Gateway, aiohttp_server: Any, tmp_path: Path, tuned: dict[str, Any]
-) -> AsyncIterator[Any]:
-    """A gateway whose OpenRouter is a function of the test's; gives (set the function, the gateway)."""
-    plays: list[Any] = []
-
-    async def play(request: web.Request) -> web.StreamResponse:
-        await request.read()
-        result: web.StreamResponse = await plays[-1](request)
-        return result
-
-    async def models(request: web.Request) -> web.Response:
-        return web.Response(body=gateway.simulator._models, content_type="application/json")
-
-    app = web.Application()
-    app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])
-    server = await aiohttp_server(app)
-    config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted", tuned)
-    own = build_app(config, log=LoggerService(), secret=SECRET)
-    async with listening(own, config.server) as url:
-        running = Gateway(url, own, gateway.simulator, gateway.books, gateway.session)
-        await running.ready()
-        yield plays, running
 
 
 ODD_STREAMS = [

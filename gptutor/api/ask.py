@@ -29,6 +29,8 @@ IMAGES = ("image_url", "input_image")
 """Parts whose bytes are not tokens: a picture costs by its size in pixels, within a bound."""
 OWN_TOOLS = ("function", "custom")
 """Tools that the caller runs himself; all others are run by OpenRouter, for money."""
+RESULTS_USUAL = 5
+"""So many results a search gives, and is paid for, unless it is asked for more."""
 ORDINARY_TIERS = (None, "auto", "default", "flex")
 
 
@@ -150,13 +152,13 @@ def read_ask(body: bytes, *, default_model: str) -> Ask:
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Refusal("invalid_json", cause=type(error).__name__) from error
 
-    images, image_bytes, has_files = 0, 0, False
+    images, image_bytes, files = 0, 0, 0
     for index, message in enumerate(request.messages):
         for kind, size in _parts(message, f"messages[{index}].content"):
             if kind in IMAGES:
                 images, image_bytes = images + 1, image_bytes + size
             elif kind != "text":
-                has_files = True
+                files += 1
     limits = (request.max_tokens, request.max_completion_tokens)
     return Ask(
         model=request.model or default_model,
@@ -166,10 +168,10 @@ def read_ask(body: bytes, *, default_model: str) -> Ask:
         size=Size(
             prompt_bytes=sum(len(memoryview(member)) for member in members.values()) - image_bytes,
             images=images,
-            has_files=has_files,
+            has_files=files > 0,
             choices=request.n or 1,
             output_tokens=max((limit for limit in limits if limit is not None), default=None),
-            paid_tools=_paid_tools(request),
+            paid_tools=_paid_tools(request, files),
             caches_prompt=b'"cache_control"' in body,
             more_than_text=any(modality != "text" for modality in request.modalities or ()),
             hurried=request.service_tier not in ORDINARY_TIERS,
@@ -192,11 +194,17 @@ def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
         return _decode_request(masked), _decode_members(masked), True
 
 
-def _paid_tools(request: ChatRequest) -> int:
-    """How many things are asked for that OpenRouter does for a price of their own."""
+def _paid_tools(request: ChatRequest, files: int) -> int:
+    """How many things are asked for that OpenRouter does for a price of their own: searching, and reading files."""
     tools = sum(tool.type not in OWN_TOOLS for tool in request.tools or ())
+    plugins = sum(1 + _results(plugin) // RESULTS_USUAL for plugin in request.plugins or ())
     online = any(":online" in (model or "") for model in (request.model, *(request.models or ())))
-    return tools + len(request.plugins or ()) + (request.web_search_options is not None) + online
+    return tools + plugins + (request.web_search_options is not None) + online + files
+
+
+def _results(plugin: dict[str, Any]) -> int:
+    wanted = plugin.get("max_results")
+    return wanted if type(wanted) is int and 0 < wanted < 2**31 else 0
 
 
 def _object_once(pairs: list[tuple[str, Any]]) -> None:

@@ -195,7 +195,10 @@ class Exchange:
                 )
                 if error is not None and not downstream.has_begun:
                     raise refusal_of(error) from error
-                if not scanner.has_ended and not self._caller_left():
+                if reply.is_encoded and error is not None:
+                    self._cause = f"upstream, in mid-stream: {error}"
+                    downstream.abort()
+                elif not (reply.is_encoded or scanner.has_ended or self._caller_left()):
                     self._cause = f"upstream, in mid-stream: {error or 'the end came too early'}"
                     await downstream.write(TRUNCATED if scanner.at_event_end else b"\n\n" + TRUNCATED)
                 await downstream.finish()

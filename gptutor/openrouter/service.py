@@ -34,6 +34,8 @@ PASSED_ON = ("Content-Type", "Content-Encoding", "X-Generation-Id")
 ONE_WRITE_BYTES_MAX = 1024 * 1024
 """A larger request is sent in pieces: one write of it would hold up everybody else."""
 GET_S = 30.0
+LOOK_S = 1.0
+"""How often a silent connection is looked at."""
 ERROR_BYTES_MAX = 64 * 1024
 ERROR_BODY_S = 5.0
 MESSAGE_CHARACTERS_MAX = 1000
@@ -70,6 +72,8 @@ class Reply:
         self.headers = {name: response.headers[name] for name in PASSED_ON if name in response.headers}
         self.generation_id = _generation_id(response)
         self.is_event_stream = response.content_type == "text/event-stream"
+        self.is_encoded = response.headers.get("Content-Encoding", "identity") != "identity"
+        """Compressed against our wish: nothing can be read in it, or added to it."""
 
     async def chunks(self, quiet_s: float) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive, and `b""` after each `quiet_s` of silence.
@@ -78,28 +82,37 @@ class Reply:
         """
         content = self._response.content
         clock = asyncio.get_running_loop().time
-        heard = clock()
+        heard = told = clock()
         with _translated(self.generation_id):
             while True:
-                left_s = heard + self._silence_s - clock()
-                if left_s <= 0:
-                    raise TimeoutError
+                wait_s = min(LOOK_S, told + quiet_s - clock(), heard + self._silence_s - clock())
                 try:
-                    async with asyncio.timeout(min(quiet_s, left_s)):
+                    async with asyncio.timeout(wait_s):
                         chunk = await content.readany()
                 except TimeoutError:
-                    yield b""
+                    if self._is_lost():
+                        raise aiohttp.ClientPayloadError("bad framing") from None
+                    if clock() - heard >= self._silence_s:
+                        raise
+                    if clock() - told >= quiet_s:
+                        told = clock()
+                        yield b""
                     continue
                 if not chunk:
                     return
                 yield chunk
-                heard = clock()
+                heard = told = clock()
 
     async def read(self, within_s: float) -> bytes:
         """The whole body. Raises UpstreamError."""
         with _translated(self.generation_id):
             async with asyncio.timeout(within_s):
                 return await self._response.read()
+
+    def _is_lost(self) -> bool:
+        """Whether nothing can come any more: aiohttp drops a connection whose framing is broken, and does not tell the reader."""
+        connection = self._response.connection
+        return connection is None or connection.transport is None or connection.transport.is_closing()
 
     def expect_end(self) -> None:
         """All that matters has been said: from now on silence is not worth waiting for."""

@@ -80,6 +80,9 @@ class Simulator:
         name = f"gen-{self._epoch}-{next(self._numbers):08d}"
         fallbacks = [other for other in others if other is not model]
         generation = change_generation(generate(name, ask, model, int(time.time()), fallbacks), asked)
+        if (tokens := generation.given.prompt_tokens) > generation.model.context:
+            limit = generation.model.context
+            return generation, refused(400, f"This endpoint's maximum context length is {limit} tokens. You asked for {tokens}.")
         script = (streamed if stream else plain)(generation, self.first_word_s, self.word_s)
         return generation, apply_faults(script, generation, asked)
 

@@ -1,0 +1,115 @@
+"""Whatever OpenRouter does, the caller gets the truth and the books agree (contract A3, B6, B7, C5 to C8; rows money-9 to -11,
+upstream-2, -6, -9 to -18)."""
+
+import gzip
+import json
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from gptutor.api.exchange import TRUNCATED
+from tests.conftest import Gateway
+from tests.test_relay import assert_books_agree
+
+WHOLE = b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("fault", "ending"),
+    [
+        ("usage-twice", WHOLE),
+        ("usage-early", WHOLE),
+        ("usage-in-finish", WHOLE),
+        ("injected", WHOLE),
+        ("comments=3", WHOLE),
+        ("big-line=2000000", WHOLE),
+        ("odd-headers", WHOLE),
+        ("byok", WHOLE),
+        ("one-write", WHOLE),
+        ("error=4", b"}\n\n"),
+        ("string-code=4", b"}\n\n"),
+        ("bad-chunk=5", TRUNCATED),
+        ("cut-inside=5", TRUNCATED),
+        ("usage-hang", TRUNCATED),
+    ],
+)
+@pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.3}}])
+async def test_a_stream_is_told_and_charged_truly(gateway: Gateway, fault: str, ending: bytes) -> None:
+    caller = await gateway.caller()
+    gateway.simulator.word_s = 0.001  # so that a fault is met in mid-stream
+    response, stream = await gateway.chat(caller, f"fault:{fault}", stream=True)
+    assert response.status == 200
+    assert stream.endswith(ending)
+    assert (WHOLE in stream) is (ending == WHOLE)
+    assert (TRUNCATED in stream) is (ending == TRUNCATED)
+    assert not {"Set-Cookie", "X-Evil", "Server-Timing"} & set(response.headers)
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [
+        ("plain-error", 200, None),
+        ("top-error", 200, None),
+        ("odd-headers", 200, None),
+        ("byok", 200, None),
+        ("injected", 200, None),
+        ("no-code", 429, "rate_limited_upstream"),
+        ("redirect=302", 500, "upstream_error"),
+        ("redirect=308", 500, "upstream_error"),
+        ("bad-length", 500, "upstream_outcome_unknown"),
+    ],
+)
+async def test_a_plain_answer_is_told_and_charged_truly(gateway: Gateway, fault: str, status: int, code: str | None) -> None:
+    caller = await gateway.caller()
+    response, document = await gateway.chat(caller, f"fault:{fault}")
+    assert (response.status, response.headers.get("X-Error-Code")) == (status, code)
+    assert json.loads(document)
+    assert not {"Set-Cookie", "X-Evil", "Location"} & set(response.headers)
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_compressed_against_our_wish_passes_whole_and_is_charged(gateway: Gateway, stream: bool) -> None:
+    caller = await gateway.caller()
+    response, document = await gateway.chat(caller, "fault:gzip", stream=stream)
+    assert response.headers["Content-Encoding"] == "gzip"
+    assert (b"[DONE]" in gzip.decompress(document)) is stream
+    await assert_books_agree(gateway, caller)
+
+
+async def test_a_drip_of_single_bytes_passes_and_is_charged(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    _, stream = await gateway.chat(caller, "fault:drip=1", stream=True, max_tokens=5)
+    assert stream.endswith(WHOLE)
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+async def test_openrouters_own_words_reach_the_caller_whatever_their_form(scripted: Any, status: int) -> None:
+    plays, gateway = scripted
+    caller = await gateway.caller()
+    for body, text in (
+        (b'{"error":{"message":"too long","code":400}}', "too long"),
+        (b'{"error":{"message":"too long","error_type":"x","http_status":400}}', "too long"),
+        (b'{"error":"too long"}', "too long"),
+        (b'{"error":{"message":null}}', "OpenRouter rejected the request"),
+        (b"{}", "OpenRouter rejected the request"),
+        (b"<html>", "OpenRouter rejected the request"),
+        (b"", "OpenRouter rejected the request"),
+        (b'{"error":{"message":"%s"}}' % (b"x" * 5000), "x" * 1000),
+    ):
+        plays.append(answering(status, body))
+        response, document = await gateway.chat(caller)
+        assert (response.status, response.headers["X-Error-Code"]) == (400, "upstream_rejected")
+        assert json.loads(document) == {"error": text}
+    assert await caller.held() == 0
+    assert await caller.balance() == 100
+
+
+def answering(status: int, body: bytes) -> Any:
+    async def play(request: web.Request) -> web.Response:
+        return web.Response(status=status, body=body, content_type="application/json")
+
+    return play
