@@ -1,4 +1,4 @@
-"""Checking the ask (contract A1, A4, A5, B2; rows input-1, -2, -4, -5, -6, -11, -13, -14, -16, -17)."""
+"""Checking the ask (contract A1, A4, A5, B2; rows input-1 to -6, -11, -13, -14, -16, -17)."""
 
 import json
 from typing import Any

@@ -370,7 +370,7 @@ def test_a_stream_that_breaks_off_is_an_api_error_and_not_a_short_answer(client:
         list(client.chat.completions.create(model=MODEL, messages=says(f"fault:{fault}"), stream=True))
 
 
-@pytest.mark.parametrize("fault", ["cut-inside=1", "cut-inside=5", "cut-inside=20"])
+@pytest.mark.parametrize("fault", ["cut-inside=1", "cut-inside=5", "cut-inside=20", "bad-chunk=5"])
 def test_a_stream_that_breaks_off_inside_an_event_never_looks_whole(client: OpenAI, fault: str) -> None:
     with pytest.raises((openai.APIError, json.JSONDecodeError)):
         list(client.chat.completions.create(model=MODEL, messages=says(f"fault:{fault}"), stream=True))

@@ -1,4 +1,4 @@
-"""Refusals over HTTP: exact texts, codes and headers (contract A7, A8, B1 to B6, C8; rows input-7 to -10, -21, auth-1 to -8, money-1,
+"""Refusals over HTTP: exact texts, codes and headers (contract A7, A8, B1 to B6, C8; rows input-7 to -10, -12, -21, auth-1 to -8, money-1,
 upstream-2 to -5, db-2, process-12)."""
 
 import asyncio

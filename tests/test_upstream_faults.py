@@ -23,7 +23,7 @@ WHOLE = b"data: [DONE]\n\n"
         ("usage-in-finish", WHOLE),
         ("injected", WHOLE),
         ("comments=3", WHOLE),
-        ("big-line=2000000", WHOLE),
+        ("big-line=20000000", WHOLE),
         ("odd-headers", WHOLE),
         ("byok", WHOLE),
         ("one-write", WHOLE),
