@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 
@@ -15,13 +15,16 @@ from gptutor.api.cors import cors, open_to_pages
 from gptutor.api.event_stream import Patience
 from gptutor.api.inflight import InFlight
 from gptutor.api.order import Kit
+from gptutor.api.pace import Pace
 from gptutor.config import Config
 from gptutor.logs import LoggerService
 from gptutor.money import journal
 from gptutor.money.journal import Journal, Leftover
+from gptutor.money.keyring import KeyRing
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.money.recovery import Recovery, connection_name
+from gptutor.money.vault import Vault
 from gptutor.openrouter import catalogue, service
 
 LOGGER = logging.getLogger("gptutor.app")
@@ -40,14 +43,18 @@ JOURNAL = web.AppKey("journal", Journal)
 LEFTOVERS = web.AppKey("leftovers", list[Leftover])
 RECOVERY = web.AppKey("recovery", Recovery)
 SECRET = web.AppKey("secret", bytes)
+VAULT = web.AppKey("vault", Vault)
 IN_FLIGHT = web.AppKey("in_flight", InFlight)
 
 KEYED = frozenset({completions.complete})
 """The handlers that need an API key."""
 
 
-def build_app(config: Config, *, log: LoggerService, secret: bytes) -> web.Application:
-    """One application. `config.database.url` and `config.openrouter` name real ends here: embedded ones were filled in before."""
+def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
+    """One application. `config.database.url` and `config.openrouter` name real ends here: embedded ones were filled in before.
+
+    Of the secrets the first is today's, the others are those before it.
+    """
     app = web.Application(
         client_max_size=config.server.body_bytes_max,  # for whatever reads by aiohttp's own means
         middlewares=[
@@ -62,7 +69,8 @@ def build_app(config: Config, *, log: LoggerService, secret: bytes) -> web.Appli
     app.on_response_prepare.extend([middlewares.name_response, open_to_pages(config.server.allowed_origins)])
     app[CONFIG] = config
     app[LOG] = log
-    app[SECRET] = secret
+    app[SECRET] = secrets[0]
+    app[VAULT] = Vault(secrets)
     app[health.READINESS] = health.Readiness()
     app[completions.BODY_LIMITS] = BodyLimits(
         config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s
@@ -103,6 +111,7 @@ async def database_context(app: web.Application) -> AsyncIterator[None]:
         statement_s=limits.statement_s,
     ) as connected:
         app[health.DATABASE] = connected
+        app[middlewares.KEYRING] = KeyRing(connected, app[VAULT])
         yield
 
 
@@ -143,6 +152,7 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         rub_per_usd=config.billing.rub_per_usd,
         hold_ttl_s=config.openrouter.total_s + config.relay.leaver_drain_s + HOLD_SLACK_S,
         chat_per_minute=config.rate_limit.chat_per_minute,
+        chat_at_once=config.rate_limit.chat_at_once,
     )
     app[IN_FLIGHT] = InFlight()
     app[completions.KIT] = Kit(
@@ -154,6 +164,7 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         in_flight=app[IN_FLIGHT],
         pseudonym_key=derived_key(app[SECRET], b"pseudonym"),
         patience=Patience(**{name: getattr(config.relay, name) for name in config.relay.__struct_fields__}),
+        pace=Pace(config.rate_limit.chat_per_minute),
     )
     app[RECOVERY] = Recovery(
         app[health.DATABASE],

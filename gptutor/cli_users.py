@@ -6,10 +6,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from gptutor.console import Json, out, print_json, with_books
+from gptutor.console import Json, out, print_json, vault, with_books
 from gptutor.database import Database
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles, roubles
 from gptutor.money.bookings import Bookings, Entry
+from gptutor.money.keyring import KeyRing
 from gptutor.money.users import User, UserRepository
 
 user_app = typer.Typer(help="Users, their keys and their money. Amounts are roubles.", no_args_is_help=True)
@@ -32,13 +33,15 @@ def user_create(
 ) -> None:
     """Create a user with an API key. The key is shown once."""
     amount = _positive(balance, or_zero=True)
+    the_vault = vault()
 
     async def run(books: Database) -> tuple[User, str]:
         users = UserRepository(books)
         user = await users.create(name)
         if amount:
             user = await Bookings(books).book(user.account_id, "topup", amount, reason="initial balance")
-        return user, await users.issue_key(user.account_id)
+        key, _ = await KeyRing(books, the_vault).issue(user.account_id)
+        return user, key
 
     user, key = with_books(run)
     if json:
@@ -76,11 +79,10 @@ def user_show(user_id: UserId, json: Json = False) -> None:
     """Show one user and the keys."""
 
     async def run(books: Database) -> tuple[User, list[dict[str, Any]]]:
-        users = UserRepository(books)
-        user = await users.find(AccountId(user_id))
+        user = await UserRepository(books).find(AccountId(user_id))
         keys = [
             {"key": f"{key.shown}…", "name": key.name, "createdAt": key.created_at, "revokedAt": key.revoked_at}
-            for key in await users.keys(user.account_id)
+            for key in await KeyRing(books, vault()).list(user.account_id)
         ]
         return user, keys
 
@@ -120,7 +122,13 @@ def user_deactivate(user_id: UserId, json: Json = False) -> None:
 @user_app.command("rotate-key")
 def user_rotate_key(user_id: UserId, json: Json = False) -> None:
     """Make a new key; all old ones are dead at once. The key is shown once."""
-    key = with_books(lambda books: UserRepository(books).rotate_key(AccountId(user_id)))
+    the_vault = vault()
+
+    async def run(books: Database) -> str:
+        await UserRepository(books).find(AccountId(user_id))
+        return await KeyRing(books, the_vault).renew(AccountId(user_id), others_too=True)
+
+    key = with_books(run)
     if json:
         print_json({"id": user_id, "apiKey": key})
     else:

@@ -35,7 +35,14 @@ SHORT_NAMES = {
     "GPTUTOR_SECRET_KEY": "security.secret_key",
 }
 SECRETS = frozenset(
-    {"security.secret_key", "openrouter.api_key", "openrouter.management_key", "openrouter.proxy", "database.url"}
+    {
+        "security.secret_key",
+        "security.old_secret_keys",
+        "openrouter.api_key",
+        "openrouter.management_key",
+        "openrouter.proxy",
+        "database.url",
+    }
 )
 """Settings whose values are never shown."""
 PROXY_FORM = r"https?://[^/\s]+/?"
@@ -148,6 +155,7 @@ class Billing(Section, frozen=True):
 
 class RateLimit(Section, frozen=True):
     chat_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
+    chat_at_once: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 200
 
 
 class Relay(Section, frozen=True):
@@ -167,6 +175,7 @@ class Recovery(Section, frozen=True):
 
 class Security(Section, frozen=True):
     secret_key: str = ""
+    old_secret_keys: str = ""
 
 
 class Simulator(Section, frozen=True):
@@ -220,13 +229,22 @@ class Config(Section, frozen=True):
                     "machine. Make one with: openssl rand -base64 32"
                 )
             text = kept_secret(self.paths.data / "secret-key", lambda: base64.b64encode(secrets.token_bytes(32)).decode())
-        try:
-            key = base64.b64decode(text, validate=True)
-        except binascii.Error:
-            key = b""
-        if len(key) != 32:
-            raise ConfigError("GPTUTOR_SECRET_KEY must be 32 bytes in base64. Make one with: openssl rand -base64 32")
-        return key
+        return _secret(text, "GPTUTOR_SECRET_KEY")
+
+    def secret_keys(self) -> list[bytes]:
+        """The secret of today, and those before it, which still open what was sealed with them. Raises ConfigError."""
+        old = [_secret(text, "security.old_secret_keys") for text in self.security.old_secret_keys.split()]
+        return [self.secret_key(), *old]
+
+
+def _secret(text: str, name: str) -> bytes:
+    try:
+        key = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        key = b""
+    if len(key) != 32:
+        raise ConfigError(f"{name} must be 32 bytes in base64. Make one with: openssl rand -base64 32")
+    return key
 
 
 def kept_secret(path: Path, make: Any) -> str:

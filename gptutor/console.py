@@ -13,6 +13,7 @@ from rich.markup import escape
 from gptutor import config, database
 from gptutor.database import Database
 from gptutor.listener import StartError
+from gptutor.money.vault import Vault
 from gptutor.serve import database_of
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -37,6 +38,11 @@ def with_books(work: Callable[[Database], Awaitable[T]], *, statement_s: float =
 
     with database_of(settings) as grounded:
         return asyncio.run(run(grounded.database.url))
+
+
+def vault() -> Vault:
+    """For the keys that this command makes or shows. Raises ConfigError."""
+    return Vault(config.load().secret_keys())
 
 
 def print_json(value: Any) -> None:

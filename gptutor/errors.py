@@ -37,10 +37,12 @@ KINDS: dict[str, Kind] = {
     # the caller
     "invalid_key": Kind(401, "Invalid API key or inactive user", {"WWW-Authenticate": "Bearer"}),
     "insufficient_balance": Kind(402, "Insufficient balance", DO_NOT_RETRY),
+    "key_cap_reached": Kind(402, "The spending cap of this API key is reached", DO_NOT_RETRY),
     "repeated_request": Kind(409, "A request with this Idempotency-Key was made before", DO_NOT_RETRY),
     "mismatched_request": Kind(422, "This Idempotency-Key was used for a different request", DO_NOT_RETRY),
     "moderated": Kind(403, "OpenRouter's moderation refused the request"),
     "rate_limited": Kind(429, "Too Many Requests"),
+    "too_many_at_once": Kind(429, "Too many requests at the same time", SOON),
     "rate_limited_upstream": Kind(429, "The model is overloaded, try again later", {"Retry-After": "5"}),
     # the route
     "not_found": Kind(404, "Not found"),
@@ -60,15 +62,22 @@ KINDS: dict[str, Kind] = {
 
 
 class Refusal(Exception):
-    """One refusal of one request. `cause` is for the log, and never leaves the house."""
+    """A refusal of one request. `more` stands beside the text in its body; `cause` is for the log, and never leaves the house."""
 
     def __init__(
-        self, code: str, text: str | None = None, *, headers: Mapping[str, str] | None = None, cause: str | None = None
+        self,
+        code: str,
+        text: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        more: Mapping[str, str | int] | None = None,
+        cause: str | None = None,
     ) -> None:
         kind = KINDS[code]
         self.code = code
         self.status = kind.status
         self.text = text or kind.text
         self.headers = {**kind.headers, **(headers or {})}
+        self.more = more or {}
         self.cause = cause
         super().__init__(self.text)

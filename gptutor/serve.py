@@ -25,8 +25,10 @@ from gptutor.logs import WIRE, logging_to
 from gptutor.metrics import build_metrics
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
+from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import parse_key
 from gptutor.money.users import UserRepository
+from gptutor.money.vault import Vault
 from gptutor.openrouter.simulator.server import Simulator
 
 DEMO_ROUBLES = "100"
@@ -56,7 +58,7 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     complain_calmly(asyncio.get_running_loop())
-    secret = config.secret_key()
+    secrets = config.secret_keys()
     with (
         logging_to(
             config.paths.logs,
@@ -72,12 +74,12 @@ async def serve(config: Config) -> None:
                 simulator = Simulator(word_s=config.simulator.word_s, first_word_s=config.simulator.first_word_s)
                 base_url = await stack.enter_async_context(simulated_openrouter(simulator, config.simulator))
                 grounded = with_upstream(grounded, base_url)
-            app = build_app(grounded, log=log, secret=secret)
+            app = build_app(grounded, log=log, secrets=secrets)
             url = await stack.enter_async_context(listening(app, grounded.server))
             if config.metrics.port:
                 runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
                 await stack.enter_async_context(listening_on(runner, config.metrics.host, config.metrics.port))
-            demo_key = await demo_user(grounded) if config.embedded and config.simulated else None
+            demo_key = await demo_user(grounded, Vault(secrets)) if config.embedded and config.simulated else None
             print(banner(config, url=url, demo_key=demo_key), flush=True)
             await stop.wait()
             print("Stopping: running answers are finished, and their money is settled …", flush=True)
@@ -140,17 +142,17 @@ async def _prepare_database(config: Config, *, embedded: bool) -> None:
         print(f"PostgreSQL does not answer at DATABASE_URL yet ({error.__cause__ or error}): waiting for it.", flush=True)
 
 
-async def demo_user(config: Config) -> str:
+async def demo_user(config: Config, vault: Vault) -> str:
     """The key of a user with some roubles to try the service with: made once, and kept while it lives."""
     path = config.paths.data / "demo-key"
     async with database.connected(config.database.url) as connected:
-        users = UserRepository(connected)
+        users, keys = UserRepository(connected), KeyRing(connected, vault)
         if path.exists():
             key = path.read_text().strip()
-            if (claim := parse_key(key)) and await users.is_alive(claim):
+            if (claim := parse_key(key)) and await keys.is_alive(claim):
                 return key
             path.unlink()
         user = await users.create("demo")
         await Bookings(connected).book(user.account_id, "bonus", parse_roubles(DEMO_ROUBLES), reason="demo")
-        key = await users.issue_key(user.account_id, "demo")
+        key, _ = await keys.issue(user.account_id, "demo")
         return kept_secret(path, lambda: key)

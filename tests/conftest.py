@@ -22,7 +22,9 @@ from gptutor.embedded import embedded_postgres
 from gptutor.logs import LoggerService
 from gptutor.money.amounts import AccountId, parse_roubles, roubles
 from gptutor.money.bookings import Bookings
+from gptutor.money.keyring import KeyRing
 from gptutor.money.users import User, UserRepository
+from gptutor.money.vault import Vault
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening, simulated_openrouter
 from tests.service import Service, start
@@ -31,6 +33,7 @@ hypothesis_settings.register_profile("tests", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("tests")
 
 SECRET = bytes(range(32))
+VAULT = Vault([SECRET])
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +102,8 @@ async def make_caller(books: database.Database, balance: str) -> Caller:
     user = await users.create()
     if Decimal(balance):
         await Bookings(books).book(user.account_id, "topup", parse_roubles(balance))
-    return Caller(await users.issue_key(user.account_id), user.account_id, books)
+    key, _ = await KeyRing(books, VAULT).issue(user.account_id)
+    return Caller(key, user.account_id, books)
 
 
 @dataclass
@@ -181,7 +185,7 @@ async def gateway(
 ) -> AsyncIterator[Gateway]:
     async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url:
         config = config_for(database_url, base_url, tmp_path, tuned)
-        app = build_app(config, log=LoggerService(), secret=SECRET)
+        app = build_app(config, log=LoggerService(), secrets=[SECRET])
         async with listening(app, config.server) as url, aiohttp.ClientSession(auto_decompress=False) as session:
             running = Gateway(url, app, simulator, books, session)
             await running.ready()
@@ -221,7 +225,7 @@ async def scripted(
     app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])
     server = await aiohttp_server(app)
     config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted", tuned)
-    own = build_app(config, log=LoggerService(), secret=SECRET)
+    own = build_app(config, log=LoggerService(), secrets=[SECRET])
     async with listening(own, config.server) as url:
         running = Gateway(url, own, gateway.simulator, gateway.books, gateway.session)
         await running.ready()

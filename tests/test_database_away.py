@@ -96,7 +96,7 @@ async def gateway_behind(door: Door, books: Database, directory: Path) -> AsyncI
     simulator = Simulator()
     async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url:
         config = config_for(door.url, base_url, directory)
-        app = build_app(config, log=LoggerService(), secret=SECRET)
+        app = build_app(config, log=LoggerService(), secrets=[SECRET])
         async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
             yield Gateway(url, app, simulator, books, session)
 

@@ -65,7 +65,7 @@ def fences(text: str, language: str) -> list[str]:
 
 
 def test_description_names_the_routes_of_the_gateway() -> None:
-    app = build_app(Config(), log=LoggerService(), secret=b"x" * 32)
+    app = build_app(Config(), log=LoggerService(), secrets=[b"x" * 32])
     routes = {(route.resource.canonical, route.method) for route in app.router.routes() if route.resource is not None}
     described = {(path, method.upper()) for path, item in openapi.describe()["paths"].items() for method in item}
     assert described == {(path, method) for path, method in routes if method != "HEAD"}

@@ -26,11 +26,12 @@ from gptutor.money.holds import (
 )
 from gptutor.money.invariants import check
 from gptutor.money.journal import Journal
+from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim, make_key, parse_key
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
 from gptutor.money.users import NoSuchUser, UserRepository
-from tests.conftest import Caller, make_caller
+from tests.conftest import VAULT, Caller, make_caller
 
 RATE = Decimal(90)
 
@@ -111,7 +112,7 @@ async def test_a_hundred_at_once_on_money_for_ten_hold_exactly_ten(books: Databa
 async def test_settling_is_idempotent_and_one_item_never_spoils_another(books: Database) -> None:
     caller, other = await make_caller(books, "100"), await make_caller(books, "100")
     first, second = await hold(books, caller, "5"), await hold(books, other, "5")
-    unknown = Hold(other.account_id, new_id(), Nano(1), Nano(1))
+    unknown = Hold(other.account_id, new_id(), Nano(1), Nano(1), 1)
     ledger = ledger_of(books)
     batch = [settlement(first, "0.01"), settlement(first, "0.01"), settlement(unknown, "0.01"), settlement(second, "0.02")]
     assert await ledger._settle_batch(batch) == ["settled", "settled", "no_hold", "settled"]
@@ -175,16 +176,17 @@ async def test_unknown_revoked_foreign_and_inactive_keys_cannot_be_told_apart(bo
     assert unknown is not None
     await refused(unknown)
 
-    new_key = await users.rotate_key(caller.account_id)
+    keys = KeyRing(books, VAULT)
+    new_key = await keys.renew(caller.account_id)
     await refused(own)
-    assert not await users.is_alive(own)
+    assert not await keys.is_alive(own)
     caller.key = new_key
-    assert await users.is_alive(claim(caller))
+    assert await keys.is_alive(claim(caller))
     await users.set_active(caller.account_id, False)
     await refused(claim(caller))
     await users.set_active(caller.account_id, True)
     await hold(books, caller, "1")
-    assert [key.revoked_at is None for key in await users.keys(caller.account_id)] == [True, False]
+    assert [key.revoked_at is None for key in await keys.list(caller.account_id)] == [True, False]
 
 
 async def test_a_payment_is_booked_once_under_its_reference(books: Database) -> None:

@@ -318,7 +318,7 @@ async def scripted(database_url: str, gateway: Gateway, tmp_path: Path) -> Async
 
 @asynccontextmanager
 async def gateway_on(config: settings.Config, books: Database, simulator: Simulator) -> AsyncIterator[Gateway]:
-    app = build_app(config, log=LoggerService(), secret=SECRET)
+    app = build_app(config, log=LoggerService(), secrets=[SECRET])
     async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
         running = Gateway(url, app, simulator, books, session)
         await running.ready()

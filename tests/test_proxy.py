@@ -89,7 +89,7 @@ async def gateway_through(
     simulator, base_url = secure
     settings = config_for(database_url, base_url, directory)
     settings = msgspec.structs.replace(settings, openrouter=msgspec.structs.replace(settings.openrouter, proxy=proxy))
-    app = build_app(settings, log=LoggerService(), secret=SECRET)
+    app = build_app(settings, log=LoggerService(), secrets=[SECRET])
     async with listening(app, settings.server) as url, aiohttp.ClientSession() as session:
         gateway = Gateway(url, app, simulator, books, session)
         await gateway.ready()

@@ -22,11 +22,11 @@ from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, Hold
 from gptutor.money.journal import Journal, JournalError
+from gptutor.money.keyring import KeyRing
 from gptutor.money.knowledge import Knowledge, Price
 from gptutor.money.ledger import Ledger
 from gptutor.money.recovery import Recovery, decide
-from gptutor.money.users import UserRepository
-from tests.conftest import Caller, Gateway, make_caller
+from tests.conftest import VAULT, Caller, Gateway, make_caller
 from tests.test_ledger import RATE, assert_books_hold, hold, ledger_of, settlement
 
 PRICE = Price(Nano(9 * 10**8), Decimal("0.01"))  # 0.01 dollars × 90 = 0.9 roubles
@@ -799,7 +799,7 @@ async def test_a_key_tells_nothing_to_somebody_whose_api_key_is_dead(gateway: Ga
     """Contract B3, C10, D6: a revoked key learns nothing of the requests that it made."""
     caller = await gateway.caller()
     await ask(gateway, caller, "order 66")
-    await UserRepository(gateway.books).rotate_key(caller.account_id)
+    await KeyRing(gateway.books, VAULT).renew(caller.account_id)
     status, headers, answer = await ask(gateway, caller, "order 66")
     assert (status, headers["X-Error-Code"]) == (401, "invalid_key")
     assert "Idempotency" not in answer["error"]

@@ -17,9 +17,10 @@ from gptutor.app import CATALOGUE
 from gptutor.database import DatabaseUnavailable
 from gptutor.errors import KINDS
 from gptutor.money.amounts import AccountId
+from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import make_key
 from gptutor.money.users import UserRepository
-from tests.conftest import Gateway
+from tests.conftest import VAULT, Gateway
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}]}
 
@@ -85,7 +86,7 @@ async def test_deactivation_and_rotation_take_effect_with_the_next_request(gatew
     assert (await send(gateway, json=ASK, headers=caller.headers))[0] == 401
     await users.set_active(caller.account_id, True)
     assert (await send(gateway, json=ASK, headers=caller.headers))[0] == 200
-    await users.rotate_key(caller.account_id)
+    await KeyRing(gateway.books, VAULT).renew(caller.account_id)
     assert (await send(gateway, json=ASK, headers=caller.headers))[0] == 401
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from gptutor.logs import WIRE, logging_to
 from gptutor.money.amounts import AccountId
+from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import make_key
 from gptutor.money.users import UserRepository
-from tests.conftest import Caller, Gateway
+from tests.conftest import VAULT, Caller, Gateway
 from tests.test_relay import assert_books_agree
 
 
@@ -138,9 +139,9 @@ async def test_a_stranger_leaves_no_line_in_anybodys_name(gateway: Gateway, capl
 
 async def test_of_two_rotations_at_once_one_key_lives(gateway: Gateway) -> None:
     caller = await gateway.caller()
-    users = UserRepository(gateway.books)
-    await asyncio.gather(*(users.rotate_key(caller.account_id) for _ in range(6)))
-    assert [key.revoked_at for key in await users.keys(caller.account_id)].count(None) == 1
+    keys = KeyRing(gateway.books, VAULT)
+    await asyncio.gather(*(keys.renew(caller.account_id) for _ in range(6)))
+    assert [key.revoked_at for key in await keys.list(caller.account_id)].count(None) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,11 @@ from aiohttp import web
 from gptutor.api.ask import Ask, read_ask
 from gptutor.api.body import BodyLimits, read_body, waits_to_be_invited
 from gptutor.api.exchange import begin
-from gptutor.api.health import DATABASE, READINESS
-from gptutor.api.middlewares import CLAIM, REQUEST_ID
+from gptutor.api.health import READINESS
+from gptutor.api.middlewares import CLAIM, KEYRING, REQUEST_ID
 from gptutor.api.order import Kit, Order
 from gptutor.errors import Refusal
 from gptutor.metrics import SLOW_PARSES
-from gptutor.money.users import UserRepository
 from gptutor.openrouter.service import SENT_ON
 
 KIT = web.AppKey("kit", Kit)
@@ -28,7 +27,7 @@ IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 async def complete(request: web.Request) -> web.StreamResponse:
     if request.content_type not in ("application/json", "application/octet-stream"):  # the latter stands for a missing header
         raise Refusal("unsupported_media_type")
-    if waits_to_be_invited(request) and not await UserRepository(request.app[DATABASE]).is_alive(request[CLAIM]):
+    if waits_to_be_invited(request) and not await request.app[KEYRING].is_alive(request[CLAIM]):
         raise Refusal("invalid_key")
     body = await read_body(request, request.app[BODY_LIMITS])
     key = request.headers.get("Idempotency-Key")
@@ -38,7 +37,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
             raise Refusal("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
     except Refusal:
         # A stranger must not learn from his mistakes that his key is one: for him there is only one answer (contract B3).
-        if not await UserRepository(request.app[DATABASE]).is_alive(request[CLAIM]):
+        if not await request.app[KEYRING].is_alive(request[CLAIM]):
             raise Refusal("invalid_key") from None
         raise
     request.app[READINESS].require()

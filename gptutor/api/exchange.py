@@ -30,10 +30,12 @@ from gptutor.money.holds import (
     HoldId,
     HoldRequest,
     InsufficientFunds,
+    KeyCapReached,
     RateLimited,
     Release,
     RepeatedRequest,
     Settlement,
+    TooManyAtOnce,
     UnknownKey,
     new_id,
 )
@@ -122,9 +124,15 @@ class Exchange:
         except InsufficientFunds:
             self._log_request()
             raise Refusal("insufficient_balance") from None
+        except KeyCapReached:
+            self._log_request()
+            raise Refusal("key_cap_reached") from None
         except RateLimited:
             self._log_request()
-            raise Refusal("rate_limited", headers={"Retry-After": f"{60 - time.time() % 60:.0f}"}) from None
+            raise self._kit.pace.refusal() from None
+        except TooManyAtOnce:
+            self._log_request()
+            raise Refusal("too_many_at_once") from None
         except RepeatedRequest as repeated:
             self._log_request()
             code = "repeated_request" if repeated.same_body else "mismatched_request"
@@ -178,11 +186,11 @@ class Exchange:
         elif self._generation_id is None:
             self._name(hold, said.generation_id)
         if not self.answer.done():
-            self.answer.set_result(web.Response(body=document, status=reply.status, headers=reply.headers))
+            self.answer.set_result(web.Response(body=document, status=reply.status, headers=self._headers(hold, reply)))
 
     async def _relay_stream(self, hold: Hold, reply: Reply) -> None:
         scanner = BillScanner(reply.generation_id)
-        downstream = self._downstream = EventStream(self._request, self.answer, reply.headers, self._kit.patience)
+        downstream = self._downstream = EventStream(self._request, self.answer, self._headers(hold, reply), self._kit.patience)
         try:
             async with asyncio.timeout(None) as limit:
                 self.answer.add_done_callback(lambda _: self._hurry(limit))
@@ -210,6 +218,9 @@ class Exchange:
             downstream.release()
         if not self.answer.done():
             self.answer.set_result(downstream.response)
+
+    def _headers(self, hold: Hold, reply: Reply) -> dict[str, str]:
+        return {**reply.headers, **self._kit.pace.headers(hold.minute_requests)}
 
     def _hurry(self, limit: asyncio.Timeout) -> None:
         """Once the caller has left, the rest of the stream is read for its bill, but not for ever."""

@@ -15,12 +15,14 @@ from gptutor.api.refusals import as_response
 from gptutor.database import DatabaseUnavailable
 from gptutor.errors import Refusal
 from gptutor.logs import LoggerService
+from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim, parse_key
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID = web.RequestKey("request_id", str)
 CLAIM = web.RequestKey("claim", KeyClaim)
+KEYRING = web.AppKey("keyring", KeyRing)
 ERROR_CODE = web.RequestKey("error_code", str)
 LOGGED = web.RequestKey("logged", bool)
 

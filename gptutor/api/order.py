@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gptutor.api.ask import Ask
 from gptutor.api.event_stream import Patience
 from gptutor.api.inflight import InFlight
+from gptutor.api.pace import Pace
 from gptutor.logs import LoggerService
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import KeyClaim
@@ -42,6 +43,7 @@ class Kit:
     in_flight: InFlight
     pseudonym_key: bytes
     patience: Patience
+    pace: Pace
 
     def pseudonym(self, account_id: AccountId) -> str:
         """The account's stable name upstream, from which nobody learns the account."""

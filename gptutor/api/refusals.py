@@ -9,5 +9,5 @@ from gptutor.metrics import REFUSALS
 def as_response(refusal: Refusal) -> web.Response:
     REFUSALS.labels(refusal.code).inc()
     return web.json_response(
-        {"error": refusal.text}, status=refusal.status, headers={**refusal.headers, "X-Error-Code": refusal.code}
+        {"error": refusal.text, **refusal.more}, status=refusal.status, headers={**refusal.headers, "X-Error-Code": refusal.code}
     )

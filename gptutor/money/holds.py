@@ -23,7 +23,15 @@ class InsufficientFunds(Exception):
 
 
 class RateLimited(Exception):
-    """The account has had all the requests that it may have in this minute."""
+    """The account, or the key, has had all the requests that it may have in this minute."""
+
+
+class TooManyAtOnce(Exception):
+    """The account has as many requests under way as it may have."""
+
+
+class KeyCapReached(Exception):
+    """The request may cost more than is left of what its key may spend."""
 
 
 class RepeatedRequest(Exception):
@@ -54,6 +62,9 @@ class Hold:
     hold_id: HoldId
     amount: Nano
     available_before: Nano
+    """To this key: what the account had, or what was left under the key's cap."""
+    minute_requests: int
+    """How many requests the account has had in this minute, this one included."""
 
 
 @dataclass(frozen=True, slots=True)

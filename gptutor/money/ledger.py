@@ -25,10 +25,12 @@ from gptutor.money.holds import (
     HoldId,
     HoldRequest,
     InsufficientFunds,
+    KeyCapReached,
     RateLimited,
     Release,
     RepeatedRequest,
     Settlement,
+    TooManyAtOnce,
     UnknownKey,
 )
 from gptutor.money.journal import Journal
@@ -38,6 +40,13 @@ LANES = 2
 BATCH_MAX = 200
 PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 
+REFUSED: dict[str, type[Exception]] = {
+    "unknown_key": UnknownKey,
+    "rate_limited": RateLimited,
+    "too_many": TooManyAtOnce,
+    "insufficient": InsufficientFunds,
+    "capped": KeyCapReached,
+}
 Outcome = Literal["settled", "settled_late", "already", "no_hold"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -47,7 +56,14 @@ class Ledger:
     """`journal` is this process's own; `active` are the holds that a running exchange still has in its hands."""
 
     def __init__(
-        self, database: Database, journal: Journal, *, rub_per_usd: Decimal, hold_ttl_s: float, chat_per_minute: int = 0
+        self,
+        database: Database,
+        journal: Journal,
+        *,
+        rub_per_usd: Decimal,
+        hold_ttl_s: float,
+        chat_per_minute: int = 0,
+        chat_at_once: int = 0,
     ) -> None:
         self.journal = journal
         self.active: set[HoldId] = set()
@@ -55,6 +71,7 @@ class Ledger:
         self._rub_per_usd = rub_per_usd
         self._hold_ttl_s = hold_ttl_s
         self._chat_per_minute = chat_per_minute
+        self._chat_at_once = chat_at_once
         self._orphans: set[asyncio.Task[None]] = set()
         self._holds: Batcher[HoldRequest, Row] = Batcher(
             self._hold_batch,
@@ -76,7 +93,7 @@ class Ledger:
     async def hold_funds(self, request: HoldRequest) -> Hold:
         """Authenticates the key and reserves the ceiling.
 
-        Raises UnknownKey, RateLimited, InsufficientFunds, RepeatedRequest, DatabaseUnavailable.
+        Raises UnknownKey, RateLimited, TooManyAtOnce, InsufficientFunds, KeyCapReached, RepeatedRequest, DatabaseUnavailable.
         """
         self.active.add(request.hold_id)
         try:
@@ -85,14 +102,16 @@ class Ledger:
             self._forsake(request)
             raise
         if row["outcome"] == "granted":
-            return Hold(request.claim.account_id, request.hold_id, Nano(row["amount_nano"]), Nano(row["available_nano"]))
+            return Hold(
+                request.claim.account_id,
+                request.hold_id,
+                Nano(row["amount_nano"]),
+                Nano(row["available_nano"]),
+                row["minute_requests"],
+            )
         self.active.discard(request.hold_id)
-        if row["outcome"] == "unknown_key":
-            raise UnknownKey
-        if row["outcome"] == "insufficient":
-            raise InsufficientFunds
-        if row["outcome"] == "rate_limited":
-            raise RateLimited
+        if refused := REFUSED.get(row["outcome"]):
+            raise refused
         raise RepeatedRequest(row["earlier_request_id"], same_body=row["outcome"] == "repeated")
 
     async def settle(self, settlement: Settlement) -> Outcome:
@@ -138,6 +157,7 @@ class Ledger:
             self._hold_ttl_s,
             self._rub_per_usd,
             self._chat_per_minute,
+            self._chat_at_once,
             [request.claim.account_id for request in requests],
             [request.claim.key_hash for request in requests],
             [request.hold_id for request in requests],

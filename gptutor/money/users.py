@@ -1,4 +1,4 @@
-"""Accounts and their keys: `UserRepository`, the typed doors of `sql/queries/accounts.sql`."""
+"""Accounts: `UserRepository`, the typed doors of `sql/queries/accounts.sql` and `identities.sql`."""
 
 import datetime
 from collections.abc import AsyncIterator
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from gptutor.database import Database, Row
 from gptutor.money.amounts import AccountId, Nano
-from gptutor.money.keys import KeyClaim, hash_key, make_key, shown
+from gptutor.money.holds import new_id
 
 PAGE = 500
+NOTHING = Nano(0)
 
 
 class NoSuchUser(LookupError):
@@ -30,22 +31,30 @@ class User:
         return Nano(self.balance - self.held)
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A key as it may be shown; the key itself is known only at the moment it is made."""
-
-    shown: str
-    name: str
-    created_at: datetime.datetime
-    revoked_at: datetime.datetime | None
-
-
 class UserRepository:
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def create(self, name: str = "") -> User:
         return user_of(await self._database.fetchrow("create_account", name))
+
+    async def of_person(self, provider: str, subject: str, *, name: str = "", bonus: Nano = NOTHING) -> tuple[User, bool]:
+        """The account of a person from outside, made at the first sight, with a bonus on its ledger; and whether it is new."""
+        row = await self._database.fetchrow("account_of", provider, subject, name, new_id(), bonus)
+        if row is None:
+            raise NoSuchUser
+        return await self.find(AccountId(row["account_id"])), row["is_new"]
+
+    async def find_person(self, provider: str, subject: str) -> User:
+        """Raises NoSuchUser."""
+        row = await self._database.fetchrow("find_identity", provider, subject)
+        if row is None:
+            raise NoSuchUser
+        return await self.find(AccountId(row["account_id"]))
+
+    async def identities(self, account_id: AccountId) -> list[tuple[str, str]]:
+        """Who the account is outside: provider and subject."""
+        return [(row["provider"], row["subject"]) for row in await self._database.fetch("list_identities", account_id)]
 
     async def find(self, account_id: AccountId) -> User:
         """Raises NoSuchUser."""
@@ -62,27 +71,6 @@ class UserRepository:
     async def set_active(self, account_id: AccountId, active: bool) -> User:
         """Takes effect with the next request, in every process (contract D6). Raises NoSuchUser."""
         return user_of(await self._database.fetchrow("set_account_active", account_id, active))
-
-    async def issue_key(self, account_id: AccountId, name: str = "") -> str:
-        """A new key beside the others. It cannot be shown again."""
-        key = make_key(account_id)
-        await self._database.fetch("create_key", account_id, hash_key(key), shown(key), name)
-        return key
-
-    async def rotate_key(self, account_id: AccountId) -> str:
-        """A new key; all others are dead from now on. Raises NoSuchUser."""
-        await self.find(account_id)
-        key = make_key(account_id)
-        await self._database.fetch("replace_keys", account_id, hash_key(key), shown(key))
-        return key
-
-    async def is_alive(self, claim: KeyClaim) -> bool:
-        """Whether the key is known and neither it nor its account is out of use."""
-        return await self._database.fetchrow("find_live_key", claim.account_id, claim.key_hash) is not None
-
-    async def keys(self, account_id: AccountId) -> list[Key]:
-        rows = await self._database.fetch("list_keys", account_id)
-        return [Key(row["shown"], row["name"], row["created_at"], row["revoked_at"]) for row in rows]
 
 
 def user_of(row: Row | None) -> User:

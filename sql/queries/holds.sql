@@ -1,17 +1,19 @@
 -- name: hold_funds
 -- Authenticates and reserves. $1 the process, $2 seconds until recovery looks at a hold, $3 roubles per dollar, $4 requests per
--- minute and account (0: no limit); arrays: $5 accounts, $6 SHA-256 of the keys, $7 holds, $8 the most to hold, $9 the least that
--- must be available, $10 models, $11 request ids, $12 idempotency keys or NULL, $13 SHA-256 of the bodies or NULL.
+-- minute and $5 at once of an account (0: no limit); arrays: $6 accounts, $7 SHA-256 of the keys, $8 holds, $9 the most to hold,
+-- $10 the least that must be available, $11 models, $12 request ids, $13 idempotency keys or NULL, $14 SHA-256 of the bodies or
+-- NULL.
 -- One row for each hold: see the function for its outcomes.
 SELECT
     hold_id,
     outcome,
     amount_nano,
     available_nano,
-    earlier_request_id
+    earlier_request_id,
+    minute_requests
 FROM hold_funds(
-    $1::uuid, $2::double precision, $3::numeric, $4::integer,
-    $5::bigint[], $6::bytea[], $7::uuid[], $8::bigint[], $9::bigint[], $10::text[], $11::text[], $12::text[], $13::bytea[]
+    $1::uuid, $2::double precision, $3::numeric, $4::integer, $5::integer,
+    $6::bigint[], $7::bytea[], $8::uuid[], $9::bigint[], $10::bigint[], $11::text[], $12::text[], $13::text[], $14::bytea[]
 );
 
 -- name: settle_holds
@@ -28,16 +30,10 @@ SELECT hold_id
 FROM release_holds($1::bigint[], $2::uuid[], $3::boolean[]);
 
 -- name: hand_over_holds
--- Leaves open holds to recovery, due at once. Arrays: $1 accounts, $2 holds, $3 generation ids or NULL.
--- One row for each that was open. Takes no account's row: it changes neither a balance nor a state.
-UPDATE holds
-SET
-    is_sent = TRUE,
-    due_at = now(),
-    generation_id = coalesce(item.generation_id, holds.generation_id)
-FROM unnest($1::bigint[], $2::uuid[], $3::text[]) AS item (account_id, hold_id, generation_id)
-WHERE holds.account_id = item.account_id AND holds.hold_id = item.hold_id AND holds.state = 'open'
-RETURNING holds.hold_id;
+-- Leaves open holds to recovery, due at once. Arrays: $1 accounts, $2 holds, $3 generation ids or NULL. One row for each that was
+-- open.
+SELECT hold_id
+FROM hand_over_holds($1::bigint[], $2::uuid[], $3::text[]);
 
 -- name: claim_due_holds
 -- Open holds whose time has come, at most $1 of them, each for one claimant: the next look is put off by 1, 2, 4 … $2 seconds.

@@ -18,11 +18,13 @@ import orjson
 from gptutor import database
 from gptutor.money.amounts import parse_roubles, roubles
 from gptutor.money.bookings import Bookings
+from gptutor.money.keyring import KeyRing
 from gptutor.money.users import UserRepository
+from gptutor.money.vault import Vault
 from tests.chaos import audit
 from tests.chaos.callers import Account, Callers
 from tests.chaos.proxy import Proxy, proxied
-from tests.chaos.stage import Postgres, all_listening, free_port, postgres, simulator, workers
+from tests.chaos.stage import SECRET, Postgres, all_listening, free_port, postgres, simulator, workers
 from tests.chaos.storm import Storm, broken_invariants
 
 RICH, POOR = 5, 2
@@ -55,7 +57,8 @@ async def make_accounts(url: str, dice: random.Random) -> list[Account]:
         for number in range(RICH + POOR):
             user = await users.create(f"user {number}")
             await bookings.book(user.account_id, "topup", parse_roubles("10000" if number < RICH else "3"))
-            accounts.append(Account(await users.issue_key(user.account_id), user.account_id, is_poor=number >= RICH))
+            key, _ = await KeyRing(connected, Vault([SECRET])).issue(user.account_id)
+            accounts.append(Account(key, user.account_id, is_poor=number >= RICH))
     dice.shuffle(accounts)
     return accounts
 

@@ -1,0 +1,163 @@
+"""The keys of an account: made, shown again, limited, replaced, revoked. The typed doors of `sql/queries/keys.sql`.
+
+An account has one main key, the one that a sign-in shows, and any number of others, each with a name, and if its owner wants with
+an end, a cap on what it may spend and a pace. The limits are kept by the hold statement itself, so they hold in every process.
+"""
+
+import datetime
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal
+
+from gptutor.database import ConstraintViolated, Database, Row
+from gptutor.money.amounts import AccountId, Nano
+from gptutor.money.keys import KeyClaim, hash_key, make_key, shown
+from gptutor.money.vault import Sealed, Unreadable, Vault
+
+CapPeriod = Literal["day", "total"]
+KEYS_MAX = 100
+"""Of one account, revoked ones not counted."""
+REKEY_PAGE = 500
+
+
+class NoSuchKey(LookupError):
+    """The account has no living key of this number."""
+
+
+class TooManyKeys(Exception):
+    """The account has as many keys as it may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a key may do: until when, for how much in which period, how often in a minute. None: no limit of its own."""
+
+    expires_at: datetime.datetime | None = None
+    cap: Nano | None = None
+    cap_period: CapPeriod | None = None
+    per_minute: int | None = None
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key as it may be shown; `spent` and `held` are counted for keys with a cap, in its period."""
+
+    key_id: int
+    shown: str
+    name: str
+    is_main: bool
+    limits: Limits
+    spent: Nano
+    held: Nano
+    created_at: datetime.datetime
+    revoked_at: datetime.datetime | None
+
+
+class KeyRing:
+    def __init__(self, database: Database, vault: Vault) -> None:
+        self._database = database
+        self._vault = vault
+
+    async def issue(self, account_id: AccountId, name: str = "", limits: Limits = NO_LIMITS) -> tuple[str, Key]:
+        """A new key beside the others; the first one is the main key. Raises TooManyKeys, NoSuchUser's constraint."""
+        key = make_key(account_id)
+        key_hash = hash_key(key)
+        sealed = self._vault.seal(account_id, key_hash, key)
+        row = await self._database.fetchrow(
+            "create_key",
+            account_id,
+            key_hash,
+            shown(key),
+            name,
+            sealed.data,
+            sealed.secret_id,
+            limits.expires_at,
+            limits.cap,
+            limits.cap_period,
+            limits.per_minute,
+            KEYS_MAX,
+        )
+        if row is None:
+            raise TooManyKeys
+        return key, key_of(row)
+
+    async def renew(self, account_id: AccountId, *, others_too: bool = False) -> str:
+        """A new main key in place of the one before, or of all: those are dead from now on."""
+        key = make_key(account_id)
+        key_hash = hash_key(key)
+        sealed = self._vault.seal(account_id, key_hash, key)
+        await self._database.fetch("renew_key", account_id, others_too, key_hash, shown(key), sealed.data, sealed.secret_id)
+        return key
+
+    async def main(self, account_id: AccountId) -> str:
+        """The main key, to be shown. One that cannot be opened any more, or was revoked, is replaced by a new one."""
+        row = await self._database.fetchrow("find_main_key", account_id)
+        if row is None or row["encrypted"] is None:
+            return await self._first(account_id) if row is None else await self.renew(account_id)
+        try:
+            return self._vault.open(account_id, row["key_hash"], Sealed(row["encrypted"], row["secret_id"]))
+        except Unreadable:
+            return await self.renew(account_id)
+
+    async def _first(self, account_id: AccountId) -> str:
+        try:
+            key, _ = await self.issue(account_id, "main")
+        except ConstraintViolated:  # another request was first
+            return await self.main(account_id)
+        return key
+
+    async def list(self, account_id: AccountId) -> list[Key]:
+        """Newest first, revoked ones included."""
+        return [key_of(row) for row in await self._database.fetch("list_keys", account_id)]
+
+    async def limit(self, account_id: AccountId, key_id: int, limits: Limits) -> Key:
+        """Sets all limits of a key; a cap of a new period counts from now on. Raises NoSuchKey."""
+        row = await self._database.fetchrow(
+            "limit_key", account_id, key_id, limits.cap, limits.cap_period, limits.per_minute, limits.expires_at
+        )
+        if row is None or not row["found"]:
+            raise NoSuchKey(key_id)
+        return next(key for key in await self.list(account_id) if key.key_id == key_id)
+
+    async def revoke(self, account_id: AccountId, key_id: int) -> None:
+        """Takes effect with the next request, in every process. Raises NoSuchKey."""
+        if await self._database.fetchrow("revoke_key", account_id, key_id) is None:
+            raise NoSuchKey(key_id)
+
+    async def is_alive(self, claim: KeyClaim) -> bool:
+        """Whether the key is known, and neither it nor its account is out of use."""
+        return await self._database.fetchrow("find_live_key", claim.account_id, claim.key_hash) is not None
+
+    async def rekey(self) -> AsyncIterator[tuple[int, int]]:
+        """Seals every copy anew with the first secret; may be broken off and resumed. Yields (done, unreadable) after a page."""
+        done = unreadable = 0
+        account_id = key_id = 0
+        while rows := await self._database.fetch("list_copies", self._vault.secret_id, account_id, key_id, REKEY_PAGE):
+            for row in rows:
+                account_id, key_id = row["account_id"], row["key_id"]
+                try:
+                    key = self._vault.open(AccountId(account_id), row["key_hash"], Sealed(row["encrypted"], row["secret_id"]))
+                except Unreadable:
+                    unreadable += 1
+                    continue
+                sealed = self._vault.seal(AccountId(account_id), row["key_hash"], key)
+                await self._database.fetch("replace_copy", account_id, key_id, row["secret_id"], sealed.data, sealed.secret_id)
+                done += 1
+            yield done, unreadable
+
+
+def key_of(row: Row) -> Key:
+    return Key(
+        key_id=row["key_id"],
+        shown=row["shown"],
+        name=row["name"],
+        is_main=row["is_main"],
+        limits=Limits(row["expires_at"], row["cap_nano"], row["cap_period"], row["per_minute"]),
+        spent=Nano(row["spent_nano"]),
+        held=Nano(row["held_nano"]),
+        created_at=row["created_at"],
+        revoked_at=row["revoked_at"],
+    )
