@@ -81,7 +81,7 @@ async def play(gateway: Gateway, caller: Caller, client: str, body: bytes) -> No
 
 @pytest.mark.parametrize("client", CASES)
 async def test_what_a_client_sends_reaches_openrouter_as_it_is_spelled(gateway: Gateway, client: str) -> None:
-    caller = await gateway.caller()
+    caller = await gateway.caller("10000")  # so much that no balance limits an answer
     faults = []
     for case, body in CASES[client].items():
         if f"{client}/{case}" not in REFUSED:
@@ -90,7 +90,7 @@ async def test_what_a_client_sends_reaches_openrouter_as_it_is_spelled(gateway: 
             except AssertionError as fault:
                 faults.append(f"{client}/{case}: {fault}")
     assert not faults, "\n\n".join(faults)
-    await assert_books_agree(gateway, caller)
+    await assert_books_agree(gateway, caller, "10000")
 
 
 @pytest.mark.parametrize(
