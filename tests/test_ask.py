@@ -240,9 +240,7 @@ def test_names_with_half_an_emoji_pass_too() -> None:
     assert read_ask(body, default_model="m").upstream_body(user="u", output_limit=None).startswith(body[:-1])
 
 
-@pytest.mark.parametrize(
-    "body", [rb'"\ufdd0 \ud83d"', rb'"\uFDD0\ud83d"', '"\ufdd0 \\ud83d"'.encode(), b'"' + b"x" * 3_000_000 + rb'\ud83d"']
-)
+@pytest.mark.parametrize("body", [rb'"\ufdd0 \ud83d"', rb'"\uFDD0\ud83d"', '"\ufdd0 \\ud83d"'.encode()])
 def test_where_half_an_emoji_cannot_be_passed_safely_it_is_refused(body: bytes) -> None:
     assert refusal(b'{"messages":[{"role":"user","content":%s}]}' % body)[1] == "invalid_json"
 

@@ -13,13 +13,11 @@ LONE_OR_NOT = re.compile(rb"\\u[dD][89a-fA-F]")
 ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|\\)", re.DOTALL
 )
-BODY_BYTES_MAX = 2 * 1024 * 1024
-"""A larger body is not searched: it would hold up everybody else."""
 
 
 def mask(body: bytes) -> bytes | None:
-    """The body with its lone surrogates masked, or None where there is none, or the mask itself, or too much to search."""
-    if len(body) > BODY_BYTES_MAX or MASK in body.lower() or MASK_CHARACTER in body or not LONE_OR_NOT.search(body):
+    """The body with its lone surrogates masked, or None where there is none, or the mask itself."""
+    if MASK in body.lower() or MASK_CHARACTER in body or not LONE_OR_NOT.search(body):
         return None
     masked = ESCAPE.sub(lambda escape: MASK + escape[1] if escape[1] else escape[0], body)
     return masked if masked != body else None

@@ -70,6 +70,10 @@ def calls_of(request: dict[str, Any], prompt: str) -> list[tuple[str, str]]:
     choice = request.get("tool_choice") or "auto"
     if not functions or choice == "none" or request["messages"][-1].get("role") == "tool":
         return []
+    if isinstance(choice, dict) and choice["type"] == "allowed_tools":
+        allowed = {tool["function"]["name"] for tool in choice["allowed_tools"]["tools"]}
+        functions = {name: parameters for name, parameters in functions.items() if name in allowed}
+        choice = choice["allowed_tools"]["mode"]
     if isinstance(choice, dict):
         names = [choice["function"]["name"]]
     else:

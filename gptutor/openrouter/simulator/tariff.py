@@ -57,7 +57,7 @@ def read_input(request: dict[str, Any]) -> Input:
     if request.get("cache_control"):
         written, ttl = prompt_tokens, request["cache_control"].get("ttl", "5m")
     searches, search_usd = _web_search(request)
-    server_tools = sum(tool["type"] != "function" for tool in tools)
+    server_tools = sum(tool["type"] not in ("function", "custom") for tool in tools)
     return Input(
         prompt_tokens=prompt_tokens,
         audio_tokens=_sound_tokens(messages),
