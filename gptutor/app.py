@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from aiohttp import web
 
@@ -13,12 +14,14 @@ from gptutor.api import completions, health, middlewares, models
 from gptutor.api.body import BodyLimits, hold_invitation
 from gptutor.api.cors import cors, open_to_pages
 from gptutor.api.event_stream import Patience
+from gptutor.api.identity import VK_DOOR, VkDoor, identify
 from gptutor.api.inflight import InFlight
 from gptutor.api.order import Kit
 from gptutor.api.pace import Pace
 from gptutor.config import Config
 from gptutor.logs import LoggerService
 from gptutor.money import journal
+from gptutor.money.amounts import parse_roubles
 from gptutor.money.journal import Journal, Leftover
 from gptutor.money.keyring import KeyRing
 from gptutor.money.ledger import Ledger
@@ -48,6 +51,8 @@ IN_FLIGHT = web.AppKey("in_flight", InFlight)
 
 KEYED = frozenset({completions.complete})
 """The handlers that need an API key."""
+PERSONAL: frozenset[Any] = frozenset()
+"""The handlers of the account's own endpoints: a key, or a sign-in."""
 
 
 def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
@@ -64,6 +69,7 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             middlewares.errors,  # turns every failure into an answer; all below it may raise a Refusal
             middlewares.body_limit(config.server.body_bytes_max),  # before anything reads the body
             middlewares.authenticate(KEYED),  # nearest to the handler: a 404 or 405 needs no key
+            identify(PERSONAL),  # the account's own pages know their account before they begin
         ],
     )
     app.on_response_prepare.extend([middlewares.name_response, open_to_pages(config.server.allowed_origins)])
@@ -71,6 +77,12 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
     app[LOG] = log
     app[SECRET] = secrets[0]
     app[VAULT] = Vault(secrets)
+    app[VK_DOOR] = VkDoor(
+        app_id=config.vk.app_id,
+        secret=config.vk.secret_key,
+        age_s_max=config.vk.launch_age_s,
+        bonus=parse_roubles(str(config.vk.bonus_rub)),
+    )
     app[health.READINESS] = health.Readiness()
     app[completions.BODY_LIMITS] = BodyLimits(
         config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s

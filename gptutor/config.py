@@ -31,6 +31,8 @@ SHORT_NAMES = {
     "DATABASE_URL": "database.url",
     "OPENROUTER_API_KEY": "openrouter.api_key",
     "OPENROUTER_BASE_URL": "openrouter.base_url",
+    "VK_APP_ID": "vk.app_id",
+    "VK_SECRET_KEY": "vk.secret_key",
     "GPTUTOR_WORKERS": "server.workers",
     "GPTUTOR_SECRET_KEY": "security.secret_key",
 }
@@ -38,6 +40,7 @@ SECRETS = frozenset(
     {
         "security.secret_key",
         "security.old_secret_keys",
+        "vk.secret_key",
         "openrouter.api_key",
         "openrouter.management_key",
         "openrouter.proxy",
@@ -178,6 +181,19 @@ class Security(Section, frozen=True):
     old_secret_keys: str = ""
 
 
+class Vk(Section, frozen=True):
+    app_id: Annotated[int, msgspec.Meta(ge=0)] = 0
+    secret_key: str = ""
+    launch_age_s: Seconds = 3600
+    bonus_rub: Decimal = Decimal(0)
+
+    def __post_init__(self) -> None:
+        if bool(self.app_id) != bool(self.secret_key.strip()):
+            raise ValueError("vk.app_id and vk.secret_key must be set together: VK_APP_ID and VK_SECRET_KEY, or neither")
+        if not (self.bonus_rub.is_finite() and 0 <= self.bonus_rub <= 1_000_000):
+            raise ValueError(f"vk.bonus_rub must be a number from 0 to 1000000, not {self.bonus_rub}")
+
+
 class Simulator(Section, frozen=True):
     host: Name = "127.0.0.1"
     port: Port = 3002
@@ -202,6 +218,7 @@ class Config(Section, frozen=True):
     relay: Relay = Relay()
     recovery: Recovery = Recovery()
     security: Security = Security()
+    vk: Vk = Vk()
     simulator: Simulator = Simulator()
     docs: Docs = Docs()
 

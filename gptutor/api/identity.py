@@ -1,0 +1,87 @@
+"""Whose account a request speaks for, on the account's own endpoints: an API key, or VK's launch parameters (contract D1, D5).
+
+Chat completions do not pass here: there the hold statement authenticates.
+"""
+
+import time
+from collections.abc import Collection
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from gptutor.api.health import DATABASE
+from gptutor.api.middlewares import KEYRING, Handler
+from gptutor.errors import Refusal
+from gptutor.money.amounts import Nano
+from gptutor.money.keys import parse_key
+from gptutor.money.users import NoSuchUser, User, UserRepository
+from gptutor.vk import Launch, NotSigned, verify
+
+USER = web.RequestKey("user", User)
+
+
+class VkDoor:
+    """Sign-in by VK. Without the app's secret it lets nobody in."""
+
+    def __init__(self, *, app_id: int, secret: str, age_s_max: float, bonus: Nano) -> None:
+        self._app_id = app_id
+        self._secret = secret
+        self._age_s_max = age_s_max
+        self._bonus = bonus
+
+    def verify(self, token: str) -> Launch:
+        """Raises Refusal."""
+        if not self._secret:
+            raise Refusal("invalid_key", cause="VK_SECRET_KEY is not set")
+        try:
+            return verify(token, app_id=self._app_id, secret=self._secret, now=time.time(), age_s_max=self._age_s_max)
+        except NotSigned as error:
+            raise Refusal("invalid_key", cause=f"VK: {error}") from error
+
+    async def admit(self, users: UserRepository, token: str) -> tuple[User, Launch]:
+        """The person's account, made at the first sight of him. Raises Refusal."""
+        launch = self.verify(token)
+        user, _ = await users.of_person("vk", str(launch.user_id), name=f"vk {launch.user_id}", bonus=self._bonus)
+        if not user.is_active:
+            raise Refusal("invalid_key", cause="the user is inactive")
+        return user, launch
+
+
+VK_DOOR = web.AppKey("vk_door", VkDoor)
+
+
+def identify(personal: Collection[Any]) -> Middleware:
+    """For `personal` handlers: the account that the request speaks for, in USER."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.match_info.handler in personal:
+            request[USER] = await _user(request)
+        return await handler(request)
+
+    return middleware
+
+
+async def _user(request: web.Request) -> User:
+    token = bearer(request)
+    users = UserRepository(request.app[DATABASE])
+    if not token.startswith("sk-"):
+        user, _ = await request.app[VK_DOOR].admit(users, token)
+        return user
+    claim = parse_key(token)
+    if claim is None or not await request.app[KEYRING].is_alive(claim):
+        raise Refusal("invalid_key")
+    try:
+        return await users.find(claim.account_id)
+    except NoSuchUser:
+        raise Refusal("invalid_key") from None
+
+
+def bearer(request: web.Request) -> str:
+    """The one credential of a request. Raises Refusal."""
+    headers = request.headers.getall("Authorization", [])
+    scheme, _, token = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise Refusal("invalid_key")
+    return token.strip()

@@ -1,0 +1,104 @@
+"""VK's launch parameters (contract D2; rows auth-9 to -12)."""
+
+from urllib.parse import urlencode
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptutor.vk import NotSigned, signature, verify
+
+SECRET = "wvl68m4dR1UpLrVRli"
+NOW = 1_795_500_000
+PUBLISHED = (
+    "vk_user_id=494075&vk_app_id=6736218&vk_is_app_user=1&vk_are_notifications_enabled=1&vk_language=ru"
+    "&vk_access_token_settings=&vk_platform=android"
+)
+
+
+def token(*, sign: str | None = None, secret: str = SECRET, beside: str = "", **changed: str | None) -> str:
+    given = {
+        "vk_user_id": "494075", "vk_app_id": "6736218", "vk_is_app_user": "1", "vk_language": "ru",
+        "vk_access_token_settings": "notify,menu", "vk_platform": "desktop_web", "vk_ts": str(NOW - 60), **changed,
+    }  # fmt: skip
+    signed = {name: value for name, value in given.items() if value is not None}
+    return urlencode(signed) + beside + f"&sign={signature(signed, secret) if sign is None else sign}"
+
+
+def user_of(text: str, *, app_id: int = 6736218, now: float = NOW) -> int:
+    return verify(text, app_id=app_id, secret=SECRET, now=now, age_s_max=3600).user_id
+
+
+def test_the_published_example_verifies() -> None:
+    parameters = dict(pair.split("=") for pair in PUBLISHED.split("&"))
+    assert signature(parameters, SECRET) == "htQFduJpLxz7ribXRZpDFUH-XEUhC9rBPTJkjUFEkRA"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        token(),
+        "?" + token(),
+        "https://prod-app.example.com/index.html?" + token() + "#home",
+        token(beside="&utm_source=x&other="),
+        token(vk_access_token_settings=""),
+        token(vk_new_parameter="", vk_ref="other"),
+        "&".join(reversed(token().split("&"))),
+        token(vk_ts=str(NOW + 59)),
+        token(vk_ts=str(NOW - 3600)),
+    ],
+)
+def test_what_vk_signed_is_let_in(text: str) -> None:
+    assert user_of(text) == 494075
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nonsense",
+        "sign=" + "A" * 43,
+        token(sign=""),
+        token(sign="A" * 43),
+        token().rpartition("&")[0],
+        token() + "=",
+        token(secret="another"),
+        token(vk_app_id="1"),
+        token(vk_app_id=None),
+        token(vk_user_id=None),
+        token(vk_user_id="0"),
+        token(vk_user_id="-5"),
+        token(vk_user_id="٣"),
+        token(vk_ts=None),
+        token(vk_ts=""),
+        token(vk_ts="soon"),
+        token(vk_ts=str(NOW - 3601)),
+        token(vk_ts=str(NOW + 61)),
+        token() + "&vk_user_id=1",
+        token() + "&sign=x",
+        token(beside="&a=1&a=2"),
+        token().replace("vk_user_id", "vk_user_id%5B%5D"),
+        token(beside="&x=%FF"),
+        token(beside="&x=" + "y" * 5000),
+        token() + "&ключ=1",
+    ],
+)
+def test_all_else_is_not(text: str) -> None:
+    with pytest.raises(NotSigned) as told:
+        user_of(text)
+    assert "494075" not in str(told.value)
+
+
+def test_another_apps_launch_is_not_ours() -> None:
+    with pytest.raises(NotSigned):
+        user_of(token(), app_id=1)
+
+
+@given(place=st.integers(0, len(token()) - 1), letter=st.characters(min_codepoint=33, max_codepoint=126))
+def test_no_single_letter_can_be_changed(place: int, letter: str) -> None:
+    whole = token()
+    changed = whole[:place] + letter + whole[place + 1 :]
+    if changed.replace("%2c", "%2C") == whole:  # the same comma, spelled otherwise
+        return
+    with pytest.raises(NotSigned):
+        user_of(changed)
