@@ -18,7 +18,6 @@ from gptutor.api.identity import VK_DOOR, VkDoor, identify
 from gptutor.api.inflight import InFlight
 from gptutor.api.order import Kit
 from gptutor.api.pace import Pace
-from gptutor.config import Config
 from gptutor.logs import LoggerService
 from gptutor.money import journal
 from gptutor.money.amounts import parse_roubles
@@ -29,6 +28,7 @@ from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.money.recovery import Recovery, connection_name
 from gptutor.money.vault import Vault
 from gptutor.openrouter import catalogue, service
+from gptutor.settings import Config
 
 LOGGER = logging.getLogger("gptutor.app")
 HOLD_SLACK_S = 60

@@ -1,6 +1,6 @@
 """What `gptutor serve` says when it is up: what answers, where things are, and what to type next."""
 
-from gptutor.config import Config
+from gptutor.settings import Config
 
 
 def banner(config: Config, *, url: str, demo_key: str | None) -> str:

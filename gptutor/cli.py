@@ -11,7 +11,6 @@ import typer
 
 from gptutor import config, database
 from gptutor.cli_users import user_app
-from gptutor.config import Config, ConfigError
 from gptutor.console import Json, fail, out, print_json, with_books
 from gptutor.database import Database
 from gptutor.listener import StartError
@@ -25,6 +24,7 @@ from gptutor.openrouter.service import UpstreamError
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.openrouter.totals import totals
 from gptutor.serve import database_of, serve, simulated_openrouter
+from gptutor.settings import Config, ConfigError
 
 app = typer.Typer(
     name="gptutor",

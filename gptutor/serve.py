@@ -18,8 +18,6 @@ from gptutor import database
 from gptutor.api.connection import Connection
 from gptutor.app import build_app
 from gptutor.banner import banner
-from gptutor.config import Config, Server, kept_secret
-from gptutor.config import Simulator as SimulatorPlace
 from gptutor.listener import StartError, complain_calmly, listening_on
 from gptutor.logs import WIRE, logging_to
 from gptutor.metrics import build_metrics
@@ -30,6 +28,8 @@ from gptutor.money.keys import parse_key
 from gptutor.money.users import UserRepository
 from gptutor.money.vault import Vault
 from gptutor.openrouter.simulator.server import Simulator
+from gptutor.settings import Config, Server, kept_secret
+from gptutor.settings import Simulator as SimulatorPlace
 
 DEMO_ROUBLES = "100"
 LINE_BYTES_MAX = 8190

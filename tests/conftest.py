@@ -14,8 +14,7 @@ import pytest
 from aiohttp import web
 from hypothesis import settings as hypothesis_settings
 
-from gptutor import config as settings
-from gptutor import database
+from gptutor import database, settings
 from gptutor.api.health import READINESS
 from gptutor.app import IN_FLIGHT, build_app
 from gptutor.embedded import embedded_postgres

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptutor.config import DEFAULT_FILE, Config, ConfigError, OpenRouter, load
+from gptutor.config import DEFAULT_FILE, load
+from gptutor.settings import Config, ConfigError, OpenRouter
 
 SHIPPED = yaml.safe_load(DEFAULT_FILE.read_text())
 

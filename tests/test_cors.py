@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from gptutor.config import ConfigError, load
+from gptutor.config import load
+from gptutor.settings import ConfigError
 from tests.conftest import Gateway
 
 PAGE = "https://shop.example"

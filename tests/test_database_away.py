@@ -17,7 +17,7 @@ import aiohttp
 import asyncpg
 import pytest
 
-from gptutor import config as settings
+from gptutor import settings
 from gptutor.api.health import READINESS
 from gptutor.app import JOURNAL, build_app
 from gptutor.database import Database, DatabaseUnavailable, connected

@@ -20,10 +20,11 @@ from openapi_spec_validator import validate
 
 from gptutor.api.ask import ChatRequest, Message, Tool, read_ask
 from gptutor.app import build_app
-from gptutor.config import DEFAULT_FILE, Config, Docs
+from gptutor.config import DEFAULT_FILE
 from gptutor.errors import KINDS, Refusal
 from gptutor.logs import LoggerService
 from gptutor.serve import StartError
+from gptutor.settings import Config, Docs
 from gptutor.web import openapi, page
 from gptutor.web.site import build_site, documentation, preferred_language
 from tests.conftest import Gateway

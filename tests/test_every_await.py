@@ -21,7 +21,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gptutor import config as settings
+from gptutor import settings
 from gptutor.api.completions import KIT
 from gptutor.api.health import DATABASE
 from gptutor.api.inflight import InFlight

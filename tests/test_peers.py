@@ -18,7 +18,7 @@ import openai
 import pytest
 from aiohttp import web
 
-from gptutor import config as settings
+from gptutor import settings
 from gptutor.api.ask import Ask
 from gptutor.api.health import DATABASE
 from gptutor.app import JOURNAL, build_app

@@ -19,10 +19,10 @@ from aiohttp import web
 
 from gptutor import config, database
 from gptutor.app import build_app
-from gptutor.config import ConfigError
 from gptutor.logs import LoggerService
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening
+from gptutor.settings import ConfigError
 from tests.conftest import SECRET, Gateway, config_for
 from tests.test_relay import assert_books_agree
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gptutor import config as settings
+from gptutor import settings
 from tests.service import Service, environment, run, running_with, start
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import aiohttp
 import jsonschema
 import pytest
 
-from gptutor import config as settings
+from gptutor import settings
 from gptutor.openrouter.simulator.faults import FAULTS
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import simulated_openrouter

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from gptutor.config import Config
 from gptutor.listener import listening_on
+from gptutor.settings import Config
 from gptutor.web.openapi import describe
 from gptutor.web.page import LANGUAGES, NAMES, load_pages, render
 

@@ -11,7 +11,7 @@ import sys
 
 from aiohttp import web
 
-from gptutor import config as settings
+from gptutor import settings
 from gptutor.openrouter.simulator.generation import last_text
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import simulated_openrouter

@@ -1,0 +1,246 @@
+"""The settings: their names, types, ranges and defaults, as one frozen `Config`.
+
+What each means, with unit and reason, is written in `config.yaml`; how they are read, in `config.py`.
+"""
+
+import base64
+import binascii
+import os
+import re
+import secrets
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+
+PROXY_FORM = r"https?://[^/\s]+/?"
+
+
+class ConfigError(Exception):
+    """A setting is unknown, impossible or missing; the text is a sentence for the operator."""
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} settings>"  # values may be secrets, and a repr ends up in logs
+
+
+class Server(Section, frozen=True):
+    host: Name = "127.0.0.1"
+    port: Port = 3001
+    body_bytes_max: Count = 10 * 1024 * 1024
+    header_s: Seconds = 10
+    body_idle_s: Seconds = 10
+    body_s: Seconds = 60
+    linger_s: Seconds = 5
+    keepalive_s: Seconds = 75
+    shutdown_s: Seconds = 20
+    drain_s: Seconds = 60
+    workers: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
+    cors_origins: str = "*"
+
+    def __post_init__(self) -> None:
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s*]+", origin):
+                raise ValueError(f"server.cors_origins must be *, or origins such as https://example.com, not {origin!r}")
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        return frozenset(self.cors_origins.split())
+
+
+class Paths(Section, frozen=True):
+    data: Path = Path("var")
+    logs: Path = Path("logs")
+
+
+class Logs(Section, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    retention_days: Count = 30
+    stdout: bool = True
+
+
+class Metrics(Section, frozen=True):
+    host: Name = "127.0.0.1"
+    port: Port = 0
+
+
+class Database(Section, frozen=True):
+    url: str = ""
+    connections_max: Annotated[int, msgspec.Meta(ge=1, le=100)] = 8
+    acquire_s: Seconds = 2
+    statement_s: Seconds = 5
+
+
+class OpenRouter(Section, frozen=True):
+    api_key: str = ""
+    proxy: Annotated[str, msgspec.Meta(pattern=f"^({PROXY_FORM})?$")] = ""
+    base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?$")] = "https://openrouter.ai/api/v1"
+    management_key: str = ""
+    default_model: Name = "google/gemini-2.5-flash-lite"
+    referer: str = ""
+    title: str = "GPTutor"
+    connect_s: Seconds = 10
+    total_s: Seconds = 60
+    first_byte_s: Seconds = 60
+    idle_s: Seconds = 60
+    end_s: Seconds = 5
+    connections_max: Count = 2000
+    attempts_max: Annotated[int, msgspec.Meta(ge=1, le=10)] = 3
+    models_refresh_s: Seconds = 600
+
+
+def _check_decimal(name: str, value: Decimal, least: Decimal, most: Decimal) -> None:
+    if not (value.is_finite() and least <= value <= most):
+        raise ValueError(f"billing.{name} must be a number from {least} to {most}, not {value}")
+
+
+class Billing(Section, frozen=True):
+    rub_per_usd: Decimal = Decimal(90)
+    balance_min_rub: Decimal = Decimal(1)
+    margin: Decimal = Decimal("1.1")
+    output_tokens_typical: Count = 4096
+    output_tokens_min: Count = 16
+    reserve: Literal["typical", "worst_case"] = "typical"
+    hold_default_rub: Decimal = Decimal(10)
+    image_tokens: Count = 8192
+    paid_tool_usd: Decimal = Decimal("0.05")
+    cache_write_factor: Decimal = Decimal(2)
+    hurry_factor: Decimal = Decimal(2)
+
+    def __post_init__(self) -> None:
+        # msgspec has no ranges for Decimal, so they stand here.
+        _check_decimal("rub_per_usd", self.rub_per_usd, Decimal("0.0001"), Decimal(100_000))
+        _check_decimal("balance_min_rub", self.balance_min_rub, Decimal(0), Decimal(1_000_000))
+        _check_decimal("margin", self.margin, Decimal(1), Decimal(10))
+        _check_decimal("hold_default_rub", self.hold_default_rub, Decimal("0.01"), Decimal(1_000_000))
+        _check_decimal("paid_tool_usd", self.paid_tool_usd, Decimal(0), Decimal(1000))
+        _check_decimal("cache_write_factor", self.cache_write_factor, Decimal(1), Decimal(10))
+        _check_decimal("hurry_factor", self.hurry_factor, Decimal(1), Decimal(10))
+
+
+class RateLimit(Section, frozen=True):
+    chat_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
+    chat_at_once: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 200
+
+
+class Relay(Section, frozen=True):
+    heartbeat_s: Seconds = 15
+    buffer_bytes: Annotated[int, msgspec.Meta(ge=4096)] = 256 * 1024
+    write_s: Seconds = 60
+    leaver_drain_s: Seconds = 30
+    leaver_drain_bytes: Count = 1024 * 1024
+
+
+class Recovery(Section, frozen=True):
+    poll_s: Seconds = 1
+    look_max_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 600
+    give_up_s: Annotated[float, msgspec.Meta(gt=0, le=30 * 86_400)] = 86_400
+    journal_bytes_max: Annotated[int, msgspec.Meta(ge=1 << 20)] = 1 << 30
+
+
+class Security(Section, frozen=True):
+    secret_key: str = ""
+    old_secret_keys: str = ""
+
+
+class Vk(Section, frozen=True):
+    app_id: Annotated[int, msgspec.Meta(ge=0)] = 0
+    secret_key: str = ""
+    launch_age_s: Seconds = 3600
+    bonus_rub: Decimal = Decimal(0)
+
+    def __post_init__(self) -> None:
+        if bool(self.app_id) != bool(self.secret_key.strip()):
+            raise ValueError("vk.app_id and vk.secret_key must be set together: VK_APP_ID and VK_SECRET_KEY, or neither")
+        if not (self.bonus_rub.is_finite() and 0 <= self.bonus_rub <= 1_000_000):
+            raise ValueError(f"vk.bonus_rub must be a number from 0 to 1000000, not {self.bonus_rub}")
+
+
+class Simulator(Section, frozen=True):
+    host: Name = "127.0.0.1"
+    port: Port = 3002
+    word_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.03
+    first_word_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.3
+
+
+class Docs(Section, frozen=True):
+    host: Name = "127.0.0.1"
+    port: Port = 8080
+
+
+class Config(Section, frozen=True):
+    server: Server = Server()
+    paths: Paths = Paths()
+    logs: Logs = Logs()
+    metrics: Metrics = Metrics()
+    database: Database = Database()
+    openrouter: OpenRouter = OpenRouter()
+    billing: Billing = Billing()
+    rate_limit: RateLimit = RateLimit()
+    relay: Relay = Relay()
+    recovery: Recovery = Recovery()
+    security: Security = Security()
+    vk: Vk = Vk()
+    simulator: Simulator = Simulator()
+    docs: Docs = Docs()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the embedded PostgreSQL is used (contract F9)."""
+        return not self.database.url
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the built-in simulator stands in for OpenRouter (contract F9)."""
+        return not self.openrouter.api_key
+
+    def secret_key(self) -> bytes:
+        """The 32 bytes from which all secrets of this installation derive.
+
+        With the embedded database they are made on first use and kept in `paths.data`. Raises ConfigError where an own
+        database is configured without a key: a key on one machine's disk would not survive a second machine.
+        """
+        text = self.security.secret_key
+        if not text:
+            if not self.embedded:
+                raise ConfigError(
+                    "GPTUTOR_SECRET_KEY is missing: with a database of your own it must be set, the same on every "
+                    "machine. Make one with: openssl rand -base64 32"
+                )
+            text = kept_secret(self.paths.data / "secret-key", lambda: base64.b64encode(secrets.token_bytes(32)).decode())
+        return _secret(text, "GPTUTOR_SECRET_KEY")
+
+    def secret_keys(self) -> list[bytes]:
+        """The secret of today, and those before it, which still open what was sealed with them. Raises ConfigError."""
+        old = [_secret(text, "security.old_secret_keys") for text in self.security.old_secret_keys.split()]
+        return [self.secret_key(), *old]
+
+
+def _secret(text: str, name: str) -> bytes:
+    try:
+        key = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        key = b""
+    if len(key) != 32:
+        raise ConfigError(f"{name} must be 32 bytes in base64. Make one with: openssl rand -base64 32")
+    return key
+
+
+def kept_secret(path: Path, make: Any) -> str:
+    """The text kept in `path`, made by `make()` on first use; readable by its owner alone."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    text: str = make()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w") as file:
+        file.write(text + "\n")
+    return text
