@@ -1,7 +1,7 @@
 """Reading the settings: `config.yaml`, overridden by the environment, becomes one frozen `Config`.
 
-Every scalar of the file is read as text and converted by its declared type (`settings.py`), so the file and the environment follow
-one rule, and an exact decimal never passes through a float.
+Every scalar of the file is read as text and converted by its declared type (`settings.py`), so the file and the environment
+follow one rule, and an exact decimal never passes through a float.
 """
 
 import os
