@@ -32,7 +32,7 @@ from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening
 from tests.conftest import SECRET, Gateway, config_for
 
-EXAMPLES = 90
+EXAMPLES = 200
 RATE = Decimal(90)
 NANO = Decimal("1e-9")
 COST_MAX = Decimal(100_000)
@@ -173,7 +173,7 @@ def event_parts(draw: st.DrawFn, kind: str, end: bytes) -> bytes:
 @st.composite
 def event_streams(draw: st.DrawFn) -> bytes:
     end = draw(line_ends)
-    kinds = draw(st.lists(st.sampled_from(["text", "text", "comment", "garbage", "other", "bill"]), max_size=8))
+    kinds = draw(st.lists(st.sampled_from(["text", "text", "comment", "garbage", "other", "bill", "bill"]), max_size=8))
     kinds += draw(st.sampled_from([[], ["bill"], ["bill"], ["error"]]))
     stream = b"".join(draw(event_parts(kind, end)) for kind in kinds)
     return stream + draw(
@@ -219,6 +219,7 @@ def plays(draw: st.DrawFn) -> Play:
 EVERYWHERE = tuple(range(400))
 BILL = '{"id":"gen-1","choices":[{"delta":{"content":"я🙂"}}],"usage":{"cost":0.000093}}'.encode()
 CUT_EVERYWHERE = b": c\r\n\r\ndata: " + BILL + b"\r\n\r\ndata: [DONE]\r\n\r\n"
+TWO_BILLS = b"data: " + BILL + b"\n\ndata: " + BILL.replace(b"0.000093", b"0.5") + b"\n\ndata: [DONE]\n\n"
 CUT_SHORT = b"data: " + BILL + b"\n\ndata: \xf0\x9f"
 
 
@@ -344,7 +345,8 @@ def test_any_bytes_come_out_as_they_went_in_and_their_bill_is_charged(
         @given(plays())
         @example(Play(True, CUT_EVERYWHERE, EVERYWHERE, tuple(range(1000))))
         @example(Play(True, CUT_EVERYWHERE, (), tuple(range(1000)), (1,) * 30, name=b"gen-1"))
-        @example(Play(True, CUT_SHORT, (), ()))
+        @example(Play(True, TWO_BILLS))
+        @example(Play(True, CUT_SHORT))
         @example(Play(True, CUT_SHORT, EVERYWHERE, (), breaks_off=True))
         @example(Play(True, b"", breaks_off=True))
         @example(Play(False, b" " + BILL + b"\r\n", EVERYWHERE, tuple(range(1000)), (1,) * 30))

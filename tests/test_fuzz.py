@@ -11,6 +11,7 @@ import pytest
 
 from gptutor.api.ask import read_ask
 from gptutor.config import ConfigError, load
+from gptutor.errors import Refusal
 from gptutor.money.keys import parse_key
 from gptutor.openrouter.catalogue import CatalogueError, parse_models
 from tests.fuzz import targets
@@ -23,6 +24,9 @@ RUNS = {"scanner": 300, "ask": 500, "key": 500, "config": 200, "models": 400}
 
 def test_the_seeds_go_through_the_gates_that_are_fuzzed() -> None:
     assert all(read_ask(body, default_model="a/b").members for body in targets.BODIES)
+    for body in targets.TWICE:
+        with pytest.raises(Refusal):
+            read_ask(body, default_model="a/b")
     assert [targets.said(stream, [], None)[0] is not None for stream in targets.STREAMS] == [True, True, True, True, False]
     assert all(parse_key(key.decode()) for key in targets.KEYS)
     assert [len(parse_models(document)) for document in targets.LISTS[:3]] == [1, 1, 1]

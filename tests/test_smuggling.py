@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from gptutor.money.amounts import AccountId
+from gptutor.money.keys import make_key
 from tests.conftest import Caller, Gateway
 from tests.test_relay import assert_books_agree
 
@@ -359,7 +361,7 @@ async def test_what_is_clear_is_read_in_the_one_right_way(attacked: Any, name: s
 
 
 async def test_a_key_that_is_bad_is_not_invited_to_send_its_body(gateway: Gateway) -> None:
-    wire = post(LENGTH, b"Expect: 100-continue", body=b"").replace(KEY, b"sk-user-1-nonsense")
+    wire = post(LENGTH, b"Expect: 100-continue", body=b"").replace(KEY, make_key(AccountId(10**12)).encode())
     received, _ = await talk(gateway, wire, 1)
     assert statuses(received) == [401]
 

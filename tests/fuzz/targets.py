@@ -54,6 +54,7 @@ STREAMS = (
     b'data: {"error":{"code":502},"usage":{"cost":1E-3,"is_byok":true,"cost_details":{"upstream_inference_cost":0.5}}}\n\n',
     b'data: {"usage":{"cost":null}}\n\ndata: {"usage":[1]}\n\ndata: [[[[\n\ndata: {"id":5}\n\r',
 )
+TOO_LONG = EVENT + b"x" * 100 + b"\n\n" + EVENT + b"\n\n" + APART + bytes([0, 0, 0, 199, 0, 3, 0, 90, 0, 95, 0, 200])
 
 
 def scan(data: bytes) -> None:
@@ -88,6 +89,10 @@ BODIES = (
     '{ "messages" : [{"role":"user","content":[{"type":"text","text":"я"},{"type":"image_url","image_url":{"url":"x"}}]}] }'.encode(),
     b'{"messages":[{"role":"user","content":"Hi"}],"model":"a/b:online","models":["c"],"max_tokens":5,"stop":["a"],"tools":[{}]}',
     b'{"messages":[{"role":"system","content":"\\u0000"}],"\\u0061":1e308,"\\"":{"":[]},"temperature":2,"max_completion_tokens":null}',
+)
+TWICE = (
+    b'{"messages":[{"role":"user","content":"Hi"}],"max_tokens":1,"max_tokens":9}',
+    b'{"messages":[{"role":"user","content":"Hi"}],"x":[{"a":1,"\\u0061":2}]}',
 )
 TOKENS = (
     *(b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"null", b"true", b"1e999", b"NaN", b"-0", b"9" * 500, b"[" * 2000),
@@ -302,8 +307,8 @@ def with_decisions(*inputs: bytes) -> tuple[bytes, ...]:
 
 
 TARGETS = {
-    "scanner": Target(scan, with_decisions(*STREAMS)),
-    "ask": Target(ask, with_decisions(*BODIES)),
+    "scanner": Target(scan, (*with_decisions(*STREAMS), TOO_LONG)),
+    "ask": Target(ask, with_decisions(*BODIES, *TWICE)),
     "key": Target(key, KEYS),
     "config": Target(load, with_decisions(*FILES)),
     "models": Target(models, with_decisions(*LISTS)),
