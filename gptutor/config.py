@@ -23,6 +23,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
+Secret = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*$")]
 
 # Contract F8: names without the GPTUTOR_<SECTION>__ form.
 SHORT_NAMES = {
@@ -38,7 +39,6 @@ SECRETS = frozenset(
     {"security.secret_key", "openrouter.api_key", "openrouter.management_key", "openrouter.proxy", "database.url"}
 )
 """Settings whose values are never shown."""
-PROXY_FORM = r"https?://[^/\s]+/?"
 CONFIG_PATH_NAME = "GPTUTOR_CONFIG"
 DEFAULT_FILE = Path(__file__).parent / "config.yaml"
 
@@ -68,7 +68,7 @@ class Server(Section, frozen=True):
 
     def __post_init__(self) -> None:
         for origin in self.allowed_origins:
-            if origin != "*" and not re.fullmatch(r"https?://[^/\s*]+", origin):
+            if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?", origin):
                 raise ValueError(f"server.cors_origins must be *, or origins such as https://example.com, not {origin!r}")
 
     @property
@@ -100,13 +100,13 @@ class Database(Section, frozen=True):
 
 
 class OpenRouter(Section, frozen=True):
-    api_key: str = ""
-    proxy: Annotated[str, msgspec.Meta(pattern=f"^({PROXY_FORM})?$")] = ""
+    api_key: Secret = ""
+    proxy: str = ""
     base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?$")] = "https://openrouter.ai/api/v1"
-    management_key: str = ""
+    management_key: Secret = ""
     default_model: Name = "google/gemini-2.5-flash-lite"
-    referer: str = ""
-    title: str = "GPTutor"
+    referer: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*$")] = ""
+    title: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*$")] = "GPTutor"
     connect_s: Seconds = 10
     total_s: Seconds = 60
     first_byte_s: Seconds = 60
@@ -115,6 +115,22 @@ class OpenRouter(Section, frozen=True):
     connections_max: Count = 2000
     attempts_max: Annotated[int, msgspec.Meta(ge=1, le=10)] = 3
     models_refresh_s: Seconds = 600
+
+    def __post_init__(self) -> None:
+        for name, url in (("base_url", self.base_url), ("proxy", self.proxy)):
+            if url and not is_address(url, with_path=name == "base_url"):
+                raise ValueError(f"openrouter.{name} must be an address such as https://host:port")
+
+
+def is_address(url: str, *, with_path: bool) -> bool:
+    """Whether a URL of http or https names a host, a possible port, and no more than a path."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    more = parts.query or parts.fragment or (not with_path and parts.path.strip("/"))
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not more and url.isascii()
 
 
 def _check_decimal(name: str, value: Decimal, least: Decimal, most: Decimal) -> None:
@@ -151,7 +167,7 @@ class RateLimit(Section, frozen=True):
 
 
 class Relay(Section, frozen=True):
-    heartbeat_s: Seconds = 15
+    heartbeat_s: Annotated[float, msgspec.Meta(ge=0.05, le=86_400)] = 15
     buffer_bytes: Annotated[int, msgspec.Meta(ge=4096)] = 256 * 1024
     write_s: Seconds = 60
     leaver_drain_s: Seconds = 30
@@ -249,6 +265,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Config:
     if not named and not path.exists():
         path = DEFAULT_FILE
     settings, origin = _read_file(path)
+    _refuse_what_is_no_text(environ)
     for name, dotted in _from_environment(environ).items():
         section, _, key = dotted.partition(".")
         settings.setdefault(section, {})[key] = environ[name]
@@ -257,13 +274,23 @@ def load(environ: Mapping[str, str] = os.environ) -> Config:
         config = msgspec.convert(settings, Config, strict=False, dec_hook=lambda kind, text: kind(text))
     except msgspec.ValidationError as error:
         raise ConfigError(_sentence(str(error), settings, origin, str(path))) from error
-    if not config.openrouter.proxy:
+    if not config.openrouter.proxy and not config.simulated:
         config = msgspec.structs.replace(
             config, openrouter=msgspec.structs.replace(config.openrouter, proxy=_environments_proxy(config.openrouter, environ))
         )
     if config.simulated and "openrouter.base_url" in origin and config.openrouter.base_url != OpenRouter().base_url:
         raise ConfigError("OPENROUTER_BASE_URL is set, but OPENROUTER_API_KEY is not: set both, or neither for the simulator.")
     return config
+
+
+def _refuse_what_is_no_text(environ: Mapping[str, str]) -> None:
+    """A byte that is not UTF-8 comes as half a character, which nothing can print."""
+    for name, value in environ.items():
+        try:
+            (name + value).encode()
+        except UnicodeEncodeError:
+            if name in SHORT_NAMES or name.startswith("GPTUTOR_"):
+                raise ConfigError(f"{name.encode(errors='replace').decode()} is not UTF-8.") from None
 
 
 def _environments_proxy(openrouter: OpenRouter, environ: Mapping[str, str]) -> str:
@@ -274,7 +301,7 @@ def _environments_proxy(openrouter: OpenRouter, environ: Mapping[str, str]) -> s
     if url.scheme != "https" or _is_exempt(url.hostname or "", exempt):
         return ""
     proxy = proxy if "://" in proxy or not proxy else f"http://{proxy}"
-    if proxy and not re.fullmatch(PROXY_FORM, proxy):
+    if proxy and not is_address(proxy, with_path=False):
         raise ConfigError("HTTPS_PROXY must be an address such as http://host:3128.")
     return proxy
 
@@ -290,6 +317,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}  # noqa: S506
     except OSError as error:
         raise ConfigError(f"The settings file {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The settings file {path} is not UTF-8.") from error
+    except RecursionError as error:
+        raise ConfigError(f"The settings file {path} is nested too deeply.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"The settings file {path} is not valid YAML: {error}") from error
     if not isinstance(document, dict) or not all(isinstance(section, dict) for section in document.values()):

@@ -58,12 +58,12 @@ def explore(
 
 
 def make_sense(case: schemathesis.Case) -> None:
-    """What the schema says in words only: models exist, only some messages may be empty, an integer is not written as 1.0.
+    """What the schema says in words only: models and modalities exist, only some messages may be empty, an integer is not written as 1.0.
 
     And a request that is tried again must not bear a name that was used.
     """
     case.headers.pop("Idempotency-Key", None)
-    body = {name: value for name, value in case.body.items() if name not in ("model", "models")}
+    body = {name: value for name, value in case.body.items() if name not in ("model", "models", "modalities")}
     for name in INTEGERS & body.keys():
         body[name] = None if body[name] is None else int(body[name])
     body["messages"] = [{**message, "content": message.get("content") or "Hello"} for message in body["messages"]]
