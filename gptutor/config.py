@@ -23,7 +23,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
-Secret = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*$")]
+Secret = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*\Z")]
 
 # Contract F8: names without the GPTUTOR_<SECTION>__ form.
 SHORT_NAMES = {
@@ -105,8 +105,8 @@ class OpenRouter(Section, frozen=True):
     base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?$")] = "https://openrouter.ai/api/v1"
     management_key: Secret = ""
     default_model: Name = "google/gemini-2.5-flash-lite"
-    referer: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*$")] = ""
-    title: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*$")] = "GPTutor"
+    referer: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z")] = ""
+    title: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z")] = "GPTutor"
     connect_s: Seconds = 10
     total_s: Seconds = 60
     first_byte_s: Seconds = 60
