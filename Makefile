@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format lint types sql test-completion test-openai docs migrate service chaos
+.PHONY: help install run test check format lint types sql test-completion test-openai docs migrate service chaos fuzz
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ test-openai: install ## the OpenAI SDKs for Python and JavaScript against a runn
 chaos: install ## real processes killed at random, then our books against OpenRouter's bill: SECONDS=240 SEED=7 KILLS=200 CRASHES=20
 	@exec $(BIN)/python -m tests.chaos --seconds $(or $(SECONDS),60) --kills-at-least $(or $(KILLS),30) \
 		--crashes-at-least $(or $(CRASHES),2) $(if $(SEED),--seed $(SEED))
+
+fuzz: install ## bytes that nobody meant, for each of what reads bytes: SECONDS=60 each
+	@for target in scanner ask key config models; do \
+		$(BIN)/python -m tests.fuzz $$target --seconds $(or $(SECONDS),60) || exit 1; done
 
 docs: install ## the documentation at http://localhost:8080
 	@exec $(BIN)/gptutor docs

@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aiohttp import web
@@ -90,16 +91,16 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
     app[completions.DEFAULT_MODEL] = config.openrouter.default_model
 
     # Entered in this order, left in the reverse: money under way is closed before the sessions and the pool that it needs.
-    app.cleanup_ctx.extend([journal_context, database_context, upstream_context, exchanges_context])
+    app.cleanup_ctx.extend([journal_context, database_context, upstream_context, slow_lane_context, exchanges_context])
     app.on_shutdown.append(close_the_door)
 
     app.add_routes(
         [
             web.post("/v1/chat/completions", completions.complete, expect_handler=hold_invitation),
-            web.get("/v1/models", models.list_models),
-            web.get("/v1/models/{model_id:.+}", models.show_model),
-            web.get("/health", health.health),
-            web.get("/ready", health.ready),
+            web.get("/v1/models", models.list_models, expect_handler=hold_invitation),
+            web.get("/v1/models/{model_id:.+}", models.show_model, expect_handler=hold_invitation),
+            web.get("/health", health.health, expect_handler=hold_invitation),
+            web.get("/ready", health.ready, expect_handler=hold_invitation),
         ]
     )
     return app
@@ -153,6 +154,12 @@ async def upstream_context(app: web.Application) -> AsyncIterator[None]:
         app[UPSTREAM] = upstream
         app[CATALOGUE] = models_known
         app[models.MODELS] = models.ModelList(models_known, config.billing.rub_per_usd)
+        yield
+
+
+async def slow_lane_context(app: web.Application) -> AsyncIterator[None]:
+    with ThreadPoolExecutor(1, thread_name_prefix="large bodies") as lane:
+        app[completions.SLOW_LANE] = lane
         yield
 
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 import yaml
 
-from gptutor.settings import PROXY_FORM, Config, ConfigError, OpenRouter
+from gptutor.settings import Config, ConfigError, OpenRouter, is_address
 
 # Contract F8: names without the GPTUTOR_<SECTION>__ form.
 SHORT_NAMES = {
@@ -51,6 +51,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Config:
     if not named and not path.exists():
         path = DEFAULT_FILE
     settings, origin = _read_file(path)
+    _refuse_what_is_no_text(environ)
     for name, dotted in _from_environment(environ).items():
         section, _, key = dotted.partition(".")
         settings.setdefault(section, {})[key] = environ[name]
@@ -59,13 +60,23 @@ def load(environ: Mapping[str, str] = os.environ) -> Config:
         config = msgspec.convert(settings, Config, strict=False, dec_hook=lambda kind, text: kind(text))
     except msgspec.ValidationError as error:
         raise ConfigError(_sentence(str(error), settings, origin, str(path))) from error
-    if not config.openrouter.proxy:
+    if not config.openrouter.proxy and not config.simulated:
         config = msgspec.structs.replace(
             config, openrouter=msgspec.structs.replace(config.openrouter, proxy=_environments_proxy(config.openrouter, environ))
         )
     if config.simulated and "openrouter.base_url" in origin and config.openrouter.base_url != OpenRouter().base_url:
         raise ConfigError("OPENROUTER_BASE_URL is set, but OPENROUTER_API_KEY is not: set both, or neither for the simulator.")
     return config
+
+
+def _refuse_what_is_no_text(environ: Mapping[str, str]) -> None:
+    """A byte that is not UTF-8 comes as half a character, which nothing can print."""
+    for name, value in environ.items():
+        try:
+            (name + value).encode()
+        except UnicodeEncodeError:
+            if name in SHORT_NAMES or name.startswith("GPTUTOR_"):
+                raise ConfigError(f"{name.encode(errors='replace').decode()} is not UTF-8.") from None
 
 
 def _environments_proxy(openrouter: OpenRouter, environ: Mapping[str, str]) -> str:
@@ -76,7 +87,7 @@ def _environments_proxy(openrouter: OpenRouter, environ: Mapping[str, str]) -> s
     if url.scheme != "https" or _is_exempt(url.hostname or "", exempt):
         return ""
     proxy = proxy if "://" in proxy or not proxy else f"http://{proxy}"
-    if proxy and not re.fullmatch(PROXY_FORM, proxy):
+    if proxy and not is_address(proxy, with_path=False):
         raise ConfigError("HTTPS_PROXY must be an address such as http://host:3128.")
     return proxy
 
@@ -92,6 +103,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}  # noqa: S506
     except OSError as error:
         raise ConfigError(f"The settings file {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The settings file {path} is not UTF-8.") from error
+    except RecursionError as error:
+        raise ConfigError(f"The settings file {path} is nested too deeply.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"The settings file {path} is not valid YAML: {error}") from error
     if not isinstance(document, dict) or not all(isinstance(section, dict) for section in document.values()):

@@ -65,7 +65,7 @@ class LoggerService:
         cost_rub: str | None,
         cause: str | None,
     ) -> None:
-        """`outcome` is `settled`, `released` or `unresolved` for an answer, else the code of the refusal."""
+        """`outcome` is `settled`, `released` or `awaiting_evidence` for an answer, else the code of the refusal."""
         LOGGER.log(
             logging.INFO if cause is None else logging.WARNING,
             "LLM Response: %s",

@@ -11,6 +11,7 @@ import secrets
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -18,8 +19,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
-
-PROXY_FORM = r"https?://[^/\s]+/?"
+Secret = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*\Z")]
 
 
 class ConfigError(Exception):
@@ -47,7 +47,7 @@ class Server(Section, frozen=True):
 
     def __post_init__(self) -> None:
         for origin in self.allowed_origins:
-            if origin != "*" and not re.fullmatch(r"https?://[^/\s*]+", origin):
+            if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?", origin):
                 raise ValueError(f"server.cors_origins must be *, or origins such as https://example.com, not {origin!r}")
 
     @property
@@ -79,13 +79,13 @@ class Database(Section, frozen=True):
 
 
 class OpenRouter(Section, frozen=True):
-    api_key: str = ""
-    proxy: Annotated[str, msgspec.Meta(pattern=f"^({PROXY_FORM})?$")] = ""
+    api_key: Secret = ""
+    proxy: str = ""
     base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?$")] = "https://openrouter.ai/api/v1"
-    management_key: str = ""
+    management_key: Secret = ""
     default_model: Name = "google/gemini-2.5-flash-lite"
-    referer: str = ""
-    title: str = "GPTutor"
+    referer: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z")] = ""
+    title: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z")] = "GPTutor"
     connect_s: Seconds = 10
     total_s: Seconds = 60
     first_byte_s: Seconds = 60
@@ -94,6 +94,22 @@ class OpenRouter(Section, frozen=True):
     connections_max: Count = 2000
     attempts_max: Annotated[int, msgspec.Meta(ge=1, le=10)] = 3
     models_refresh_s: Seconds = 600
+
+    def __post_init__(self) -> None:
+        for name, url in (("base_url", self.base_url), ("proxy", self.proxy)):
+            if url and not is_address(url, with_path=name == "base_url"):
+                raise ValueError(f"openrouter.{name} must be an address such as https://host:port")
+
+
+def is_address(url: str, *, with_path: bool) -> bool:
+    """Whether a URL of http or https names a host, a possible port, and no more than a path."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    more = parts.query or parts.fragment or (not with_path and parts.path.strip("/"))
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not more and url.isascii()
 
 
 def _check_decimal(name: str, value: Decimal, least: Decimal, most: Decimal) -> None:
@@ -131,7 +147,7 @@ class RateLimit(Section, frozen=True):
 
 
 class Relay(Section, frozen=True):
-    heartbeat_s: Seconds = 15
+    heartbeat_s: Annotated[float, msgspec.Meta(ge=0.05, le=86_400)] = 15
     buffer_bytes: Annotated[int, msgspec.Meta(ge=4096)] = 256 * 1024
     write_s: Seconds = 60
     leaver_drain_s: Seconds = 30

@@ -15,6 +15,7 @@ import orjson
 import psutil
 
 START_S = 60
+STOP_S = 50
 
 
 def environment(directory: Path, **settings: str) -> dict[str, str]:
@@ -24,6 +25,7 @@ def environment(directory: Path, **settings: str) -> dict[str, str]:
     }
     return {
         **clean,
+        "PYTHONFAULTHANDLER": "1",
         "PORT": "0",
         "GPTUTOR_SIMULATOR__PORT": "0",
         "GPTUTOR_SIMULATOR__WORD_S": "0.001",
@@ -67,8 +69,12 @@ class Service:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        code = self.process.wait(timeout=60)
         assert self.process.stdout is not None
+        try:
+            code = self.process.wait(timeout=STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # its stacks, by faulthandler
+            raise AssertionError(f"it does not stop:\n{self.process.stdout.read()}") from None
         self.process.stdout.close()
         return code
 

@@ -1,6 +1,7 @@
 """Checking the ask (contract A1, A4, A5, B2; rows input-1 to -6, -11, -13, -14, -16, -17)."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -182,7 +183,12 @@ def test_what_its_price_depends_on() -> None:
         ({"tools": [{"type": "function", "function": {"name": "f"}}, {"function": {"name": "g"}}, {"type": "custom"}]}, 0),
         ({"tools": [{"type": "openrouter:web_search"}, {"type": 5}], "plugins": [{"id": "web"}]}, 3),
         ({"plugins": [{"id": "web", "max_results": 50}]}, 11),
+        ({"plugins": [{"id": "web", "max_results": 50.0}]}, 11),
+        ({"plugins": [{"id": "web", "max_results": -1e300}]}, 1),
+        ({"plugins": [{"id": "web", "max_results": 1e300}]}, 201),
         ({"plugins": [{"id": "web", "max_results": "50"}]}, 1),
+        ({"tools": [{"type": "openrouter:web_search", "parameters": {"max_results": 50}}]}, 11),
+        ({"tools": [{"type": "openrouter:web_search", "parameters": 5}]}, 1),
         ({"messages": [{"role": "user", "content": [{"type": "file"}, {"type": "file"}, {"type": "text"}]}]}, 2),
         ({"web_search_options": {}}, 1),
         ({"model": "a/b:online"}, 1),
@@ -196,6 +202,8 @@ def test_what_openrouter_does_for_a_price_of_its_own_is_counted(members: dict[st
 def test_what_makes_tokens_dearer_is_seen() -> None:
     cached = [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]}]
     assert ask(messages=cached).size.caches_prompt
+    hidden = b'{"messages":[{"role":"user","content":[{"type":"text","text":"x","cache\\u005fcontrol":{}}]}]}'
+    assert read_ask(hidden, default_model="m").size.caches_prompt
     assert ask(modalities=["text", "audio"]).size.more_than_text
     assert ask(service_tier="priority").size.hurried
     plain = ask(modalities=["text"], service_tier="flex").size
@@ -278,3 +286,17 @@ def test_unknown_members_arrive_unchanged_and_in_order(members: dict[str, Any]) 
 def test_no_bytes_raise_anything_but_a_refusal(body: bytes) -> None:
     with pytest.raises(Refusal):
         read_ask(body, default_model="m")
+
+
+def test_many_keys_and_the_last_one_twice_take_no_time() -> None:
+    """It took seconds for a tenth of a megabyte when each key was looked for among all."""
+    keys = b",".join(b'"%d":1' % number for number in range(50_000))
+    body = b'{"messages":[{"role":"user","content":"x"}],"x":{%s,"49999":2}}' % keys
+    began = time.process_time()
+    assert refusal(body) == (400, "duplicate_key", "'49999' stands twice in one object")
+    assert time.process_time() - began < 2
+
+
+def test_a_body_of_brackets_alone_is_refused() -> None:
+    body = b'{"messages":[{"role":"user","content":"x"}],"x":[%s]}' % (b"[]," * 1_000_001)[:-1]
+    assert refusal(body)[2] == "Request body must not have more than 1000000 objects and arrays"

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
@@ -36,12 +37,37 @@ async def test_while_openrouter_is_away_callers_learn_it_at_once_and_when_it_is_
     upstream = gateway.app[UPSTREAM]
     real = upstream._base_url
     upstream._base_url = "http://127.0.0.1:1/api/v1"
+    asked = 0
+    real_post = upstream._session.post
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return real_post(*args, **kwargs)
+
+    monkeypatch.setattr(upstream._session, "post", counted)
     for _ in range(3 * FAILURES_MAX):
         response, _ = await gateway.chat(caller)
         assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_unreachable")
+    assert FAILURES_MAX <= asked <= FAILURES_MAX + 2
     assert await caller.held() == 0
     upstream._base_url = real
     began = time.monotonic()
     while (await gateway.chat(caller))[0].status != 200:
         await asyncio.sleep(0.1)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"connections_max": 1, "connect_s": 0.2, "attempts_max": 1}}])
+async def test_a_house_that_is_full_says_nothing_of_openrouter(gateway: Gateway) -> None:
+    gateway.simulator.word_s = 0.1
+    caller = await gateway.caller("10000")
+    long = asyncio.create_task(gateway.chat(caller, stream=True))
+    await asyncio.sleep(0.3)
+    body = {"messages": [{"role": "user", "content": "Hello"}]}
+    for _ in range(FAILURES_MAX + 2):
+        async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+            assert response.headers["X-Error-Code"] == "upstream_unreachable"
+    await long
+    assert (await gateway.chat(caller))[0].status == 200
+    assert await caller.held() == 0

@@ -88,3 +88,30 @@ def test_without_a_secret_key_an_own_database_is_refused_and_the_embedded_one_ge
     assert config.secret_key() == config.secret_key()
     assert len(config.secret_key()) == 32
     assert (tmp_path / "var" / "secret-key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"OPENROUTER_BASE_URL": "https://[::1"},
+        {"OPENROUTER_BASE_URL": "https://h:port/x"},
+        {"OPENROUTER_BASE_URL": "https://h/x?y=1"},
+        {"GPTUTOR_OPENROUTER__PROXY": "http://ivan:s3cret@h:port"},
+        {"GPTUTOR_OPENROUTER__PROXY": "http://h:99999"},
+        {"GPTUTOR_OPENROUTER__PROXY": "http://h/path"},
+        {"HTTPS_PROXY": "http://ivan:s3cret@h:99999"},
+        {"OPENROUTER_API_KEY": "sk-or-1\n"},
+        {"GPTUTOR_OPENROUTER__TITLE": "a\r\nb"},
+    ],
+)
+def test_an_address_or_a_header_that_cannot_be_is_told_without_its_secrets(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as told:
+        load({"OPENROUTER_API_KEY": "sk-or-1", **environ})
+    (name,) = environ
+    assert name in str(told.value)
+    assert "s3cret" not in str(told.value)
+    assert "sk-or-1" not in str(told.value)
+
+
+def test_the_proxy_of_the_environment_does_not_matter_to_the_simulator() -> None:
+    assert load({"HTTPS_PROXY": "socks5://h:1"}).openrouter.proxy == ""

@@ -40,4 +40,6 @@ def test_without_descriptors_the_others_are_still_served_and_it_recovers(tmp_pat
             time.sleep(0.1)
     else:
         raise AssertionError("it does not recover")
+    complaints = [line["message"] for line in service.log() if "No connection can be accepted" in line["message"]]
+    assert 1 <= len(complaints) <= 3
     assert service.stop() == 0

@@ -175,7 +175,9 @@ async def test_a_copy_is_served_at_once_and_made_fresh_behind_it(tmp_path: Path)
     assert kept.read_bytes() == listing({"id": "new/model"})
 
 
-@pytest.mark.parametrize("document", [b"", b"{", b'{"data": []}', b"\xff"])
+@pytest.mark.parametrize(
+    "document", [b"", b"{", b'{"data": []}', b"\xff", b'{"data": [{"id": "a\xff"}]}', b'{"data":' + b"[" * 100_000]
+)
 async def test_a_broken_copy_is_not_used_and_does_no_harm(tmp_path: Path, document: bytes) -> None:
     kept = tmp_path / "models.json"
     kept.write_bytes(document)

@@ -2,18 +2,23 @@
 upstream-7, upstream-8, upstream-13)."""
 
 import asyncio
+import gzip
 import io
 import json
 import re
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
 
+from gptutor.api import completions
+from gptutor.api.ask import Ask, read_ask
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import make_key
 from gptutor.openrouter.relay import HEARTBEAT
@@ -149,23 +154,39 @@ async def test_pipelined_requests_are_served_in_order_and_hold_nobody_up(gateway
                 await assert_serves(gateway)
 
 
-async def test_a_large_body_is_checked_beside_the_event_loop(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = []
-    real = asyncio.to_thread
+async def test_a_large_body_is_checked_on_the_slow_lane(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = []
 
-    async def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
-        where.append(len(args[0]))
-        return await real(function, *args, **kwargs)
+    def noted(body: bytes, **settings: Any) -> Ask:
+        lanes.append((len(body) > 1_000_000, threading.current_thread().name))
+        return read_ask(body, **settings)
 
-    monkeypatch.setattr(asyncio, "to_thread", noted)
+    monkeypatch.setattr(completions, "read_ask", noted)
     caller = await gateway.caller()
-    body = io.BytesIO(json.dumps({"messages": [{"role": "user", "content": "x" * 2_000_000}]}).encode())
-    headers = {**caller.headers, "Content-Type": "application/json"}
-    async with gateway.session.post(gateway.chat_url, data=body, headers=headers) as response:
-        assert response.status == 200
+    assert await send_large(gateway, caller.headers) == 200
     await gateway.chat(caller, "x")
-    assert [size > 2_000_000 for size in where] == [True]
+    assert lanes == [(True, "large bodies_0"), (False, "MainThread")]
     await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+async def test_a_stranger_has_no_large_body_checked(gateway: Gateway, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "read_ask", None)
+    stranger = {"Authorization": f"Bearer {make_key(AccountId(10**12))}"}
+    assert await send_large(gateway, stranger, pieces=pieces) == 401
+
+
+async def send_large(gateway: Gateway, headers: dict[str, str], *, pieces: bool = False) -> int:
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 2_000_000}]}).encode()
+
+    async def in_pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 100_000):
+            yield body[start : start + 100_000]
+
+    data = in_pieces() if pieces else io.BytesIO(body)
+    headers = {**headers, "Content-Type": "application/json"}
+    async with gateway.session.post(gateway.chat_url, data=data, headers=headers) as response:
+        return response.status
 
 
 # -- upstream's side
@@ -256,3 +277,58 @@ async def test_a_caller_who_leaves_between_attempts_is_not_asked_for_again(scrip
     await gateway.idle()
     assert asked.empty()
     assert await caller.held() == 0
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.2}}])
+async def test_a_price_in_mid_stream_is_not_the_last_word(scripted: Any) -> None:
+    plays, gateway = scripted
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices":[],"usage":{"cost":0.001}}\n\n')
+        await response.write(b'data: {"choices":[]}\n\n')
+        await asyncio.sleep(0.6)
+        await response.write(b'data: {"choices":[],"usage":{"cost":0.005}}\n\ndata: [DONE]\n\n')
+        return response
+
+    plays.append(play)
+    caller = await gateway.caller()
+    _, stream = await gateway.chat(caller, stream=True)
+    assert stream.endswith(b"data: [DONE]\n\n")
+    assert await caller.balance() == Decimal("99.55")
+
+
+async def test_an_end_that_comes_while_the_process_is_busy_is_not_a_break(scripted: Any) -> None:
+    plays, gateway = scripted
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices":[]}\n\n')
+        await asyncio.sleep(0.5)
+        await response.write(b'data: {"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n')
+        await response.write_eof()
+        time.sleep(0.7)  # noqa: ASYNC251 - over the moment at which a silent connection is looked at
+        return response
+
+    plays.append(play)
+    _, stream = await gateway.chat(await gateway.caller(), stream=True)
+    assert stream.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("tuned", [{"relay": {"heartbeat_s": 0.1}}])
+async def test_nothing_is_said_into_a_compressed_stream(scripted: Any) -> None:
+    plays, gateway = scripted
+    document = gzip.compress(b'data: {"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n')
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Content-Encoding": "gzip"})
+        await response.prepare(request)
+        await asyncio.sleep(0.4)
+        await response.write(document)
+        return response
+
+    plays.append(play)
+    _, stream = await gateway.chat(await gateway.caller(), stream=True)
+    assert stream == document

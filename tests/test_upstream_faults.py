@@ -113,3 +113,13 @@ def answering(status: int, body: bytes) -> Any:
         return web.Response(status=status, body=body, content_type="application/json")
 
     return play
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"", b"{}", b'{"message":"edge"}', b'{"error":null}'])
+async def test_an_edges_error_page_proves_nothing_whatever_its_form(scripted: Any, body: bytes) -> None:
+    plays, gateway = scripted
+    plays.append(answering(502, body))
+    caller = await gateway.caller()
+    response, _ = await gateway.chat(caller)
+    assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_outcome_unknown")
+    assert await caller.held() > 0

@@ -23,12 +23,17 @@ from gptutor.money.pricing import Size
 
 MODEL_CHARACTERS_MAX = 200
 NAME_CHARACTERS_SHOWN = 100
+BRACKETS_MAX = 1_000_000
+"""More would hold up everybody else while they are read, and mean nothing."""
+ESCAPED_LETTER = re.compile(rb"\\u00(?:5f|6[0-9a-f]|7[0-9a])", re.IGNORECASE)
+"""An underscore or a small letter spelled as an escape, which nobody does without a purpose: what it spells is not looked for."""
 NUMBER_CHARACTERS_MAX = 400
 """No number that means anything is written longer; the largest double has 309 digits."""
 IMAGES = ("image_url", "input_image")
 """Parts whose bytes are not tokens: a picture costs by its size in pixels, within a bound."""
 OWN_TOOLS = ("function", "custom")
 """Tools that the caller runs himself; all others are run by OpenRouter, for money."""
+RESULTS_MAX = 1000
 RESULTS_USUAL = 5
 """So many results a search gives, and is paid for, unless it is asked for more."""
 ORDINARY_TIERS = (None, "auto", "default", "flex")
@@ -53,6 +58,7 @@ class Message(msgspec.Struct):
 
 class Tool(msgspec.Struct):
     type: Annotated[Any, Meta(description="`function`, or a tool of OpenRouter's")] = "function"
+    parameters: Annotated[Raw, Meta(description="what a tool of OpenRouter's is told")] = msgspec.field(default_factory=Raw)
 
 
 class ChatRequest(msgspec.Struct):
@@ -75,11 +81,11 @@ class ChatRequest(msgspec.Struct):
     presence_penalty: Annotated[Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="a number from -2 to 2")] = None
     stop: Annotated[str | list[str] | None, Meta(description="a string or an array of strings")] = None
     n: Annotated[Annotated[int, Meta(ge=1, le=128)] | None, Meta(description="an integer from 1 to 128")] = None
-    usage: Annotated[dict[str, Any] | None, Meta(description="an object")] = None
-    stream_options: Annotated[dict[str, Any] | None, Meta(description="an object")] = None
+    usage: Annotated[dict[str, Raw] | None, Meta(description="an object")] = None
+    stream_options: Annotated[dict[str, Raw] | None, Meta(description="an object")] = None
     tools: Annotated[list[Tool] | None, Meta(description="an array of objects")] = None
-    plugins: Annotated[list[dict[str, Any]] | None, Meta(description="an array of objects")] = None
-    web_search_options: Annotated[dict[str, Any] | None, Meta(description="an object")] = None
+    plugins: Annotated[list[dict[str, Raw]] | None, Meta(description="an array of objects")] = None
+    web_search_options: Annotated[dict[str, Raw] | None, Meta(description="an object")] = None
     modalities: Annotated[list[str] | None, Meta(description="an array of strings")] = None
     service_tier: Annotated[str | None, Meta(description="a string")] = None
 
@@ -144,6 +150,8 @@ class Ask:
 
 def read_ask(body: bytes, *, default_model: str) -> Ask:
     """Checks a request body. Raises Refusal, whose text names the field, its fault and what is allowed."""
+    if body.count(b"[") + body.count(b"{") > BRACKETS_MAX:
+        raise Refusal("invalid_request", f"Request body must not have more than {BRACKETS_MAX} objects and arrays")
     try:
         _refuse_ambiguity(body.decode())
         request, members, masked = _parse(body)
@@ -172,7 +180,7 @@ def read_ask(body: bytes, *, default_model: str) -> Ask:
             choices=request.n or 1,
             output_tokens=max((limit for limit in limits if limit is not None), default=None),
             paid_tools=_paid_tools(request, files),
-            caches_prompt=b'"cache_control"' in body,
+            caches_prompt=b'"cache_control"' in body or ESCAPED_LETTER.search(body) is not None,
             more_than_text=any(modality != "text" for modality in request.modalities or ()),
             hurried=request.service_tier not in ORDINARY_TIERS,
         ),
@@ -196,21 +204,32 @@ def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
 
 def _paid_tools(request: ChatRequest, files: int) -> int:
     """How many things are asked for that OpenRouter does for a price of their own: searching, and reading files."""
-    tools = sum(tool.type not in OWN_TOOLS for tool in request.tools or ())
-    plugins = sum(1 + _results(plugin) // RESULTS_USUAL for plugin in request.plugins or ())
+    tools = sum(1 + _results(_members(tool.parameters)) for tool in request.tools or () if tool.type not in OWN_TOOLS)
+    plugins = sum(1 + _results(plugin) for plugin in request.plugins or ())
     online = any(":online" in (model or "") for model in (request.model, *(request.models or ())))
     return tools + plugins + (request.web_search_options is not None) + online + files
 
 
-def _results(plugin: dict[str, Any]) -> int:
-    wanted = plugin.get("max_results")
-    return wanted if type(wanted) is int and 0 < wanted < 2**31 else 0
+def _results(options: Mapping[str, Raw]) -> int:
+    """How many usual portions of results are wanted beside the first."""
+    try:
+        wanted = msgspec.json.decode(options.get("max_results", b"0"), type=float)
+    except msgspec.DecodeError:
+        return 0
+    return int(min(max(wanted, 0), RESULTS_MAX)) // RESULTS_USUAL
+
+
+def _members(raw: Raw) -> Mapping[str, Raw]:
+    try:
+        return _decode_members(raw)
+    except msgspec.DecodeError:
+        return {}
 
 
 def _object_once(pairs: list[tuple[str, Any]]) -> None:
     if len(pairs) > 1 and len(dict(pairs)) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise Refusal("duplicate_key", f"{twice[:NAME_CHARACTERS_SHOWN]!r} stands twice in one object")
 
 

@@ -1,8 +1,10 @@
 """`POST /v1/chat/completions`: the ask is read and checked here; `exchange.py` does the rest."""
 
 import asyncio
+import functools
 import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
 
@@ -18,18 +20,22 @@ from gptutor.openrouter.service import SENT_ON
 
 KIT = web.AppKey("kit", Kit)
 BODY_LIMITS = web.AppKey("body_limits", BodyLimits)
+SLOW_LANE = web.AppKey("slow_lane", ThreadPoolExecutor)
 DEFAULT_MODEL = web.AppKey("default_model", str)
 ON_THE_LOOP_BYTES_MAX = 1024 * 1024
-"""A larger body is checked by a thread: it would hold up everybody else."""
+"""A larger body would hold up everybody else. It is checked on the slow lane: by a thread, one at a time."""
 IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
     if request.content_type not in ("application/json", "application/octet-stream"):  # the latter stands for a missing header
         raise Refusal("unsupported_media_type")
-    if waits_to_be_invited(request) and not await request.app[KEYRING].is_alive(request[CLAIM]):
-        raise Refusal("invalid_key")
+    is_proven = waits_to_be_invited(request) or (request.content_length or 0) > ON_THE_LOOP_BYTES_MAX
+    if is_proven:
+        await _prove_key(request)
     body = await read_body(request, request.app[BODY_LIMITS])
+    if len(body) > ON_THE_LOOP_BYTES_MAX and not is_proven:
+        await _prove_key(request)
     key = request.headers.get("Idempotency-Key")
     try:
         ask = await _checked(request, body)
@@ -37,13 +43,18 @@ async def complete(request: web.Request) -> web.StreamResponse:
             raise Refusal("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
     except Refusal:
         # A stranger must not learn from his mistakes that his key is one: for him there is only one answer (contract B3).
-        if not await request.app[KEYRING].is_alive(request[CLAIM]):
-            raise Refusal("invalid_key") from None
+        await _prove_key(request)
         raise
     request.app[READINESS].require()
     body_hash = hashlib.sha256(body).digest() if key is not None else None
     headers = {name: request.headers[name] for name in SENT_ON if name in request.headers}
     return await begin(request.app[KIT], request, Order(request[REQUEST_ID], request[CLAIM], ask, headers, key, body_hash))
+
+
+async def _prove_key(request: web.Request) -> None:
+    """Where much is to be done before the hold, which proves the key otherwise. Raises Refusal."""
+    if not await request.app[KEYRING].is_alive(request[CLAIM]):
+        raise Refusal("invalid_key") from None
 
 
 async def _checked(request: web.Request, body: bytes) -> Ask:
@@ -52,7 +63,8 @@ async def _checked(request: web.Request, body: bytes) -> Ask:
         ask = read_ask(body, default_model=request.app[DEFAULT_MODEL])
     else:
         SLOW_PARSES.inc()
-        ask = await asyncio.to_thread(read_ask, body, default_model=request.app[DEFAULT_MODEL])
+        reading = functools.partial(read_ask, body, default_model=request.app[DEFAULT_MODEL])
+        ask = await asyncio.get_running_loop().run_in_executor(request.app[SLOW_LANE], reading)
     for model in (ask.model, *ask.fallbacks):
         if request.app[KIT].catalogue.lacks(model):
             raise Refusal("model_not_found", f"{model} is not a model of OpenRouter's; GET /v1/models lists them")

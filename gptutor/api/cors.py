@@ -10,11 +10,12 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from gptutor.api.middlewares import Handler
+from gptutor.openrouter.service import SENT_ON
 
 METHODS = "GET, POST, OPTIONS"
 SENT = frozenset(
     {"accept", "authorization", "content-type", "http-referer", "idempotency-key", "user-agent", "x-request-id", "x-title"}
-)
+) | frozenset(name.lower() for name in SENT_ON)
 SENT_PREFIXES = ("x-stainless-", "openai-", "x-openrouter-")  # what the SDKs say of themselves
 READ = "Retry-After, X-Error-Code, X-Generation-Id, X-Request-ID, x-should-retry"
 PREFLIGHT_S = "7200"  # no browser remembers for longer

@@ -28,6 +28,7 @@ import msgspec
 
 EVENT_BYTES_MAX = 1024 * 1024
 MARK = b'"usage"'
+DATA = b"data:"
 DONE = b"[DONE]"
 FAULT = b'"error"'
 EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")
@@ -133,7 +134,7 @@ class BillScanner:
     either was cut off.
     """
 
-    __slots__ = ("_rest", "_skipping", "bill", "generation_id", "has_ended")
+    __slots__ = ("_at_bill", "_rest", "_skipping", "bill", "generation_id", "has_ended")
 
     def __init__(self, generation_id: str | None = None) -> None:
         self.bill: Bill | None = None
@@ -141,9 +142,11 @@ class BillScanner:
         self.has_ended = False
         self._rest = bytearray()  # the beginning of an event whose end has not come
         self._skipping = False  # inside an event that is too long
+        self._at_bill = False  # no event with data has followed the bill
 
     def feed(self, chunk: bytes) -> None:
         if not self._rest and not self._skipping and chunk.endswith(EVENT_ENDS) and self._is_idle(chunk):
+            self._at_bill = self._at_bill and DATA not in chunk
             return  # whole events, and none of them of interest: nearly every chunk of nearly every stream
         rest = self._rest
         searched = max(0, len(rest) - 1)  # an end may straddle the seam
@@ -166,6 +169,11 @@ class BillScanner:
         """Whether something of our own may be written here without falling into the middle of an event."""
         return not self._skipping and not self._rest.strip(b"\r\n")
 
+    @property
+    def expects_end(self) -> bool:
+        """Whether all has been said: OpenRouter has ended the answer, or the price was the last thing that it stated."""
+        return self.has_ended or self._at_bill
+
     def _is_idle(self, block: bytes) -> bool:
         return MARK not in block and DONE not in block and FAULT not in block and self.generation_id is not None
 
@@ -174,12 +182,14 @@ class BillScanner:
             return
         for event in EVENT_END.split(block)[self._skipping :]:
             if self._is_idle(event) or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
+                self._at_bill = self._at_bill and DATA not in event
                 continue
             data = b"\n".join(line[5:] for line in LINE_END.split(event) if line.startswith(b"data:"))
             if data.strip() == DONE:
                 self.has_ended = True
                 continue
             said = read_statement(data)
+            self._at_bill = said.bill is not None
             self.bill = said.bill or self.bill
             self.generation_id = self.generation_id or said.generation_id
             self.has_ended = self.has_ended or said.is_error

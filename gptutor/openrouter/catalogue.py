@@ -39,6 +39,7 @@ PRICES = (
 )
 """Names of prices that a request may have to pay. One that is listed, but is no price, leaves the model without any."""
 RETRY_S = 5.0
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 FRESH_REFRESHES = 3
 """A list is fresh until so many refreshes have failed."""
 
@@ -141,14 +142,14 @@ def parse_models(document: bytes) -> list[Model]:
     """The models of a list; one that makes no sense is left out. Raises CatalogueError if the whole is not a list."""
     try:
         items = msgspec.json.decode(document, type=_List).data
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise CatalogueError(str(error)) from error
     models = []
     for item in items:
         try:
             facts = msgspec.json.decode(item, type=_ModelFacts)
             fields = msgspec.json.decode(item, type=dict[str, msgspec.Raw])
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             LOGGER.warning("A model of the list is left out: %s", error)
             continue
         pricing = {name: usd for name, raw in facts.pricing.items() if (usd := parse_price(raw)) is not None}
@@ -204,7 +205,7 @@ def _overrides(pricing: Mapping[str, msgspec.Raw]) -> list[dict[str, msgspec.Raw
     """Prices of other conditions: a longer context, another time of day."""
     try:
         return msgspec.json.decode(pricing.get("overrides", b"[]"), type=list[dict[str, msgspec.Raw]])
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return []
 
 

@@ -11,14 +11,14 @@ class Circuit:
     """After FAILURES_MAX calls in a row that reached nothing it is open: calls fail at once, and one each PAUSE_S may try."""
 
     failures: int = 0
-    closed_again_at: float = 0.0
+    next_try_at: float = 0.0
 
     def lets_through(self, now: float) -> bool:
         if self.failures < FAILURES_MAX:
             return True
-        if now < self.closed_again_at:
+        if now < self.next_try_at:
             return False
-        self.closed_again_at = now + PAUSE_S  # this one tries for all
+        self.next_try_at = now + PAUSE_S  # this one tries for all
         return True
 
     def reached(self) -> None:
@@ -27,4 +27,4 @@ class Circuit:
     def missed(self, now: float) -> None:
         self.failures += 1
         if self.failures == FAILURES_MAX:
-            self.closed_again_at = now + PAUSE_S
+            self.next_try_at = now + PAUSE_S

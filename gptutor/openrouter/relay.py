@@ -35,14 +35,15 @@ async def relay(
     try:
         async for chunk in reply.chunks(heartbeat_s):
             if not chunk:
-                if scanner.at_event_end:
+                if scanner.at_event_end and not reply.is_encoded:
                     await downstream.write(HEARTBEAT)
                 continue
             scanner.feed(chunk)
             if scanner.bill is not None and scanner.bill is not known:
                 known = scanner.bill
                 billed(known)
-                reply.expect_end()
+            if known is not None:
+                reply.expect_end(scanner.expects_end)  # a price in mid-stream is not the last word
             if not await downstream.write(chunk):
                 return None
     except UpstreamError as error:

@@ -43,9 +43,7 @@ MESSAGE_CHARACTERS_MAX = 1000
 
 NEVER_SENT = (
     aiohttp.ClientConnectorError,  # refused, no such host, a certificate that is none, a proxy that is away
-    aiohttp.ClientHttpProxyError,  # the proxy will not lead there
     aiohttp.ConnectionTimeoutError,
-    aiohttp.InvalidURL,
 )
 
 
@@ -66,7 +64,7 @@ class Reply:
 
     def __init__(self, response: aiohttp.ClientResponse, idle_s: float, end_s: float) -> None:
         self._response = response
-        self._silence_s = idle_s
+        self._idle_s = self._silence_s = idle_s
         self._end_s = end_s
         self.status = response.status
         self.headers = {name: response.headers[name] for name in PASSED_ON if name in response.headers}
@@ -90,6 +88,8 @@ class Reply:
                     async with asyncio.timeout(wait_s):
                         chunk = await content.readany()
                 except TimeoutError:
+                    if content.is_eof() or content.exception() is not None:
+                        continue  # it came in the very moment
                     if self._is_lost():
                         raise aiohttp.ClientPayloadError("bad framing") from None
                     if clock() - heard >= self._silence_s:
@@ -98,6 +98,10 @@ class Reply:
                         told = clock()
                         yield b""
                     continue
+                except (aiohttp.ClientError, OSError):
+                    if rest := _buffered(content):
+                        yield rest
+                    raise
                 if not chunk:
                     return
                 yield chunk
@@ -114,9 +118,9 @@ class Reply:
         connection = self._response.connection
         return connection is None or connection.transport is None or connection.transport.is_closing()
 
-    def expect_end(self) -> None:
-        """All that matters has been said: from now on silence is not worth waiting for."""
-        self._silence_s = min(self._silence_s, self._end_s)
+    def expect_end(self, expected: bool = True) -> None:
+        """All that matters has been said, or (False) not yet: how long silence is worth waiting for."""
+        self._silence_s = min(self._idle_s, self._end_s) if expected else self._idle_s
 
     def close(self) -> None:
         """Gives the connection back if the body was read to its end, and drops it otherwise."""
@@ -190,12 +194,12 @@ class OpenRouterService:
             attempt += 1
 
     async def _attempt(self, body: bytes, headers: Mapping[str, str], within_s: float) -> Reply:
-        clock = asyncio.get_running_loop().time
+        progress = _Progress()
         try:
-            response = await self._post(body, headers, within_s)
+            response = await self._post(body, headers, within_s, progress)
         except UpstreamError as error:
-            if error.failure.kind == "unreachable":
-                self._circuit.missed(clock())
+            if error.failure.kind == "unreachable" and not progress.has_queued:  # a full house of ours says nothing of OpenRouter
+                self._circuit.missed(asyncio.get_running_loop().time())
             raise
         self._circuit.reached()
         if response.status < 300:
@@ -204,8 +208,10 @@ class OpenRouterService:
         async with response:
             raise await _refused(response)
 
-    async def _post(self, body: bytes, headers: Mapping[str, str], within_s: float) -> aiohttp.ClientResponse:
-        with _translated():
+    async def _post(
+        self, body: bytes, headers: Mapping[str, str], within_s: float, progress: "_Progress"
+    ) -> aiohttp.ClientResponse:
+        with _translated(progress=progress):
             async with asyncio.timeout(within_s):
                 return await self._session.post(
                     f"{self._base_url}/chat/completions",
@@ -213,6 +219,7 @@ class OpenRouterService:
                     headers=headers,
                     allow_redirects=False,
                     timeout=self._timeout,
+                    trace_request_ctx=progress,
                 )
 
     async def generation(self, generation_id: str) -> Bill | None:
@@ -220,7 +227,7 @@ class OpenRouterService:
         document = await self.get("/generation", {"id": generation_id})
         try:
             record = msgspec.json.decode(document, type=_GenerationAnswer).data
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         cost = parse_usd(bytes(record.total_cost))
         if cost is not None and record.is_byok is True:
@@ -241,7 +248,7 @@ class OpenRouterService:
 
     async def models(self) -> bytes:
         """The model list, as OpenRouter wrote it. Raises UpstreamError."""
-        return await self.get("/models")
+        return await self.get("/models", {"output_modalities": "all"})  # without it, only those that write text
 
     async def get(self, path: str, query: dict[str, str] | None = None) -> bytes:
         with _translated():
@@ -288,21 +295,58 @@ async def connected(
         auto_decompress=False,
         trust_env=False,
         proxy=proxy or None,
+        trace_configs=[_noting_progress()],
         cookie_jar=aiohttp.DummyCookieJar(),
     ) as session:
         yield OpenRouterService(session, base_url, limits)
 
 
-class _translated:  # noqa: N801 - reads as a statement
-    """Turns aiohttp's exceptions into UpstreamError, by what they prove about the purchase."""
+@dataclass(slots=True)
+class _Progress:
+    """How far an attempt has come: whoever has no connection yet has bought nothing, whatever the exception is."""
 
-    def __init__(self, generation_id: str | None = None) -> None:
+    has_queued: bool = False
+    is_connected: bool = False
+
+
+def _noting_progress() -> aiohttp.TraceConfig:
+    async def queued(session: aiohttp.ClientSession, request: Any, event: Any) -> None:
+        if request.trace_request_ctx is not None:
+            request.trace_request_ctx.has_queued = True
+
+    async def connected(session: aiohttp.ClientSession, request: Any, event: Any) -> None:
+        if request.trace_request_ctx is not None:
+            request.trace_request_ctx.is_connected = True
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_queued_start.append(queued)
+    trace.on_connection_create_end.append(connected)
+    trace.on_connection_reuseconn.append(connected)
+    return trace
+
+
+def _buffered(content: aiohttp.StreamReader) -> bytes:
+    """What arrived before a connection broke: aiohttp's reader raises first, and has no public way to what it still holds."""
+    return content._read_nowait(-1) if content._buffer else b""
+
+
+class _translated:  # noqa: N801 - reads as a statement
+    """Turns aiohttp's exceptions into UpstreamError, by what they prove about the purchase.
+
+    Those that quote the proxy's address, and its password with it, are not kept as the cause.
+    """
+
+    def __init__(self, generation_id: str | None = None, *, progress: _Progress | None = None) -> None:
         self._generation_id = generation_id
+        self._progress = progress
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, NEVER_SENT):
+        if isinstance(error, (aiohttp.ClientHttpProxyError, aiohttp.InvalidURL)):
+            raise UpstreamError(Failure("unreachable")) from None
+        never_connected = self._progress is not None and not self._progress.is_connected
+        if isinstance(error, NEVER_SENT) or (never_connected and isinstance(error, (aiohttp.ClientError, OSError, ValueError))):
             raise UpstreamError(Failure("unreachable")) from error
         if isinstance(error, TimeoutError):
             raise UpstreamError(Failure("timeout", generation_id=self._generation_id)) from error
@@ -319,9 +363,9 @@ async def _refused(response: aiohttp.ClientResponse) -> UpstreamError:
                 body += chunk
                 if len(body) > ERROR_BYTES_MAX:
                     break
-    is_ours = body.lstrip()[:1] == b"{"
+    is_ours, message = _read_error(body)
     from_the_edge = response.status >= 500 and not is_ours
-    return UpstreamError(_failure(response, "broken" if from_the_edge else "status"), _message(body))
+    return UpstreamError(_failure(response, "broken" if from_the_edge else "status"), message)
 
 
 def _failure(response: aiohttp.ClientResponse, kind: Literal["status", "broken"]) -> Failure:
@@ -350,11 +394,11 @@ class _ErrorAnswer(msgspec.Struct):
     error: _Error | str | None = None
 
 
-def _message(document: bytes) -> str | None:
-    """OpenRouter's sentence about what went wrong, if the body holds one."""
+def _read_error(document: bytes) -> tuple[bool, str | None]:
+    """Whether a body is OpenRouter's word of an error, and not its edge's page; and its sentence about it, if it has one."""
     try:
         error = msgspec.json.decode(document, type=_ErrorAnswer).error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return None  # an edge's HTML page, or nothing
+        return False, None
     message = error.message if isinstance(error, _Error) else error
-    return message[:MESSAGE_CHARACTERS_MAX] if message else None
+    return error is not None, message[:MESSAGE_CHARACTERS_MAX] if message else None

@@ -1,0 +1,1 @@
+"""Fuzzing of what reads bytes from outside: `python -m tests.fuzz TARGET --seconds 60`."""

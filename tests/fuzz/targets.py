@@ -1,0 +1,315 @@
+"""What is fuzzed: each target takes any bytes, and fails with anything but what the code declares.
+
+A target draws its decisions from the bytes themselves (Dice), so that a fuzzer which changes bytes changes decisions. Its seeds
+are inputs worth changing.
+"""
+
+import itertools
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from gptutor import config
+from gptutor.api.ask import Ask, read_ask
+from gptutor.errors import Refusal
+from gptutor.money.amounts import AccountId
+from gptutor.money.keys import FORM, hash_key, make_key, parse_key
+from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner
+from gptutor.openrouter.catalogue import CatalogueError, parse_models
+
+APART = b"\xfe\xfd"
+
+
+@dataclass(frozen=True)
+class Target:
+    run: Callable[[bytes], None]
+    seeds: tuple[bytes, ...]
+
+
+class Dice:
+    """Decisions, taken from what stands behind APART; `rest` is what stands before it, and is what the target reads."""
+
+    def __init__(self, data: bytes) -> None:
+        self.rest, _, self._decisions = data.partition(APART)
+
+    def number(self, below: int) -> int:
+        return int.from_bytes(self.part(2), "big") % below
+
+    def part(self, size: int) -> bytes:
+        taken, self._decisions = self._decisions[:size], self._decisions[size:]
+        return taken
+
+
+# -- scanner: any split gives the same bill, and memory is bounded
+
+EVENT = b'data: {"id":"gen-1","choices":[{"delta":{"content":"\\"usage\\""}}],"usage":{"cost":0.25,"is_byok":false}}'
+STREAMS = (
+    b": OPENROUTER PROCESSING\n\n" + EVENT + b"\n\ndata: [DONE]\n\n",
+    EVENT.replace(b',"usage"', b'\r\ndata:,"usage"') + b"\r\n\r\ndata: [DONE]\r\n\r\n",
+    EVENT + b"\r\rdata: [DONE]",
+    b'data: {"error":{"code":502},"usage":{"cost":1E-3,"is_byok":true,"cost_details":{"upstream_inference_cost":0.5}}}\n\n',
+    b'data: {"usage":{"cost":null}}\n\ndata: {"usage":[1]}\n\ndata: [[[[\n\ndata: {"id":5}\n\r',
+)
+TOO_LONG = EVENT + b"x" * 100 + b"\n\n" + EVENT + b"\n\n" + APART + bytes([0, 0, 0, 199, 0, 3, 0, 90, 0, 95, 0, 200])
+
+
+def scan(data: bytes) -> None:
+    dice = Dice(data)
+    known = "gen-0" if dice.number(2) else None
+    filler = b"x" * (EVENT_BYTES_MAX - 20) if dice.number(200) == 199 else b""
+    places = [dice.number(1 << 16) for _ in range(dice.number(20))]
+    stream = filler + dice.rest
+    whole = said(stream, [], known)
+    assert said(stream, [place + len(filler) for place in places] + places, known) == whole
+    if not filler and len(stream) < 300:
+        assert said(stream, list(range(len(stream))), known) == whole
+
+
+def said(stream: bytes, places: list[int], known: str | None) -> tuple[Any, ...]:
+    scanner = BillScanner(known)
+    edges = sorted({0, len(stream), *(place % (len(stream) + 1) for place in places)})
+    for start, end in itertools.pairwise(edges):
+        scanner.feed(stream[start:end])
+        assert len(scanner._rest) <= EVENT_BYTES_MAX + (end - start) + 64
+    scanner.finish()
+    bill = scanner.bill
+    return (bill.cost_usd, bill.prompt_tokens, bill.completion_tokens) if bill else None, scanner.generation_id, scanner.has_ended
+
+
+# -- ask: nothing but a Refusal, and what is let through goes on as it was written
+
+BODIES = (
+    b'{"messages":[{"role":"user","content":"Hi"}]}',
+    b'{"messages":[{"role":"user","content":"\\ud83d \\ud83d\\ude00 \\\\ud83d"}],"stream":true,"stream_options":{"a":1E+2}}',
+    b'{"messages":[{"role":"assistant","content":null,"tool_calls":[]}],"usage":{"x":[1.50]},"user":"ivan","n":2,"x":-0.0}',
+    '{ "messages" : [{"role":"user","content":[{"type":"text","text":"я"},{"type":"image_url","image_url":{"url":"x"}}]}] }'.encode(),
+    b'{"messages":[{"role":"user","content":"Hi"}],"model":"a/b:online","models":["c"],"max_tokens":5,"stop":["a"],"tools":[{}]}',
+    b'{"messages":[{"role":"system","content":"\\u0000"}],"\\u0061":1e308,"\\"":{"":[]},"temperature":2,"max_completion_tokens":null}',
+)
+TWICE = (
+    b'{"messages":[{"role":"user","content":"Hi"}],"max_tokens":1,"max_tokens":9}',
+    b'{"messages":[{"role":"user","content":"Hi"}],"x":[{"a":1,"\\u0061":2}]}',
+)
+TOKENS = (
+    *(b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"null", b"true", b"1e999", b"NaN", b"-0", b"9" * 500, b"[" * 2000),
+    *(
+        b"\\ud800",
+        b"\\udc00",
+        b"\\ufdd0",
+        "\ufdd0".encode(),
+        b"\xff",
+        b"\xed\xa0\x80",
+        b"\x00",
+        b"\\u0000",
+        b'"model":"x",',
+        b'"user":1,',
+    ),
+    *(b'"stream":false,', b'"usage":{"include":false},', b'"max_tokens":1,', b'"\\u006dodel":"y",', b" ", b"\n", b"\xef\xbb\xbf"),
+)
+OURS = {"user", "usage", "model", "stream_options", "max_tokens"}
+
+
+def ask(data: bytes) -> None:
+    dice = Dice(data)
+    body = bytearray(dice.rest)
+    for _ in range(dice.number(6)):
+        place = dice.number(len(body) + 1)
+        cut = dice.number(4)
+        body[place : place + cut] = TOKENS[dice.number(len(TOKENS))]
+    body = body[: len(body) - dice.number(2)]
+    output_limit = dice.number(2) * 16 or None
+    with suppress(Refusal):
+        asked = read_ask(bytes(body), default_model="default/model")
+        assert_faithful(bytes(body), asked, output_limit)
+
+
+def assert_faithful(body: bytes, asked: Ask, output_limit: int | None) -> None:
+    sent = asked.upstream_body(user="0" * 32, output_limit=output_limit)
+    document = strictly_parsed(sent)
+    assert document["user"] == "0" * 32
+    assert document["usage"]["include"] is True
+    assert not asked.stream or document["stream_options"]["include_usage"] is True
+    assert output_limit is None or document["max_tokens"] == output_limit
+    before, after = members(body), members(sent)
+    ours = OURS if asked.stream else OURS - {"stream_options"}
+    ours = ours if output_limit is not None else ours - {"max_tokens"}
+    ours = ours if strictly_parsed(body).get("model") is None else ours - {"model"}
+    assert {name: value for name, value in after.items() if name not in ours} == {
+        name: value for name, value in before.items() if name not in ours
+    }
+    assert [name for name in after if name in before] == list(before)  # in their order
+
+
+def strictly_parsed(document: bytes) -> Any:
+    """By the standard library, which must find each name once."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len(dict(pairs)) == len(pairs), "a key stands twice"
+        return dict(pairs)
+
+    return json.loads(document, object_pairs_hook=once)
+
+
+SPACE = re.compile(r"[ \t\n\r]*")
+decode_value = json.JSONDecoder().raw_decode
+
+
+def members(document: bytes) -> dict[str, str]:
+    """Name → its value as it is written, of a JSON object."""
+    return dict(_members(document.decode()))
+
+
+def _members(text: str) -> Iterator[tuple[str, str]]:
+    place = after_space(text, text.index("{") + 1)
+    while text[place] != "}":
+        name, place = decode_value(text, place)
+        start = after_space(text, after_space(text, place) + 1)
+        _, end = decode_value(text, start)
+        yield name, text[start:end]
+        place = after_space(text, end)
+        if text[place] == ",":
+            place = after_space(text, place + 1)
+
+
+def after_space(text: str, place: int) -> int:
+    return SPACE.match(text, place).end()  # type: ignore[union-attr]
+
+
+# -- key: no exception, and one spelling only
+
+KEYS = tuple(make_key(AccountId(number)).encode() for number in (1, 17, 2**63 - 1))
+
+
+def key(data: bytes) -> None:
+    text = data.decode("utf-8", "surrogateescape")
+    claim = parse_key(text)
+    if claim is not None:
+        form = FORM.fullmatch(text)
+        assert form is not None
+        assert claim.account_id == int(form[1]) < 2**63
+        assert claim.key_hash == hash_key(text)
+
+
+# -- config: nothing but a ConfigError
+
+FILES = (
+    b"",
+    b"server:\n  port: 3001\n  host: 0.0.0.0\nbilling:\n  rub_per_usd: 92.5\n",
+    b"logs: {level: debug, stdout: no, retention_days: 1}\ndatabase:\n  url: postgresql://u:p@h/n\n",
+    b"a: &a [*a]\n? {b: c}\n: d\n",
+    b"server:\n  - port\n--- \n!!python/object/apply:os.system [x]\n",
+)
+VALUES = (
+    *(
+        "",
+        "0",
+        "-1",
+        "1e999",
+        "NaN",
+        "Infinity",
+        "1_0",
+        "true",
+        "\u0661",
+        "9" * 400,
+        "x" * 9,
+        "http://h",
+        "http://u:p@h:99999/",
+        "*",
+        "{}",
+    ),
+    *("[]", "null", "https://a, https://b", "\ud800", "0x10", " 5 ", "5s", "1e2", "https://[::1", "http://\u0430", "sk-or"),
+)
+NAMES = tuple(
+    sorted(
+        {
+            *config.SHORT_NAMES,
+            "HTTPS_PROXY",
+            "NO_PROXY",
+            "GPTUTOR_X",
+            "GPTUTOR___",
+            "GPTUTOR_SERVER__",
+            "GPTUTOR_SERVER__NOPE",
+            "GPTUTOR_NOPE__PORT",
+            *(
+                f"GPTUTOR_{section}__{setting}".upper()
+                for section, value in ((name, getattr(config.Config(), name)) for name in config.Config.__struct_fields__)
+                for setting in value.__struct_fields__
+            ),
+        }
+    )
+)
+
+
+def load(data: bytes) -> None:
+    dice = Dice(data)
+    environ = {}
+    for _ in range(dice.number(4)):
+        name = NAMES[dice.number(len(NAMES))]
+        chosen = dice.number(2 * len(VALUES))
+        value = (
+            VALUES[chosen]
+            if chosen < len(VALUES)
+            else dice.part(dice.number(64)).decode("utf-8", "surrogateescape").replace("\0", "")
+        )
+        environ[name] = value
+    with tempfile.NamedTemporaryFile(prefix="gptutor-fuzz-") as file, suppress(config.ConfigError):
+        file.write(dice.rest)
+        file.flush()
+        loaded = config.load({**environ, config.CONFIG_PATH_NAME: file.name})
+        assert isinstance(loaded, config.Config)
+
+
+# -- models: nothing but a CatalogueError, and no price that arithmetic could not bear
+
+LISTS = (
+    b'{"data":[{"id":"a/b","pricing":{"prompt":"0.0000001","completion":"0.0000004"},"context_length":1000}]}',
+    b'{"data":[{"id":"a/b","pricing":{"prompt":"-1","completion":"1e-9","image":0.1,"request":"NaN"},"top_provider":{"max_completion_tokens":5}}]}',
+    b'{"data":[{"id":"a/b","pricing":{"prompt":"0","completion":"0","internal_reasoning":"1"},"top_provider":null},{},5,null]}',
+    b'{"data":{}}',
+)
+NUMBERS = (
+    b'"Infinity"',
+    b'"sNaN"',
+    b'"1e999999999"',
+    b'"1E-999999999"',
+    b"null",
+    b'"_1"',
+    '"\u0661"'.encode(),
+    b'"-0"',
+    b"1e308",
+    b'" 1 "',
+    b'"1001"',
+)
+
+
+def models(data: bytes) -> None:
+    dice = Dice(data)
+    document = dice.rest
+    for _ in range(dice.number(3)):
+        numbers = list(re.finditer(rb'"[0-9][^"]*"|\b[0-9][0-9.]*', document)) or [re.match(b"", document)]
+        found = numbers[dice.number(len(numbers))]
+        document = document[: found.start()] + NUMBERS[dice.number(len(NUMBERS))] + document[found.end() :]
+    with suppress(CatalogueError):
+        for model in parse_models(document):
+            for usd in model.pricing.values():
+                assert usd.is_finite()
+                assert 0 <= usd <= 1000
+                assert len(str(usd)) < 100
+
+
+def with_decisions(*inputs: bytes) -> tuple[bytes, ...]:
+    """Each seed as it is, and with some decisions."""
+    return tuple(seed + APART + decisions for seed in inputs for decisions in (b"", bytes(range(1, 65))))
+
+
+TARGETS = {
+    "scanner": Target(scan, (*with_decisions(*STREAMS), TOO_LONG)),
+    "ask": Target(ask, with_decisions(*BODIES, *TWICE)),
+    "key": Target(key, KEYS),
+    "config": Target(load, with_decisions(*FILES)),
+    "models": Target(models, with_decisions(*LISTS)),
+}

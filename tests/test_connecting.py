@@ -1,0 +1,87 @@
+"""Whoever has no connection to OpenRouter has bought nothing, whatever goes wrong (contract C8; row upstream-1)."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import pytest
+
+from gptutor import database
+from gptutor.app import build_app
+from gptutor.logs import LoggerService
+from gptutor.openrouter.simulator.server import Simulator
+from gptutor.serve import listening
+from gptutor.settings import Config
+from tests.conftest import SECRET, Gateway, config_for
+
+
+@asynccontextmanager
+async def gateway_of(config: Config, books: database.Database) -> AsyncIterator[Gateway]:
+    """A gateway that knows its models from before: its OpenRouter is not to be reached."""
+    config.paths.data.mkdir(parents=True)
+    (config.paths.data / "models.json").write_bytes(Simulator()._models)
+    app = build_app(config, log=LoggerService(), secrets=[SECRET])
+    async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
+        gateway = Gateway(url, app, Simulator(), books, session)
+        await gateway.ready()
+        yield gateway
+
+
+async def assert_nothing_bought(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    for stream in (False, True):
+        response, _ = await gateway.chat(caller, stream=stream)
+        assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_unreachable")
+        assert "x-should-retry" not in response.headers
+    assert await caller.held() == 0
+    assert await caller.balance() == 100
+
+
+@pytest.mark.parametrize("answer", [b"", b"garbage\r\n\r\n", b"HTTP/1.1 502 Bad Gateway\r\n\r\n"])
+async def test_a_proxy_that_does_not_lead_there(
+    books: database.Database, database_url: str, tmp_path: Path, answer: bytes
+) -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    proxy = f"http://ivan:s3cret@127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    tuned = {"openrouter": {"proxy": proxy, "attempts_max": 1}}
+    async with gateway_of(config_for(database_url, "https://openrouter.invalid/api/v1", tmp_path, tuned), books) as gateway:
+        await assert_nothing_bought(gateway)
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "limits", [{"total_s": 0.3, "first_byte_s": 0.3}, {"connect_s": 0.3, "total_s": 1.5, "first_byte_s": 1.5}]
+)
+async def test_a_connection_that_is_never_made(
+    books: database.Database, database_url: str, tmp_path: Path, limits: dict[str, Any]
+) -> None:
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.socket())
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(3):  # nobody accepts, so no further connection is answered
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(full.getsockname())
+        config = config_for(database_url, f"http://127.0.0.1:{full.getsockname()[1]}/api/v1", tmp_path, {"openrouter": limits})
+        async with gateway_of(config, books) as gateway:
+            await assert_nothing_bought(gateway)
+
+
+async def test_a_request_that_cannot_even_be_written(books: database.Database, database_url: str, tmp_path: Path) -> None:
+    config = config_for(database_url, "http://127.0.0.1:1/api/v1", tmp_path, {"openrouter": {"attempts_max": 1}})
+    broken = msgspec.structs.replace(config.openrouter, api_key="sk-or-1\n")  # as no reading of settings lets it through
+    async with gateway_of(msgspec.structs.replace(config, openrouter=broken), books) as gateway:
+        await assert_nothing_bought(gateway)

@@ -1,0 +1,83 @@
+"""The short form of `make fuzz`: what reads bytes from outside fails only as it says it does (contract A4, B2, C6, F8; rows input-1 to
+input-6, -11, -13, -16, upstream-10, -15, auth-3)."""
+
+import contextlib
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptutor.api.ask import read_ask
+from gptutor.config import load
+from gptutor.errors import Refusal
+from gptutor.money.keys import parse_key
+from gptutor.openrouter.catalogue import CatalogueError, parse_models
+from gptutor.settings import ConfigError
+from tests.fuzz import targets
+from tests.fuzz.engines import HAS_ATHERIS, run_hypothesis
+from tests.fuzz.targets import TARGETS
+
+ROOT = Path(__file__).parent.parent
+RUNS = {"scanner": 300, "ask": 500, "key": 500, "config": 200, "models": 400}
+
+
+def test_the_seeds_go_through_the_gates_that_are_fuzzed() -> None:
+    assert all(read_ask(body, default_model="a/b").members for body in targets.BODIES)
+    for body in targets.TWICE:
+        with pytest.raises(Refusal):
+            read_ask(body, default_model="a/b")
+    assert [targets.said(stream, [], None)[0] is not None for stream in targets.STREAMS] == [True, True, True, True, False]
+    assert all(parse_key(key.decode()) for key in targets.KEYS)
+    assert [len(parse_models(document)) for document in targets.LISTS[:3]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "document", [b'{"data":[{"id":"a","\x80":1}]}', b'{"data":[{"id":"a","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}]}"]
+)
+def test_a_model_list_that_cannot_be_read_is_said_to_be_none(document: bytes) -> None:
+    with contextlib.suppress(CatalogueError):  # or the one model is left out
+        assert parse_models(document) == []
+
+
+@pytest.mark.parametrize("document", [b"\xff", b"[" * 3000])
+def test_a_settings_file_that_cannot_be_read_is_named(document: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_bytes(document)
+    with pytest.raises(ConfigError, match=r"own\.yaml"):
+        load({"GPTUTOR_CONFIG": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "\udcff"),
+        ("GPTUTOR_BILLING__MARGIN", "\udcff"),
+        ("GPTUTOR_\udcff__X", "1"),
+        ("OPENROUTER_BASE_URL", "https://[::1"),
+    ],
+)
+def test_a_setting_that_cannot_be_read_is_named(name: str, value: str) -> None:
+    with pytest.raises(ConfigError):
+        load({"OPENROUTER_API_KEY": "x", name: value})
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_any_bytes_end_in_what_is_declared(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "gptutor")
+    run_hypothesis(TARGETS[name], runs=RUNS[name], seed=1)
+
+
+@pytest.mark.skipif(not HAS_ATHERIS, reason="atheris has no wheel for this machine")
+def test_the_guided_fuzzer_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", "key", "--seconds=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Done " in done.stderr

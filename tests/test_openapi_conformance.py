@@ -1,0 +1,111 @@
+"""The running gateway does what its OpenAPI description says, for requests that follow it and for requests that do not
+(contract A2, A7, B1, B2, B3, B5, C8, E1; rows input-1, -2, -10 to -21).
+
+Schemathesis makes the requests from the description and checks the answers against it: no 5xx, only documented statuses, headers,
+content types and shapes, nothing invalid accepted, nothing protected without a key.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from jsonschema import Draft202012Validator
+from schemathesis import GenerationMode
+from schemathesis.checks import CHECKS, load_all_checks, not_a_server_error
+
+from gptutor.money.amounts import AccountId
+from gptutor.money.keys import make_key
+from gptutor.web import openapi
+from tests.conftest import Gateway
+from tests.test_relay import assert_books_agree
+
+CHAT = "POST /v1/chat/completions"
+load_all_checks()
+ALL = CHECKS.get_all()
+INTEGERS = {"max_tokens", "max_completion_tokens", "n"}
+DOCUMENT = openapi.describe()
+EVENTS = DOCUMENT["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+# The description speaks of the stream as a whole, Schemathesis of each event.
+EVENTS["schema"] = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
+CHUNK = Draft202012Validator({"$ref": "#/components/schemas/ChatCompletionChunk", "components": DOCUMENT["components"]})
+OPERATIONS = {result.ok().label: result.ok() for result in SCHEMA.get_all_operations()}
+
+
+def explore(
+    gateway: Gateway, label: str, mode: GenerationMode, examples: int, headers: dict[str, str], checks: list[Any]
+) -> list[int]:
+    """Statuses of the answers to `examples` requests, each checked."""
+    statuses = []
+    with requests.Session() as session:
+
+        @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+        @given(OPERATIONS[label].as_strategy(generation_mode=mode))
+        def claim(case: schemathesis.Case) -> None:
+            if label == CHAT and mode is GenerationMode.POSITIVE:
+                make_sense(case)
+            response = case.call_and_validate(base_url=gateway.url, session=session, headers=headers, checks=checks, timeout=30)
+            statuses.append(response.status_code)
+            if response.headers.get("content-type") == ["text/event-stream"]:
+                assert_stream(response.content)
+
+        claim()
+    return statuses
+
+
+def make_sense(case: schemathesis.Case) -> None:
+    """What the schema says in words only: models and modalities exist, only some messages may be empty, an integer is not written as 1.0.
+
+    And a request that is tried again must not bear a name that was used.
+    """
+    case.headers.pop("Idempotency-Key", None)
+    body = {name: value for name, value in case.body.items() if name not in ("model", "models", "modalities")}
+    for name in INTEGERS & body.keys():
+        body[name] = None if body[name] is None else int(body[name])
+    body["messages"] = [{**message, "content": message.get("content") or "Hello"} for message in body["messages"]]
+    case.body = body
+
+
+def assert_stream(stream: bytes) -> None:
+    """Every event that Schemathesis has read; it does not read a long stream to its end."""
+    for event in stream.split(b"\n\n")[:-1]:
+        if event.startswith(b"data: ") and event != b"data: [DONE]":
+            CHUNK.validate(json.loads(event.removeprefix(b"data: ")))
+
+
+async def exploring(*arguments: Any) -> list[int]:
+    """Schemathesis waits, so it waits in a thread of its own, and the gateway goes on."""
+    return await asyncio.to_thread(explore, *arguments)
+
+
+@pytest.mark.parametrize("label", [label for label in OPERATIONS if label != CHAT])
+async def test_open_operations_are_as_described(gateway: Gateway, label: str) -> None:
+    """There is nothing invalid that could be asked of them."""
+    assert await exploring(gateway, label, GenerationMode.POSITIVE, 15, {}, ALL)
+
+
+async def test_what_follows_the_description_is_answered_as_described(gateway: Gateway) -> None:
+    caller = await gateway.caller("10000")
+    statuses = await exploring(gateway, CHAT, GenerationMode.POSITIVE, 80, caller.headers, ALL)
+    assert set(statuses) == {200}
+    await gateway.recovered(caller)
+    await assert_books_agree(gateway, caller, "10000")
+
+
+async def test_what_does_not_follow_the_description_is_refused_as_described(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    statuses = await exploring(gateway, CHAT, GenerationMode.NEGATIVE, 100, caller.headers, ALL)
+    assert statuses.count(400) > len(statuses) / 4  # where the key alone was wrong, the good one has taken its place
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+@pytest.mark.parametrize("key", ["", "Bearer", "Basic eDp5", f"Bearer {make_key(AccountId(10**12))}"])
+async def test_without_a_good_key_everything_is_401(gateway: Gateway, mode: GenerationMode, key: str) -> None:
+    statuses = await exploring(gateway, CHAT, mode, 20, {"Authorization": key}, [not_a_server_error])
+    assert set(statuses) == {401}
+    assert gateway.billed_usd() == 0
