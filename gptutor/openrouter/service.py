@@ -24,7 +24,8 @@ from gptutor.openrouter.rim import Progress, UpstreamError, noting_progress, rea
 
 LOGGER = logging.getLogger("gptutor.openrouter")
 
-# The list is complete. The headers of a request that reach OpenRouter beside our own: they change what the answer is, and say nothing of the caller.
+# The headers of a request that reach OpenRouter beside our own: they change what the answer is, and say nothing of the caller.
+# The list is complete: cookies, addresses and hop-by-hop headers do not pass.
 SENT_ON = ("X-OpenRouter-Metadata", "x-anthropic-beta")
 ONE_WRITE_BYTES_MAX = 1024 * 1024
 """A larger request is sent in pieces: one write of it would hold up everybody else."""
