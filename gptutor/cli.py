@@ -20,7 +20,7 @@ from gptutor.money.invariants import check, load_invariants
 from gptutor.money.journal import JournalError
 from gptutor.money.reconciliation import reconcile
 from gptutor.money.users import NoSuchUser
-from gptutor.openrouter.service import UpstreamError
+from gptutor.openrouter.rim import UpstreamError
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.openrouter.totals import totals
 from gptutor.serve import database_of, serve, simulated_openrouter

@@ -27,7 +27,8 @@ from gptutor.app import build_app
 from gptutor.logs import LoggerService
 from gptutor.money.bookings import Bookings
 from gptutor.money.invariants import check
-from gptutor.openrouter.service import Limits, UpstreamError, connected
+from gptutor.openrouter.rim import UpstreamError
+from gptutor.openrouter.service import Limits, connected
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening
 from tests.conftest import SECRET, Gateway, config_for

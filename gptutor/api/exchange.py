@@ -44,7 +44,8 @@ from gptutor.money.knowledge import Price
 from gptutor.money.pricing import Ceiling
 from gptutor.openrouter.bill import Bill, BillScanner, read_statement
 from gptutor.openrouter.relay import relay
-from gptutor.openrouter.service import Reply, UpstreamError
+from gptutor.openrouter.reply import Reply
+from gptutor.openrouter.rim import UpstreamError
 
 LOGGER = logging.getLogger("gptutor.exchange")
 

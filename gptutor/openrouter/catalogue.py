@@ -20,7 +20,8 @@ from pathlib import Path
 import msgspec
 
 from gptutor.metrics import CATALOGUE_AGE
-from gptutor.openrouter.service import OpenRouterService, UpstreamError
+from gptutor.openrouter.rim import UpstreamError
+from gptutor.openrouter.service import OpenRouterService
 
 LOGGER = logging.getLogger("gptutor.catalogue")
 PRICE_USD_MAX = Decimal(1000)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gptutor.openrouter.bill import Bill, BillScanner
-from gptutor.openrouter.service import Reply, UpstreamError
+from gptutor.openrouter.reply import Reply
+from gptutor.openrouter.rim import UpstreamError
 
 HEARTBEAT = b": GPTUTOR WAITING\n\n"
 """A comment, which every reader of events skips."""
