@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from gptutor import database
 from gptutor.api import completions, health, middlewares, models
+from gptutor.api.addresses import Counter, limit_addresses, networks
 from gptutor.api.body import BodyLimits, hold_invitation
 from gptutor.api.cors import cors, open_to_pages
 from gptutor.api.event_stream import Patience
@@ -68,6 +70,7 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             cors(config.server.allowed_origins),  # a browser asks leave before it asks; that needs no line in the log
             middlewares.access_log(log),  # sees the final answer, refusals included
             middlewares.errors,  # turns every failure into an answer; all below it may raise a Refusal
+            _address_limits(config),  # those without an account, before anything is done for them
             middlewares.body_limit(config.server.body_bytes_max),  # before anything reads the body
             middlewares.authenticate(KEYED),  # nearest to the handler: a 404 or 405 needs no key
             identify(PERSONAL),  # the account's own pages know their account before they begin
@@ -104,6 +107,17 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
         ]
     )
     return app
+
+
+def _address_limits(config: Config) -> Middleware:
+    limits = config.rate_limit
+    models_read = Counter(limits.models_per_minute)
+    return limit_addresses(
+        {models.list_models: models_read, models.show_model: models_read},
+        Counter(limits.strangers_per_minute),
+        KEYED | PERSONAL,
+        networks(config.server.trusted_proxies),
+    )
 
 
 async def journal_context(app: web.Application) -> AsyncIterator[None]:

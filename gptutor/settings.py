@@ -5,6 +5,7 @@ What each means, with unit and reason, is written in `config.yaml`; how they are
 
 import base64
 import binascii
+import ipaddress
 import os
 import re
 import secrets
@@ -44,8 +45,16 @@ class Server(Section, frozen=True):
     drain_s: Seconds = 60
     workers: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
     cors_origins: str = "*"
+    trusted_proxies: str = ""
 
     def __post_init__(self) -> None:
+        for name in self.trusted_proxies.split():
+            try:
+                ipaddress.ip_network(name)
+            except ValueError:
+                raise ValueError(
+                    f"server.trusted_proxies must be addresses or networks such as 10.0.0.0/8, not {name!r}"
+                ) from None
         for origin in self.allowed_origins:
             if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?", origin):
                 raise ValueError(f"server.cors_origins must be *, or origins such as https://example.com, not {origin!r}")
@@ -144,6 +153,9 @@ class Billing(Section, frozen=True):
 class RateLimit(Section, frozen=True):
     chat_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
     chat_at_once: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 200
+    models_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
+    sign_ins_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
+    strangers_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
 
 
 class Relay(Section, frozen=True):

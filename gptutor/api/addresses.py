@@ -1,0 +1,101 @@
+"""Limits for those who have no account yet: requests per minute and address, kept in the memory of each process (contract A8).
+
+They hold off whoever guesses keys, signs in over and over, or reads the model list all day, before any SQL. Whoever has a key is
+limited by his account, exactly and everywhere; see `sql/migrations`, `hold_funds`.
+
+The address is the connection's own, unless that is a trusted proxy's: then it is the last in X-Forwarded-For that is not one.
+"""
+
+import ipaddress
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from gptutor.api.middlewares import Handler
+from gptutor.api.pace import MINUTE_S, Pace
+from gptutor.errors import Refusal
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+ADDRESSES_MAX = 100_000
+"""Beyond so many addresses in one minute, all further ones share a count."""
+NEIGHBOURS_BITS = 64
+"""An IPv6 caller has a whole network of addresses: they count as one."""
+
+
+@dataclass(slots=True)
+class Counter:
+    """Events of this minute, by address. `per_minute` 0 is no limit."""
+
+    per_minute: int
+    _minute: int = 0
+    _counts: dict[str, int] = field(default_factory=dict)
+
+    def is_used_up(self, address: str) -> bool:
+        return bool(self.per_minute) and self._counts_now().get(self._name(address), 0) >= self.per_minute
+
+    def add(self, address: str) -> None:
+        counts, name = self._counts_now(), self._name(address)
+        counts[name] = counts.get(name, 0) + 1
+
+    def _counts_now(self) -> dict[str, int]:
+        minute = int(time.time()) // MINUTE_S
+        if minute != self._minute:
+            self._minute, self._counts = minute, {}
+        return self._counts
+
+    def _name(self, address: str) -> str:
+        return address if len(self._counts) < ADDRESSES_MAX or address in self._counts else ""
+
+
+def limit_addresses(
+    arrivals: Mapping[Any, Counter], strangers: Counter, guarded: Collection[Any], proxies: Sequence[Network]
+) -> Middleware:
+    """Counts every request of the handlers in `arrivals`, and those of `guarded` handlers that had no good key."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        called = request.match_info.handler
+        arriving = arrivals.get(called)
+        if arriving is None and called not in guarded:
+            return await handler(request)
+        address = address_of(request, proxies)
+        if arriving is not None:
+            if arriving.is_used_up(address):
+                raise Pace(arriving.per_minute).refusal()
+            arriving.add(address)
+        if called in guarded and strangers.is_used_up(address):
+            raise Pace(strangers.per_minute).refusal()
+        try:
+            return await handler(request)
+        except Refusal as refusal:
+            if refusal.code == "invalid_key":
+                strangers.add(address)
+            raise
+
+    return middleware
+
+
+def address_of(request: web.Request, proxies: Sequence[Network]) -> str:
+    hops = [request.remote or "", *reversed(",".join(request.headers.getall("X-Forwarded-For", [])).split(","))]
+    address = ""
+    for hop in hops:
+        try:
+            parsed = ipaddress.ip_address(hop.strip())
+        except ValueError:
+            break  # what a trusted proxy did not write says nothing
+        parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+        address = str(parsed)
+        if isinstance(parsed, ipaddress.IPv6Address):
+            address = str(ipaddress.ip_network((parsed, NEIGHBOURS_BITS), strict=False))
+        if not any(parsed in network for network in proxies):
+            break
+    return address
+
+
+def networks(text: str) -> list[Network]:
+    """Addresses and networks, separated by spaces. Raises ValueError."""
+    return [ipaddress.ip_network(name) for name in text.split()]
