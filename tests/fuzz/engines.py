@@ -1,11 +1,13 @@
 """Two ways to think up inputs: atheris, guided by the branches that are reached, and Hypothesis, which is everywhere."""
 
 import importlib.util
+import os
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
@@ -62,24 +64,28 @@ def run_hypothesis_for(target: "Target", *, seconds: float, seed: int) -> int:
     return batches * BATCH
 
 
-def run_atheris(target: "Target", *, seconds: int, seed: int, corpus: Path | None) -> None:
-    """Never returns: libFuzzer ends the process, with 0 or, after it has printed an input that fails, with another code."""
+def run_atheris(target: "Target", *, seconds: int, seed: int, corpus: Path | None) -> int:
+    """Gives the exit code: 0, or another after an input that fails was printed; it is then kept in the directory of the inputs.
+
+    libFuzzer ends its process without a word to Python, so it gets one of its own.
+    """
+    directory = corpus or Path(tempfile.mkdtemp(prefix="gptutor-fuzz-"))
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(target.seeds):
+        (directory / f"seed-{number}").write_bytes(start)
+    child = os.fork()
+    if child == 0:
+        _fuzz(target, directory, f"-max_total_time={seconds}", f"-seed={seed}")
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if corpus is None and code == 0:
+        shutil.rmtree(directory)
+    return code
+
+
+def _fuzz(target: "Target", directory: Path, *arguments: str) -> None:
+    """Never returns."""
     import atheris
 
-    def once(data: bytes) -> Any:
-        target.run(data)
-
-    with tempfile.TemporaryDirectory(prefix="gptutor-fuzz-") as made:
-        directory = corpus or Path(made)
-        directory.mkdir(parents=True, exist_ok=True)
-        for number, start in enumerate(target.seeds):
-            (directory / f"seed-{number}").write_bytes(start)
-        arguments = [
-            f"-max_total_time={seconds}",
-            f"-seed={seed}",
-            f"-max_len={INPUT_BYTES_MAX}",
-            "-timeout=10",
-            "-rss_limit_mb=1024",
-        ]
-        atheris.Setup([sys.argv[0], *arguments, f"-artifact_prefix={directory}/", str(directory)], once)
-        atheris.Fuzz()
+    bounds = (f"-max_len={INPUT_BYTES_MAX}", "-timeout=10", "-rss_limit_mb=1024", f"-artifact_prefix={directory}/")
+    atheris.Setup([sys.argv[0], *arguments, *bounds, str(directory)], target.run)
+    atheris.Fuzz()
