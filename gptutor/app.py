@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from gptutor import database
-from gptutor.api import completions, health, middlewares, models
+from gptutor.api import accounts, completions, health, keys, middlewares, models
 from gptutor.api.body import BodyLimits, hold_invitation
 from gptutor.api.cors import cors, open_to_pages
 from gptutor.api.event_stream import Patience
@@ -51,7 +51,7 @@ IN_FLIGHT = web.AppKey("in_flight", InFlight)
 
 KEYED = frozenset({completions.complete})
 """The handlers that need an API key."""
-PERSONAL: frozenset[Any] = frozenset()
+PERSONAL: frozenset[Any] = frozenset({keys.list_keys, keys.create_key, keys.limit_key, keys.revoke_key})
 """The handlers of the account's own endpoints: a key, or a sign-in."""
 
 
@@ -98,6 +98,12 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             web.post("/v1/chat/completions", completions.complete, expect_handler=hold_invitation),
             web.get("/v1/models", models.list_models),
             web.get("/v1/models/{model_id:.+}", models.show_model),
+            web.get("/vk-test", accounts.vk_test),
+            web.post("/update-token", accounts.update_token),
+            web.get("/v1/keys", keys.list_keys),
+            web.post("/v1/keys", keys.create_key, expect_handler=hold_invitation),
+            web.patch("/v1/keys/{key_id:[1-9][0-9]{0,17}}", keys.limit_key, expect_handler=hold_invitation),
+            web.delete("/v1/keys/{key_id:[1-9][0-9]{0,17}}", keys.revoke_key),
             web.get("/health", health.health),
             web.get("/ready", health.ready),
         ]

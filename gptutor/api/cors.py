@@ -11,7 +11,7 @@ from aiohttp.typedefs import Middleware
 
 from gptutor.api.middlewares import Handler
 
-METHODS = "GET, POST, OPTIONS"
+METHODS = "GET, POST, PATCH, DELETE, OPTIONS"
 SENT = frozenset(
     {"accept", "authorization", "content-type", "http-referer", "idempotency-key", "user-agent", "x-request-id", "x-title"}
 )
