@@ -1,6 +1,6 @@
 """Accounts, from the caller's side: signing in by VK, the main key, who is let in and who is not (contract D1 to D4, D6, B3).
 
-Rows auth-1 to auth-14: no header, wrong schemes and doubled headers, keys of a wrong form, unknown, revoked and foreign keys, SQL in
+Rows auth-1 to -14: no header, wrong schemes and doubled headers, keys of a wrong form, unknown, revoked and foreign keys, SQL in
 a key, inactive users; VK's signature, its odd parameters, its clock, other apps, replays; auth-14 is in `test_keys_limits.py`.
 """
 
