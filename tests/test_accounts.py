@@ -29,7 +29,7 @@ from gptutor.money.amounts import AccountId, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import hash_key, make_key
-from gptutor.money.users import UserRepository
+from gptutor.money.users import NoSuchUser, UserRepository
 from gptutor.money.vault import Sealed, Unreadable, Vault
 from gptutor.vk import signature
 from tests.conftest import SECRET, VAULT, Caller, Gateway, make_caller
@@ -146,6 +146,8 @@ async def test_every_person_has_an_account_of_his_own(gateway: Gateway) -> None:
     users = UserRepository(gateway.books)
     assert (await users.find_person("vk", "1")).account_id == first["id"]
     assert await users.identities(AccountId(second["id"])) == [("vk", "2")]
+    with pytest.raises(NoSuchUser):
+        await users.find_person("vk", "3")
 
 
 @with_vk
