@@ -1,5 +1,6 @@
 """The command line (contract F10; rows operator-1, operator-4, money-15): for people, for scripts, and for mistakes."""
 
+import base64
 import subprocess
 import sys
 from pathlib import Path
@@ -110,7 +111,8 @@ def test_it_works_alone_on_a_bare_directory(tmp_path: Path) -> None:
 
 
 def test_broken_books_are_shown_and_exit_with_one(tmp_path: Path, postgres: str, database_url: str) -> None:
-    environ = environment(tmp_path, DATABASE_URL=database_url)
+    secret = base64.b64encode(bytes(32)).decode()  # the key's copy is sealed with it
+    environ = environment(tmp_path, DATABASE_URL=database_url, GPTUTOR_SECRET_KEY=secret)
     run(environ, "user", "create", "--balance", "5")
     corrupt = "import asyncio, asyncpg, sys\n" + (
         "async def main():\n"
