@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from gptutor import database
-from gptutor.api import completions, health, middlewares, models
+from gptutor.api import accounts, completions, health, keys, middlewares, models
 from gptutor.api.addresses import Counter, limit_addresses, networks
 from gptutor.api.body import BodyLimits, hold_invitation
 from gptutor.api.cors import cors, open_to_pages
@@ -54,8 +54,23 @@ IN_FLIGHT = web.AppKey("in_flight", InFlight)
 
 KEYED = frozenset({completions.complete})
 """The handlers that need an API key."""
-PERSONAL: frozenset[Any] = frozenset()
+PERSONAL: frozenset[Any] = frozenset({keys.list_keys, keys.create_key, keys.limit_key, keys.revoke_key})
 """The handlers of the account's own endpoints: a key, or a sign-in."""
+
+
+ROUTES: list[tuple[str, str, middlewares.Handler]] = [
+    ("POST", "/v1/chat/completions", completions.complete),
+    ("GET", "/v1/models", models.list_models),
+    ("GET", "/v1/models/{model_id:.+}", models.show_model),
+    ("GET", "/vk-test", accounts.vk_test),
+    ("POST", "/update-token", accounts.update_token),
+    ("GET", "/v1/keys", keys.list_keys),
+    ("POST", "/v1/keys", keys.create_key),
+    ("PATCH", "/v1/keys/{key_id:[1-9][0-9]{0,17}}", keys.limit_key),
+    ("DELETE", "/v1/keys/{key_id:[1-9][0-9]{0,17}}", keys.revoke_key),
+    ("GET", "/health", health.health),
+    ("GET", "/ready", health.ready),
+]
 
 
 def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
@@ -97,25 +112,27 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
     app.cleanup_ctx.extend([journal_context, database_context, upstream_context, slow_lane_context, exchanges_context])
     app.on_shutdown.append(close_the_door)
 
-    app.add_routes(
-        [
-            web.post("/v1/chat/completions", completions.complete, expect_handler=hold_invitation),
-            web.get("/v1/models", models.list_models, expect_handler=hold_invitation),
-            web.get("/v1/models/{model_id:.+}", models.show_model, expect_handler=hold_invitation),
-            web.get("/health", health.health, expect_handler=hold_invitation),
-            web.get("/ready", health.ready, expect_handler=hold_invitation),
-        ]
-    )
+    for method, path, handler in ROUTES:
+        if method == "GET":
+            app.router.add_get(path, handler, expect_handler=hold_invitation)  # and HEAD
+        else:
+            app.router.add_route(method, path, handler, expect_handler=hold_invitation)
     return app
 
 
 def _address_limits(config: Config) -> Middleware:
     limits = config.rate_limit
-    models_read = Counter(limits.models_per_minute)
+    models_read, sign_ins = Counter(limits.models_per_minute), Counter(limits.sign_ins_per_minute)
+    arrivals = {
+        models.list_models: models_read,
+        models.show_model: models_read,
+        accounts.vk_test: sign_ins,
+        accounts.update_token: sign_ins,
+    }
     return limit_addresses(
-        {models.list_models: models_read, models.show_model: models_read},
+        arrivals,
         Counter(limits.strangers_per_minute),
-        KEYED | PERSONAL,
+        KEYED | PERSONAL | {accounts.vk_test, accounts.update_token},
         networks(config.server.trusted_proxies),
     )
 

@@ -38,6 +38,8 @@ KINDS: dict[str, Kind] = {
     "invalid_key": Kind(401, "Invalid API key or inactive user", {"WWW-Authenticate": "Bearer"}),
     "insufficient_balance": Kind(402, "Insufficient balance", DO_NOT_RETRY),
     "key_cap_reached": Kind(402, "The spending cap of this API key is reached", DO_NOT_RETRY),
+    "too_many_keys": Kind(409, "The account has as many API keys as it may have", DO_NOT_RETRY),
+    "main_key_required": Kind(403, "Only the main API key or a sign-in may change keys"),
     "repeated_request": Kind(409, "A request with this Idempotency-Key was made before", DO_NOT_RETRY),
     "mismatched_request": Kind(422, "This Idempotency-Key was used for a different request", DO_NOT_RETRY),
     "moderated": Kind(403, "OpenRouter's moderation refused the request"),

@@ -168,6 +168,7 @@ def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[st
         openrouter=settings.OpenRouter(base_url=base_url, api_key="sk-or-test", **changed.get("openrouter", {})),
         billing=settings.Billing(**changed.get("billing", {})),
         rate_limit=settings.RateLimit(**changed.get("rate_limit", {})),
+        vk=settings.Vk(**changed.get("vk", {})),
         relay=settings.Relay(**changed.get("relay", {})),
         recovery=settings.Recovery(**{"poll_s": 0.05, **changed.get("recovery", {})}),
     )

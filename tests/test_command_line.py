@@ -1,5 +1,6 @@
 """The command line (contract F10; rows operator-1, operator-4, money-15): for people, for scripts, and for mistakes."""
 
+import base64
 import subprocess
 import sys
 from pathlib import Path
@@ -104,13 +105,14 @@ def test_it_works_alone_on_a_bare_directory(tmp_path: Path) -> None:
     environ = environment(tmp_path)
     assert "There are no users yet" in run(environ, "user", "list").stdout
     assert orjson.loads(run(environ, "user", "create", "--balance", "1", "--json").stdout)["balance"] == "1"
-    assert "All 13 invariants hold" in run(environ, "verify").stdout
+    assert "All 15 invariants hold" in run(environ, "verify").stdout
     assert "up to date" in run(environ, "migrate").stdout
     assert running_with(str(tmp_path)) == [], "the embedded PostgreSQL was left running"
 
 
 def test_broken_books_are_shown_and_exit_with_one(tmp_path: Path, postgres: str, database_url: str) -> None:
-    environ = environment(tmp_path, DATABASE_URL=database_url)
+    secret = base64.b64encode(bytes(32)).decode()  # the key's copy is sealed with it
+    environ = environment(tmp_path, DATABASE_URL=database_url, GPTUTOR_SECRET_KEY=secret)
     run(environ, "user", "create", "--balance", "5")
     corrupt = "import asyncio, asyncpg, sys\n" + (
         "async def main():\n"
@@ -122,7 +124,7 @@ def test_broken_books_are_shown_and_exit_with_one(tmp_path: Path, postgres: str,
     subprocess.run([sys.executable, "-c", corrupt, database_url], check=True)
     proof = run(environ, "verify", check=False)
     assert proof.returncode == 1
-    assert "2 of 13 invariants are broken." in proof.stdout
+    assert "2 of 15 invariants are broken." in proof.stdout
     assert "balance_nano=5000000001" in proof.stdout
 
 

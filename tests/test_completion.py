@@ -112,4 +112,4 @@ def test_the_books_are_proven(service: Service) -> None:
         [sys.executable, "-m", "gptutor", "verify"], env=service.environ, check=False, capture_output=True, text=True
     )
     assert proof.returncode == 0
-    assert "All 13 invariants hold." in proof.stdout
+    assert "All 15 invariants hold." in proof.stdout

@@ -23,6 +23,8 @@ PURE = {
     "gptutor.openrouter.retry": (),
     "gptutor.openrouter.circuit": (),
     "gptutor.api.ask": ("gptutor.api.surrogates", "gptutor.errors", "gptutor.money.pricing"),
+    "gptutor.api.form": ("gptutor.api.ask", "gptutor.errors"),
+    "gptutor.vk": (),
     "gptutor.api.surrogates": (),
     "gptutor.errors": (),
 }

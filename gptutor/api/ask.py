@@ -153,7 +153,7 @@ def read_ask(body: bytes, *, default_model: str) -> Ask:
     if body.count(b"[") + body.count(b"{") > BRACKETS_MAX:
         raise Refusal("invalid_request", f"Request body must not have more than {BRACKETS_MAX} objects and arrays")
     try:
-        _refuse_ambiguity(body.decode())
+        refuse_ambiguity(body.decode())
         request, members, masked = _parse(body)
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from error
@@ -242,7 +242,7 @@ def _no_number(text: str) -> None:
     raise ValueError(text)  # NaN, Infinity: Python's own reader would take them
 
 
-_refuse_ambiguity = json.JSONDecoder(
+refuse_ambiguity = json.JSONDecoder(
     object_pairs_hook=_object_once, parse_float=_number, parse_int=_number, parse_constant=_no_number
 ).decode
 """Reads a text, and raises Refusal for what two readers of JSON may read differently, and ValueError for what is none.

@@ -12,7 +12,7 @@ from aiohttp.typedefs import Middleware
 from gptutor.api.middlewares import Handler
 from gptutor.openrouter.service import SENT_ON
 
-METHODS = "GET, POST, OPTIONS"
+METHODS = "GET, POST, PATCH, DELETE, OPTIONS"
 SENT = frozenset(
     {"accept", "authorization", "content-type", "http-referer", "idempotency-key", "user-agent", "x-request-id", "x-title"}
 ) | frozenset(name.lower() for name in SENT_ON)

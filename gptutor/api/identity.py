@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gptutor.api.health import DATABASE
+from gptutor.api.health import DATABASE, READINESS
 from gptutor.api.middlewares import KEYRING, Handler
 from gptutor.errors import Refusal
 from gptutor.money.amounts import Nano
@@ -19,6 +19,8 @@ from gptutor.money.users import NoSuchUser, User, UserRepository
 from gptutor.vk import Launch, NotSigned, verify
 
 USER = web.RequestKey("user", User)
+MANAGES_KEYS = web.RequestKey("manages_keys", bool)
+"""Whether the request speaks with the main key, or by a sign-in; all other keys only use the account."""
 
 
 class VkDoor:
@@ -52,28 +54,30 @@ VK_DOOR = web.AppKey("vk_door", VkDoor)
 
 
 def identify(personal: Collection[Any]) -> Middleware:
-    """For `personal` handlers: the account that the request speaks for, in USER."""
+    """For `personal` handlers: the account that the request speaks for, in USER, and with which right, in MANAGES_KEYS."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.match_info.handler in personal:
-            request[USER] = await _user(request)
+            request[USER], request[MANAGES_KEYS] = await _speaker(request)
         return await handler(request)
 
     return middleware
 
 
-async def _user(request: web.Request) -> User:
+async def _speaker(request: web.Request) -> tuple[User, bool]:
     token = bearer(request)
+    request.app[READINESS].require()
     users = UserRepository(request.app[DATABASE])
     if not token.startswith("sk-"):
         user, _ = await request.app[VK_DOOR].admit(users, token)
-        return user
+        return user, True
     claim = parse_key(token)
-    if claim is None or not await request.app[KEYRING].is_alive(claim):
+    key = await request.app[KEYRING].find(claim) if claim is not None else None
+    if claim is None or key is None:
         raise Refusal("invalid_key")
     try:
-        return await users.find(claim.account_id)
+        return await users.find(claim.account_id), key.is_main
     except NoSuchUser:
         raise Refusal("invalid_key") from None
 

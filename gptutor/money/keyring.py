@@ -6,10 +6,11 @@ an end, a cap on what it may spend and a pace. The limits are kept by the hold s
 
 import datetime
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from gptutor.database import ConstraintViolated, Database, Row
+from gptutor.database import Database, Row
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.keys import KeyClaim, hash_key, make_key, shown
 from gptutor.money.vault import Sealed, Unreadable, Vault
@@ -56,19 +57,34 @@ class Key:
     revoked_at: datetime.datetime | None
 
 
+@dataclass(frozen=True, slots=True)
+class LiveKey:
+    """A key that opens its account."""
+
+    key_id: int
+    is_main: bool
+
+
 class KeyRing:
     def __init__(self, database: Database, vault: Vault) -> None:
         self._database = database
         self._vault = vault
 
-    async def issue(self, account_id: AccountId, name: str = "", limits: Limits = NO_LIMITS) -> tuple[str, Key]:
-        """A new key beside the others; the first one is the main key. Raises TooManyKeys, NoSuchUser's constraint."""
+    async def issue(
+        self, account_id: AccountId, name: str = "", limits: Limits = NO_LIMITS, *, beside: bool = False
+    ) -> tuple[str, Key]:
+        """A new key. Where there is no main key it becomes that, unless it has limits or is to stand `beside` one.
+
+        Raises TooManyKeys, NoSuchUser's constraint.
+        """
         key = make_key(account_id)
         key_hash = hash_key(key)
         sealed = self._vault.seal(account_id, key_hash, key)
         row = await self._database.fetchrow(
             "create_key",
             account_id,
+            beside or limits != NO_LIMITS,
+            KEYS_MAX,
             key_hash,
             shown(key),
             name,
@@ -78,7 +94,6 @@ class KeyRing:
             limits.cap,
             limits.cap_period,
             limits.per_minute,
-            KEYS_MAX,
         )
         if row is None:
             raise TooManyKeys
@@ -86,28 +101,31 @@ class KeyRing:
 
     async def renew(self, account_id: AccountId, *, others_too: bool = False) -> str:
         """A new main key in place of the one before, or of all: those are dead from now on."""
-        key = make_key(account_id)
-        key_hash = hash_key(key)
-        sealed = self._vault.seal(account_id, key_hash, key)
-        await self._database.fetch("renew_key", account_id, others_too, key_hash, shown(key), sealed.data, sealed.secret_id)
+        key, _ = await self._renew(account_id, others_too=others_too)
         return key
 
     async def main(self, account_id: AccountId) -> str:
-        """The main key, to be shown. One that cannot be opened any more, or was revoked, is replaced by a new one."""
-        row = await self._database.fetchrow("find_main_key", account_id)
-        if row is None or row["encrypted"] is None:
-            return await self._first(account_id) if row is None else await self.renew(account_id)
-        try:
-            return self._vault.open(account_id, row["key_hash"], Sealed(row["encrypted"], row["secret_id"]))
-        except Unreadable:
-            return await self.renew(account_id)
+        """The main key, to be shown. One that cannot be opened any more, has ended or was revoked is replaced by a new one."""
+        while True:
+            row = await self._database.fetchrow("find_main_key", account_id)
+            if row is not None and row["encrypted"] is not None and not row["has_ended"]:
+                with suppress(Unreadable):
+                    return self._vault.open(account_id, row["key_hash"], Sealed(row["encrypted"], row["secret_id"]))
+            key, is_new = await self._renew(account_id, only_seen=True, seen=row["key_hash"] if row is not None else None)
+            if is_new:  # otherwise another request was first, and its key is the one to show
+                return key
 
-    async def _first(self, account_id: AccountId) -> str:
-        try:
-            key, _ = await self.issue(account_id, "main")
-        except ConstraintViolated:  # another request was first
-            return await self.main(account_id)
-        return key
+    async def _renew(
+        self, account_id: AccountId, *, others_too: bool = False, only_seen: bool = False, seen: bytes | None = None
+    ) -> tuple[str, bool]:
+        """A new main key, and whether it took the place of the one before; with `only_seen` it does so only of the one `seen`."""
+        key = make_key(account_id)
+        key_hash = hash_key(key)
+        sealed = self._vault.seal(account_id, key_hash, key)
+        (row,) = await self._database.fetch(
+            "renew_key", account_id, others_too, only_seen, seen, key_hash, shown(key), sealed.data, sealed.secret_id
+        )
+        return key, row["is_new"]
 
     async def list(self, account_id: AccountId) -> list[Key]:
         """Newest first, revoked ones included."""
@@ -129,7 +147,12 @@ class KeyRing:
 
     async def is_alive(self, claim: KeyClaim) -> bool:
         """Whether the key is known, and neither it nor its account is out of use."""
-        return await self._database.fetchrow("find_live_key", claim.account_id, claim.key_hash) is not None
+        return await self.find(claim) is not None
+
+    async def find(self, claim: KeyClaim) -> LiveKey | None:
+        """The key, if it is known, and neither it nor its account is out of use."""
+        row = await self._database.fetchrow("find_live_key", claim.account_id, claim.key_hash)
+        return None if row is None else LiveKey(row["key_id"], row["is_main"])
 
     async def rekey(self) -> AsyncIterator[tuple[int, int]]:
         """Seals every copy anew with the first secret; may be broken off and resumed. Yields (done, unreadable) after a page."""

@@ -40,9 +40,7 @@ class UserRepository:
 
     async def of_person(self, provider: str, subject: str, *, name: str = "", bonus: Nano = NOTHING) -> tuple[User, bool]:
         """The account of a person from outside, made at the first sight, with a bonus on its ledger; and whether it is new."""
-        row = await self._database.fetchrow("account_of", provider, subject, name, new_id(), bonus)
-        if row is None:
-            raise NoSuchUser
+        (row,) = await self._database.fetch("account_of", provider, subject, name, new_id(), bonus)
         return await self.find(AccountId(row["account_id"])), row["is_new"]
 
     async def find_person(self, provider: str, subject: str) -> User:

@@ -10,6 +10,7 @@ import yaml
 
 from gptutor import __version__
 from gptutor.api.ask import ChatRequest
+from gptutor.api.keys import KeyLimits, NewKey
 from gptutor.errors import KINDS, Kind
 
 SOURCE = Path(__file__).parent / "openapi.yaml"
@@ -32,12 +33,15 @@ def describe() -> dict[str, Any]:
 
 def request_schemas() -> dict[str, Any]:
     """The fields and ranges that the gateway checks, as it checks them."""
-    _, schemas = msgspec.json.schema_components([ChatRequest], ref_template="#/components/schemas/{name}")
+    _, schemas = msgspec.json.schema_components([ChatRequest, NewKey, KeyLimits], ref_template="#/components/schemas/{name}")
     for schema in schemas.values():
-        schema["additionalProperties"] = True
+        schema.setdefault("additionalProperties", True)
         for field in schema["properties"].values():
             if "default" in field and field["default"] is None:
                 del field["default"]  # null means absent, which is no news in a description
+            for form in field.get("anyOf", ()):
+                if form.get("format") == "decimal":
+                    form["type"] = ["number", "string"]  # both are read exactly; msgspec tells of the string alone
     return schemas
 
 

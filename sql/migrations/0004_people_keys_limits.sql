@@ -44,14 +44,19 @@ CREATE INDEX api_keys_by_shown ON api_keys (shown text_pattern_ops);
 
 UPDATE api_keys SET is_main = TRUE
 WHERE (account_id, key_hash) IN (
-    SELECT DISTINCT ON (account_id) account_id, key_hash FROM api_keys
-    WHERE revoked_at IS NULL ORDER BY account_id, created_at DESC
+    SELECT DISTINCT ON (account_id)
+        account_id,
+        key_hash
+    FROM api_keys
+    WHERE revoked_at IS NULL
+    ORDER BY account_id ASC, created_at DESC
 );
 
 ALTER TABLE holds
 ADD COLUMN key_id bigint,                          -- NULL: taken by the version before
 ADD COLUMN key_counts boolean NOT NULL DEFAULT FALSE; -- whether it is in its key's held_nano
 
+CREATE INDEX holds_counted ON holds (account_id, key_id) WHERE key_counts AND state <> 'settled';
 CREATE INDEX holds_by_generation ON holds (account_id, generation_id) WHERE generation_id IS NOT NULL;
 CREATE INDEX holds_by_request ON holds (account_id, request_id);
 
@@ -326,16 +331,23 @@ END $$;
 CREATE FUNCTION limit_key(
     account bigint, id bigint, new_cap_nano bigint, new_cap_period text, new_per_minute integer, new_end timestamptz
 ) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE
+    period text; -- so far
 BEGIN
     PERFORM FROM accounts WHERE account_id = account FOR NO KEY UPDATE;
-    IF new_cap_period IS DISTINCT FROM (SELECT cap_period FROM api_keys WHERE account_id = account AND key_id = id) THEN
-        UPDATE holds SET key_counts = FALSE WHERE account_id = account AND key_id = id AND key_counts;
+    SELECT cap_period INTO period FROM api_keys WHERE account_id = account AND key_id = id AND revoked_at IS NULL;
+    IF NOT FOUND THEN
+        RETURN FALSE;
+    END IF;
+    IF new_cap_period IS DISTINCT FROM period THEN
+        UPDATE holds SET key_counts = FALSE
+        WHERE account_id = account AND key_id = id AND key_counts AND state <> 'settled'; -- a settled one never counts again
         UPDATE api_keys SET spent_nano = 0, held_nano = 0 WHERE account_id = account AND key_id = id;
     END IF;
     UPDATE api_keys
     SET cap_nano = new_cap_nano, cap_period = new_cap_period, per_minute = new_per_minute, expires_at = new_end
-    WHERE account_id = account AND key_id = id AND revoked_at IS NULL;
-    RETURN FOUND;
+    WHERE account_id = account AND key_id = id;
+    RETURN TRUE;
 END $$;
 
 -- The account of a person from outside, made at the first sight of him; of many first sights at once one makes it.
@@ -361,13 +373,46 @@ BEGIN
     RETURN NEXT;
 END $$;
 
--- A new main key in place of the one before, or of all, at once and everywhere: the hold reads them.
-CREATE FUNCTION renew_key(
-    account bigint, others_too boolean, new_key_hash bytea, new_shown text, new_encrypted bytea, new_secret_id text
-) RETURNS void LANGUAGE plpgsql AS $$
+-- A new key; without a main one it becomes that, unless it only stands beside. No row: the account has keys_max living keys.
+CREATE FUNCTION create_key(
+    account bigint, beside boolean, keys_max integer, new_key_hash bytea, new_shown text, new_name text, new_encrypted bytea,
+    new_secret_id text, new_end timestamptz, new_cap_nano bigint, new_cap_period text, new_per_minute integer
+) RETURNS SETOF api_keys LANGUAGE plpgsql AS $$
+DECLARE
+    living integer;
+    has_main boolean;
 BEGIN
     PERFORM FROM accounts WHERE account_id = account FOR NO KEY UPDATE;
+    SELECT count(*), coalesce(bool_or(is_main), FALSE) INTO living, has_main
+    FROM api_keys WHERE account_id = account AND revoked_at IS NULL;
+    IF living < keys_max THEN
+        RETURN QUERY
+        INSERT INTO api_keys (
+            account_id, key_hash, shown, name, is_main, encrypted, secret_id, expires_at, cap_nano, cap_period, per_minute
+        )
+        VALUES (
+            account, new_key_hash, new_shown, new_name, NOT beside AND NOT has_main, new_encrypted, new_secret_id, new_end,
+            new_cap_nano, new_cap_period, new_per_minute
+        )
+        RETURNING *;
+    END IF;
+END $$;
+
+-- A new main key in place of the one before, or of all, at once and everywhere: the hold reads them.
+-- With only_seen it is done only while the main key is the one seen (NULL: while there is none); tells whether it was.
+CREATE FUNCTION renew_key(
+    account bigint, others_too boolean, only_seen boolean, seen bytea,
+    new_key_hash bytea, new_shown text, new_encrypted bytea, new_secret_id text
+) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM FROM accounts WHERE account_id = account FOR NO KEY UPDATE;
+    IF only_seen AND seen IS DISTINCT FROM (
+        SELECT key_hash FROM api_keys WHERE account_id = account AND is_main AND revoked_at IS NULL
+    ) THEN
+        RETURN FALSE;
+    END IF;
     UPDATE api_keys SET revoked_at = now() WHERE account_id = account AND (is_main OR others_too) AND revoked_at IS NULL;
     INSERT INTO api_keys (account_id, key_hash, shown, name, is_main, encrypted, secret_id)
     VALUES (account, new_key_hash, new_shown, 'main', TRUE, new_encrypted, new_secret_id);
+    RETURN TRUE;
 END $$;

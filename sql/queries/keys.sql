@@ -1,39 +1,38 @@
 -- name: create_key
--- A key beside the others; the first living one is the main key. $1 account, $2 SHA-256 of the key, $3 the part that may be
--- shown, $4 name, $5 encrypted copy, $6 which secret opens it, $7 end, $8 cap in nano-roubles, $9 its period, $10 requests per
--- minute, $11 how many living keys an account may have. No row: it has as many.
-INSERT INTO api_keys (
-    account_id, key_hash, shown, name, is_main, encrypted, secret_id, expires_at, cap_nano, cap_period, per_minute
-)
+-- $1 account, $2 whether it only stands beside the main key, even where there is none, $3 how many living keys an account may
+-- have, $4 SHA-256 of the key, $5 the part that may be shown, $6 name, $7 encrypted copy, $8 which secret opens it, $9 end, $10
+-- cap in nano-roubles, $11 its period, $12 requests per minute. No row: the account has as many keys as it may have.
 SELECT
-    $1::bigint,
-    $2::bytea,
-    $3::text,
-    $4::text,
-    coalesce(bool_and(NOT living.is_main), TRUE),
-    $5::bytea,
-    $6::text,
-    $7::timestamptz,
-    $8::bigint,
-    $9::text,
-    $10::integer
-FROM api_keys AS living
-WHERE living.account_id = $1::bigint AND living.revoked_at IS NULL
-HAVING count(*) < $11::integer
-RETURNING
-    key_id, shown, name, is_main, expires_at, cap_nano, cap_period, per_minute, spent_nano, held_nano, created_at, revoked_at;
+    key_id,
+    shown,
+    name,
+    is_main,
+    expires_at,
+    cap_nano,
+    cap_period,
+    per_minute,
+    spent_nano,
+    held_nano,
+    created_at,
+    revoked_at
+FROM create_key(
+    $1::bigint, $2::boolean, $3::integer, $4::bytea, $5::text, $6::text, $7::bytea, $8::text, $9::timestamptz, $10::bigint,
+    $11::text, $12::integer
+);
 
 -- name: renew_key
--- A new main key in place of the one before ($2: of all keys) of account $1. $3 SHA-256 of the new key, $4 the part that may be
--- shown, $5 encrypted copy, $6 which secret opens it.
-SELECT renew_key($1::bigint, $2::boolean, $3::bytea, $4::text, $5::bytea, $6::text);
+-- A new main key in place of the one before ($2: of all keys) of account $1; if $3, only while that is the one with the SHA-256
+-- $4 (NULL: while there is none). $5 SHA-256 of the new key, $6 the part that may be shown, $7 encrypted copy, $8 which secret
+-- opens it. One row: whether it was done.
+SELECT renew_key($1::bigint, $2::boolean, $3::boolean, $4::bytea, $5::bytea, $6::text, $7::bytea, $8::text) AS is_new;
 
 -- name: find_main_key
 -- The main key of account $1, encrypted. No row: it has none that lives.
 SELECT
     key_hash,
     encrypted,
-    secret_id
+    secret_id,
+    expires_at <= now() AS has_ended
 FROM api_keys
 WHERE account_id = $1::bigint AND is_main AND revoked_at IS NULL;
 
@@ -48,10 +47,10 @@ SELECT
     cap_nano,
     cap_period,
     per_minute,
-    CASE WHEN cap_period = 'day' AND spent_on < (now() AT TIME ZONE 'UTC')::date THEN 0 ELSE spent_nano END AS spent_nano,
     held_nano,
     created_at,
-    revoked_at
+    revoked_at,
+    CASE WHEN cap_period = 'day' AND spent_on < (now() AT TIME ZONE 'UTC')::date THEN 0 ELSE spent_nano END AS spent_nano
 FROM api_keys
 WHERE account_id = $1::bigint
 ORDER BY created_at DESC, key_id DESC;
@@ -69,7 +68,9 @@ RETURNING key_id;
 
 -- name: find_live_key
 -- $1 account, $2 SHA-256 of the key. No row: unknown, revoked or ended, or its account is inactive.
-SELECT api_keys.key_id
+SELECT
+    api_keys.key_id,
+    api_keys.is_main
 FROM api_keys
 INNER JOIN accounts ON api_keys.account_id = accounts.account_id
 WHERE

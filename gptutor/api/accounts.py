@@ -1,0 +1,61 @@
+"""`GET /vk-test` and `POST /update-token`: what VK's launch parameters alone open (contract D1, D3). An API key does not."""
+
+import datetime
+from typing import Any
+
+from aiohttp import web
+
+from gptutor.api.envelope import amount, answer, moment
+from gptutor.api.health import DATABASE, READINESS
+from gptutor.api.identity import VK_DOOR, bearer
+from gptutor.api.middlewares import KEYRING
+from gptutor.money.users import User, UserRepository
+from gptutor.vk import Launch
+
+SHOWN = ("vk_user_id", "vk_app_id", "vk_is_app_user", "vk_language", "vk_platform", "vk_ts")
+
+
+async def vk_test(request: web.Request) -> web.Response:
+    """Who signs in, as VK says it, and the account, with its main key. Asked again, it answers the same."""
+    user, launch = await _admitted(request)
+    key = await request.app[KEYRING].main(user.account_id)
+    return answer(
+        {
+            "message": "VK launch parameters are valid",
+            "vkData": {name: launch.parameters.get(name) for name in SHOWN},
+            "dbUser": _shown(user, launch) | {"apiKey": key},
+            "timestamp": _now(),
+        }
+    )
+
+
+async def update_token(request: web.Request) -> web.Response:
+    """A new main key; the one before is dead, in every process, when this answers. Other keys stay."""
+    user, launch = await _admitted(request)
+    key = await request.app[KEYRING].renew(user.account_id)
+    return answer(
+        {"message": "API key replaced", "newApiKey": key, "user": _shown(user, launch), "timestamp": _now()},
+    )
+
+
+async def _admitted(request: web.Request) -> tuple[User, Launch]:
+    """Raises Refusal."""
+    token = bearer(request)
+    request.app[READINESS].require()
+    return await request.app[VK_DOOR].admit(UserRepository(request.app[DATABASE]), token)
+
+
+def _shown(user: User, launch: Launch) -> dict[str, Any]:
+    """`balance` is in roubles, exact."""
+    return {
+        "id": user.account_id,
+        "vkId": str(launch.user_id),
+        "balance": amount(user.balance),
+        "isActive": user.is_active,
+        "createdAt": moment(user.created_at),
+        "updatedAt": moment(user.updated_at),
+    }
+
+
+def _now() -> str:
+    return moment(datetime.datetime.now(datetime.UTC))

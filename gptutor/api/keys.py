@@ -1,0 +1,169 @@
+"""`/v1/keys`: an account's keys, each with limits of its own. Shapes of OpenRouter's provisioning API, where it has them.
+
+Any key of the account may look. Making, limiting and revoking keys takes the main key, or a sign-in: who was given a key with a
+cap could otherwise lift it, or make himself one without.
+"""
+
+import datetime
+from dataclasses import replace
+from decimal import Decimal
+from typing import Annotated, Any, Literal, NoReturn
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET, Meta, UnsetType
+
+from gptutor.api.body import read_body
+from gptutor.api.completions import BODY_LIMITS
+from gptutor.api.envelope import amount, answer, moment
+from gptutor.api.form import Form, must_be, read_form
+from gptutor.api.identity import MANAGES_KEYS, USER
+from gptutor.api.middlewares import KEYRING
+from gptutor.errors import Refusal
+from gptutor.money.amounts import NANO_MAX, NANO_PER_RUB, InvalidAmount, Nano, parse_roubles
+from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, CapPeriod, Key, Limits, NoSuchKey, TooManyKeys
+
+BODY_BYTES_MAX = 16 * 1024
+NAME_CHARACTERS_MAX = 100
+END_MAX = datetime.datetime(3000, 1, 1, tzinfo=datetime.UTC)
+PACE_MAX = 1_000_000
+PERIODS: dict[str | None, CapPeriod] = {"daily": "day", None: "total"}
+RESETS: dict[CapPeriod | None, str | None] = {period: reset for reset, period in PERIODS.items()} | {None: None}
+
+
+class KeyLimits(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Each description completes the sentence "<field> must be …". What is absent stays as it is."""
+
+    limit: Annotated[
+        Decimal | UnsetType | None,
+        Meta(description=f"an amount in roubles from 0 to {NANO_MAX // NANO_PER_RUB} with at most nine decimal places, or null"),
+    ] = UNSET
+    limit_reset: Annotated[Literal["daily"] | UnsetType | None, Meta(description='"daily", where there is a limit, or null')] = (
+        UNSET
+    )
+    expires_at: Annotated[
+        Annotated[datetime.datetime, Meta(tz=True)] | UnsetType | None,
+        Meta(description="a time to come before the year 3000, such as 2030-01-31T12:00:00Z, or null"),
+    ] = UNSET
+    requests_per_minute: Annotated[
+        Annotated[int, Meta(ge=1, le=PACE_MAX)] | UnsetType | None,
+        Meta(description=f"an integer from 1 to {PACE_MAX}, or null"),
+    ] = UNSET
+
+
+class NewKey(KeyLimits, forbid_unknown_fields=True, kw_only=True):
+    name: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*$")],
+        Meta(description=f"a string of 1 to {NAME_CHARACTERS_MAX} printable characters"),
+    ]
+
+
+async def list_keys(request: web.Request) -> web.Response:
+    """Newest first; revoked ones are gone."""
+    keys = await request.app[KEYRING].list(request[USER].account_id)
+    return answer({"data": [shown(key) for key in keys if key.revoked_at is None]})
+
+
+async def create_key(request: web.Request) -> web.Response:
+    """The only answer that has this key in it."""
+    form = await _form(request, NewKey)
+    limits = limits_after(form, NO_LIMITS)
+    try:
+        key, made = await request.app[KEYRING].issue(request[USER].account_id, form.name, limits, beside=True)
+    except TooManyKeys:
+        raise Refusal("too_many_keys", f"An account may have {KEYS_MAX} keys; revoke one that is not needed") from None
+    return answer({"data": shown(made), "key": key}, status=201)
+
+
+async def limit_key(request: web.Request) -> web.Response:
+    form = await _form(request, KeyLimits)
+    keyring, account_id, key_id = request.app[KEYRING], request[USER].account_id, int(request.match_info["key_id"])
+    try:
+        before = next((key for key in await keyring.list(account_id) if key.key_id == key_id), None)
+        if before is None:
+            raise NoSuchKey(key_id)
+        changed = await keyring.limit(account_id, key_id, limits_after(form, before.limits))
+    except NoSuchKey:
+        _unknown()
+    return answer({"data": shown(changed)})
+
+
+async def revoke_key(request: web.Request) -> web.Response:
+    _require_manager(request)
+    try:
+        await request.app[KEYRING].revoke(request[USER].account_id, int(request.match_info["key_id"]))
+    except NoSuchKey:
+        _unknown()
+    return answer({"deleted": True})
+
+
+def limits_after(form: KeyLimits, before: Limits) -> Limits:
+    """The limits that a key has once the form is applied. Raises Refusal."""
+    cap = before.cap if isinstance(form.limit, UnsetType) else _cap(form.limit)
+    if cap is None:
+        period: CapPeriod | None = None
+        if form.limit_reset == "daily":
+            raise Refusal("invalid_request", must_be(KeyLimits, "limit_reset"))
+    elif isinstance(form.limit_reset, UnsetType):
+        period = before.cap_period or "total"
+    else:
+        period = PERIODS[form.limit_reset]
+    if isinstance(form.expires_at, datetime.datetime) and not datetime.datetime.now(datetime.UTC) < form.expires_at < END_MAX:
+        raise Refusal("invalid_request", must_be(KeyLimits, "expires_at"))
+    return Limits(
+        expires_at=before.expires_at if isinstance(form.expires_at, UnsetType) else form.expires_at,
+        cap=cap,
+        cap_period=period,
+        per_minute=before.per_minute if isinstance(form.requests_per_minute, UnsetType) else form.requests_per_minute,
+    )
+
+
+def shown(key: Key) -> dict[str, Any]:
+    """Amounts in roubles, exact. What a key without a cap has spent is not counted: null."""
+    limits = key.limits
+    return {
+        "id": key.key_id,
+        "name": key.name,
+        "label": key.shown,
+        "is_main": key.is_main,
+        "disabled": limits.expires_at is not None and limits.expires_at <= datetime.datetime.now(datetime.UTC),
+        "limit": None if limits.cap is None else amount(limits.cap),
+        "limit_reset": RESETS[limits.cap_period],
+        "limit_remaining": None if limits.cap is None else amount(max(0, limits.cap - key.spent - key.held)),
+        "usage": None if limits.cap is None else amount(key.spent),
+        "held": None if limits.cap is None else amount(key.held),
+        "requests_per_minute": limits.per_minute,
+        "created_at": moment(key.created_at),
+        "expires_at": None if limits.expires_at is None else moment(limits.expires_at),
+    }
+
+
+def _cap(limit: Decimal | None) -> Nano | None:
+    """Raises Refusal."""
+    try:
+        cap = None if limit is None else parse_roubles(str(limit))
+    except InvalidAmount:
+        cap = Nano(-1)
+    if cap is not None and cap < 0:
+        raise Refusal("invalid_request", must_be(KeyLimits, "limit"))
+    return cap
+
+
+async def _form(request: web.Request, form: type[Form]) -> Form:
+    """The body of one who may change keys. Raises Refusal."""
+    _require_manager(request)
+    if request.content_type not in ("application/json", "application/octet-stream"):  # the latter stands for a missing header
+        raise Refusal("unsupported_media_type")
+    if request.content_length is not None and request.content_length > BODY_BYTES_MAX:
+        raise Refusal("body_too_large", f"Request body is larger than {BODY_BYTES_MAX} bytes")
+    return read_form(await read_body(request, replace(request.app[BODY_LIMITS], bytes_max=BODY_BYTES_MAX)), form)
+
+
+def _require_manager(request: web.Request) -> None:
+    """Raises Refusal."""
+    if not request[MANAGES_KEYS]:
+        raise Refusal("main_key_required")
+
+
+def _unknown() -> NoReturn:
+    raise Refusal("not_found", "API key not found") from None

@@ -1,0 +1,499 @@
+"""Accounts, from the caller's side: signing in by VK, the main key, who is let in and who is not (contract D1 to D4, D6, B3).
+
+Rows auth-1 to -14: no header, wrong schemes and doubled headers, keys of a wrong form, unknown, revoked and foreign keys, SQL in
+a key, inactive users; VK's signature, its odd parameters, its clock, other apps, replays; auth-14 is in `test_keys_limits.py`.
+"""
+
+import asyncio
+import base64
+import datetime
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
+
+import asyncpg
+import openai
+import psutil
+import pytest
+
+from gptutor.api.health import DATABASE, READINESS
+from gptutor.database import Database
+from gptutor.money.amounts import AccountId, parse_roubles
+from gptutor.money.bookings import Bookings
+from gptutor.money.keyring import KeyRing
+from gptutor.money.keys import hash_key, make_key
+from gptutor.money.users import NoSuchUser, UserRepository
+from gptutor.money.vault import Sealed, Unreadable, Vault
+from gptutor.vk import signature
+from tests.conftest import SECRET, VAULT, Caller, Gateway, make_caller
+from tests.service import Service, start
+from tests.test_batch import Statements
+from tests.test_ledger import assert_books_hold
+from tests.test_relay import assert_books_agree
+
+APP_ID = 6736218
+VK_SECRET = "wvl68m4dR1UpLrVRli"
+VK = {"vk": {"app_id": APP_ID, "secret_key": VK_SECRET}}
+GIFT = {"vk": {**VK["vk"], "bonus_rub": Decimal("10.5")}}
+UNAUTHORIZED = (401, "invalid_key", {"error": "Invalid API key or inactive user"})
+
+with_vk = pytest.mark.parametrize("tuned", [VK])
+with_gift = pytest.mark.parametrize("tuned", [GIFT])
+
+
+def launch(
+    user_id: object = 494075, *, secret: str = VK_SECRET, beside: str = "", sign: str | None = None, **changed: Any
+) -> str:
+    """Launch parameters as VK makes them. What is changed to None is left out."""
+    given = {
+        "vk_user_id": user_id, "vk_app_id": APP_ID, "vk_is_app_user": 1, "vk_language": "ru",
+        "vk_access_token_settings": "", "vk_platform": "mobile_web", "vk_ts": int(time.time()), **changed,
+    }  # fmt: skip
+    signed = {name: str(value) for name, value in given.items() if value is not None}
+    return urlencode(signed) + beside + f"&sign={signature(signed, secret) if sign is None else sign}"
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+async def send(gateway: Gateway, method: str, path: str, headers: Any) -> tuple[int, str, Any]:
+    async with gateway.session.request(method, gateway.url + path, headers=headers) as response:
+        document = json.loads(await response.read(), parse_float=Decimal)
+        if response.status == 401:
+            # beside the request's name and the time there is nothing by which one refusal differs from another
+            assert {**response.headers, "X-Request-ID": "", "Date": "", "Server": ""} == {
+                "WWW-Authenticate": "Bearer", "X-Error-Code": "invalid_key", "X-Request-ID": "", "Date": "", "Server": "",
+                "Content-Type": "application/json; charset=utf-8", "Content-Length": "45",
+            }  # fmt: skip
+        else:
+            assert response.headers["Cache-Control"] == "no-store"
+        return response.status, response.headers.get("X-Error-Code", ""), document
+
+
+async def sign_in(gateway: Gateway, token: str | None = None) -> dict[str, Any]:
+    status, _, document = await send(gateway, "GET", "/vk-test", bearer(token or launch()))
+    assert status == 200
+    return dict(document)
+
+
+# -- the way of the document
+
+
+@with_gift
+async def test_from_vk_to_an_answer_that_is_paid_for(gateway: Gateway) -> None:
+    """Contract D1, A6: VK → /vk-test → dbUser.apiKey → an OpenAI SDK → balance."""
+    signed_in = await sign_in(gateway)
+    assert set(signed_in) == {"message", "vkData", "dbUser", "timestamp"}
+    assert signed_in["vkData"] == {
+        "vk_user_id": "494075", "vk_app_id": str(APP_ID), "vk_is_app_user": "1", "vk_language": "ru", "vk_platform": "mobile_web",
+        "vk_ts": signed_in["vkData"]["vk_ts"],
+    }  # fmt: skip
+    user = signed_in["dbUser"]
+    assert set(user) == {"id", "vkId", "balance", "apiKey", "isActive", "createdAt", "updatedAt"}
+    assert (user["vkId"], user["balance"], user["isActive"]) == ("494075", Decimal("10.5"), True)
+    for moment in (signed_in["timestamp"], user["createdAt"], user["updatedAt"]):
+        assert moment.endswith("Z")
+        assert abs(datetime.datetime.fromisoformat(moment).timestamp() - time.time()) < 30
+
+    async with openai.AsyncOpenAI(api_key=user["apiKey"], base_url=f"{gateway.url}/v1", max_retries=0) as client:
+        completion = await client.chat.completions.create(
+            model="openai/gpt-4o-mini", messages=[{"role": "user", "content": "Привет!"}]
+        )
+    assert "Привет" in str(completion.choices[0].message.content)
+    await gateway.idle()
+    after = (await sign_in(gateway))["dbUser"]
+    assert after["balance"] == Decimal("10.5") - gateway.billed_usd() * 90 < Decimal("10.5")
+    assert after["apiKey"] == user["apiKey"]
+    await assert_books_agree(gateway, Caller(user["apiKey"], AccountId(user["id"]), gateway.books), "10.5")
+
+
+@with_vk
+async def test_a_balance_is_a_number_that_is_spelled_exactly(gateway: Gateway) -> None:
+    user = (await sign_in(gateway))["dbUser"]
+    await Bookings(gateway.books).book(AccountId(user["id"]), "topup", parse_roubles("123456789.000000001"))
+    async with gateway.session.get(f"{gateway.url}/vk-test", headers=bearer(launch())) as response:
+        assert b'"balance":123456789.000000001,' in await response.read()
+
+
+@with_gift
+async def test_twenty_first_sign_ins_make_one_account_one_key_and_one_gift(gateway: Gateway) -> None:
+    answers = await asyncio.gather(*(sign_in(gateway) for _ in range(20)))
+    assert len({answer["dbUser"]["id"] for answer in answers}) == 1
+    (key,) = {answer["dbUser"]["apiKey"] for answer in answers}
+    (user,) = [user async for user in UserRepository(gateway.books).all()]
+    assert user.balance == parse_roubles("10.5")
+    (entry,) = await Bookings(gateway.books).entries(user.account_id, 10)
+    assert (entry.kind, entry.amount, entry.contra, entry.reason) == ("bonus", parse_roubles("10.5"), "goodwill", "sign-up")
+    assert [one.revoked_at for one in await KeyRing(gateway.books, VAULT).list(user.account_id)] == [None]
+    assert (await gateway.chat(Caller(key, user.account_id, gateway.books)))[0].status == 200
+    await assert_books_hold(gateway.books)
+
+
+@with_vk
+async def test_every_person_has_an_account_of_his_own(gateway: Gateway) -> None:
+    first, second = [(await sign_in(gateway, launch(user_id)))["dbUser"] for user_id in (1, 2)]
+    assert first["id"] != second["id"]
+    assert first["apiKey"] != second["apiKey"]
+    assert first["balance"] == 0  # no gift is set
+    users = UserRepository(gateway.books)
+    assert (await users.find_person("vk", "1")).account_id == first["id"]
+    assert await users.identities(AccountId(second["id"])) == [("vk", "2")]
+    with pytest.raises(NoSuchUser):
+        await users.find_person("vk", "3")
+
+
+@with_vk
+async def test_signing_in_again_changes_nothing(gateway: Gateway) -> None:
+    """Row auth-13: within its hour a launch may be used again."""
+    token = launch()
+    answers = [await sign_in(gateway, token) for _ in range(3)]
+    assert [answer["dbUser"] for answer in answers] == [answers[0]["dbUser"]] * 3
+
+
+@with_vk
+async def test_update_token_kills_the_main_key_at_once_and_no_other(gateway: Gateway) -> None:
+    """Contract D3."""
+    user = (await sign_in(gateway))["dbUser"]
+    account_id = AccountId(user["id"])
+    await Bookings(gateway.books).book(account_id, "topup", parse_roubles("100"))
+    other, _ = await KeyRing(gateway.books, VAULT).issue(account_id, "bot")
+
+    async def status_of(key: str) -> int:
+        return (await gateway.chat(Caller(key, account_id, gateway.books)))[0].status
+
+    assert [await status_of(key) for key in (user["apiKey"], other)] == [200, 200]
+    status, _, document = await send(gateway, "POST", "/update-token", bearer(launch()))
+    assert status == 200
+    assert set(document) == {"message", "newApiKey", "user", "timestamp"}
+    assert set(document["user"]) == set(user) - {"apiKey"}
+    assert [await status_of(key) for key in (user["apiKey"], document["newApiKey"], other)] == [401, 200, 200]
+    assert (await sign_in(gateway))["dbUser"]["apiKey"] == document["newApiKey"]
+
+
+# -- who is not let in
+
+FORMS: dict[str, Callable[[Caller], Any]] = {
+    "auth-1: no header": lambda caller: {},
+    "auth-2: another scheme": lambda caller: {"Authorization": f"Basic {caller.key}"},
+    "auth-2: no scheme": lambda caller: {"Authorization": caller.key},
+    "auth-2: no key": lambda caller: {"Authorization": "Bearer "},
+    "auth-2: two headers": lambda caller: [("Authorization", f"Bearer {caller.key}")] * 2,
+    "auth-3: a letter is missing": lambda caller: bearer(caller.key[:-1]),
+    "auth-3: another letter": lambda caller: bearer(caller.key[:-1] + ("a" if caller.key[-1] != "a" else "b")),
+    "auth-3: another alphabet": lambda caller: bearer(caller.key.upper()),
+    "auth-3: not ASCII": lambda caller: bearer("sk-user-ключ"),
+    "auth-3: long": lambda caller: bearer("sk-user-1-" + "a" * 7000),
+    "auth-6: SQL": lambda caller: bearer("sk-user-1-' OR pg_sleep(8)--"),
+    "auth-6: SQL in another place": lambda caller: bearer("sk-' OR pg_sleep(8)--"),
+    "auth-7: another account is written into it": lambda caller: bearer(caller.key.replace("sk-user-1-", "sk-user-2-")),
+    "auth-7: an account that no database has": lambda caller: bearer(caller.key.replace("sk-user-1-", f"sk-user-{10**18}-")),
+}
+LAUNCHES = {
+    "auth-9: another signature": lambda: launch(sign="A" * 43),
+    "auth-9: no signature": lambda: launch().rpartition("&")[0],
+    "auth-9: an empty signature": lambda: launch(sign=""),
+    "auth-9: a short signature": lambda: launch()[:-1],
+    "auth-9: a padded signature": lambda: launch() + "=",
+    "auth-9: by another secret": lambda: launch(secret="another"),
+    "auth-11: old": lambda: launch(vk_ts=int(time.time()) - 3610),
+    "auth-11: from the future": lambda: launch(vk_ts=int(time.time()) + 70),
+    "auth-11: without a time": lambda: launch(vk_ts=None),
+    "auth-11: no time": lambda: launch(vk_ts="now"),
+    "auth-12: two users": lambda: launch() + "&vk_user_id=1",
+    "auth-12: another app": lambda: launch(vk_app_id=1),
+    "auth-12: no app": lambda: launch(vk_app_id=None),
+    "auth-12: an array": lambda: launch().replace("vk_user_id=", "vk_user_id[]="),
+    "auth-12: another app's own signature": lambda: launch(vk_app_id=1, secret="another"),
+    "auth-12: no user": lambda: launch(user_id=None),
+}
+PLACES = [("POST", "/v1/chat/completions"), ("GET", "/v1/keys"), ("GET", "/vk-test"), ("POST", "/update-token")]
+
+
+@with_vk
+@pytest.mark.parametrize("form", FORMS)
+async def test_what_is_no_key_is_refused_without_asking_the_database(
+    gateway: Gateway, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = await gateway.caller()
+    assert caller.key.startswith("sk-user-1-")
+    seen = Statements(gateway.app[DATABASE], monkeypatch).seen
+    for method, path in PLACES:
+        started = time.monotonic()
+        assert await send(gateway, method, path, FORMS[form](caller)) == UNAUTHORIZED
+        assert time.monotonic() - started < 1
+    assert [name for name, _ in seen if name not in ("claim_due_holds",)] == []
+
+
+@with_vk
+async def test_a_key_in_the_address_is_none(gateway: Gateway) -> None:
+    """Row auth-2: addresses stand in logs."""
+    caller = await gateway.caller()
+    for method, path in PLACES:
+        for name in ("key", "api_key", "access_token"):
+            assert await send(gateway, method, f"{path}?{name}={caller.key}", {}) == UNAUTHORIZED
+        assert await send(gateway, method, f"{path}?{launch()}", {}) == UNAUTHORIZED
+
+
+async def test_a_key_of_a_megabyte_does_not_even_reach_the_checks(gateway: Gateway) -> None:
+    """Row auth-3: what is longer than any header may be is not HTTP to us."""
+    async with gateway.session.get(f"{gateway.url}/v1/keys", headers=bearer("sk-user-1-" + "a" * 1_000_000)) as response:
+        assert response.status == 400
+        assert response.headers["X-Error-Code"] == "malformed_request"
+
+
+@with_vk
+@pytest.mark.parametrize("fault", LAUNCHES)
+async def test_what_vk_has_not_signed_for_us_and_now_is_refused_without_asking_the_database(
+    gateway: Gateway, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Statements(gateway.app[DATABASE], monkeypatch).seen
+    for method, path in PLACES:
+        assert await send(gateway, method, path, bearer(LAUNCHES[fault]())) == UNAUTHORIZED
+    assert [name for name, _ in seen if name not in ("claim_due_holds",)] == []
+    assert [user async for user in UserRepository(gateway.books).all()] == []
+
+
+@with_vk
+@pytest.mark.parametrize(
+    "token",
+    [
+        lambda: launch(vk_access_token_settings="notify,menu", vk_ref="", vk_group_id=1),
+        lambda: launch(beside="&utm_source=x&lang=ru"),
+        lambda: "&".join(reversed(launch().split("&"))),
+        lambda: f"https://app.example/index.html?{launch()}#home",
+    ],
+)
+async def test_odd_launches_that_vk_has_signed_are_let_in(gateway: Gateway, token: Callable[[], str]) -> None:
+    """Row auth-10."""
+    assert (await sign_in(gateway, token()))["dbUser"]["vkId"] == "494075"
+
+
+async def test_without_a_secret_vk_opens_nothing(gateway: Gateway) -> None:
+    """Not even for who signs with the empty one."""
+    for token in (launch(), launch(secret="", vk_app_id=0), launch(secret="")):
+        assert await send(gateway, "GET", "/vk-test", bearer(token)) == UNAUTHORIZED
+
+
+@with_vk
+async def test_an_api_key_is_no_sign_in(gateway: Gateway) -> None:
+    """Contract D1, D3: who has found a key must not be able to lock its owner out."""
+    caller = await gateway.caller()
+    for method, path in (("GET", "/vk-test"), ("POST", "/update-token")):
+        assert await send(gateway, method, path, caller.headers) == UNAUTHORIZED
+    assert (await gateway.chat(caller))[0].status == 200
+
+
+@with_vk
+async def test_unknown_revoked_and_inactive_cost_the_same_statements(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows auth-4, auth-5, auth-7, auth-8: alike in what is answered and in what is done, and so in how long it takes."""
+    keys, users = KeyRing(gateway.books, VAULT), UserRepository(gateway.books)
+    revoked, inactive = await gateway.caller(), await gateway.caller()
+    await keys.renew(revoked.account_id)
+    await users.set_active(inactive.account_id, False)
+    (entered,) = [make_key(revoked.account_id)]
+    wrong = [entered, make_key(AccountId(10**12)), revoked.key, inactive.key]
+    statements = Statements(gateway.app[DATABASE], monkeypatch)
+    for method, path in PLACES[:2]:
+        done = set()
+        for key in wrong:
+            statements.seen.clear()
+            async with gateway.session.request(
+                method, gateway.url + path, json={"messages": [{"role": "user", "content": "?"}]}, headers=bearer(key)
+            ) as response:
+                assert (response.status, response.headers["X-Error-Code"]) == (401, "invalid_key")
+            done.add(tuple(name for name, _ in statements.seen if name != "claim_due_holds"))
+        assert len(done) == 1
+        assert done <= {("hold_funds",), ("find_live_key",)}
+
+
+@with_vk
+async def test_an_inactive_person_is_a_stranger_everywhere(gateway: Gateway) -> None:
+    """Row auth-8."""
+    user = (await sign_in(gateway))["dbUser"]
+    users, account_id = UserRepository(gateway.books), AccountId(user["id"])
+    await users.set_active(account_id, False)
+    for method, path in PLACES[1:]:
+        assert await send(gateway, method, path, bearer(launch())) == UNAUTHORIZED
+    assert await send(gateway, "GET", "/v1/keys", bearer(user["apiKey"])) == UNAUTHORIZED
+    await users.set_active(account_id, True)
+    assert (await sign_in(gateway))["dbUser"]["apiKey"] == user["apiKey"]
+
+
+@with_vk
+async def test_before_the_service_is_ready_people_are_asked_to_wait(gateway: Gateway) -> None:
+    gateway.app[READINESS].obstacle = "a test"
+    for method, path in PLACES[1:]:
+        async with gateway.session.request(method, gateway.url + path, headers=bearer(launch())) as response:
+            assert (response.status, response.headers["X-Error-Code"]) == (503, "not_ready")
+            assert response.headers["Retry-After"]
+
+
+# -- copies of keys
+
+
+async def test_a_copy_opens_only_in_its_row_and_with_its_secret() -> None:
+    """Contract D4."""
+    key = make_key(AccountId(1))
+    key_hash = hash_key(key)
+    sealed = VAULT.seal(AccountId(1), key_hash, key)
+    assert VAULT.open(AccountId(1), key_hash, sealed) == key
+    assert key.encode() not in sealed.data
+    assert VAULT.seal(AccountId(1), key_hash, key).data != sealed.data
+    flipped = bytes([sealed.data[0] ^ 1]) + sealed.data[1:]
+    for vault, account_id, own_hash, copy in [
+        (VAULT, 2, key_hash, sealed),
+        (VAULT, 1, hash_key("another"), sealed),
+        (VAULT, 1, key_hash, Sealed(flipped, sealed.secret_id)),
+        (VAULT, 1, key_hash, Sealed(sealed.data[:20], sealed.secret_id)),
+        (VAULT, 1, key_hash, Sealed(b"", sealed.secret_id)),
+        (Vault([b"x" * 32]), 1, key_hash, sealed),
+        (Vault([b"x" * 32]), 1, key_hash, Sealed(sealed.data, Vault([b"x" * 32]).secret_id)),
+    ]:
+        with pytest.raises(Unreadable):
+            vault.open(AccountId(account_id), own_hash, copy)
+    assert Vault([b"x" * 32, SECRET]).open(AccountId(1), key_hash, sealed) == key
+
+
+async def test_a_copy_that_was_moved_to_another_row_is_not_shown(books: Database, database_url: str) -> None:
+    """Who can write to the database still cannot read a key by way of his own account."""
+    victim, thief = await make_caller(books, "0"), await make_caller(books, "0")
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "UPDATE api_keys SET encrypted = (SELECT encrypted FROM api_keys WHERE account_id = $1) WHERE account_id = $2",
+        victim.account_id,
+        thief.account_id,
+    )
+    await connection.close()
+    shown = await KeyRing(books, VAULT).main(thief.account_id)
+    assert shown.startswith(f"sk-user-{thief.account_id}-")
+    assert shown not in (victim.key, thief.key)
+    assert await KeyRing(books, VAULT).main(victim.account_id) == victim.key
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        "UPDATE api_keys SET encrypted = NULL, secret_id = NULL",  # made by the version before
+        "UPDATE api_keys SET secret_id = 'gone'",
+        "UPDATE api_keys SET expires_at = now() - interval '1 second'",
+        "UPDATE api_keys SET revoked_at = now()",
+        "UPDATE api_keys SET is_main = FALSE",
+    ],
+)
+async def test_a_main_key_that_cannot_be_shown_is_replaced_once_however_many_ask(
+    books: Database, database_url: str, spoiled: str
+) -> None:
+    caller, keys = await make_caller(books, "0"), KeyRing(books, VAULT)
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(spoiled)
+    await connection.close()
+    shown = set(await asyncio.gather(*(keys.main(caller.account_id) for _ in range(20))))
+    assert len(shown) == 1
+    assert shown != {caller.key}
+    living = [key for key in await keys.list(caller.account_id) if key.is_main and key.revoked_at is None]
+    assert len(living) == 1
+    assert shown == {await keys.main(caller.account_id)}
+
+
+async def test_copies_are_sealed_anew_with_the_secret_of_today(books: Database, database_url: str) -> None:
+    callers = [await make_caller(books, "0") for _ in range(3)]
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("UPDATE api_keys SET secret_id = 'lost' WHERE account_id = $1", callers[2].account_id)
+    await connection.close()
+    both, new = Vault([b"n" * 32, SECRET]), Vault([b"n" * 32])
+    assert [page async for page in KeyRing(books, both).rekey()] == [(2, 1)]
+    assert [page async for page in KeyRing(books, both).rekey()] == [(0, 1)]
+    for caller in callers[:2]:
+        assert await KeyRing(books, new).main(caller.account_id) == caller.key
+
+
+# -- what is kept, and where
+
+CANARY = "canary-7391-жёлтая"
+
+
+def ask(url: str, token: str, body: dict[str, Any] | None = None, path: str = "/v1/chat/completions") -> Any:
+    request = Request(url + path, headers={**bearer(token), "Content-Type": "application/json"})
+    request.data = None if body is None else json.dumps(body).encode()
+    with urlopen(request, timeout=60) as response:
+        text = response.read().decode()
+    return json.loads(text) if text.startswith("{") else text
+
+
+@pytest.fixture
+def whole(database_url: str, tmp_path: Path) -> Iterator[Service]:
+    """The service with a database of its own, and VK."""
+    service = start(
+        tmp_path, DATABASE_URL=database_url, GPTUTOR_SECRET_KEY=base64.b64encode(SECRET).decode(),
+        VK_APP_ID=str(APP_ID), VK_SECRET_KEY=VK_SECRET, GPTUTOR_VK__BONUS_RUB="50", GPTUTOR_LOGS__LEVEL="debug",
+        GPTUTOR_LOGS__STDOUT="false",
+    )  # fmt: skip
+    try:
+        for _ in range(200):
+            with suppress(OSError), urlopen(f"{service.url}/ready", timeout=10):
+                break
+            time.sleep(0.05)
+        yield service
+    finally:
+        if service.process.poll() is None:
+            service.stop()
+
+
+async def dump_of(url: str) -> bytes:
+    """Every table as `COPY` writes it, which is what pg_dump would (its version must be the server's), and what runs at the moment."""
+    connection = await asyncpg.connect(url)
+    tables = await connection.fetch("SELECT schemaname, tablename FROM pg_tables WHERE schemaname <> 'information_schema'")
+    dump = io.BytesIO()
+    for schema, table in tables:
+        await connection.copy_from_query(f'SELECT * FROM "{schema}"."{table}"', output=dump)
+    await connection.copy_from_query("SELECT query FROM pg_stat_activity", output=dump)
+    await connection.close()
+    return dump.getvalue()
+
+
+def test_no_key_and_no_prompt_is_kept_in_database_logs_journal_or_command_lines(
+    whole: Service, database_url: str, tmp_path: Path
+) -> None:
+    """Contract D4, F1: after a run, in the whole dump, in every file, and in the list of processes."""
+    token = launch()
+    signed_in = ask(whole.url, token, path="/vk-test")
+    keys = [signed_in["dbUser"]["apiKey"]]
+    keys.append(ask(whole.url, keys[0], {"name": "bot", "limit": 20}, "/v1/keys")["key"])
+    for key in keys:
+        for stream in (False, True):
+            ask(whole.url, key, {"messages": [{"role": "user", "content": CANARY}], "stream": stream, "max_tokens": 50})
+    ask(whole.url, token, path="/v1/keys")
+    keys.append(ask(whole.url, token, {}, "/update-token")["newApiKey"])
+    for refused in (keys[0], token + "x"):
+        with pytest.raises(OSError, match="401"):
+            ask(whole.url, refused, {"messages": [{"role": "user", "content": CANARY}]})
+    ask(whole.url, keys[2], {"messages": [{"role": "user", "content": CANARY}]})
+
+    dump = asyncio.run(dump_of(database_url))
+    lines = "\n".join(" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])).encode()
+    assert whole.stop() == 0
+    files = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert any("combined" in path.name and b"LLM Response" in content for path, content in files.items())
+    assert signed_in["dbUser"]["vkId"].encode() in dump
+
+    sign = token.rpartition("=")[2]
+    secrets = [key.rpartition("-")[2] for key in keys] + [VK_SECRET, sign, base64.b64encode(SECRET).decode(), "canary", "жёлтая"]
+    for secret in secrets:
+        spellings = {
+            secret.encode(),
+            secret.encode().hex().encode(),
+            base64.b64encode(secret.encode())[:-4],
+            json.dumps(secret)[1:-1].encode(),
+        }
+        for spelling in spellings:
+            assert spelling not in dump
+            assert spelling not in lines
+            assert [path for path, content in files.items() if spelling in content] == []

@@ -1,0 +1,535 @@
+"""What one key may do, and one account at once: caps, pace, end, revocation (contract C2, D6; rows money-1, money-2, auth-5, auth-14).
+The hold statement itself keeps the limits, so they hold over processes; here two connection pools, or two gateways, are the processes."""
+
+import asyncio
+import datetime
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptutor import database
+from gptutor.app import CONFIG, build_app
+from gptutor.database import Database
+from gptutor.logs import LoggerService
+from gptutor.money.amounts import parse_roubles, roubles
+from gptutor.money.holds import (
+    HandOver,
+    Hold,
+    HoldRequest,
+    InsufficientFunds,
+    KeyCapReached,
+    RateLimited,
+    Release,
+    TooManyAtOnce,
+    UnknownKey,
+    new_id,
+)
+from gptutor.money.journal import Journal
+from gptutor.money.keyring import CapPeriod, Key, KeyRing, Limits, NoSuchKey
+from gptutor.money.ledger import Ledger
+from gptutor.money.pricing import Ceiling
+from gptutor.serve import listening
+from tests.conftest import SECRET, VAULT, Caller, Gateway, config_for, make_caller
+from tests.test_ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
+from tests.test_relay import assert_books_agree
+
+SMALL = "openai/gpt-4o-mini"
+DEAR = {"model": SMALL, "max_tokens": 16_384}
+"""Held for with about 0.973 roubles, or the minimum of one: 16 384 tokens × 0.0000006 dollars × 90 roubles × 1.1."""
+
+
+@dataclass
+class Limited(Caller):
+    """A caller with a key that has limits, beside the main key of a rich account."""
+
+    key_id: int = 0
+
+    async def row(self) -> Key:
+        keys = await KeyRing(self.books, VAULT).list(self.account_id)
+        return next(key for key in keys if key.key_id == self.key_id)
+
+    async def counted(self) -> tuple[Decimal, Decimal]:
+        """Spent and held under the cap, in roubles."""
+        key = await self.row()
+        return Decimal(roubles(key.spent)), Decimal(roubles(key.held))
+
+    async def limit(self, cap: str | None, period: CapPeriod | None = None, **others: Any) -> None:
+        limits = Limits(cap=None if cap is None else parse_roubles(cap), cap_period=period, **others)
+        await KeyRing(self.books, VAULT).limit(self.account_id, self.key_id, limits)
+
+
+async def limited(owner: Caller, cap: str | None = None, period: CapPeriod | None = "total", **others: Any) -> Limited:
+    limits = Limits(cap=None if cap is None else parse_roubles(cap), cap_period=None if cap is None else period, **others)
+    key, made = await KeyRing(owner.books, VAULT).issue(owner.account_id, "bot", limits)
+    assert not made.is_main
+    return Limited(key, owner.account_id, owner.books, made.key_id)
+
+
+@pytest.fixture
+async def owner(books: Database) -> Caller:
+    return await make_caller(books, "1000")
+
+
+@pytest.fixture
+async def other_books(database_url: str) -> AsyncIterator[Database]:
+    """The database, as another process reaches it."""
+    async with database.connected(database_url, connections_max=4) as connected:
+        yield connected
+
+
+@pytest.fixture
+async def raw(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(database_url)
+    yield connection
+    await connection.close()
+
+
+async def open_requests(raw: asyncpg.Connection, caller: Caller) -> int:
+    return int(await raw.fetchval("SELECT open_requests FROM accounts WHERE account_id = $1", caller.account_id))
+
+
+async def same_minute() -> None:
+    """Waits for the next minute if this one is nearly over: PostgreSQL counts by the clock."""
+    left_s = 60 - datetime.datetime.now(datetime.UTC).timestamp() % 60
+    if left_s < 5:
+        await asyncio.sleep(left_s + 0.1)
+
+
+# -- caps
+
+
+@pytest.mark.parametrize("period", ["day", "total"])
+async def test_twenty_at_once_on_a_cap_for_three_hold_exactly_three(
+    owner: Caller, books: Database, other_books: Database, period: CapPeriod
+) -> None:
+    bot = await limited(owner, "3.5", period)
+    ledgers = [ledger_of(books), ledger_of(books), ledger_of(other_books), ledger_of(other_books)]
+    results = await asyncio.gather(
+        *(hold(books, bot, "1", ledger=ledgers[number % 4]) for number in range(20)), return_exceptions=True
+    )
+    assert sum(isinstance(result, Hold) for result in results) == 3
+    assert sum(isinstance(result, KeyCapReached) for result in results) == 17
+    assert await bot.counted() == (0, 3)
+    assert await owner.held() == 3
+    await hold(books, owner, "500")  # another key of the account is free of it
+    await assert_books_hold(books)
+
+
+async def test_a_hold_takes_what_is_left_of_the_cap_down_to_the_least(owner: Caller, books: Database) -> None:
+    bot = await limited(owner, "10")
+    held = await hold(books, bot, most="30", least="10")
+    assert (roubles(held.amount), roubles(held.available_before)) == ("10", "10")
+    with pytest.raises(KeyCapReached):
+        await hold(books, bot, most="1", least="0.000000001")
+
+
+async def test_a_cap_above_the_balance_lends_nothing(books: Database) -> None:
+    bot = await limited(await make_caller(books, "5"), "1000")
+    held = await hold(books, bot, most="30", least="1")
+    assert (roubles(held.amount), roubles(held.available_before)) == ("5", "5")
+    with pytest.raises(InsufficientFunds):
+        await hold(books, bot, "1")
+
+
+async def test_a_cap_of_nothing_is_a_cap(owner: Caller, books: Database) -> None:
+    bot = await limited(owner, "0")
+    with pytest.raises(KeyCapReached):
+        await hold(books, bot, "0.000000001")
+
+
+async def test_the_end_of_a_hold_leaves_exactly_what_was_spent(owner: Caller, books: Database) -> None:
+    bot, ledger = await limited(owner, "100"), ledger_of(books)
+    settled, released, handed, given_up, dear = [await hold(books, bot, "5") for _ in range(5)]
+    assert await bot.counted() == (0, 25)
+    await ledger.settle(settlement(settled, "0.01"))
+    assert await bot.counted() == (Decimal("0.9"), 20)
+    await ledger.release(release(released))
+    assert await bot.counted() == (Decimal("0.9"), 15)
+    await ledger.hand_over(HandOver(handed.account_id, handed.hold_id, "gen-1"))
+    assert await bot.counted() == (Decimal("0.9"), 15)  # it may have bought something
+    await ledger.settle(settlement(handed, "0.02"))
+    assert await bot.counted() == (Decimal("2.7"), 10)
+    await ledger.release(Release(given_up.account_id, given_up.hold_id, unresolved=True))
+    assert await bot.counted() == (Decimal("2.7"), 5)
+    assert await ledger.settle(settlement(given_up, "0.03")) == "settled_late"
+    assert await bot.counted() == (Decimal("5.4"), 5)
+    await ledger.settle(settlement(dear, "2"))  # 180 roubles for a hold of 5: charged in full, and the cap is passed by that
+    assert await bot.counted() == (Decimal("185.4"), 0)
+    for again in (settled, released, handed, given_up, dear):
+        await ledger.settle(settlement(again, "0.01")) if again is not released else await ledger.release(release(again))
+    assert await bot.counted() == (Decimal("185.4"), 0)
+    with pytest.raises(KeyCapReached):
+        await hold(books, bot, "0.01")
+    await assert_books_hold(books)
+
+
+async def test_a_daily_cap_is_whole_again_on_the_next_day(owner: Caller, books: Database, raw: asyncpg.Connection) -> None:
+    daily, total = await limited(owner, "10", "day"), await limited(owner, "10", "total")
+    ledger = ledger_of(books)
+    overnight = await hold(books, daily, "2")
+    for bot in (daily, total):
+        await ledger.settle(settlement(await hold(books, bot, "8"), "0.08"))  # 7.2 roubles
+    with pytest.raises(KeyCapReached):
+        await hold(books, daily, "1")
+    await raw.execute("UPDATE api_keys SET spent_on = spent_on - 1 WHERE spent_nano > 0")
+    assert await daily.counted() == (0, 2)
+    assert await total.counted() == (Decimal("7.2"), 0)
+    with pytest.raises(KeyCapReached):
+        await hold(books, total, "8")
+    today = await hold(books, daily, "8")  # what was held overnight still counts
+    with pytest.raises(KeyCapReached):
+        await hold(books, daily, "0.1")
+    await ledger.settle(settlement(overnight, "0.01"))  # charged today, so spent today
+    assert await daily.counted() == (Decimal("0.9"), 8)
+    await ledger.release(release(today))
+    await assert_books_hold(books)
+
+
+async def test_a_cap_lifted_and_set_again_counts_from_then_on(owner: Caller, books: Database) -> None:
+    bot, ledger = await limited(owner, "10"), ledger_of(books)
+    await ledger.settle(settlement(await hold(books, bot, "5"), "0.05"))
+    before = [await hold(books, bot, "1") for _ in range(3)]
+    await bot.limit("20", "total")  # another amount: the count goes on
+    assert await bot.counted() == (Decimal("4.5"), 3)
+
+    await bot.limit(None)
+    assert await bot.counted() == (0, 0)
+    await assert_books_hold(books)
+    free = await hold(books, bot, "500")
+    await bot.limit("4", "total")
+    assert await bot.counted() == (0, 0)
+    await ledger.settle(settlement(before[0], "0.01"))
+    await ledger.release(release(before[1]))
+    await ledger.settle(settlement(before[1], "0.01"))
+    await ledger.settle(settlement(free, "0.01"))
+    assert await bot.counted() == (0, 0)
+    held = await hold(books, bot, "3")
+    await bot.limit("4", "day")  # another period: anew
+    assert await bot.counted() == (0, 0)
+    await ledger.settle(settlement(held, "0.01"))
+    await ledger.settle(settlement(before[2], "0.01"))
+    assert await bot.counted() == (0, 0)
+    await hold(books, bot, "4")
+    await assert_books_hold(books)
+
+
+async def test_a_cap_below_what_is_spent_stops_the_key(owner: Caller, books: Database) -> None:
+    bot, ledger = await limited(owner, "10"), ledger_of(books)
+    await ledger.settle(settlement(await hold(books, bot, "5"), "0.05"))
+    running = await hold(books, bot, "5")
+    await bot.limit("1", "total")
+    with pytest.raises(KeyCapReached):
+        await hold(books, bot, "0.000000001")
+    await ledger.settle(settlement(running, "0.05"))
+    assert await bot.counted() == (9, 0)
+    await assert_books_hold(books)
+
+
+async def test_limits_change_only_on_a_living_key_of_the_account(owner: Caller, books: Database) -> None:
+    bot, stranger = await limited(owner, "10"), await make_caller(books, "10")
+    await hold(books, bot, "5")
+    keys = KeyRing(books, VAULT)
+    with pytest.raises(NoSuchKey):
+        await keys.limit(stranger.account_id, bot.key_id, Limits())
+    with pytest.raises(NoSuchKey):
+        await keys.revoke(stranger.account_id, bot.key_id)
+    await keys.revoke(bot.account_id, bot.key_id)
+    for change in (keys.limit(bot.account_id, bot.key_id, Limits()), keys.revoke(bot.account_id, bot.key_id)):
+        with pytest.raises(NoSuchKey):
+            await change
+    assert await bot.counted() == (0, 5)
+    await assert_books_hold(books)
+
+
+@dataclass
+class Model:
+    """A key and its account, as a few numbers. `open` are the holds: amount, and whether it counts under the cap."""
+
+    balance: Decimal = Decimal(50)
+    cap: Decimal | None = Decimal(20)
+    period: CapPeriod | None = "total"
+    spent: Decimal = Decimal(0)
+    open: dict[Any, tuple[Decimal, bool]] = field(default_factory=dict)
+    released: dict[Any, bool] = field(default_factory=dict)
+
+    @property
+    def held(self) -> Decimal:
+        return sum((amount for amount, counts in self.open.values() if counts), Decimal(0))
+
+    def limit(self, cap: Decimal | None, period: CapPeriod | None) -> None:
+        if period != self.period:
+            self.spent = Decimal(0)
+            self.open = {which: (amount, False) for which, (amount, _) in self.open.items()}
+            self.released = dict.fromkeys(self.released, False)
+        self.cap, self.period = cap, period
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("hold"), st.integers(0, 15)),
+        st.tuples(st.just("settle"), st.integers(0, 6), st.integers(0, 20)),
+        st.tuples(st.just("release"), st.integers(0, 6)),
+        st.tuples(st.just("hand over"), st.integers(0, 6)),
+        st.tuples(st.just("limit"), st.sampled_from([None, "day", "total"]), st.integers(0, 30)),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps)
+def test_any_history_of_a_key_agrees_with_a_model_of_it(database_url: str, history: list[tuple[Any, ...]]) -> None:
+    asyncio.run(_play(database_url, history))
+
+
+async def _play(url: str, history: list[tuple[Any, ...]]) -> None:
+    async with database.connected(url) as books:
+        bot, ledger, model = await limited(await make_caller(books, "50"), "20"), ledger_of(books), Model()
+        holds: list[Hold] = []
+        for kind, *numbers in history:
+            if kind == "hold":
+                amount = Decimal(numbers[0])
+                free = model.balance - sum(amount for amount, _ in model.open.values())
+                room = free if model.cap is None else model.cap - model.spent - model.held
+                refused: type[Exception] | None = None
+                try:
+                    holds.append(await hold(books, bot, str(amount), ledger=ledger))
+                    model.open[holds[-1].hold_id] = (amount, model.cap is not None)
+                except (KeyCapReached, InsufficientFunds) as error:
+                    refused = type(error)
+                assert refused is (InsufficientFunds if free < amount else KeyCapReached if room < amount else None)
+            elif kind == "limit":
+                period, cap = numbers[0], None if numbers[0] is None else Decimal(numbers[1])
+                model.limit(cap, period)
+                await bot.limit(None if cap is None else str(cap), period)
+            elif numbers[0] < len(holds):
+                which = holds[numbers[0]]
+                if kind == "settle":
+                    cost = Decimal(numbers[1]) / 100
+                    if await ledger.settle(settlement(which, str(cost))) != "already":
+                        _, counts = model.open.pop(which.hold_id, (0, False))
+                        counts = model.released.pop(which.hold_id, counts)
+                        model.balance -= cost * 90
+                        model.spent += cost * 90 if counts else 0
+                elif kind == "hand over":
+                    await ledger.hand_over(HandOver(which.account_id, which.hold_id, None))
+                else:
+                    await ledger.release(Release(which.account_id, which.hold_id, unresolved=True))
+                    if which.hold_id in model.open:
+                        model.released[which.hold_id] = model.open.pop(which.hold_id)[1]
+            assert await bot.counted() == (model.spent, model.held)
+        await assert_books_hold(books)
+
+
+# -- pace, end, revocation
+
+
+async def test_a_key_has_its_own_pace_however_many_ask(owner: Caller, books: Database, other_books: Database) -> None:
+    await same_minute()
+    bot, ledgers = await limited(owner, per_minute=3), [ledger_of(books), ledger_of(other_books)]
+    results = await asyncio.gather(
+        *(hold(books, bot, "1", ledger=ledgers[number % 2]) for number in range(20)), return_exceptions=True
+    )
+    assert sum(isinstance(result, Hold) for result in results) == 3
+    assert sum(isinstance(result, RateLimited) for result in results) == 17
+    await hold(books, owner, "1")
+    await bot.limit(None, per_minute=None)
+    await hold(books, bot, "1")
+    await assert_books_hold(books)
+
+
+async def test_a_key_is_slow_again_in_every_minute(owner: Caller, books: Database, raw: asyncpg.Connection) -> None:
+    await same_minute()
+    bot = await limited(owner, "100", per_minute=1)
+    await hold(books, bot, "1")
+    with pytest.raises(RateLimited):
+        await hold(books, bot, "1")
+    await raw.execute("UPDATE api_keys SET minute = minute - interval '1 minute' WHERE key_id = $1", bot.key_id)
+    await hold(books, bot, "1")
+    with pytest.raises(RateLimited):
+        await hold(books, bot, "1")
+    assert await bot.counted() == (0, 2)
+
+
+async def test_a_key_ends_at_its_time(owner: Caller, books: Database) -> None:
+    end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)
+    bot, keys = await limited(owner, expires_at=end), KeyRing(books, VAULT)
+    await hold(books, bot, "1")
+    assert await keys.is_alive(claim(bot))
+    await asyncio.sleep(1.1)
+    with pytest.raises(UnknownKey):
+        await hold(books, bot, "1")
+    assert not await keys.is_alive(claim(bot))
+    await bot.limit(None)
+    await hold(books, bot, "1")
+
+
+# -- requests at once
+
+
+def ledger_for(books: Database, directory: Path, at_once: int) -> Ledger:
+    directory.mkdir()
+    journal = Journal(directory, 1 << 20, 1 << 30)
+    return Ledger(books, journal, rub_per_usd=Decimal(90), hold_ttl_s=60, chat_at_once=at_once)
+
+
+async def test_no_account_has_more_requests_at_once_than_it_may(
+    owner: Caller, books: Database, other_books: Database, raw: asyncpg.Connection, tmp_path: Path
+) -> None:
+    first, second = ledger_for(books, tmp_path / "a", 5), ledger_for(other_books, tmp_path / "b", 5)
+    bot = await limited(owner, "100")
+
+    async def ask(number: int) -> Hold:
+        ceiling = Ceiling(most=parse_roubles("1"), least=parse_roubles("1"))
+        whose = claim(bot if number % 3 else owner)
+        return await (first, second)[number % 2].hold_funds(HoldRequest(whose, new_id(), ceiling, "a/b", "r"))
+
+    async def fill(expected: int) -> list[Hold]:
+        results = await asyncio.gather(*(ask(number) for number in range(20)), return_exceptions=True)
+        assert sum(isinstance(result, TooManyAtOnce) for result in results) == 20 - expected
+        assert await open_requests(raw, owner) == 5
+        await assert_books_hold(books)
+        return [result for result in results if isinstance(result, Hold)]
+
+    running = await fill(5)
+    await first.settle(settlement(running[0], "0.001"))
+    await second.release(release(running[1]))
+    await first.hand_over(HandOver(running[2].account_id, running[2].hold_id, "gen-1"))
+    assert await open_requests(raw, owner) == 2
+    for _ in range(2):  # closed again, or late: counted once
+        await first.settle(settlement(running[0], "0.001"))
+        await second.settle(settlement(running[1], "0.001"))
+        await first.hand_over(HandOver(running[2].account_id, running[2].hold_id, "gen-1"))
+        await first.settle(settlement(running[2], "0.001"))
+    assert await open_requests(raw, owner) == 2
+    await fill(3)
+
+
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"chat_at_once": 3}}])
+async def test_too_many_at_once_are_told_so_and_places_are_freed(gateway: Gateway, raw: asyncpg.Connection) -> None:
+    caller = await gateway.caller()
+    gateway.simulator.first_word_s = 0.5
+    replies = await asyncio.gather(*(gateway.chat(caller) for _ in range(20)))
+    refused = [response for response, _ in replies if response.status != 200]
+    assert len(refused) == 17
+    for response in refused:
+        assert (response.status, response.headers["X-Error-Code"], response.headers["Retry-After"]) == (
+            429,
+            "too_many_at_once",
+            "1",
+        )
+    gateway.simulator.first_word_s = 0
+    for text in ("fault:status=400", "fault:reset=0", "fault:cut=1", "fault:empty", "Hello"):
+        await gateway.chat(caller, text)
+    assert await open_requests(raw, caller) == 0
+    await assert_books_agree(gateway, caller)
+
+
+async def test_the_places_of_a_dead_process_are_freed_by_recovery(
+    gateway: Gateway, raw: asyncpg.Connection, tmp_path: Path
+) -> None:
+    caller = await gateway.caller()
+    bot = await limited(caller, "50")
+    dead = ledger_for(gateway.books, tmp_path / "dead", 3)  # a journal that nobody has open: its process is no more
+    running = [await hold(gateway.books, bot, "1", ledger=dead) for _ in range(3)]
+    with pytest.raises(TooManyAtOnce):
+        await hold(gateway.books, bot, "1", ledger=dead)
+    assert await open_requests(raw, caller) == 3
+    await raw.execute(
+        "UPDATE holds SET due_at = now() - interval '1 second', created_at = now() - interval '2 days' WHERE hold_id = ANY($1)",
+        [one.hold_id for one in running],
+    )
+    await gateway.recovered(caller)  # a day has passed without evidence
+    assert await open_requests(raw, caller) == 0
+    assert await bot.counted() == (0, 0)
+    await assert_books_hold(gateway.books)
+
+
+# -- over HTTP, and over processes
+
+
+@pytest.fixture
+async def other(gateway: Gateway, database_url: str, tmp_path: Path, tuned: dict[str, Any]) -> AsyncIterator[Gateway]:
+    """Another gateway on the same database."""
+    config = config_for(database_url, gateway.app[CONFIG].openrouter.base_url, tmp_path / "other", tuned)
+    app = build_app(config, log=LoggerService(), secrets=[SECRET])
+    async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
+        running = Gateway(url, app, gateway.simulator, gateway.books, session)
+        await running.ready()
+        yield running
+        await running.idle()
+
+
+async def test_two_gateways_together_never_overspend_a_cap(gateway: Gateway, other: Gateway) -> None:
+    """Row money-1, for a key: at least a rouble must be left of the cap for each request, so four roubles are for three or four."""
+    gateway.simulator.first_word_s = 0.3
+    caller = await gateway.caller("1000")
+    bot = await limited(caller, "3.5")
+    replies = await asyncio.gather(*((gateway, other)[number % 2].chat(bot, **DEAR) for number in range(20)))
+    refused = [response for response, _ in replies if response.status != 200]
+    assert len(replies) - len(refused) == 3
+    for response in refused:
+        assert (response.status, response.headers["X-Error-Code"]) == (402, "key_cap_reached")
+        assert response.headers["x-should-retry"] == "false"
+    await other.idle()
+    spent, held = await bot.counted()
+    assert (spent, held) == (gateway.billed_usd() * 90, 0)
+    await assert_books_agree(gateway, caller, "1000")
+
+
+async def test_what_the_cap_leaves_is_sent_as_max_tokens(gateway: Gateway) -> None:
+    """A day's rest below the whole answer: the balance would cover it all, the cap does not."""
+    caller = await gateway.caller("100000")
+    bot = await limited(caller, "3", "day")
+    for who in (caller, bot):
+        response, _ = await gateway.chat(who, model="anthropic/claude-sonnet-4.5")
+        assert response.status == 200
+    free, narrow = (json.loads(record.body) for record in gateway.simulator.books.records.values())
+    assert "max_tokens" not in free
+    assert 1300 < narrow["max_tokens"] < 3 / 90 / 0.0000225  # its price for a long prompt
+    await assert_books_agree(gateway, caller, "100000")
+
+
+async def test_limits_and_revocations_are_seen_at_once_by_every_process(gateway: Gateway, other: Gateway) -> None:
+    """Contract D6; rows auth-5, auth-8."""
+    caller = await gateway.caller()
+    bot = await limited(caller)
+    assert (await other.chat(bot))[0].status == 200
+    url = f"{gateway.url}/v1/keys/{bot.key_id}"
+    async with gateway.session.patch(url, json={"limit": 0}, headers=caller.headers) as response:
+        assert response.status == 200
+    assert (await other.chat(bot))[0].headers["X-Error-Code"] == "key_cap_reached"
+    async with gateway.session.patch(url, json={"limit": None}, headers=caller.headers) as response:
+        assert response.status == 200
+    assert (await other.chat(bot))[0].status == 200
+    async with gateway.session.delete(url, headers=caller.headers) as response:
+        assert (response.status, await response.json()) == (200, {"deleted": True})
+    assert (await other.chat(bot))[0].headers["X-Error-Code"] == "invalid_key"
+    assert (await other.chat(caller))[0].status == 200
+
+
+async def test_a_key_revoked_in_mid_stream_pays_for_the_whole_answer(gateway: Gateway) -> None:
+    """Row auth-14."""
+    gateway.simulator.word_s = 0.05
+    caller = await gateway.caller()
+    bot = await limited(caller, "50")
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    async with gateway.session.post(gateway.chat_url, json=body, headers=bot.headers) as response:
+        first = await response.content.readany()
+        await KeyRing(gateway.books, VAULT).revoke(bot.account_id, bot.key_id)
+        rest = await response.content.read()
+    assert (first + rest).endswith(b"data: [DONE]\n\n")
+    await gateway.idle()
+    assert (await gateway.chat(bot))[0].status == 401
+    assert await bot.counted() == (gateway.billed_usd() * 90, 0)
+    assert gateway.billed_usd() > 0
+    await assert_books_agree(gateway, caller)
