@@ -19,6 +19,7 @@ from aiohttp import web
 from gptutor.api.event_stream import EventStream
 from gptutor.api.middlewares import LOGGED
 from gptutor.api.order import Kit, Order
+from gptutor.api.pace import UNTOLD
 from gptutor.api.upstream_refusals import refusal_of
 from gptutor.database import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, Refusal
@@ -128,9 +129,10 @@ class Exchange:
         except KeyCapReached:
             self._log_request()
             raise Refusal("key_cap_reached") from None
-        except RateLimited:
+        except RateLimited as limited:
             self._log_request()
-            raise self._kit.pace.refusal() from None
+            pace = UNTOLD if limited.of_key else self._kit.pace
+            raise pace.refusal() from None
         except TooManyAtOnce:
             self._log_request()
             raise Refusal("too_many_at_once") from None

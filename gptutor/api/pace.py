@@ -37,3 +37,7 @@ class Pace:
 def _left_s() -> int:
     """Whole seconds until the next minute begins, by the clock; PostgreSQL counts by its own, which may differ a little."""
     return MINUTE_S - int(time.time()) % MINUTE_S
+
+
+UNTOLD = Pace(0)
+"""Of a limit whose figures are not at hand: only when to come again."""

@@ -23,7 +23,11 @@ class InsufficientFunds(Exception):
 
 
 class RateLimited(Exception):
-    """The account, or the key, has had all the requests that it may have in this minute."""
+    """The account, or (`of_key`) the key, has had all the requests that it may have in this minute."""
+
+    def __init__(self, *, of_key: bool) -> None:
+        super().__init__()
+        self.of_key = of_key
 
 
 class TooManyAtOnce(Exception):

@@ -42,7 +42,6 @@ PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 
 REFUSED: dict[str, type[Exception]] = {
     "unknown_key": UnknownKey,
-    "rate_limited": RateLimited,
     "too_many": TooManyAtOnce,
     "insufficient": InsufficientFunds,
     "capped": KeyCapReached,
@@ -110,6 +109,8 @@ class Ledger:
                 row["minute_requests"],
             )
         self.active.discard(request.hold_id)
+        if row["outcome"] == "rate_limited":
+            raise RateLimited(of_key=not self._chat_per_minute or row["minute_requests"] < self._chat_per_minute)
         if refused := REFUSED.get(row["outcome"]):
             raise refused
         raise RepeatedRequest(row["earlier_request_id"], same_body=row["outcome"] == "repeated")
