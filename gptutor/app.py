@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from gptutor import database
-from gptutor.api import completions, health, middlewares, models
+from gptutor.api import completions, health, middlewares, models, usage
 from gptutor.api.body import BodyLimits, hold_invitation
 from gptutor.api.cors import cors, open_to_pages
 from gptutor.api.event_stream import Patience
@@ -51,7 +51,7 @@ IN_FLIGHT = web.AppKey("in_flight", InFlight)
 
 KEYED = frozenset({completions.complete})
 """The handlers that need an API key."""
-PERSONAL: frozenset[Any] = frozenset()
+PERSONAL: frozenset[Any] = frozenset({usage.show_credits, usage.list_usage, usage.sum_usage, usage.show_generation})
 """The handlers of the account's own endpoints: a key, or a sign-in."""
 
 
@@ -98,6 +98,10 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             web.post("/v1/chat/completions", completions.complete, expect_handler=hold_invitation),
             web.get("/v1/models", models.list_models),
             web.get("/v1/models/{model_id:.+}", models.show_model),
+            web.get("/v1/credits", usage.show_credits),
+            web.get("/v1/usage", usage.list_usage),
+            web.get("/v1/usage/totals", usage.sum_usage),
+            web.get("/v1/generation", usage.show_generation),
             web.get("/health", health.health),
             web.get("/ready", health.ready),
         ]
