@@ -43,6 +43,11 @@ WITH held AS (
 UPDATE accounts SET balance_nano = balance_nano - $3, charges = charges + 1 WHERE account_id = $1
 """
 
+HOLD_OF_BEFORE = """
+INSERT INTO holds (account_id, hold_id, owner, amount_nano, rub_per_usd, model, request_id, due_at)
+SELECT account_id, hold_id, hold_id, 0, 90, 'a/b', 'r', now() FROM unnest($1::bigint[], $2::uuid[]) AS t (account_id, hold_id)
+"""
+
 
 async def get(gateway: Gateway, caller: Caller | None, path: str, **parameters: Any) -> tuple[int, Any]:
     """Status, and the answer decoded."""
@@ -375,6 +380,53 @@ async def test_charges_from_before_the_totals_are_in_them(postgres: str, monkeyp
     await server.close()
 
 
+async def test_a_migration_in_the_midst_of_settlements_misses_none(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of the version before go on settling, by a function whose body changes under them."""
+    server = await asyncpg.connect(postgres)
+    await server.execute("CREATE DATABASE while_settling")
+    url = postgres.replace("/postgres?", "/while_settling?")
+    known = database.load_migrations()
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "load_migrations", lambda: [migration for migration in known if migration.name < "0004"])
+        await database.migrate(url)
+    connections = [await asyncpg.connect(url) for _ in range(4)]
+    await connections[0].execute("INSERT INTO accounts (name) SELECT '' FROM generate_series(1, 6)")
+    settled, stop = 0, asyncio.Event()
+
+    async def settle_on(connection: asyncpg.Connection) -> None:
+        nonlocal settled
+        while not stop.is_set():
+            holds = [uuid.uuid4() for _ in range(6)]
+            accounts = [*range(1, 7)]
+            async with connection.transaction():
+                await connection.execute(
+                    "SELECT FROM accounts ORDER BY account_id FOR NO KEY UPDATE"
+                )  # first, as hold_funds does
+                await connection.execute(HOLD_OF_BEFORE, accounts, holds)
+            amounts, costs, names = [9 * 10**8] * 6, [Decimal("0.01")] * 6, [str(name) for name in holds]
+            rows = await connection.fetch(
+                "SELECT * FROM settle_holds($1, $2, $3, $4, $5)", accounts, holds, amounts, costs, names
+            )
+            assert {row["outcome"] for row in rows} == {"settled"}
+            settled += 6
+
+    settling = [asyncio.create_task(settle_on(connection)) for connection in connections]
+    await asyncio.sleep(0.3)
+    before = settled
+    await database.migrate(url)
+    await asyncio.sleep(0.3)
+    stop.set()
+    await asyncio.gather(*settling)
+    assert 0 < before < settled
+    totals = await connections[0].fetch("SELECT requests, charge_nano FROM usage_days")
+    assert sum(total["requests"] for total in totals) == settled
+    assert sum(total["charge_nano"] for total in totals) == settled * 9 * 10**8
+    for connection in connections:
+        await connection.close()
+    await server.execute("DROP DATABASE while_settling WITH (FORCE)")
+    await server.close()
+
+
 # -- one request
 
 
@@ -463,10 +515,18 @@ async def test_a_wrong_parameter_is_named_with_its_fault_and_range(gateway: Gate
         assert response.headers["X-Error-Code"] == "invalid_request"
 
 
-@pytest.mark.parametrize(("first", "status"), [("2025-01-01", 200), ("2024-12-31", 400)])
-async def test_totals_span_a_leap_year_at_most(gateway: Gateway, first: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("by", "first", "status"),
+    [
+        ("day", "2025-01-01", 200),
+        ("model", "2024-12-31", 400),
+        ("day,model", "2025-12-02", 200),
+        ("day,model", "2025-12-01", 400),
+    ],
+)
+async def test_totals_span_a_leap_year_at_most_and_a_month_by_both(gateway: Gateway, by: str, first: str, status: int) -> None:
     caller = await gateway.caller("0")
-    assert (await get(gateway, caller, "/v1/usage/totals", from_=first, to="2026-01-01"))[0] == status
+    assert (await get(gateway, caller, "/v1/usage/totals", from_=first, to="2026-01-01", by=by))[0] == status
 
 
 async def test_any_cursor_that_can_be_spelt_is_a_place(gateway: Gateway) -> None:

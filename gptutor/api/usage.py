@@ -21,8 +21,8 @@ from gptutor.money.usage import NoSuchRequest, Request, Total, Usage, UsageEntry
 LIMIT = 100
 LIMIT_MAX = 1000
 DAYS = 30
-DAYS_MAX = 366
-GROUPINGS = ("day", "model", "day,model")
+DAYS_MAX = {"day": 366, "model": 366, "day,model": 31}
+"""What totals are made for, and of how many days at most: a day may have hundreds of models."""
 
 
 async def show_credits(request: web.Request) -> web.Response:
@@ -55,8 +55,8 @@ async def list_usage(request: web.Request) -> web.Response:
 
 async def sum_usage(request: web.Request) -> web.Response:
     query = Query(request, ("from", "to", "by"))
-    period = query.period(days=DAYS, days_max=DAYS_MAX)
-    by = query.choice("by", GROUPINGS)
+    by = query.choice("by", tuple(DAYS_MAX))
+    period = query.period(days=DAYS, days_max=DAYS_MAX[by])
     totals = await Usage(request.app[DATABASE]).totals(
         request[USER].account_id, period.first, period.last, by_day="day" in by, by_model="model" in by
     )

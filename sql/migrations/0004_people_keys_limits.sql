@@ -1,6 +1,8 @@
 -- People come from outside (VK), keys can be several, each with an end, a cap and a pace of its own, and nobody runs too many
 -- requests at once. Only additions: a process of the version before goes on working beside this one.
 
+LOCK TABLE accounts IN ACCESS EXCLUSIVE MODE; -- at once, and not by steps: whoever stands on the first would wait for the second
+
 -- Who an account is outside. A directory over all accounts: its key is the one that has no account in it.
 CREATE TABLE identities (
     provider text NOT NULL, -- vk

@@ -1,6 +1,9 @@
 -- Every account sees what it spent, to the last digit: tokens beside each charge, totals by day and model, and indexes by which
 -- each question takes the same time at any age of the ledger. Only additions: a process of the version before goes on working.
 
+-- Whoever settles takes accounts first, then the ledger: so does this, and finds nobody in between.
+LOCK TABLE accounts IN EXCLUSIVE MODE;
+
 ALTER TABLE ledger
 ADD COLUMN prompt_tokens bigint, -- of a charge, where OpenRouter's bill counted them
 ADD COLUMN completion_tokens bigint,
@@ -12,15 +15,14 @@ CREATE INDEX ledger_given ON ledger (account_id) INCLUDE (amount_nano) WHERE kin
 
 -- The charges of each account, added up by UTC day and model: totals that take the same time however long the ledger is.
 CREATE TABLE usage_days (
-    account_id bigint NOT NULL REFERENCES accounts,
+    account_id bigint NOT NULL,
     day date NOT NULL,
     model text NOT NULL,
     requests bigint NOT NULL,
     prompt_tokens numeric,     -- of the requests whose tokens are known; NULL: of none
     completion_tokens numeric,
     cost_usd numeric NOT NULL,
-    charge_nano bigint NOT NULL,
-    PRIMARY KEY (account_id, day, model)
+    charge_nano bigint NOT NULL
 ) WITH (fillfactor = 70); -- today's rows are rewritten in place
 
 -- A trigger, and not a part of settle_holds: whoever books a charge, it is in the totals when the transaction ends. Charges are
@@ -47,7 +49,7 @@ END $$;
 CREATE TRIGGER ledger_adds_to_usage_days AFTER INSERT ON ledger
 REFERENCING NEW TABLE AS booked FOR EACH STATEMENT EXECUTE FUNCTION add_to_usage_days();
 
--- What was booked before. The trigger's lock keeps everybody else from booking until this is committed.
+-- What was booked before. Nobody else books until this is committed. The keys come after the rows: that is much quicker.
 INSERT INTO usage_days (account_id, day, model, requests, cost_usd, charge_nano)
 SELECT
     account_id,
@@ -59,6 +61,10 @@ SELECT
 FROM ledger
 WHERE kind = 'charge'
 GROUP BY 1, 2, 3;
+
+ALTER TABLE usage_days
+ADD PRIMARY KEY (account_id, day, model),
+ADD FOREIGN KEY (account_id) REFERENCES accounts;
 
 -- As before, with the tokens of each request or NULL; a hold that counted against its key's cap is charged to it, and one that
 -- recovery did not have ends a request that was open.
