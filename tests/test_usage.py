@@ -16,11 +16,12 @@ import pytest
 from gptutor import database
 from gptutor.api.query import cursor_of
 from gptutor.database import Database
-from gptutor.money.amounts import Nano, roubles
+from gptutor.money.amounts import AccountId, Nano, roubles
 from gptutor.money.holds import Hold, HoldRequest, Release, Settlement, new_id
 from gptutor.money.knowledge import Price
 from gptutor.money.pricing import Ceiling, charge
-from gptutor.money.usage import Place
+from gptutor.money.usage import Place, Usage
+from gptutor.money.users import NoSuchUser
 from tests.conftest import Caller, Gateway, make_caller
 from tests.test_ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
 from tests.test_recovery import leftovers_in, mortal, process
@@ -143,6 +144,11 @@ async def test_a_running_request_is_held_and_not_spent(gateway: Gateway) -> None
     money = await data(gateway, caller, "/v1/credits")
     assert (money["balance"], money["held"], money["available"], money["total_spent"]) == ("100", "30.5", "69.5", "0")
     assert [entry["kind"] for entry in await data(gateway, caller, "/v1/usage")] == ["topup"]
+
+
+async def test_an_account_that_is_not_there_has_no_credits(books: Database) -> None:
+    with pytest.raises(NoSuchUser):
+        await Usage(books).credits(AccountId(10**9))
 
 
 async def test_answers_are_for_one_reader(gateway: Gateway) -> None:
