@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from gptutor import database
-from gptutor.api import accounts, completions, health, keys, middlewares, models
+from gptutor.api import accounts, completions, health, keys, middlewares, models, usage
 from gptutor.api.addresses import Counter, limit_addresses, networks
 from gptutor.api.body import BodyLimits, hold_invitation
 from gptutor.api.cors import cors, open_to_pages
@@ -54,7 +54,18 @@ IN_FLIGHT = web.AppKey("in_flight", InFlight)
 
 KEYED = frozenset({completions.complete})
 """The handlers that need an API key."""
-PERSONAL: frozenset[Any] = frozenset({keys.list_keys, keys.create_key, keys.limit_key, keys.revoke_key})
+PERSONAL: frozenset[Any] = frozenset(
+    {
+        keys.list_keys,
+        keys.create_key,
+        keys.limit_key,
+        keys.revoke_key,
+        usage.show_credits,
+        usage.list_usage,
+        usage.sum_usage,
+        usage.show_generation,
+    }
+)
 """The handlers of the account's own endpoints: a key, or a sign-in."""
 
 
@@ -68,6 +79,10 @@ ROUTES: list[tuple[str, str, middlewares.Handler]] = [
     ("POST", "/v1/keys", keys.create_key),
     ("PATCH", "/v1/keys/{key_id:[1-9][0-9]{0,17}}", keys.limit_key),
     ("DELETE", "/v1/keys/{key_id:[1-9][0-9]{0,17}}", keys.revoke_key),
+    ("GET", "/v1/credits", usage.show_credits),
+    ("GET", "/v1/usage", usage.list_usage),
+    ("GET", "/v1/usage/totals", usage.sum_usage),
+    ("GET", "/v1/generation", usage.show_generation),
     ("GET", "/health", health.health),
     ("GET", "/ready", health.ready),
 ]

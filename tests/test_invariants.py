@@ -32,6 +32,7 @@ CORRUPTIONS = {
     "13_books_balance": "UPDATE accounts SET balance_nano = balance_nano + 1",
     "14_open_requests_are_counted": "UPDATE accounts SET open_requests = open_requests + 1",
     "15_key_holds_what_counts": "UPDATE holds SET key_counts = NOT key_counts WHERE state = 'open'",
+    "16_usage_days_are_the_ledger": "UPDATE usage_days SET charge_nano = charge_nano + 1",
 }
 
 
@@ -49,7 +50,7 @@ async def healthy(books: Database) -> None:
 
 def test_every_law_has_its_corruption() -> None:
     assert set(CORRUPTIONS) == {invariant.name for invariant in load_invariants()}
-    assert len(CORRUPTIONS) == 15
+    assert len(CORRUPTIONS) == 16
 
 
 async def test_empty_and_healthy_books_break_no_law(books: Database) -> None:

@@ -251,15 +251,25 @@ class Exchange:
         self._bill = bill
         self._charge = self._kit.evaluate.charge(bill.cost_usd)
         self._generation_id = self._generation_id or bill.generation_id
-        self._kit.ledger.journal.billed(hold.hold_id, Price(self._charge, bill.cost_usd), self._generation_id)
+        price = Price(self._charge, bill.cost_usd, bill.prompt_tokens, bill.completion_tokens)
+        self._kit.ledger.journal.billed(hold.hold_id, price, self._generation_id)
 
     # -- after it
 
     async def _close(self, hold: Hold) -> None:
         """By evidence: a bill is settled, a purchase that did not happen is released, and the rest is recovery's."""
         if self._bill is not None and self._charge is not None:
+            bill = self._bill
             await self._kit.ledger.settle(
-                Settlement(hold.account_id, hold.hold_id, self._charge, self._bill.cost_usd, self._generation_id)
+                Settlement(
+                    hold.account_id,
+                    hold.hold_id,
+                    self._charge,
+                    bill.cost_usd,
+                    self._generation_id,
+                    bill.prompt_tokens,
+                    bill.completion_tokens,
+                )
             )
             self._end("settled")
         elif not self._sent:

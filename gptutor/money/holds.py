@@ -80,6 +80,8 @@ class Settlement:
     charge: Nano
     cost_usd: Decimal
     generation_id: str | None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ known:
 
     sent <account> <hold>                              the request goes upstream now
     named <account> <hold> <generation>                OpenRouter's headers came
-    billed <account> <hold> <charge> <cost> <generation or ->   its price is known
+    billed <account> <hold> <charge> <cost> <generation or -> <tokens or -> <tokens or ->   its price is known
     closed <hold>                                      the database has it; the journal may forget
 
 A plain `write` survives `kill -9`: the bytes are in the kernel. It does not survive a power cut, and the database's commits do;

@@ -14,10 +14,12 @@ from gptutor.money.holds import HoldId
 
 
 class Price(NamedTuple):
-    """What OpenRouter wants for a request, in dollars, and what the account is charged for it."""
+    """What OpenRouter wants for a request, in dollars, and what the account is charged for it; and its count of tokens."""
 
     charge: Nano
     cost_usd: Decimal
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -51,7 +53,8 @@ def learn(known: dict[HoldId, Knowledge], fields: list[bytes]) -> None:
     if kind == b"named":
         knowledge.generation_id = values[2].decode()
     elif kind == b"billed":
-        knowledge.price = Price(Nano(int(values[2])), Decimal(values[3].decode()))
+        tokens = [None if value == b"-" else int(value) for value in values[5:7]]  # the version before wrote none
+        knowledge.price = Price(Nano(int(values[2])), Decimal(values[3].decode()), *tokens)
         knowledge.generation_id = None if values[4] == b"-" else values[4].decode()
 
 
@@ -74,7 +77,10 @@ def named_line(hold_id: HoldId, account_id: AccountId, generation_id: str) -> by
 def billed_line(hold_id: HoldId, knowledge: Knowledge, price: Price) -> bytes:
     generation = (knowledge.generation_id or "-").encode()
     cost = str(price.cost_usd).encode()
-    return _line(b"billed %d %s %d %s %s" % (knowledge.account_id, str(hold_id).encode(), price.charge, cost, generation))
+    tokens = b" ".join(b"-" if count is None else b"%d" % count for count in price[2:])
+    return _line(
+        b"billed %d %s %d %s %s %s" % (knowledge.account_id, str(hold_id).encode(), price.charge, cost, generation, tokens)
+    )
 
 
 def _line(payload: bytes) -> bytes:

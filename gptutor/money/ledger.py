@@ -180,6 +180,8 @@ class Ledger:
             [settlement.charge for settlement in settlements],
             [settlement.cost_usd for settlement in settlements],
             [settlement.generation_id for settlement in settlements],
+            [settlement.prompt_tokens for settlement in settlements],
+            [settlement.completion_tokens for settlement in settlements],
         )
         outcomes = {row["hold_id"]: row["outcome"] for row in rows}
         self.journal.closed(outcomes)

@@ -173,7 +173,15 @@ class Recovery:
 
     async def _settle(self, hold_id: HoldId, knowledge: Knowledge, price: Price) -> None:
         await self._ledger.settle(
-            Settlement(knowledge.account_id, hold_id, price.charge, price.cost_usd, knowledge.generation_id)
+            Settlement(
+                knowledge.account_id,
+                hold_id,
+                price.charge,
+                price.cost_usd,
+                knowledge.generation_id,
+                price.prompt_tokens,
+                price.completion_tokens,
+            )
         )
 
 

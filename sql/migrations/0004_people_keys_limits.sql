@@ -1,6 +1,8 @@
 -- People come from outside (VK), keys can be several, each with an end, a cap and a pace of its own, and nobody runs too many
 -- requests at once. Only additions: a process of the version before goes on working beside this one.
 
+LOCK TABLE accounts IN ACCESS EXCLUSIVE MODE; -- at once, and not by steps: whoever stands on the first would wait for the second
+
 -- Who an account is outside. A directory over all accounts: its key is the one that has no account in it.
 CREATE TABLE identities (
     provider text NOT NULL, -- vk
@@ -58,7 +60,7 @@ ADD COLUMN key_counts boolean NOT NULL DEFAULT FALSE; -- whether it is in its ke
 
 CREATE INDEX holds_counted ON holds (account_id, key_id) WHERE key_counts AND state <> 'settled';
 CREATE INDEX holds_by_generation ON holds (account_id, generation_id) WHERE generation_id IS NOT NULL;
-CREATE INDEX holds_by_request ON holds (account_id, request_id);
+CREATE INDEX holds_by_request ON holds (account_id, request_id, created_at); -- a caller may give many requests one name
 
 -- As before, with the limits of keys, and of requests at once. New outcomes:
 --   too_many      the account has as many requests open as it may (at_once; 0 is no limit)
@@ -196,71 +198,6 @@ BEGIN
             minute_requests = requests
         WHERE account_id = account;
     END IF;
-END $$;
-
--- As before; a hold that counted against its key's cap is charged to it.
-CREATE OR REPLACE FUNCTION settle_holds(
-    account_ids bigint[], hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[]
-) RETURNS TABLE (hold_id uuid, outcome text) LANGUAGE plpgsql AS $$
-#variable_conflict use_column
-DECLARE
-    today date := (now() AT TIME ZONE 'UTC')::date;
-BEGIN
-    PERFORM FROM accounts WHERE account_id = ANY(account_ids) ORDER BY account_id FOR NO KEY UPDATE;
-
-    RETURN QUERY
-    WITH item AS MATERIALIZED (
-        SELECT DISTINCT ON (account_id, hold_id) *
-        FROM unnest(account_ids, hold_ids, charges_nano, costs_usd, generation_ids)
-            AS i (account_id, hold_id, charge_nano, cost_usd, generation_id)
-    ),
-    before AS MATERIALIZED (
-        SELECT account_id, hold_id, state, CASE state WHEN 'open' THEN amount_nano ELSE 0 END AS freed_nano,
-            (state = 'open' AND NOT is_sent AND key_id IS NOT NULL)::integer AS ended
-        FROM holds JOIN item USING (account_id, hold_id)
-    ),
-    settled AS (
-        UPDATE holds
-        SET state = 'settled', charge_nano = item.charge_nano, cost_usd = item.cost_usd, closed_at = clock_timestamp(),
-            generation_id = coalesce(item.generation_id, holds.generation_id), is_unresolved = FALSE,
-            is_late = before.state = 'released'
-        FROM item JOIN before USING (account_id, hold_id)
-        WHERE holds.account_id = item.account_id AND holds.hold_id = item.hold_id AND before.state <> 'settled'
-        RETURNING holds.*, before.freed_nano, before.ended, before.state AS state_before
-    ),
-    booked AS (
-        INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, model, generation_id, cost_usd, rub_per_usd)
-        SELECT account_id, hold_id, 'charge', -charge_nano, 'revenue', model, generation_id, cost_usd, rub_per_usd FROM settled
-    ),
-    total AS (
-        SELECT account_id, sum(charge_nano)::bigint AS charge_nano, sum(freed_nano)::bigint AS freed_nano, count(*) AS charges,
-            sum(ended)::integer AS ended
-        FROM settled GROUP BY account_id
-    ),
-    balanced AS (
-        UPDATE accounts
-        SET balance_nano = balance_nano - total.charge_nano, held_nano = held_nano - total.freed_nano,
-            charges = accounts.charges + total.charges, open_requests = open_requests - total.ended,
-            updated_at = clock_timestamp()
-        FROM total WHERE accounts.account_id = total.account_id
-    ),
-    of_key AS (
-        SELECT account_id, key_id, sum(charge_nano)::bigint AS charge_nano, sum(freed_nano)::bigint AS freed_nano
-        FROM settled WHERE key_counts GROUP BY account_id, key_id
-    ),
-    counted AS (
-        UPDATE api_keys
-        SET spent_nano = CASE WHEN cap_period = 'day' AND spent_on <> today THEN 0 ELSE spent_nano END + of_key.charge_nano,
-            spent_on = today, held_nano = held_nano - of_key.freed_nano
-        FROM of_key WHERE api_keys.account_id = of_key.account_id AND api_keys.key_id = of_key.key_id
-    )
-    SELECT item.hold_id, CASE
-        WHEN settled.state_before = 'open' THEN 'settled'
-        WHEN settled.state_before = 'released' THEN 'settled_late'
-        WHEN before.state IS NOT NULL THEN 'already'
-        ELSE 'no_hold'
-    END
-    FROM item LEFT JOIN before USING (account_id, hold_id) LEFT JOIN settled USING (account_id, hold_id);
 END $$;
 
 -- As before, with what keys hold and how many requests are open.

@@ -17,12 +17,15 @@ FROM hold_funds(
 );
 
 -- name: settle_holds
--- Books charges, each once. Arrays: $1 accounts, $2 holds, $3 charges in nano-roubles, $4 costs in dollars, $5 generation ids.
+-- Books charges, each once. Arrays: $1 accounts, $2 holds, $3 charges in nano-roubles, $4 costs in dollars, $5 generation ids,
+-- $6 tokens of the prompts and $7 of the outputs, or NULL.
 -- One row for each hold with its outcome: settled, settled_late, already, no_hold.
 SELECT
     hold_id,
     outcome
-FROM settle_holds($1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[]);
+FROM settle_holds(
+    $1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[], $6::bigint[], $7::bigint[]
+);
 
 -- name: release_holds
 -- Frees holds. Arrays: $1 accounts, $2 holds, $3 whether it was never learnt what they bought. One row for each that was open.

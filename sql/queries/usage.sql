@@ -1,0 +1,142 @@
+-- name: find_credits
+-- What account $1 has, and what it spent: what it was given less its balance. No row: there is none.
+WITH given AS (
+    SELECT coalesce(sum(amount_nano), 0) AS amount_nano
+    FROM ledger
+    WHERE account_id = $1::bigint AND kind <> 'charge'
+)
+
+SELECT
+    accounts.balance_nano,
+    accounts.held_nano,
+    (given.amount_nano - accounts.balance_nano)::bigint AS spent_nano
+FROM accounts
+CROSS JOIN given
+WHERE accounts.account_id = $1::bigint;
+
+-- name: list_usage
+-- A page of the entries of account $1, newest first: those older than the place $2 (time) and $3 (entry), and not older than $4;
+-- at most $5.
+SELECT
+    ledger.entry_id,
+    ledger.created_at,
+    ledger.kind::text AS kind,
+    ledger.reason,
+    ledger.model,
+    ledger.amount_nano,
+    ledger.cost_usd,
+    ledger.rub_per_usd,
+    ledger.prompt_tokens,
+    ledger.completion_tokens,
+    ledger.generation_id,
+    holds.request_id,
+    api_keys.shown AS key
+FROM ledger
+LEFT JOIN holds ON ledger.account_id = holds.account_id AND ledger.entry_id = holds.hold_id
+LEFT JOIN api_keys ON holds.account_id = api_keys.account_id AND holds.key_id = api_keys.key_id
+WHERE
+    ledger.account_id = $1::bigint
+    AND (ledger.created_at, ledger.entry_id) < ($2::timestamptz, $3::uuid)
+    AND ledger.created_at >= $4::timestamptz
+ORDER BY ledger.created_at DESC, ledger.entry_id DESC
+LIMIT $5::integer;
+
+-- name: list_usage_of_model
+-- As list_usage, of the model $6 alone.
+SELECT
+    ledger.entry_id,
+    ledger.created_at,
+    ledger.kind::text AS kind,
+    ledger.reason,
+    ledger.model,
+    ledger.amount_nano,
+    ledger.cost_usd,
+    ledger.rub_per_usd,
+    ledger.prompt_tokens,
+    ledger.completion_tokens,
+    ledger.generation_id,
+    holds.request_id,
+    api_keys.shown AS key
+FROM ledger
+LEFT JOIN holds ON ledger.account_id = holds.account_id AND ledger.entry_id = holds.hold_id
+LEFT JOIN api_keys ON holds.account_id = api_keys.account_id AND holds.key_id = api_keys.key_id
+WHERE
+    ledger.account_id = $1::bigint
+    AND ledger.model = $6::text
+    AND (ledger.created_at, ledger.entry_id) < ($2::timestamptz, $3::uuid)
+    AND ledger.created_at >= $4::timestamptz
+ORDER BY ledger.created_at DESC, ledger.entry_id DESC
+LIMIT $5::integer;
+
+-- name: sum_usage
+-- The charges of account $1 on the UTC days from $2 to $3, added up; $4 whether by day, $5 whether by model. One row for each of
+-- these; no row where nothing was charged.
+WITH known AS (
+    SELECT
+        requests,
+        prompt_tokens,
+        completion_tokens,
+        cost_usd,
+        charge_nano,
+        CASE WHEN $4::boolean THEN day END AS by_day,
+        CASE WHEN $5::boolean THEN model END AS by_model
+    FROM usage_days
+    WHERE account_id = $1::bigint AND day BETWEEN $2::date AND $3::date
+)
+
+SELECT
+    by_day AS day,
+    by_model AS model,
+    sum(requests)::bigint AS requests,
+    sum(prompt_tokens) AS prompt_tokens,
+    sum(completion_tokens) AS completion_tokens,
+    sum(cost_usd) AS cost_usd,
+    sum(charge_nano)::bigint AS charge_nano
+FROM known
+GROUP BY by_day, by_model
+ORDER BY by_day DESC, sum(charge_nano) DESC, by_model ASC;
+
+-- name: find_request
+-- The newest request of account $1 that is named $2, by its caller or by OpenRouter. No row: it has none.
+WITH found AS (
+    (
+        SELECT *
+        FROM holds
+        WHERE account_id = $1::bigint AND request_id = $2::text
+        ORDER BY created_at DESC
+        LIMIT 1
+    )
+    UNION ALL
+    (
+        SELECT *
+        FROM holds
+        WHERE account_id = $1::bigint AND generation_id = $2::text
+        ORDER BY created_at DESC
+        LIMIT 1
+    )
+)
+
+SELECT
+    found.hold_id,
+    found.request_id,
+    found.generation_id,
+    found.model,
+    ledger.prompt_tokens,
+    ledger.completion_tokens,
+    found.cost_usd,
+    found.rub_per_usd,
+    found.charge_nano,
+    found.created_at,
+    found.closed_at,
+    api_keys.shown AS key,
+    CASE found.state WHEN 'open' THEN found.amount_nano ELSE 0 END AS held_nano,
+    CASE
+        WHEN found.state = 'open' AND found.is_sent THEN 'awaiting_evidence'
+        WHEN found.is_unresolved THEN 'unresolved'
+        ELSE found.state::text
+    END AS state
+FROM found
+LEFT JOIN ledger ON found.account_id = ledger.account_id AND found.hold_id = ledger.entry_id
+LEFT JOIN api_keys ON found.account_id = api_keys.account_id AND found.key_id = api_keys.key_id
+ORDER BY found.created_at DESC
+LIMIT 1;

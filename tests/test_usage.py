@@ -1,0 +1,543 @@
+"""What an account spent, to the last digit (contract D5, C9): credits, entries, totals, one request; on a real PostgreSQL."""
+
+import asyncio
+import datetime
+import itertools
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from gptutor import database
+from gptutor.api.query import cursor_of
+from gptutor.database import Database
+from gptutor.money.amounts import AccountId, Nano, roubles
+from gptutor.money.holds import Hold, HoldRequest, Release, Settlement, new_id
+from gptutor.money.knowledge import Price
+from gptutor.money.pricing import Ceiling, charge
+from gptutor.money.usage import Place, Usage
+from gptutor.money.users import NoSuchUser
+from tests.conftest import Caller, Gateway, make_caller
+from tests.test_ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
+from tests.test_recovery import leftovers_in, mortal, process
+
+MODELS = ("google/gemini-2.5-flash-lite", "openai/gpt-4o-mini", "anthropic/claude-3-haiku")
+PATHS = ("/v1/credits", "/v1/usage", "/v1/usage/totals", "/v1/generation?id=x")
+NOON = datetime.datetime(2026, 3, 10, 12, tzinfo=datetime.UTC)
+MIDNIGHT = datetime.datetime(2026, 3, 11, tzinfo=datetime.UTC)
+TICK = datetime.timedelta(microseconds=1)
+
+BOOK = """
+WITH held AS (
+    INSERT INTO holds (account_id, hold_id, owner, amount_nano, rub_per_usd, model, request_id, due_at, state, charge_nano, cost_usd,
+        created_at, closed_at)
+    VALUES ($1, $2, $2, $3, 90, $4, 'r', now(), 'settled', $3, $5, $6, $6)
+), entry AS (
+    INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, model, cost_usd, rub_per_usd, created_at)
+    VALUES ($1, $2, 'charge', -$3::bigint, 'revenue', $4, $5, 90, $6)
+)
+UPDATE accounts SET balance_nano = balance_nano - $3, charges = charges + 1 WHERE account_id = $1
+"""
+
+HOLD_OF_BEFORE = """
+INSERT INTO holds (account_id, hold_id, owner, amount_nano, rub_per_usd, model, request_id, due_at)
+SELECT account_id, hold_id, hold_id, 0, 90, 'a/b', 'r', now() FROM unnest($1::bigint[], $2::uuid[]) AS t (account_id, hold_id)
+"""
+
+
+async def get(gateway: Gateway, caller: Caller | None, path: str, **parameters: Any) -> tuple[int, Any]:
+    """Status, and the answer decoded."""
+    query = {name.rstrip("_"): str(value) for name, value in parameters.items()}
+    headers = caller.headers if caller else {}
+    async with gateway.session.get(gateway.url + path, params=query, headers=headers) as response:
+        return response.status, await response.json()
+
+
+async def data(gateway: Gateway, caller: Caller, path: str, **parameters: Any) -> Any:
+    status, answer = await get(gateway, caller, path, **parameters)
+    assert status == 200, answer
+    return answer["data"]
+
+
+@pytest.fixture
+async def past(database_url: str) -> AsyncIterator[Any]:
+    """Books a charge of the past: account, cost in dollars, when, model."""
+    connection = await asyncpg.connect(database_url, server_settings={"timezone": "Pacific/Auckland"})  # UTC's day is meant
+
+    async def book(caller: Caller, cost: str, at: datetime.datetime, model: str = "a/b", entry: uuid.UUID | None = None) -> None:
+        cost_usd = Decimal(cost)
+        await connection.execute(BOOK, caller.account_id, entry or new_id(), charge(cost_usd, RATE), model, cost_usd, at)
+
+    yield book
+    await connection.close()
+
+
+# -- exact
+
+
+async def test_everything_agrees_with_openrouters_bills_to_the_last_digit(gateway: Gateway) -> None:
+    caller = await gateway.caller("100")
+    for number, model in enumerate([*MODELS, *MODELS[:2], MODELS[0]]):
+        await gateway.chat(caller, f"Tell me {number} stories", model=model, stream=number % 2 == 0)
+    bills = gateway.simulator.books.records
+    spent = sum((charge(bill.cost_usd, RATE) for bill in bills.values()), 0)
+    assert len(bills) == 6
+    assert spent > 0
+
+    money = await data(gateway, caller, "/v1/credits")
+    assert money == {
+        "balance": roubles(100 * 10**9 - spent),
+        "held": "0",
+        "available": roubles(100 * 10**9 - spent),
+        "total_spent": roubles(spent),
+        "currency": "RUB",
+    }
+    assert Decimal(money["balance"]) == await caller.balance()
+
+    *entries, topup = await data(gateway, caller, "/v1/usage")
+    assert (topup["kind"], topup["amount"], topup["cost_usd"], topup["request_id"]) == ("topup", "100", None, None)
+    assert [entry["generation_id"] for entry in reversed(entries)] == list(bills)
+    for entry in entries:
+        bill = bills[entry["generation_id"]]
+        assert Decimal(entry["cost_usd"]) == bill.cost_usd
+        assert entry["amount"] == roubles(-charge(bill.cost_usd, RATE))
+        assert (entry["kind"], entry["model"], entry["rate"]) == ("charge", bill.model, "90")
+        assert (entry["prompt_tokens"], entry["completion_tokens"]) == (bill.prompt_tokens, bill.completion_tokens)
+        assert caller.key.startswith(entry["key"])
+        assert len(entry["key"]) < len(caller.key) / 2
+        one = await data(gateway, caller, "/v1/generation", id=entry["generation_id"])
+        assert one["id"] == entry["id"]
+        assert one == await data(gateway, caller, "/v1/generation", id=entry["request_id"])
+        assert {**one, "charged": f"-{one['charged']}"}.items() >= {
+            "state": "settled",
+            "charged": entry["amount"],
+            "held": "0",
+        }.items()
+        shared = one.keys() & entry.keys() - {"created_at"}
+        assert {name: one[name] for name in shared} == {name: entry[name] for name in shared}
+
+    (day,) = await data(gateway, caller, "/v1/usage/totals")
+    assert (day["requests"], day["amount"], Decimal(day["cost_usd"])) == (6, roubles(spent), gateway.billed_usd())
+    assert day["prompt_tokens"] == sum(bill.prompt_tokens for bill in bills.values())
+    assert day["completion_tokens"] == sum(bill.completion_tokens for bill in bills.values())
+    models = await data(gateway, caller, "/v1/usage/totals", by="model")
+    assert {total["model"]: total["requests"] for total in models} == Counter(bill.model for bill in bills.values())
+    assert sum(Decimal(total["amount"]) for total in models) == Decimal(roubles(spent))
+    both = await data(gateway, caller, "/v1/usage/totals", by="day,model")
+    assert [{**total, "day": day["day"]} for total in models] == both
+    await assert_books_hold(gateway.books)
+
+
+async def test_no_digit_is_lost_where_a_double_would_lose_it(gateway: Gateway) -> None:
+    caller = await gateway.caller("123456789.123456789")
+    assert (await data(gateway, caller, "/v1/credits"))["balance"] == "123456789.123456789"
+
+
+async def test_a_running_request_is_held_and_not_spent(gateway: Gateway) -> None:
+    caller = await gateway.caller("100")
+    await hold(gateway.books, caller, "30.5")
+    money = await data(gateway, caller, "/v1/credits")
+    assert (money["balance"], money["held"], money["available"], money["total_spent"]) == ("100", "30.5", "69.5", "0")
+    assert [entry["kind"] for entry in await data(gateway, caller, "/v1/usage")] == ["topup"]
+
+
+async def test_an_account_that_is_not_there_has_no_credits(books: Database) -> None:
+    with pytest.raises(NoSuchUser):
+        await Usage(books).credits(AccountId(10**9))
+
+
+async def test_answers_are_for_one_reader(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    for path in PATHS[:3]:
+        async with gateway.session.get(gateway.url + path, headers=caller.headers) as response:
+            assert (response.status, response.content_type) == (200, "application/json")
+            assert response.headers["Cache-Control"] == "no-store"
+
+
+# -- whose
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_without_a_key_nothing_is_told(gateway: Gateway, path: str) -> None:
+    assert await get(gateway, None, path) == (401, {"error": "Invalid API key or inactive user"})
+
+
+async def test_another_accounts_money_and_requests_are_not_there(gateway: Gateway) -> None:
+    caller, other = await gateway.caller("100"), await gateway.caller("7")
+    await gateway.chat(caller)
+    *_, cursor = [answer["next_cursor"] for _, answer in [await get(gateway, caller, "/v1/usage", limit=1)]]
+    (entry,) = await data(gateway, caller, "/v1/usage", model=MODELS[0])
+
+    unknown = await get(gateway, other, "/v1/generation", id="gen-nobody")
+    assert unknown[0] == 404
+    for name in (entry["request_id"], entry["generation_id"]):
+        assert await get(gateway, other, "/v1/generation", id=name) == unknown
+    assert (await get(gateway, other, "/v1/generation", id=entry["id"]))[0] == 404
+    assert [own["amount"] for own in await data(gateway, other, "/v1/usage")] == ["7"]
+    assert await data(gateway, other, "/v1/usage", model=entry["model"]) == []
+    assert {own["kind"] for own in await data(gateway, other, "/v1/usage", cursor=cursor)} <= {"topup"}
+    assert await data(gateway, other, "/v1/usage/totals") == []
+    assert (await data(gateway, other, "/v1/credits"))["total_spent"] == "0"
+    status, answer = await get(gateway, other, "/v1/credits", account_id=caller.account_id)
+    assert (status, answer["error"]) == (400, "'account_id' is not a parameter here; there are none")
+
+
+# -- entries
+
+
+async def test_pages_are_complete_and_repeat_nothing_while_new_entries_arrive(gateway: Gateway, past: Any) -> None:
+    caller = await gateway.caller("100")
+    for number in range(40):  # four of each moment: only their ids tell them apart
+        await past(caller, "0.001", NOON + number // 4 * TICK)
+    before = {entry["id"] for entry in await data(gateway, caller, "/v1/usage")}
+    assert len(before) == 41
+
+    seen: list[dict[str, Any]] = []
+    parameters: dict[str, Any] = {"limit": 3}
+    while True:
+        _, answer = await get(gateway, caller, "/v1/usage", **parameters)
+        assert len(answer["data"]) == 3 or answer["next_cursor"] is None
+        seen += answer["data"]
+        if answer["next_cursor"] is None:
+            break
+        parameters["cursor"] = answer["next_cursor"]
+        await past(caller, "0.002", datetime.datetime.now(datetime.UTC))
+    ids = [entry["id"] for entry in seen]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == before
+    assert [(entry["created_at"], entry["id"]) for entry in seen] == sorted(
+        ((entry["created_at"], entry["id"]) for entry in seen), reverse=True
+    )
+
+
+async def test_the_last_page_says_so_also_if_it_is_full(gateway: Gateway, past: Any) -> None:
+    caller = await gateway.caller("0")
+    for number in range(4):
+        await past(caller, "0.001", NOON + number * TICK)
+    _, first = await get(gateway, caller, "/v1/usage", limit=2)
+    _, last = await get(gateway, caller, "/v1/usage", limit=2, cursor=first["next_cursor"])
+    assert (len(first["data"]), len(last["data"]), last["next_cursor"]) == (2, 2, None)
+    assert (await get(gateway, caller, "/v1/usage", limit=4))[1]["next_cursor"] is None
+
+
+async def test_entries_are_filtered_by_model_and_by_whole_utc_days(gateway: Gateway, past: Any) -> None:
+    caller = await gateway.caller("0")
+    await past(caller, "0.001", MIDNIGHT - TICK, "a/early")
+    await past(caller, "0.002", MIDNIGHT, "a/late")
+    await past(caller, "0.003", MIDNIGHT + datetime.timedelta(days=1) - TICK, "a/late")
+
+    async def costs(**parameters: str) -> list[str]:
+        return [entry["cost_usd"] for entry in await data(gateway, caller, "/v1/usage", **parameters)]
+
+    assert await costs() == ["0.003", "0.002", "0.001"]
+    assert await costs(from_="2026-03-11") == ["0.003", "0.002"]
+    assert await costs(to="2026-03-10") == ["0.001"]
+    assert await costs(from_="2026-03-11", to="2026-03-11") == ["0.003", "0.002"]
+    assert await costs(from_="2026-03-12") == []
+    assert await costs(model="a/late") == ["0.003", "0.002"]
+    assert await costs(model="a/late", to="2026-03-10") == []
+    assert await costs(model="a/l") == []
+    _, page = await get(gateway, caller, "/v1/usage", model="a/late", limit=1)
+    assert await costs(model="a/late", cursor=page["next_cursor"]) == ["0.002"]
+    assert await costs(cursor=page["next_cursor"], to="2026-03-10") == ["0.001"]
+    (entry,) = await data(gateway, caller, "/v1/usage", to="2026-03-10")
+    assert entry["created_at"] == "2026-03-10T23:59:59.999999Z"
+
+
+# -- totals
+
+
+async def test_a_day_is_a_utc_day(gateway: Gateway, past: Any) -> None:
+    caller = await gateway.caller("100")
+    await past(caller, "0.001", MIDNIGHT - TICK)
+    await past(caller, "0.002", MIDNIGHT)
+    await past(caller, "0.003", MIDNIGHT + datetime.timedelta(days=1) - TICK)
+    totals = await data(gateway, caller, "/v1/usage/totals", from_="2026-03-01", to="2026-03-31")
+    assert [(total["day"], total["requests"], total["cost_usd"], total["amount"]) for total in totals] == [
+        ("2026-03-11", 2, "0.005", "0.45"),
+        ("2026-03-10", 1, "0.001", "0.09"),
+    ]
+    assert await data(gateway, caller, "/v1/usage/totals", from_="2026-03-10", to="2026-03-10") == totals[1:]
+    await assert_books_hold(gateway.books)
+
+
+async def test_totals_name_the_period_that_they_are_of(gateway: Gateway) -> None:
+    caller = await gateway.caller("0")
+    today = datetime.datetime.now(datetime.UTC).date()
+    _, answer = await get(gateway, caller, "/v1/usage/totals")
+    assert answer == {"data": [], "from": str(today - datetime.timedelta(days=29)), "to": str(today), "by": "day"}
+    _, answer = await get(gateway, caller, "/v1/usage/totals", to="2026-01-30", by="model")
+    assert answer == {"data": [], "from": "2026-01-01", "to": "2026-01-30", "by": "model"}
+
+
+async def test_tokens_are_added_up_as_far_as_they_are_known(gateway: Gateway) -> None:
+    caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
+
+    async def settle(prompt: int | None, completion: int | None) -> None:
+        held = await hold(gateway.books, caller, "1", ledger=ledger)
+        await ledger.settle(
+            Settlement(caller.account_id, held.hold_id, Nano(9), Decimal("0.0000000001"), None, prompt, completion)
+        )
+
+    async def tokens() -> list[tuple[int | None, int | None]]:
+        totals = await data(gateway, caller, "/v1/usage/totals")
+        return [(total["prompt_tokens"], total["completion_tokens"]) for total in totals]
+
+    for prompt, completion, known in [
+        (None, None, (None, None)),
+        (2**53 - 1, None, (2**53 - 1, None)),
+        (None, 7, (2**53 - 1, 7)),
+        (2**53 - 1, 0, (2**54 - 2, 7)),
+    ]:
+        await settle(prompt, completion)
+        assert await tokens() == [known]
+    assert [total["cost_usd"] for total in await data(gateway, caller, "/v1/usage/totals")] == ["0.0000000004"]
+
+
+async def test_what_recovery_and_late_evidence_settle_is_in_the_totals(gateway: Gateway, tmp_path: Path) -> None:
+    caller, books, directory = await gateway.caller("100"), gateway.books, tmp_path / "dead"
+    dead = mortal(books, directory)
+    held = await hold(books, caller, "5", ledger=dead)
+    dead.journal.sent(held.account_id, held.hold_id)
+    dead.journal.billed(held.hold_id, Price(Nano(9 * 10**8), Decimal("0.01"), 15, 32), "gen-1")
+    with process(books, directory) as heir:
+        for leftover in leftovers_in(directory):
+            await heir.recovery.replay(leftover)
+    given_up = await hold(books, caller, "5")
+    await ledger_of(books).release(Release(caller.account_id, given_up.hold_id, unresolved=True))
+    assert await ledger_of(books).settle(settlement(given_up, "0.02")) == "settled_late"
+
+    (total,) = await data(gateway, caller, "/v1/usage/totals")
+    assert (total["requests"], total["cost_usd"], total["amount"]) == (2, "0.03", "2.7")
+    assert (total["prompt_tokens"], total["completion_tokens"]) == (15, 32)
+    assert (await data(gateway, caller, "/v1/credits"))["total_spent"] == "2.7"
+    await assert_books_hold(books)
+
+
+async def test_a_settlement_that_is_repeated_is_counted_once(gateway: Gateway) -> None:
+    caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
+    held = await hold(gateway.books, caller, "5", ledger=ledger)
+    batch = [settlement(held, "0.01")] * 2
+    await ledger._settle_batch(batch)
+    await ledger._settle_batch(batch)
+    (total,) = await data(gateway, caller, "/v1/usage/totals")
+    assert (total["requests"], total["amount"]) == (1, "0.9")
+
+
+async def test_a_process_of_the_version_before_counts_too(gateway: Gateway, database_url: str) -> None:
+    """It calls settle_holds as it knows it, without tokens."""
+    caller = await gateway.caller("100")
+    held = await hold(gateway.books, caller, "5")
+    connection = await asyncpg.connect(database_url)
+    rows = await connection.fetch(
+        "SELECT hold_id, outcome FROM settle_holds($1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[])",
+        [caller.account_id], [held.hold_id], [9 * 10**8], [Decimal("0.01")], ["gen-1"],
+    )  # fmt: skip
+    await connection.close()
+    assert [tuple(row) for row in rows] == [(held.hold_id, "settled")]
+    (total,) = await data(gateway, caller, "/v1/usage/totals", by="day,model")
+    assert (total["model"], total["amount"], total["prompt_tokens"]) == ("a/b", "0.9", None)
+    await assert_books_hold(gateway.books)
+
+
+async def test_many_settlements_at_once_lose_no_total_and_never_deadlock(books: Database) -> None:
+    """Ten accounts, in every order, by several processes."""
+    callers = [await make_caller(books, "1000") for _ in range(10)]
+    ledgers = [ledger_of(books) for _ in range(4)]
+    batches = []
+    for turn, ledger in itertools.product(range(5), ledgers):
+        holds = [await hold(books, caller, "1", ledger=ledger) for caller in callers]
+        batch = [settlement(held, "0.01") for held in holds]
+        batches.append(ledger._settle_batch(batch if turn % 2 else batch[::-1]))
+    for outcomes in await asyncio.gather(*batches):
+        assert set(outcomes) == {"settled"}
+    async with books.snapshot() as connection:
+        rows = await connection.fetch("SELECT requests, charge_nano FROM usage_days")
+    assert [tuple(row) for row in rows] == [(20, 20 * 9 * 10**8)] * 10
+    await assert_books_hold(books)
+
+
+async def test_charges_from_before_the_totals_are_in_them(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = await asyncpg.connect(postgres)
+    await server.execute("CREATE DATABASE before_usage")
+    url = postgres.replace("/postgres?", "/before_usage?")
+    known = database.load_migrations()
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "load_migrations", lambda: [migration for migration in known if migration.name < "0005"])
+        await database.migrate(url)
+    connection = await asyncpg.connect(url)
+    await connection.execute("INSERT INTO accounts (name) VALUES ('')")
+    for at in (MIDNIGHT - TICK, MIDNIGHT, MIDNIGHT):
+        await connection.execute(BOOK, 1, new_id(), 9 * 10**8, "a/b", Decimal("0.01"), at)
+    await database.migrate(url)
+    await connection.execute(BOOK, 1, new_id(), 9 * 10**8, "a/b", Decimal("0.01"), MIDNIGHT)
+    rows = await connection.fetch("SELECT day, requests, cost_usd, charge_nano FROM usage_days ORDER BY day")
+    assert [tuple(row) for row in rows] == [
+        (datetime.date(2026, 3, 10), 1, Decimal("0.01"), 9 * 10**8),
+        (datetime.date(2026, 3, 11), 3, Decimal("0.03"), 27 * 10**8),
+    ]
+    await connection.close()
+    await server.execute("DROP DATABASE before_usage WITH (FORCE)")
+    await server.close()
+
+
+async def test_a_migration_in_the_midst_of_settlements_misses_none(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of the version before go on settling, by a function whose body changes under them."""
+    server = await asyncpg.connect(postgres)
+    await server.execute("CREATE DATABASE while_settling")
+    url = postgres.replace("/postgres?", "/while_settling?")
+    known = database.load_migrations()
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "load_migrations", lambda: [migration for migration in known if migration.name < "0004"])
+        await database.migrate(url)
+    connections = [await asyncpg.connect(url) for _ in range(4)]
+    await connections[0].execute("INSERT INTO accounts (name) SELECT '' FROM generate_series(1, 6)")
+    settled, stop = 0, asyncio.Event()
+
+    async def settle_on(connection: asyncpg.Connection) -> None:
+        nonlocal settled
+        while not stop.is_set():
+            holds = [uuid.uuid4() for _ in range(6)]
+            accounts = [*range(1, 7)]
+            async with connection.transaction():
+                await connection.execute(
+                    "SELECT FROM accounts ORDER BY account_id FOR NO KEY UPDATE"
+                )  # first, as hold_funds does
+                await connection.execute(HOLD_OF_BEFORE, accounts, holds)
+            amounts, costs, names = [9 * 10**8] * 6, [Decimal("0.01")] * 6, [str(name) for name in holds]
+            rows = await connection.fetch(
+                "SELECT * FROM settle_holds($1, $2, $3, $4, $5)", accounts, holds, amounts, costs, names
+            )
+            assert {row["outcome"] for row in rows} == {"settled"}
+            settled += 6
+
+    settling = [asyncio.create_task(settle_on(connection)) for connection in connections]
+    await asyncio.sleep(0.3)
+    before = settled
+    await database.migrate(url)
+    await asyncio.sleep(0.3)
+    stop.set()
+    await asyncio.gather(*settling)
+    assert 0 < before < settled
+    totals = await connections[0].fetch("SELECT requests, charge_nano FROM usage_days")
+    assert sum(total["requests"] for total in totals) == settled
+    assert sum(total["charge_nano"] for total in totals) == settled * 9 * 10**8
+    for connection in connections:
+        await connection.close()
+    await server.execute("DROP DATABASE while_settling WITH (FORCE)")
+    await server.close()
+
+
+# -- one request
+
+
+async def test_a_request_is_told_in_every_state_of_its_life(gateway: Gateway, database_url: str) -> None:
+    caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
+
+    async def begin(name: str) -> Hold:
+        ceiling = Ceiling(most=Nano(5 * 10**9), least=Nano(5 * 10**9))
+        return await ledger.hold_funds(HoldRequest(claim(caller), new_id(), ceiling, "a/b", name))
+
+    async def state(name: str) -> tuple[Any, ...]:
+        told = await data(gateway, caller, "/v1/generation", id=name)
+        return told["state"], told["charged"], told["held"], told["cost_usd"], told["closed_at"] is not None
+
+    await begin("running")
+    assert await state("running") == ("open", None, "5", None, False)
+    await ledger.release(release(await begin("failed")))
+    assert await state("failed") == ("released", None, "0", None, True)
+    await ledger.settle(settlement(await begin("done"), "0.010"))
+    assert await state("done") == ("settled", "0.9", "0", "0.010", True)
+    lost = await begin("lost")
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("UPDATE holds SET is_sent = TRUE, due_at = 'infinity' WHERE hold_id = $1", lost.hold_id)
+    await connection.close()
+    assert await state("lost") == ("awaiting_evidence", None, "5", None, False)
+    await ledger.release(Release(caller.account_id, lost.hold_id, unresolved=True))
+    assert await state("lost") == ("unresolved", None, "0", None, True)
+    await ledger.settle(settlement(lost, "0.01"))
+    assert await state("lost") == ("settled", "0.9", "0", "0.01", True)
+
+
+async def test_of_requests_with_one_name_the_newest_is_told(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    names = []
+    for _ in range(3):
+        body = {"messages": [{"role": "user", "content": "Hello"}]}
+        headers = {**caller.headers, "X-Request-ID": "again"}
+        async with gateway.session.post(gateway.chat_url, json=body, headers=headers) as response:
+            names.append((await response.json(content_type=None))["id"])
+        await gateway.idle()
+    assert (await data(gateway, caller, "/v1/generation", id="again"))["generation_id"] == names[-1]
+    assert (await data(gateway, caller, "/v1/generation", id=names[0]))["generation_id"] == names[0]
+
+
+# -- what is asked wrongly
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("/v1/usage?limit=0", "limit must be a whole number from 1 to 1000"),
+        ("/v1/usage?limit=1001", "limit must be a whole number from 1 to 1000"),
+        ("/v1/usage?limit=-1", "limit must be a whole number from 1 to 1000"),
+        ("/v1/usage?limit=1e2", "limit must be a whole number from 1 to 1000"),
+        ("/v1/usage?limit=%D9%A3", "limit must be a whole number from 1 to 1000"),
+        ("/v1/usage?limit=", "limit must be a whole number from 1 to 1000"),
+        ("/v1/usage?limit=1&limit=2", "limit is given more than once"),
+        ("/v1/usage?form=2026-01-01", "'form' is not a parameter here; known are limit, cursor, from, to, model"),
+        ("/v1/usage?from=yesterday", "from must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
+        ("/v1/usage?from=2026-02-30", "from must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
+        ("/v1/usage?from=20260201", "from must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
+        ("/v1/usage?to=9999-12-31", "to must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
+        ("/v1/usage?to=0001-01-01", "to must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
+        ("/v1/usage?from=2026-01-02&to=2026-01-01", "from must not be later than to: 2026-01-02 is later than 2026-01-01"),
+        ("/v1/usage?model=", "model must be a text of 1 to 200 printable characters"),
+        ("/v1/usage?model=a%00b", "model must be a text of 1 to 200 printable characters"),
+        ("/v1/usage?model=" + "a" * 201, "model must be a text of 1 to 200 printable characters"),
+        ("/v1/usage?cursor=abc", "cursor must be the next_cursor of an earlier answer, unchanged"),
+        ("/v1/usage?cursor=" + "_" * 36, "cursor must be the next_cursor of an earlier answer, unchanged"),
+        ("/v1/usage?cursor=f" + "_" * 31, "cursor must be the next_cursor of an earlier answer, unchanged"),
+        ("/v1/usage?cursor=%D1%8F", "cursor must be the next_cursor of an earlier answer, unchanged"),
+        ("/v1/usage/totals?by=week", "by must be one of: day; model; day,model"),
+        (
+            "/v1/usage/totals?from=2025-01-01&to=2026-01-02",
+            "from and to must span at most 366 days: 2025-01-01 to 2026-01-02 is more",
+        ),
+        ("/v1/usage/totals?limit=1", "'limit' is not a parameter here; known are from, to, by"),
+        ("/v1/generation", "id is required: a request id, or OpenRouter's id of a generation"),
+        ("/v1/generation?id=", "id must be a text of 1 to 200 printable characters"),
+    ],
+)
+async def test_a_wrong_parameter_is_named_with_its_fault_and_range(gateway: Gateway, path: str, fault: str) -> None:
+    caller = await gateway.caller("0")
+    async with gateway.session.get(gateway.url + path, headers=caller.headers) as response:
+        assert (response.status, await response.json()) == (400, {"error": fault})
+        assert response.headers["X-Error-Code"] == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    ("by", "first", "status"),
+    [
+        ("day", "2025-01-01", 200),
+        ("model", "2024-12-31", 400),
+        ("day,model", "2025-12-02", 200),
+        ("day,model", "2025-12-01", 400),
+    ],
+)
+async def test_totals_span_a_leap_year_at_most_and_a_month_by_both(gateway: Gateway, by: str, first: str, status: int) -> None:
+    caller = await gateway.caller("0")
+    assert (await get(gateway, caller, "/v1/usage/totals", from_=first, to="2026-01-01", by=by))[0] == status
+
+
+async def test_any_cursor_that_can_be_spelt_is_a_place(gateway: Gateway) -> None:
+    caller = await gateway.caller("5")
+    first, last = (datetime.datetime(year, 1, 1, tzinfo=datetime.UTC) for year in (1, 9999))
+    for moment, count in [(first, 0), (NOON, 0), (last, 1)]:
+        cursor = cursor_of(Place(moment, uuid.UUID(int=2**128 - 1)))
+        assert len(await data(gateway, caller, "/v1/usage", cursor=cursor)) == count
