@@ -28,7 +28,7 @@ def _code(text: str) -> str:
 
 
 def test_every_statement_is_used_and_every_used_one_exists() -> None:
-    used = {name for text in SOURCES.values() for name in re.findall(r'(?:fetch|fetchrow)\(\s*"([a-z_]+)"', text)}
+    used = {name for text in SOURCES.values() for name in re.findall(r'(?:fetch|fetchrow|pages)\(\s*"([a-z_]+)"', text)}
     used |= {name for text in SOURCES.values() for name in re.findall(r'STATEMENTS\["([a-z_]+)"\]', text)}
     assert used == set(STATEMENTS)
 

@@ -1,6 +1,7 @@
 """Accounts: `UserRepository`, the typed doors of `sql/queries/accounts.sql` and `identities.sql`."""
 
 import datetime
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from gptutor.money.holds import new_id
 
 PAGE = 500
 NOTHING = Nano(0)
+KEY_BEGINNING = re.compile(r"(sk-user-[0-9]+(?:-[a-z2-7]{0,4})?)[a-z2-7]*")
 
 
 class NoSuchUser(LookupError):
@@ -55,6 +57,17 @@ class UserRepository:
     async def identities(self, account_id: AccountId) -> list[tuple[str, str]]:
         """Who the account is outside: provider and subject."""
         return [(row["provider"], row["subject"]) for row in await self._database.fetch("list_identities", account_id)]
+
+    async def search(self, query: str) -> list[User]:
+        """Accounts that an administrator may mean: by id, by VK's id, by a key or its beginning as it is shown."""
+        number = query if query.isascii() and query.isdigit() and len(query) <= 18 else None
+        key = KEY_BEGINNING.fullmatch(query.rstrip("…"))
+        if number is None and key is None:
+            return []
+        rows = await self._database.fetch(
+            "find_accounts", None if number is None else int(number), number, None if key is None else f"{key[1]}%"
+        )
+        return [user_of(row) for row in rows]
 
     async def find(self, account_id: AccountId) -> User:
         """Raises NoSuchUser."""
