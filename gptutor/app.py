@@ -5,12 +5,13 @@ import hashlib
 import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from aiohttp import web
 
-from gptutor import database
-from gptutor.api import completions, health, middlewares, models
+from gptutor import database, yookassa
+from gptutor.api import completions, health, middlewares, models, payments
 from gptutor.api.body import BodyLimits, hold_invitation
 from gptutor.api.cors import cors, open_to_pages
 from gptutor.api.event_stream import Patience
@@ -51,7 +52,7 @@ IN_FLIGHT = web.AppKey("in_flight", InFlight)
 
 KEYED = frozenset({completions.complete})
 """The handlers that need an API key."""
-PERSONAL: frozenset[Any] = frozenset()
+PERSONAL: frozenset[Any] = frozenset({payments.create_payment})
 """The handlers of the account's own endpoints: a key, or a sign-in."""
 
 
@@ -90,7 +91,7 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
     app[completions.DEFAULT_MODEL] = config.openrouter.default_model
 
     # Entered in this order, left in the reverse: money under way is closed before the sessions and the pool that it needs.
-    app.cleanup_ctx.extend([journal_context, database_context, upstream_context, exchanges_context])
+    app.cleanup_ctx.extend([journal_context, database_context, payments_context, upstream_context, exchanges_context])
     app.on_shutdown.append(close_the_door)
 
     app.add_routes(
@@ -98,6 +99,8 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             web.post("/v1/chat/completions", completions.complete, expect_handler=hold_invitation),
             web.get("/v1/models", models.list_models),
             web.get("/v1/models/{model_id:.+}", models.show_model),
+            web.post("/v1/payments", payments.create_payment, expect_handler=hold_invitation),
+            web.post("/yookassa/webhook", payments.notified, expect_handler=hold_invitation),
             web.get("/health", health.health),
             web.get("/ready", health.ready),
         ]
@@ -124,6 +127,27 @@ async def database_context(app: web.Application) -> AsyncIterator[None]:
     ) as connected:
         app[health.DATABASE] = connected
         app[middlewares.KEYRING] = KeyRing(connected, app[VAULT])
+        yield
+
+
+async def payments_context(app: web.Application) -> AsyncIterator[None]:
+    """The cashier, with YooKassa behind it where it is set up."""
+    shop = app[CONFIG].yookassa
+    async with AsyncExitStack() as stack:
+        client = None
+        if shop.is_set:
+            client = await stack.enter_async_context(
+                yookassa.connected(
+                    shop_id=shop.shop_id,
+                    secret_key=shop.secret_key,
+                    base_url=shop.base_url,
+                    return_url=shop.return_url,
+                    timeout_s=shop.timeout_s,
+                )
+            )
+        app[payments.CASHIER] = payments.Cashier(
+            client, least_rub=shop.payment_min_rub, most_rub=shop.payment_max_rub, at_once=shop.at_once
+        )
         yield
 
 

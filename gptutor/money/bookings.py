@@ -3,7 +3,7 @@ entries."""
 
 import datetime
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
@@ -129,7 +129,7 @@ class Bookings:
 
     async def export(
         self, first: datetime.date | None, last: datetime.date | None, account_id: AccountId | None
-    ) -> AsyncIterator[list[tuple[AccountId, Entry]]]:
+    ) -> AsyncGenerator[list[tuple[AccountId, Entry]], None]:
         """The entries of these UTC days, both included, by account and time, in pieces of one snapshot."""
         async for rows in self._database.pages("export_entries", first, last, account_id):
             yield [(AccountId(row["account_id"]), entry_of(row)) for row in rows]

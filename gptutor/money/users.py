@@ -76,10 +76,14 @@ class UserRepository:
     async def all(self) -> AsyncIterator[User]:
         """Every account, by id, read in pages."""
         last = 0
-        while rows := await self._database.fetch("list_accounts", last, PAGE):
-            for row in rows:
-                yield user_of(row)
-            last = rows[-1]["account_id"]
+        while users := await self.page(last, PAGE):
+            for user in users:
+                yield user
+            last = users[-1].account_id
+
+    async def page(self, after: int, limit: int) -> list[User]:
+        """Accounts with ids above `after`, by id."""
+        return [user_of(row) for row in await self._database.fetch("list_accounts", after, limit)]
 
     async def set_active(self, account_id: AccountId, active: bool) -> User:
         """Takes effect with the next request, in every process (contract D6). Raises NoSuchUser."""
