@@ -59,7 +59,7 @@ def main() -> None:
         app()
     except SENTENCES as error:
         fail(str(error))
-    except PermissionError as error:
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
         fail(f"{error.filename} cannot be used: {error.strerror}.")
     except NoSuchUser:
         fail("There is no user with this id. `gptutor user list` shows them all.")

@@ -278,7 +278,7 @@ def test_half_a_configuration_stops_the_start(missing: str) -> None:
     }
     assert load(environ).yookassa.is_set
     for value in ("", " "):
-        with pytest.raises(ConfigError, match="(?i)yookassa") as caught:
+        with pytest.raises(ConfigError, match=r"(?i)yookassa") as caught:
             load({**environ, f"GPTUTOR_YOOKASSA__{missing}": value})
         assert SECRET_KEY not in str(caught.value)
 

@@ -1,4 +1,5 @@
-"""The failure catalogue is the acceptance list: every row of its parts on asks, OpenRouter and connections is named by a test."""
+"""The failure catalogue is the acceptance list: every row of its parts on asks, OpenRouter,
+connections and operators is named by a test."""
 
 import ast
 import re
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROWS = {"input": 22, "upstream": 20, "client": 11}
+ROWS = {"input": 22, "upstream": 20, "client": 11, "operator": 10}
 NAME = re.compile(r"(?:\b(?P<part>[a-z]+)-|(?P<range>to )-|(?<=[ (,])-)(?P<number>\d+)\b")
 
 
