@@ -34,8 +34,8 @@ class Payment:
 
     @property
     def is_money(self) -> bool:
-        """Whether it has reached us, in roubles, for an account of ours."""
-        return self.status == "succeeded" and self.is_paid and self.amount_rub is not None and self.account_id is not None
+        """Whether it has been paid, and is ours to keep."""
+        return self.status == "succeeded" and self.is_paid
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,6 +249,25 @@ async def test_the_export_is_the_whole_ledger_and_harmless_in_a_spreadsheet(admi
     assert await admin.ask("GET", "/admin/export/ledger?from=yesterday") == (400, "invalid_request")
 
 
+async def test_an_export_that_breaks_off_does_not_look_whole(
+    admin: Admin, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make_caller(admin.books, "10")
+    real = Bookings.export
+
+    async def broken(self: Bookings, *arguments: Any) -> AsyncIterator[Any]:
+        async for page in real(self, *arguments):
+            yield page
+        raise ConnectionError("the database went away")
+
+    monkeypatch.setattr(Bookings, "export", broken)
+    with pytest.raises(aiohttp.ClientError):
+        async with admin.session.get(
+            "http://admin/admin/export/ledger", headers={"Authorization": f"Bearer {TOKEN}"}
+        ) as response:
+            await response.read()
+
+
 async def test_what_waits_for_evidence_is_listed(admin: Admin) -> None:
     caller = await make_caller(admin.books, "10")
     waiting = await hold(admin.books, caller, "2.5")

@@ -1,8 +1,9 @@
-"""What operators do, and what happens to them (rows operator-3, -7, -8, -9, -10): versions side by side, a role without rights, a
+"""What operators do, and what happens to them (rows operator-3, -5, -7, -8, -9, -10): versions side by side, a restored backup, a role without rights, a
 new OpenRouter key, a chatty log, a wrong clock. The other rows are in test_config, test_journal, test_statements,
 test_reconciliation and test_invariants."""
 
 import asyncio
+import datetime
 import json
 import logging
 import re
@@ -27,12 +28,14 @@ from gptutor.money.holds import new_id
 from gptutor.money.invariants import check
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import hash_key, make_key, shown
+from gptutor.money.reconciliation import reconcile
 from gptutor.money.users import UserRepository
 from gptutor.serve import listening, simulated_openrouter
 from gptutor.settings import Simulator as Place
 from gptutor.settings import Vk
 from gptutor.vk import signature
 from tests.conftest import SECRET, VAULT, Gateway, config_for, make_caller
+from tests.test_ledger import hold, ledger_of, settlement
 
 CANARY = "canary-7391"
 
@@ -81,6 +84,34 @@ async def test_the_version_before_works_beside_this_one(books: Database, databas
     await old.close()
     after = await UserRepository(books).find(account)
     assert (after.balance, after.held) == (10**11 - 2 * 9 * 10**8, 0)
+    assert [finding async for finding in check(books) if finding.rows] == []
+
+
+# -- a backup of yesterday
+
+
+async def test_what_a_restored_backup_has_lost_shows_in_the_comparison_with_openrouter(
+    books: Database, database_url: str
+) -> None:
+    """Row operator-5: the books of yesterday agree with themselves, so no law is broken; OpenRouter's total of the day is not ours."""
+    caller = await make_caller(books, "100")
+    ledger = ledger_of(books)
+    await ledger.settle(settlement(await hold(books, caller, "5"), "0.01"))
+    backup = await asyncpg.connect(database_url)
+    await backup.execute("SET session_replication_role = replica")
+    tables = ("accounts", "holds", "ledger")
+    for table in tables:
+        await backup.execute(f"CREATE TEMP TABLE saved_{table} AS SELECT * FROM {table}")
+    await ledger.settle(settlement(await hold(books, caller, "5"), "0.02"))
+    today = datetime.datetime.now(datetime.UTC).date()
+    theirs = {today: Decimal("0.03")}
+    assert (await reconcile(books, theirs)).days[0].difference_usd == 0
+
+    for table in tables:
+        await backup.execute(f"DELETE FROM {table}")
+        await backup.execute(f"INSERT INTO {table} OVERRIDING SYSTEM VALUE SELECT * FROM saved_{table}")
+    await backup.close()
+    assert (await reconcile(books, theirs)).days[0].difference_usd == Decimal("0.02")
     assert [finding async for finding in check(books) if finding.rows] == []
 
 

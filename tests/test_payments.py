@@ -18,11 +18,12 @@ from gptutor.config import load
 from gptutor.database import Database
 from gptutor.logs import LoggerService, logging_to
 from gptutor.money.amounts import Nano, parse_roubles
-from gptutor.money.bookings import Bookings
+from gptutor.money.bookings import AlreadyBooked, Bookings
+from gptutor.money.holds import new_id
 from gptutor.money.invariants import check
 from gptutor.serve import listening
 from gptutor.settings import ConfigError
-from tests.conftest import SECRET, Caller, Gateway, config_for
+from tests.conftest import SECRET, Caller, Gateway, config_for, make_caller
 from tests.yookassa import SECRET_KEY, SHOP_ID, YooKassaStandIn, notification
 
 
@@ -322,3 +323,70 @@ async def test_a_balance_that_cannot_be_kept_is_refused(books: Database, gateway
     with pytest.raises(ValueError, match="larger than any"):
         await Bookings(books).book(caller.account_id, "topup", Nano(1))
     assert await caller.balance() == 4 * 10**9
+
+
+async def test_a_reference_that_the_version_before_is_booking_at_this_moment_is_booked_once(
+    books: Database, database_url: str
+) -> None:
+    """Rows money-12, operator-3: it takes no lock on the reference; the unique index decides."""
+    caller = await make_caller(books, "0")
+    old = await asyncpg.connect(database_url)
+    transaction = old.transaction()
+    await transaction.start()
+    await old.execute(
+        "INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reference) VALUES ($1, $2, 'topup', 5, 'payments', 'pay')",
+        caller.account_id,
+        new_id(),
+    )
+    booking = asyncio.create_task(Bookings(books).book(caller.account_id, "topup", Nano(5), reference="pay"))
+    await asyncio.sleep(0.3)
+    assert not booking.done()
+    await old.execute("UPDATE accounts SET balance_nano = balance_nano + 5 WHERE account_id = $1", caller.account_id)
+    await transaction.commit()
+    await old.close()
+    with pytest.raises(AlreadyBooked):
+        await booking
+    assert (await caller.user()).balance == 5
+    assert [finding async for finding in check(books) if finding.rows] == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"id": "another"}, {"id": None}, {"status": None}, {"amount": None}, {"amount": {"value": 100, "currency": "RUB"}},
+        {"amount": {"value": "ten", "currency": "RUB"}}, {"amount": {"value": "-5.00", "currency": "RUB"}},
+        {"amount": {"value": "NaN", "currency": "RUB"}}, {"amount": {"value": "0", "currency": "RUB"}},
+    ],
+)  # fmt: skip
+async def test_an_answer_that_is_not_yookassas_form_is_no_answer(shop: Shop, changed: dict[str, Any]) -> None:
+    caller = await shop.gateway.caller("0")
+    name = shop.yookassa.add_payment(caller.account_id)
+    kept = dict(shop.yookassa.payments[name])
+    shop.yookassa.payments[name] |= changed
+    assert await shop.notify("payment.succeeded", name) == 503
+    assert await caller.balance() == 0
+    shop.yookassa.payments[name] = kept
+    assert await shop.notify("payment.succeeded", name) == 200
+    assert await caller.balance() == 100
+
+
+@pytest.mark.parametrize("value", ["0.0000000001", "99999999999.00"])
+async def test_an_amount_that_no_balance_can_hold_is_told_to_the_operator(
+    shop: Shop, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Row money-15: YooKassa would repeat it for ever otherwise."""
+    caller = await shop.gateway.caller("0")
+    with caplog.at_level(logging.ERROR, "gptutor.payments"):
+        assert await shop.notify("payment.succeeded", shop.yookassa.add_payment(caller.account_id, value)) == 200
+    assert "cannot be booked: InvalidAmount" in caplog.text
+    assert await caller.balance() == 0
+
+
+async def test_a_payment_without_an_address_to_pay_at_is_no_payment(shop: Shop) -> None:
+    caller = await shop.gateway.caller("0")
+    headers = {"Idempotency-Key": "order-2"}
+    await shop.order(caller, 50, **headers)
+    for _, answer in shop.yookassa.idempotent.values():
+        answer["confirmation"] = None
+    assert (await shop.order(caller, 50, **headers))[0] == 503
+    assert (await shop.order(caller, 50, **{"Idempotency-Key": "x" * 256}))[0] == 400

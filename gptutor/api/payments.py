@@ -7,7 +7,7 @@ notification until it gets a 200; so 200 means booked, or nothing to do, ever.
 
 import hashlib
 import logging
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Literal
@@ -21,7 +21,7 @@ from gptutor.api.health import DATABASE, READINESS
 from gptutor.api.identity import USER
 from gptutor.errors import Refusal
 from gptutor.metrics import PAYMENT_NOTIFICATIONS
-from gptutor.money.amounts import AccountId, InvalidAmount, parse_roubles
+from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles
 from gptutor.money.bookings import AlreadyBooked, Booking
 from gptutor.money.users import NoSuchUser
 from gptutor.yookassa import ID_FORM, YooKassa, YooKassaUnavailable
@@ -127,10 +127,9 @@ class Cashier:
             return "nothing"
         with self._notifications.passing(), _asked():
             payment = await yookassa.payment(payment_id)
-        if payment is None or not payment.is_money or payment.account_id is None:
+        if payment is None or not payment.is_money or payment.account_id is None or payment.amount_rub is None:
             return "nothing"
-        amount = parse_roubles(str(payment.amount_rub))
-        return await _booked(books.pay(AccountId(payment.account_id), amount, reference, "payment"), reference)
+        return await _booked(books.pay, AccountId(payment.account_id), payment.amount_rub, reference, "payment")
 
     async def _take_refund(self, refund_id: str, books: Bookkeeper) -> Outcome:
         """A refund is of a payment that was booked: if its notification was lost, it is booked now, before the refund."""
@@ -146,14 +145,20 @@ class Cashier:
         payment = await books.bookings.find(f"{PROVIDER}:{refund.payment_id}")
         if payment is None:
             return "nothing"
-        amount = parse_roubles(str(refund.amount_rub))
-        return await _booked(books.pay_back(payment.account_id, amount, reference, f"refund of {refund.payment_id}"), reference)
+        reason = f"refund of {refund.payment_id}"
+        return await _booked(books.pay_back, payment.account_id, refund.amount_rub, reference, reason)
 
 
-async def _booked(booking: Awaitable[Booking], reference: str) -> Outcome:
+async def _booked(
+    book: Callable[[AccountId, Nano, str, str], Awaitable[Booking]],
+    account_id: AccountId,
+    amount_rub: Decimal,
+    reference: str,
+    reason: str,
+) -> Outcome:
     """What cannot be booked will not be bookable later: the operator is told, and YooKassa need not repeat."""
     try:
-        await booking
+        await book(account_id, parse_roubles(f"{amount_rub:f}"), reference, reason)
     except (NoSuchUser, AlreadyBooked, InvalidAmount) as error:
         LOGGER.error("The payment %s cannot be booked: %s", reference, type(error).__name__)
         return "conflict"
