@@ -149,6 +149,7 @@ async def payments_context(app: web.Application) -> AsyncIterator[None]:
             client, least_rub=shop.payment_min_rub, most_rub=shop.payment_max_rub, at_once=shop.at_once
         )
         yield
+        await app[payments.CASHIER].drain()
 
 
 async def upstream_context(app: web.Application) -> AsyncIterator[None]:

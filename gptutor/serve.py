@@ -134,7 +134,7 @@ def connection_of(server: Server) -> Connecting:
 @asynccontextmanager
 async def administering(app: web.Application, config: Config) -> AsyncIterator[None]:
     """The administrator's listener, on its socket or its port of this machine. Raises StartError."""
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+    runner = web.AppRunner(app, shutdown_timeout=1)  # who hangs up does not undo: what is done has its audit line
     connection = connection_of(config.server)
     listener: AbstractAsyncContextManager[Any] = (
         listening_at(runner, Path(config.admin.socket), connection)

@@ -299,7 +299,7 @@ async def test_what_is_not_there_is_said(admin: Admin, method: str, path: str, s
 @pytest.mark.parametrize(
     "body",
     [{"cap": "-1"}, {"cap": "x"}, {"capPeriod": "day"}, {"cap": "1", "capPeriod": "week"}, {"expires": "2020-01-01"}, {"expires": "soon"},
-     {"expires": "2999-01-01T00:00:00"}, {"perMinute": 0}, {"perMinute": "5"}, {"limit": 5}],
+     {"expires": "2999-01-01T00:00:00"}, {"perMinute": 0}, {"perMinute": "5"}, {"limit": 5}, {"name": "x" * 101}, {"name": "a\nb"}],
 )  # fmt: skip
 async def test_a_limit_that_is_none_is_refused(admin: Admin, body: dict[str, Any]) -> None:
     caller = await make_caller(admin.books, "0")

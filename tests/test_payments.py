@@ -390,3 +390,17 @@ async def test_a_payment_without_an_address_to_pay_at_is_no_payment(shop: Shop) 
         answer["confirmation"] = None
     assert (await shop.order(caller, 50, **headers))[0] == 503
     assert (await shop.order(caller, 50, **{"Idempotency-Key": "x" * 256}))[0] == 400
+
+
+async def test_who_hangs_up_after_telling_does_not_undo_it(shop: Shop) -> None:
+    shop.yookassa.pause_s = 0.3
+    caller = await shop.gateway.caller("0")
+    name = shop.yookassa.add_payment(caller.account_id)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.15):
+            await shop.notify("payment.succeeded", name)
+    for _ in range(100):
+        if await caller.balance():
+            break
+        await asyncio.sleep(0.02)
+    assert await caller.balance() == 100

@@ -100,11 +100,13 @@ async def export_ledger(request: web.Request) -> web.StreamResponse:
     response.content_type = "text/csv"
     response.charset = "utf-8"
     await response.prepare(request)
-    await response.write(csv_head().encode())
     try:
+        await response.write(csv_head().encode())
         async with aclosing(pages):
             async for entries in pages:
                 await response.write(csv_lines(entries).encode())
+    except ConnectionResetError:
+        return response  # nobody reads it any more
     except Exception:
         LOGGER.exception("An export broke off")
         if request.transport is not None:

@@ -1,6 +1,6 @@
 """`/admin/users…`: users and their keys."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 from aiohttp import web
@@ -18,8 +18,11 @@ PAGE = 100
 PAGE_MAX = 1000
 
 
+Name = Annotated[Line, msgspec.Meta(max_length=NAME_MAX)]
+
+
 class NewUser(msgspec.Struct, forbid_unknown_fields=True):
-    name: Line = ""
+    name: Name = ""
     balance: str = "0"
 
 
@@ -45,7 +48,7 @@ class KeyForm(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
 
 
 class NewKey(KeyForm, forbid_unknown_fields=True, rename="camel"):
-    name: Line = ""
+    name: Name = ""
 
 
 async def list_users(request: web.Request) -> web.Response:
@@ -84,7 +87,7 @@ async def list_keys(request: web.Request) -> web.Response:
 
 async def issue_key(request: web.Request) -> web.Response:
     form = await read_form(request, NewKey)
-    secret, key = await hands(request).issue_key(account(request), form.name[:NAME_MAX], changed(NO_LIMITS, form.changes()))
+    secret, key = await hands(request).issue_key(account(request), form.name, changed(NO_LIMITS, form.changes()))
     return data(key_json(key) | {"apiKey": secret}, 201)
 
 

@@ -5,6 +5,7 @@ says of that id, for the account that our own metadata name there, once, by the 
 notification until it gets a 200; so 200 means booked, or nothing to do, ever.
 """
 
+import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator
@@ -77,6 +78,7 @@ class Cashier:
         self._most_rub = most_rub
         self._payments = Turnstile(at_once)
         self._notifications = Turnstile(at_once)
+        self._under_way: set[asyncio.Task[Outcome]] = set()
 
     def require(self) -> YooKassa:
         if self._yookassa is None:
@@ -111,7 +113,20 @@ class Cashier:
         }
 
     async def take(self, notification: Notification, books: Bookkeeper) -> Outcome:
-        """Asks YooKassa about what a notification names, and books it. Once it is booked, nobody is asked again."""
+        """Asks YooKassa about what a notification names, and books it. Once it is booked, nobody is asked again.
+
+        It goes on when the one who told of it has left: what is booked has its audit line.
+        """
+        task = asyncio.create_task(self._take(notification, books))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await asyncio.shield(task)
+
+    async def drain(self) -> None:
+        """Waits for what is under way; each call to YooKassa has its time limit."""
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    async def _take(self, notification: Notification, books: Bookkeeper) -> Outcome:
         kind, _, _ = notification.event.partition(".")
         name = notification.object.id
         if kind == "payment":
