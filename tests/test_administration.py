@@ -4,6 +4,7 @@ import base64
 import csv
 import datetime
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import orjson
 import pytest
 
 from gptutor import console, logs
+from gptutor.administration import Administration
 from gptutor.database import Database
-from gptutor.money.amounts import Nano, parse_roubles
+from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver
-from gptutor.money.keyring import KeyRing, Limits
+from gptutor.money.keyring import KeyRing, Limits, NoSuchKey
+from gptutor.money.keys import shown
 from gptutor.money.limits import InvalidLimit, changed, end_of
 from gptutor.money.users import UserRepository
 from gptutor.money.vault import Vault
@@ -234,3 +237,31 @@ async def test_pages_of_entries_do_not_leave_one_out(books: Database) -> None:
     assert [entry.amount for entry in first + rest] == [5, 4, 3, 2, 1]
     other = await make_caller(books, "1")
     assert await bookings.entries(other.account_id, 9, before=first[-1].entry_id) == []
+
+
+async def test_a_rekey_that_is_broken_off_goes_on_where_it_stopped(books: Database) -> None:
+    """Contract D4: pages are done one by one, and what is done stays done."""
+    before, today = SECRET, bytes(32)
+    old = KeyRing(books, Vault([before]))
+    for _ in range(3):
+        await old.issue((await UserRepository(books).create()).account_id)
+    await old.issue((await UserRepository(books).create()).account_id)
+    strange = KeyRing(books, Vault([b"x" * 32]))
+    await strange.issue((await UserRepository(books).create()).account_id)
+    administration = Administration(books, Vault([today, before]), "cli:me")
+    assert await administration.stale_copies() == 5
+    assert [step async for step in administration.rekey()] == [(4, 1)]
+    assert await administration.stale_copies() == 1
+    assert [step async for step in administration.rekey()] == [(0, 1)]
+    with pytest.raises(NoSuchKey):
+        await administration.key(AccountId(1), 10**9)
+
+
+async def test_an_administrator_renews_all_keys_of_a_user(books: Database, caplog: pytest.LogCaptureFixture) -> None:
+    caller = await make_caller(books, "1")
+    with caplog.at_level(logging.INFO, "gptutor.audit"):
+        key = await Administration(books, Vault([SECRET]), "cli:me").renew_keys(caller.account_id)
+    (line,) = caplog.records
+    assert (line.what, line.key) == ("rotate keys", shown(key))  # type: ignore[attr-defined]
+    assert [bool(one.revoked_at) for one in await KeyRing(books, Vault([SECRET])).list(caller.account_id)] == [False, True]
+    assert len([user async for user in UserRepository(books).all()]) == 1
