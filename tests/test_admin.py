@@ -367,6 +367,7 @@ async def test_a_socket_that_cannot_be_is_told_in_a_sentence(tmp_path: Path) -> 
 async def test_the_service_opens_it_beside_itself(tmp_path: Path, unused_tcp_port: int) -> None:
     service = start(tmp_path, GPTUTOR_ADMIN__PORT=str(unused_tcp_port), GPTUTOR_ADMIN__TOKEN=f"boris:{TOKEN}")
     address = f"http://127.0.0.1:{unused_tcp_port}/admin/users"
+    assert f"Administration     http://localhost:{unused_tcp_port}" in service.banner
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with aiohttp.ClientSession() as session:
         async with session.post(address, json={"balance": "5"}, headers=headers) as response:

@@ -110,7 +110,7 @@ def test_it_works_alone_on_a_bare_directory(tmp_path: Path) -> None:
 
 
 def test_broken_books_are_shown_and_exit_with_one(tmp_path: Path, postgres: str, database_url: str) -> None:
-    environ = environment(tmp_path, DATABASE_URL=database_url)
+    environ = environment(tmp_path, DATABASE_URL=database_url, GPTUTOR_SECRET_KEY="A" * 43 + "=")
     run(environ, "user", "create", "--balance", "5")
     corrupt = "import asyncio, asyncpg, sys\n" + (
         "async def main():\n"
