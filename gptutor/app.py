@@ -6,13 +6,14 @@ import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gptutor import database
-from gptutor.api import accounts, completions, health, keys, middlewares, models, usage
+from gptutor import database, yookassa
+from gptutor.api import accounts, completions, health, keys, middlewares, models, payments, usage
 from gptutor.api.addresses import Counter, limit_addresses, networks
 from gptutor.api.body import BodyLimits, hold_invitation
 from gptutor.api.cors import cors, open_to_pages
@@ -64,6 +65,7 @@ PERSONAL: frozenset[Any] = frozenset(
         usage.list_usage,
         usage.sum_usage,
         usage.show_generation,
+        payments.create_payment,
     }
 )
 """The handlers of the account's own endpoints: a key, or a sign-in."""
@@ -83,6 +85,8 @@ ROUTES: list[tuple[str, str, middlewares.Handler]] = [
     ("GET", "/v1/usage", usage.list_usage),
     ("GET", "/v1/usage/totals", usage.sum_usage),
     ("GET", "/v1/generation", usage.show_generation),
+    ("POST", "/v1/payments", payments.create_payment),
+    ("POST", "/yookassa/webhook", payments.notified),
     ("GET", "/health", health.health),
     ("GET", "/ready", health.ready),
 ]
@@ -124,7 +128,9 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
     app[completions.DEFAULT_MODEL] = config.openrouter.default_model
 
     # Entered in this order, left in the reverse: money under way is closed before the sessions and the pool that it needs.
-    app.cleanup_ctx.extend([journal_context, database_context, upstream_context, slow_lane_context, exchanges_context])
+    app.cleanup_ctx.extend(
+        [journal_context, database_context, payments_context, upstream_context, slow_lane_context, exchanges_context]
+    )
     app.on_shutdown.append(close_the_door)
 
     for method, path, handler in ROUTES:
@@ -172,6 +178,28 @@ async def database_context(app: web.Application) -> AsyncIterator[None]:
         app[health.DATABASE] = connected
         app[middlewares.KEYRING] = KeyRing(connected, app[VAULT])
         yield
+
+
+async def payments_context(app: web.Application) -> AsyncIterator[None]:
+    """The cashier, with YooKassa behind it where it is set up."""
+    shop = app[CONFIG].yookassa
+    async with AsyncExitStack() as stack:
+        client = None
+        if shop.is_set:
+            client = await stack.enter_async_context(
+                yookassa.connected(
+                    shop_id=shop.shop_id,
+                    secret_key=shop.secret_key,
+                    base_url=shop.base_url,
+                    return_url=shop.return_url,
+                    timeout_s=shop.timeout_s,
+                )
+            )
+        app[payments.CASHIER] = payments.Cashier(
+            client, least_rub=shop.payment_min_rub, most_rub=shop.payment_max_rub, at_once=shop.at_once
+        )
+        yield
+        await app[payments.CASHIER].drain()
 
 
 async def upstream_context(app: web.Application) -> AsyncIterator[None]:

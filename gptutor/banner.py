@@ -18,6 +18,10 @@ def banner(config: Config, *, url: str, demo_key: str | None) -> str:
         f"  Logs               {config.paths.logs.resolve()}/combined-YYYY-MM-DD.log",
         f"  Documentation      make docs → http://{config.docs.host.replace('127.0.0.1', 'localhost')}:{config.docs.port}",
     ]
+    if config.admin.is_open:
+        lines.append(
+            f"  Administration     {config.admin.socket or f'http://localhost:{config.admin.port}'}, /admin and /metrics"
+        )
     if demo_key:
         lines += [
             f"  Demo key           {demo_key}",

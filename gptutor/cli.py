@@ -10,15 +10,20 @@ from typing import Any
 import typer
 
 from gptutor import config, database
+from gptutor.administration import Administration, ReasonMissing
+from gptutor.cli_export import export_app
+from gptutor.cli_keys import keys_app
 from gptutor.cli_users import user_app
-from gptutor.console import Json, fail, out, print_json, with_books
+from gptutor.console import Json, fail, out, print_json, progress, with_administration, with_books
 from gptutor.database import Database
 from gptutor.listener import StartError
 from gptutor.money.amounts import InvalidAmount, roubles
-from gptutor.money.bookings import AlreadyBooked
+from gptutor.money.bookings import AlreadyBooked, Uncovered
 from gptutor.money.invariants import check, load_invariants
 from gptutor.money.journal import JournalError
-from gptutor.money.reconciliation import reconcile
+from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
+from gptutor.money.limits import InvalidLimit
+from gptutor.money.reconciliation import WaitingHold, reconcile, sum_of, waiting_holds
 from gptutor.money.users import NoSuchUser
 from gptutor.openrouter.rim import UpstreamError
 from gptutor.openrouter.simulator.server import Simulator
@@ -36,19 +41,34 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+user_app.add_typer(keys_app)
 app.add_typer(user_app, name="user")
+app.add_typer(export_app, name="export")
+
+
+# Errors whose text is a sentence for the operator.
+SENTENCES = (
+    *(ConfigError, StartError, JournalError, database.MigrationError, database.DatabaseRefused),
+    *(InvalidAmount, InvalidLimit, ReasonMissing),
+)
 
 
 def main() -> None:
     """The entry point: an operator's mistake ends in a sentence and exit code 1, never in a traceback."""
     try:
         app()
-    except (ConfigError, StartError, InvalidAmount, JournalError, database.MigrationError, database.DatabaseRefused) as error:
+    except SENTENCES as error:
         fail(str(error))
-    except PermissionError as error:
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
         fail(f"{error.filename} cannot be used: {error.strerror}.")
     except NoSuchUser:
         fail("There is no user with this id. `gptutor user list` shows them all.")
+    except NoSuchKey:
+        fail("The user has no living key of this number. `gptutor user keys ID` shows them.")
+    except TooManyKeys:
+        fail(f"The user has {KEYS_MAX} living keys already; revoke one first.")
+    except Uncovered:
+        fail("Less is available than this refund would take. `gptutor user adjust` can take more.")
     except AlreadyBooked as error:
         fail(f"The reference {error} was booked before; nothing was changed.")
     except database.DatabaseUnavailable as error:
@@ -138,10 +158,46 @@ def reconcile_command(json: Json = False) -> None:
         return
     for day in found.days:
         out.print(f"{day.day}  ours {day.ours_usd:f}  OpenRouter {day.theirs_usd:f}  difference {day.difference_usd:f} dollars")
-    out.print(
-        f"{len(found.waiting)} holds wait for evidence, or were given up; together at most {roubles(found.at_most)} roubles:"
-    )
-    for hold in found.waiting:
+    _print_waiting(found.waiting)
+
+
+@app.command("holds")
+def holds_command(json: Json = False) -> None:
+    """List the holds whose cost is not known: they wait for evidence, or were given up."""
+    waiting = with_books(waiting_holds)
+    if json:
+        print_json({"waiting": [hold.as_json() for hold in waiting], "waitingAtMost": roubles(sum_of(waiting))})
+    else:
+        _print_waiting(waiting)
+
+
+@app.command("rekey")
+def rekey_command(json: Json = False) -> None:
+    """Seal the copies of all keys with GPTUTOR_SECRET_KEY anew, after it was changed. May be broken off, and run again."""
+
+    async def run(administration: Administration) -> tuple[int, int]:
+        done = unreadable = 0
+        with progress() as bar:
+            task = bar.add_task("keys", total=await administration.stale_copies())
+            async for done, unreadable in administration.rekey():
+                bar.update(task, completed=done + unreadable)
+        return done, unreadable
+
+    done, unreadable = with_administration(run)
+    if json:
+        print_json({"done": done, "unreadable": unreadable})
+        return
+    out.print(f"{done} copies are sealed with today's secret.")
+    if unreadable:
+        out.print(
+            f"{unreadable} copies are opened by no known secret: is one missing in security.old_secret_keys? Their keys go on "
+            "working, but cannot be shown any more."
+        )
+
+
+def _print_waiting(waiting: list[WaitingHold]) -> None:
+    out.print(f"{len(waiting)} holds wait for evidence, or were given up; together at most {roubles(sum_of(waiting))} roubles:")
+    for hold in waiting:
         out.print(
             f"  user {hold.account_id}  {hold.created_at:%Y-%m-%d %H:%M}  {hold.state}  at most {roubles(hold.amount)} roubles  "
             f"{hold.model}  {hold.generation_id or 'no name'}  request {hold.request_id}",

@@ -33,6 +33,8 @@ SECRETS = frozenset(
         "security.secret_key",
         "security.old_secret_keys",
         "vk.secret_key",
+        "admin.token",
+        "yookassa.secret_key",
         "openrouter.api_key",
         "openrouter.management_key",
         "openrouter.proxy",

@@ -1,18 +1,24 @@
 """What all commands share: how they print, how they fail, and how they reach the books."""
 
 import asyncio
+import os
+import pwd
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import orjson
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress
 
 from gptutor import config, database
+from gptutor.administration import Administration
 from gptutor.database import Database
 from gptutor.listener import StartError
+from gptutor.logs import logging_to
 from gptutor.money.vault import Vault
 from gptutor.serve import database_of
 
@@ -24,7 +30,7 @@ out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, soft_wrap=True)
 
 
-def with_books(work: Callable[[Database], Awaitable[T]], *, statement_s: float = 60) -> T:
+def with_books(work: Callable[[Database], Awaitable[T]], *, statement_s: float = 60, idle_s: float = 10) -> T:
     """Runs `work` on the service's database; the embedded one is started and brought up to date if need be."""
     settings = config.load()
 
@@ -33,16 +39,35 @@ def with_books(work: Callable[[Database], Awaitable[T]], *, statement_s: float =
             await database.migrate(url)
         elif pending := await database.pending_migrations(url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
-        async with database.connected(url, statement_s=statement_s) as books:
+        async with database.connected(url, statement_s=statement_s, idle_s=idle_s) as books:
             return await work(books)
 
     with database_of(settings) as grounded:
         return asyncio.run(run(grounded.database.url))
 
 
-def vault() -> Vault:
-    """For the keys that this command makes or shows. Raises ConfigError."""
-    return Vault(config.load().secret_keys())
+def with_administration(work: Callable[[Administration], Awaitable[T]], *, changes: bool = True) -> T:
+    """Runs `work` for the one at the keyboard. Where it `changes` something, its audit lines are in the service's own log when
+    this returns. Raises ConfigError."""
+    settings = config.load()
+    vault = Vault(settings.secret_keys())
+    lines = logging_to(settings.paths.logs, level="warning", retention_days=settings.logs.retention_days, stdout=False)
+    with lines if changes else nullcontext():
+        return with_books(lambda books: work(Administration(books, vault, f"cli:{os_user()}")))
+
+
+def os_user() -> str:
+    """Who runs this process, whatever the environment says."""
+    number = os.getuid()
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def progress() -> Progress:
+    """A bar on standard error; what is for a file or a program stays clean."""
+    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err, transient=not err.is_terminal)
 
 
 def print_json(value: Any) -> None:

@@ -17,6 +17,7 @@ import asyncpg
 
 SQL = Path(__file__).parent / "sql"
 ATTEMPTS_MAX = 8
+PAGE = 1000
 NAME_LINE = re.compile(r"^-- name: ([a-z_]+)\n", re.MULTILINE)
 
 Row = asyncpg.Record
@@ -87,6 +88,13 @@ class Database:
         rows = await self.fetch(statement, *arguments)
         return rows[0] if rows else None
 
+    async def pages(self, statement: str, *arguments: Any) -> AsyncIterator[list[Row]]:
+        """All rows of one snapshot, piece by piece, by a cursor of the server's: however many there are, few are in memory."""
+        async with self.snapshot() as connection:
+            cursor = await connection.cursor(STATEMENTS[statement], *arguments)
+            while rows := await cursor.fetch(PAGE):
+                yield rows
+
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Any]:
         """A connection that sees one moment of the database, read-only."""
@@ -134,10 +142,12 @@ async def connected(
     connections_max: int = 2,
     acquire_s: float = 10,
     statement_s: float = 60,
+    idle_s: float = 10,
 ) -> AsyncIterator[Database]:
     """Opens a pool on `url`, under a name that the server shows, and closes it at the end.
 
-    With `connections_min` 0 it opens even where nothing answers yet.
+    With `connections_min` 0 it opens even where nothing answers yet. A transaction may be idle for `idle_s` seconds: so long may
+    a reader of `pages` take for one of them.
 
     Raises DatabaseUnavailable, DatabaseRefused.
     """
@@ -153,7 +163,7 @@ async def connected(
                 "timezone": "UTC",
                 "statement_timeout": f"{statement_s * 1000:.0f}",
                 "lock_timeout": f"{min(statement_s, 2) * 1000:.0f}",
-                "idle_in_transaction_session_timeout": "10000",
+                "idle_in_transaction_session_timeout": f"{idle_s * 1000:.0f}",
             },
         )
     try:

@@ -42,6 +42,7 @@ KINDS: dict[str, Kind] = {
     "main_key_required": Kind(403, "Only the main API key or a sign-in may change keys"),
     "repeated_request": Kind(409, "A request with this Idempotency-Key was made before", DO_NOT_RETRY),
     "mismatched_request": Kind(422, "This Idempotency-Key was used for a different request", DO_NOT_RETRY),
+    "already_booked": Kind(409, "This reference was booked before", DO_NOT_RETRY),
     "moderated": Kind(403, "OpenRouter's moderation refused the request"),
     "rate_limited": Kind(429, "Too Many Requests"),
     "too_many_at_once": Kind(429, "Too many requests at the same time", SOON),
@@ -60,6 +61,7 @@ KINDS: dict[str, Kind] = {
     "database_unavailable": Kind(503, "Service temporarily unavailable", SOON),
     "not_ready": Kind(503, "Service is starting or stopping", SOON),
     "journal_unavailable": Kind(503, "Service temporarily unavailable", SOON),
+    "payments_unavailable": Kind(503, "The payment provider does not answer, try again later", SOON),
 }
 
 

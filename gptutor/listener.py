@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from aiohttp import web
@@ -36,17 +37,19 @@ def complain_calmly(loop: asyncio.AbstractEventLoop) -> None:
     loop.set_exception_handler(handle)
 
 
+Connecting = Callable[[web.Server], web.RequestHandler]
+"""Makes the protocol of a connection; by default aiohttp's own."""
+
+
 @asynccontextmanager
 async def listening_on(
-    runner: web.AppRunner, host: str, port: int, connection: Callable[[web.Server], web.RequestHandler] = web.Server.__call__
+    runner: web.AppRunner, host: str, port: int, connection: Connecting = web.Server.__call__
 ) -> AsyncIterator[str]:
     """Sets the runner's application up and listens; gives the address. Cleans up at the end, and after a failed start as well.
 
-    Port 0 takes any free one. `connection` makes the protocol of a connection; aiohttp's own by default. Raises StartError.
+    Port 0 takes any free one. Raises StartError.
     """
-    try:
-        await runner.setup()
-        protocol = functools.partial(connection, cast("web.Server", runner.server))
+    async with _set_up(runner, connection) as protocol:
         try:
             listener = await asyncio.get_running_loop().create_server(protocol, host, port, reuse_address=True, backlog=BACKLOG)
         except OSError as error:
@@ -56,5 +59,28 @@ async def listening_on(
             yield f"http://{shown}:{listener.sockets[0].getsockname()[1]}"
         finally:
             listener.close()
+
+
+@asynccontextmanager
+async def listening_at(runner: web.AppRunner, path: Path, connection: Connecting = web.Server.__call__) -> AsyncIterator[None]:
+    """The same on a Unix socket, which its owner and his group may use. Raises StartError."""
+    async with _set_up(runner, connection) as protocol:
+        try:
+            listener = await asyncio.get_running_loop().create_unix_server(protocol, path, backlog=BACKLOG)
+            path.chmod(0o660)  # noqa: ASYNC240 - a moment, at the start
+        except OSError as error:
+            raise StartError(f"Cannot listen on the socket {path}: {error.strerror or error}.") from error
+        try:
+            yield
+        finally:
+            listener.close()
+            path.unlink(missing_ok=True)  # noqa: ASYNC240 - a moment, at the end
+
+
+@asynccontextmanager
+async def _set_up(runner: web.AppRunner, connection: Connecting) -> AsyncIterator[Callable[[], web.RequestHandler]]:
+    try:
+        await runner.setup()
+        yield functools.partial(connection, cast("web.Server", runner.server))
     finally:
         await runner.cleanup()

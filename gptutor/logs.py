@@ -7,6 +7,7 @@ a request's two lines: no key, no message text, no signature can reach a line, b
 import datetime
 import logging
 import logging.handlers
+import os
 import queue
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 WIRE.addFilter(_without_traceback)
+AUDIT = logging.getLogger("gptutor.audit")
+"""Who changed what. Its lines are written at every `logs.level`."""
+AUDIT.setLevel(logging.INFO)
 
 
 class LoggerService:
@@ -105,6 +109,35 @@ class LoggerService:
         )
 
 
+def audit(
+    who: str,
+    what: str,
+    *,
+    user_id: int | None = None,
+    amount_rub: str | None = None,
+    reference: str | None = None,
+    reason: str | None = None,
+    key: str | None = None,
+    limits: dict[str, object] | None = None,
+) -> None:
+    """One line for each change by hand or by a payment. Of a key there is only what may be shown."""
+    AUDIT.info(
+        "Audit: %s",
+        what,
+        extra={
+            "type": "audit",
+            "who": who,
+            "what": what,
+            "userId": None if user_id is None else str(user_id),
+            "amount": amount_rub,
+            "reference": reference,
+            "reason": reason,
+            "key": key,
+            **({} if limits is None else {"limits": limits}),
+        },
+    )
+
+
 class DailyFileHandler(logging.StreamHandler[IO[str]]):
     """Writes to `combined-YYYY-MM-DD.log` of the current day (UTC), and deletes files older than the retention."""
 
@@ -130,7 +163,12 @@ class DailyFileHandler(logging.StreamHandler[IO[str]]):
         super().close()
 
     def _open(self) -> IO[str]:
-        return (self._directory / f"combined-{self._day:%Y-%m-%d}.log").open("a", encoding="utf-8")
+        path = self._directory / f"combined-{self._day:%Y-%m-%d}.log"
+        file = path.open("a", encoding="utf-8")
+        owner = self._directory.stat()
+        if os.geteuid() == 0 != owner.st_uid:
+            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)  # a command run by root must not shut the service out
+        return file
 
     def _prune(self) -> None:
         oldest = f"combined-{self._day - self._retention:%Y-%m-%d}.log"

@@ -33,6 +33,11 @@ UPSTREAM_ACCOUNT = Counter(
     ["status"],
 )
 CATALOGUE_AGE = Gauge("gptutor_catalogue_age_seconds", "Since the model list was read from OpenRouter.")
+PAYMENT_NOTIFICATIONS = Counter(
+    "gptutor_payment_notifications",
+    "Notifications of the payment provider, by outcome: booked, nothing, unavailable, conflict.",
+    ["outcome"],
+)
 
 
 async def show(request: web.Request) -> web.Response:

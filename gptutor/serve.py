@@ -8,17 +8,20 @@ import asyncio
 import functools
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
 
 import msgspec
 from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from gptutor import database
+from gptutor.admin.app import build_admin
 from gptutor.api.connection import Connection
 from gptutor.app import build_app
 from gptutor.banner import banner
-from gptutor.listener import StartError, complain_calmly, listening_on
+from gptutor.listener import Connecting, StartError, complain_calmly, listening_at, listening_on
 from gptutor.logs import WIRE, logging_to
 from gptutor.metrics import build_metrics
 from gptutor.money.amounts import parse_roubles
@@ -79,6 +82,9 @@ async def serve(config: Config) -> None:
             if config.metrics.port:
                 runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
                 await stack.enter_async_context(listening_on(runner, config.metrics.host, config.metrics.port))
+            if config.admin.is_open:
+                admin = build_admin(grounded, log=log, secrets=secrets)
+                await stack.enter_async_context(administering(admin, grounded))
             demo_key = await demo_user(grounded, Vault(secrets)) if config.embedded and config.simulated else None
             print(banner(config, url=url, demo_key=demo_key), flush=True)
             await stop.wait()
@@ -104,7 +110,13 @@ async def listening(app: web.Application, server: Server) -> AsyncIterator[str]:
         handler_cancellation=True,
         shutdown_timeout=server.shutdown_s / 2,  # aiohttp waits for it twice
     )
-    connection = functools.partial(
+    async with listening_on(runner, server.host, server.port, connection_of(server)) as url:
+        yield url
+
+
+def connection_of(server: Server) -> Connecting:
+    """Makes a caller's connection, with its limits."""
+    return functools.partial(
         Connection,
         loop=asyncio.get_running_loop(),
         header_s=server.header_s,
@@ -117,8 +129,20 @@ async def listening(app: web.Application, server: Server) -> AsyncIterator[str]:
         access_log=None,
         logger=WIRE,
     )
-    async with listening_on(runner, server.host, server.port, connection) as url:
-        yield url
+
+
+@asynccontextmanager
+async def administering(app: web.Application, config: Config) -> AsyncIterator[None]:
+    """The administrator's listener, on its socket or its port of this machine. Raises StartError."""
+    runner = web.AppRunner(app, shutdown_timeout=1)  # who hangs up does not undo: what is done has its audit line
+    connection = connection_of(config.server)
+    listener: AbstractAsyncContextManager[Any] = (
+        listening_at(runner, Path(config.admin.socket), connection)
+        if config.admin.socket
+        else listening_on(runner, "127.0.0.1", config.admin.port, connection)
+    )
+    async with listener:
+        yield
 
 
 @asynccontextmanager

@@ -22,6 +22,8 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Secret = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*\Z")]
 
+NAMED_FORM = r"(?:(?P<name>[a-z][a-z0-9_-]{0,31}):)?(?P<secret>[!-9;-~]{32,256})"
+
 
 class ConfigError(Exception):
     """A setting is unknown, impossible or missing; the text is a sentence for the operator."""
@@ -78,6 +80,35 @@ class Logs(Section, frozen=True):
 class Metrics(Section, frozen=True):
     host: Name = "127.0.0.1"
     port: Port = 0
+
+
+class Admin(Section, frozen=True):
+    socket: str = ""
+    port: Port = 0
+    token: str = ""
+
+    def __post_init__(self) -> None:
+        if self.socket and self.port:
+            raise ValueError("admin.socket and admin.port must be set one without the other: there is one listener")
+        if (self.socket or self.port) and not self.token.strip():
+            raise ValueError("admin.token must be set: the administrator's listener opens to nobody without one")
+        forms = [re.fullmatch(NAMED_FORM, text) for text in self.token.split()]
+        if not all(forms):
+            raise ValueError(
+                "admin.token must be tokens of at least 32 characters, each alone or as name:token (openssl rand -hex 32)"
+            )
+        if len(self.tokens) < len(forms):
+            raise ValueError("admin.token must be tokens with a name each, if there are several")
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.socket or self.port)
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """By name; a token without one is called `admin`."""
+        forms = [re.fullmatch(NAMED_FORM, text) for text in self.token.split()]
+        return {form["name"] or "admin": form["secret"] for form in forms if form}
 
 
 class Database(Section, frozen=True):
@@ -191,6 +222,33 @@ class Vk(Section, frozen=True):
             raise ValueError(f"vk.bonus_rub must be a number from 0 to 1000000, not {self.bonus_rub}")
 
 
+class Yookassa(Section, frozen=True):
+    shop_id: str = ""
+    secret_key: str = ""
+    return_url: Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?$")] = ""
+    payment_min_rub: Decimal = Decimal(10)
+    payment_max_rub: Decimal = Decimal(100_000)
+    base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?$")] = "https://api.yookassa.ru/v3"
+    timeout_s: Seconds = 10
+    at_once: Count = 8
+
+    def __post_init__(self) -> None:
+        given = [bool(text.strip()) for text in (self.shop_id, self.secret_key, self.return_url)]
+        if any(given) and not all(given):
+            raise ValueError(
+                "yookassa.shop_id, yookassa.secret_key and yookassa.return_url must be set together, or none of them"
+            )
+        for amount in (self.payment_min_rub, self.payment_max_rub):
+            if not (amount.is_finite() and 1 <= amount <= 10_000_000 and amount == round(amount, 2)):
+                raise ValueError(f"yookassa.payment_min_rub and payment_max_rub must be roubles and kopecks from 1, not {amount}")
+        if self.payment_min_rub > self.payment_max_rub:
+            raise ValueError("yookassa.payment_min_rub must be no more than payment_max_rub")
+
+    @property
+    def is_set(self) -> bool:
+        return bool(self.shop_id)
+
+
 class Simulator(Section, frozen=True):
     host: Name = "127.0.0.1"
     port: Port = 3002
@@ -208,6 +266,7 @@ class Config(Section, frozen=True):
     paths: Paths = Paths()
     logs: Logs = Logs()
     metrics: Metrics = Metrics()
+    admin: Admin = Admin()
     database: Database = Database()
     openrouter: OpenRouter = OpenRouter()
     billing: Billing = Billing()
@@ -216,6 +275,7 @@ class Config(Section, frozen=True):
     recovery: Recovery = Recovery()
     security: Security = Security()
     vk: Vk = Vk()
+    yookassa: Yookassa = Yookassa()
     simulator: Simulator = Simulator()
     docs: Docs = Docs()
 

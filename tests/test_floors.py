@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "gptutor"
 FORBIDDEN = {
     "gptutor.money": ("gptutor.api", "gptutor.openrouter", "gptutor.web", "aiohttp", "aiohttp_sse"),
     "gptutor.openrouter": ("gptutor.api", "gptutor.money", "gptutor.web", "gptutor.database", "asyncpg"),
+    "gptutor.api": ("gptutor.admin", "gptutor.cli", "gptutor.console"),
+    "gptutor.yookassa": ("gptutor.api", "gptutor.money", "gptutor.openrouter", "gptutor.database", "asyncpg"),
     "gptutor.web": ("gptutor.money", "gptutor.openrouter", "gptutor.database"),
 }
 # pure modules → the only modules of ours that they may import

@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,11 @@ def test_every_record_is_one_json_line_written_before_the_end(tmp_path: Path, ca
     assert second["level"] == "error"
     assert "ValueError: a\nb" in second["exc_info"]
     assert capsys.readouterr().out == path.read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_command_run_by_root_does_not_shut_the_service_out(tmp_path: Path) -> None:
+    os.chown(tmp_path, 12345, 12345)
+    DailyFileHandler(tmp_path, retention_days=1).close()
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_uid == 12345

@@ -1,5 +1,6 @@
 """The hand-written SQL: every statement is valid on the migrated schema, used, and typed as its door calls it."""
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def _code(text: str) -> str:
 
 
 def test_every_statement_is_used_and_every_used_one_exists() -> None:
-    used = {name for text in SOURCES.values() for name in re.findall(r'(?:fetch|fetchrow)\(\s*"([a-z_]+)"', text)}
+    used = {name for text in SOURCES.values() for name in re.findall(r'(?:fetch|fetchrow|pages)\(\s*"([a-z_]+)"', text)}
     used |= {name for text in SOURCES.values() for name in re.findall(r'STATEMENTS\["([a-z_]+)"\]', text)}
     assert used == set(STATEMENTS)
 
@@ -54,6 +55,7 @@ def test_a_name_that_stands_twice_stops_the_start(tmp_path: Path) -> None:
 
 
 async def test_migrations_are_applied_once_and_their_text_is_remembered(postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row operator-4: a second run finds nothing to do."""
     url = postgres.replace("/postgres?", "/migrations?")
     server = await asyncpg.connect(postgres)
     await server.execute("CREATE DATABASE migrations")
@@ -74,7 +76,19 @@ async def test_migrations_are_applied_once_and_their_text_is_remembered(postgres
     await server.close()
 
 
+async def test_two_migrators_at_once_apply_each_migration_once(postgres: str) -> None:
+    """Row operator-4: one waits for the other, and finds its work done."""
+    url = postgres.replace("/postgres?", "/migrations_at_once?")
+    server = await asyncpg.connect(postgres)
+    await server.execute("CREATE DATABASE migrations_at_once")
+    applied = await asyncio.gather(*(migrate(url) for _ in range(4)))
+    assert sorted(name for names in applied for name in names) == [migration.name for migration in load_migrations()]
+    await server.execute("DROP DATABASE migrations_at_once WITH (FORCE)")
+    await server.close()
+
+
 async def test_a_failing_migration_leaves_nothing_behind(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row operator-4: half a migration is none."""
     broken = database.Migration("9999_broken", "CREATE TABLE half (id integer); SELECT nonsense;")
     monkeypatch.setattr(database, "load_migrations", lambda: [*load_migrations(), broken])
     with pytest.raises(asyncpg.PostgresError):

@@ -73,7 +73,7 @@ async def _speaker(request: web.Request) -> tuple[User, bool]:
         user, _ = await request.app[VK_DOOR].admit(users, token)
         return user, True
     claim = parse_key(token)
-    key = await request.app[KEYRING].find(claim) if claim is not None else None
+    key = await request.app[KEYRING].opened_by(claim) if claim is not None else None
     if claim is None or key is None:
         raise Refusal("invalid_key")
     try:

@@ -79,9 +79,7 @@ async def limit_key(request: web.Request) -> web.Response:
     form = await _form(request, KeyLimits)
     keyring, account_id, key_id = request.app[KEYRING], request[USER].account_id, int(request.match_info["key_id"])
     try:
-        before = next((key for key in await keyring.list(account_id) if key.key_id == key_id), None)
-        if before is None:
-            raise NoSuchKey(key_id)
+        before = await keyring.find(account_id, key_id)
         changed = await keyring.limit(account_id, key_id, limits_after(form, before.limits))
     except NoSuchKey:
         _unknown()

@@ -36,6 +36,14 @@ def parse_roubles(text: str) -> Nano:
     return Nano(nano)
 
 
+def parse_positive(text: str, *, or_zero: bool = False) -> Nano:
+    """An amount to give or to take. Raises InvalidAmount."""
+    amount = parse_roubles(text)
+    if amount < 0 or (amount == 0 and not or_zero):
+        raise InvalidAmount(f"{text[:40]} must be {'zero or more' if or_zero else 'more than zero'}")
+    return amount
+
+
 def roubles(nano: int) -> str:
     """99 500 000 000 → `"99.5"`, exact, never in exponent form."""
     sign = "-" if nano < 0 else ""

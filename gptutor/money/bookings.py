@@ -3,14 +3,15 @@ entries."""
 
 import datetime
 import uuid
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
 
-from gptutor.database import ConstraintViolated, Database
-from gptutor.money.amounts import AccountId, Nano
+from gptutor.database import ConstraintViolated, Database, Row
+from gptutor.money.amounts import AccountId, InvalidAmount, Nano
 from gptutor.money.holds import new_id
-from gptutor.money.users import User, user_of
+from gptutor.money.users import NoSuchUser, User, UserRepository
 
 EntryKind = Literal["charge", "topup", "refund", "adjustment", "bonus"]
 
@@ -20,6 +21,21 @@ CONTRA: dict[str, str] = {"topup": "payments", "refund": "payments", "adjustment
 
 class AlreadyBooked(Exception):
     """An entry with this reference exists: the booking was made before, and is not repeated."""
+
+
+class Uncovered(Exception):
+    """Less is available than would be taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Booking:
+    """What is known of an entry by the reference of its payment."""
+
+    account_id: AccountId
+    entry_id: uuid.UUID
+    kind: EntryKind
+    amount: Nano
+    created_at: datetime.datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,36 +56,100 @@ class Entry:
 class Bookings:
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._users = UserRepository(database)
 
     async def book(
-        self, account_id: AccountId, kind: EntryKind, amount: Nano, *, reason: str = "", reference: str | None = None
+        self,
+        account_id: AccountId,
+        kind: EntryKind,
+        amount: Nano,
+        *,
+        reason: str = "",
+        reference: str | None = None,
+        covered: bool = False,
     ) -> User:
-        """Raises NoSuchUser, AlreadyBooked: a reference names one payment, whoever's account it was booked on."""
-        if reference is not None and await self._database.fetchrow("find_reference", reference):
-            raise AlreadyBooked(reference)
-        try:
-            row = await self._database.fetchrow("book_entry", account_id, new_id(), kind, amount, CONTRA[kind], reason, reference)
-        except ConstraintViolated as violation:
-            if violation.name == "ledger_reference_is_booked_once":
-                raise AlreadyBooked(reference) from violation
-            raise
-        return user_of(row)
+        """The account after it. `covered`: what is taken must be available.
 
-    async def entries(self, account_id: AccountId, limit: int) -> list[Entry]:
-        """The newest entries, newest first."""
-        return [
-            Entry(
-                entry_id=row["entry_id"],
-                kind=row["kind"],
-                amount=Nano(row["amount_nano"]),
-                contra=row["contra"],
-                reason=row["reason"],
-                reference=row["reference"],
-                model=row["model"],
-                generation_id=row["generation_id"],
-                cost_usd=row["cost_usd"],
-                rub_per_usd=row["rub_per_usd"],
-                created_at=row["created_at"],
+        Raises NoSuchUser, Uncovered, InvalidAmount, and AlreadyBooked: a reference names one payment, whoever's account it was
+        booked on.
+        """
+        _, is_new = await self._book(account_id, kind, amount, reason=reason, reference=reference, covered=covered)
+        if not is_new:
+            raise AlreadyBooked(reference)
+        return await self._users.find(account_id)
+
+    async def book_once(
+        self, account_id: AccountId, kind: EntryKind, amount: Nano, *, reference: str, reason: str = ""
+    ) -> tuple[Booking, bool]:
+        """The entry of this reference, made now or before; and whether now.
+
+        Raises NoSuchUser, InvalidAmount, and AlreadyBooked where the entry made before is another one: of another account, kind
+        or amount.
+        """
+        booking, is_new = await self._book(account_id, kind, amount, reason=reason, reference=reference)
+        if (booking.account_id, booking.kind, booking.amount) != (account_id, kind, amount):
+            raise AlreadyBooked(reference)
+        return booking, is_new
+
+    async def _book(
+        self,
+        account_id: AccountId,
+        kind: EntryKind,
+        amount: Nano,
+        *,
+        reason: str,
+        reference: str | None,
+        covered: bool = False,
+    ) -> tuple[Booking, bool]:
+        try:
+            row = await self._database.fetchrow(
+                "book_entry", account_id, new_id(), kind, amount, CONTRA[kind], reason, reference, covered
             )
-            for row in await self._database.fetch("list_entries", account_id, limit)
-        ]
+        except ConstraintViolated as violation:
+            if violation.name == "ledger_reference_is_booked_once":  # by a process of the version before
+                raise AlreadyBooked(reference) from violation
+            if violation.name == "balance_is_bounded":
+                raise InvalidAmount("the balance would become larger than any that can be kept") from violation
+            raise
+        if row is None:
+            raise NoSuchUser
+        if row["outcome"] == "uncovered":
+            raise Uncovered
+        return booking_of(row), row["outcome"] == "booked"
+
+    async def find(self, reference: str) -> Booking | None:
+        """The entry that has the reference."""
+        row = await self._database.fetchrow("find_reference", reference)
+        return None if row is None else booking_of(row)
+
+    async def entries(self, account_id: AccountId, limit: int, *, before: uuid.UUID | None = None) -> list[Entry]:
+        """The newest entries, newest first; the next page comes with the last entry of the one before it."""
+        rows = await self._database.fetch("list_entries", account_id, limit, before)
+        return [entry_of(row) for row in rows]
+
+    async def export(
+        self, first: datetime.date | None, last: datetime.date | None, account_id: AccountId | None
+    ) -> AsyncGenerator[list[tuple[AccountId, Entry]], None]:
+        """The entries of these UTC days, both included, by account and time, in pieces of one snapshot."""
+        async for rows in self._database.pages("export_entries", first, last, account_id):
+            yield [(AccountId(row["account_id"]), entry_of(row)) for row in rows]
+
+
+def booking_of(row: Row) -> Booking:
+    return Booking(AccountId(row["account_id"]), row["entry_id"], row["kind"], Nano(row["amount_nano"]), row["created_at"])
+
+
+def entry_of(row: Row) -> Entry:
+    return Entry(
+        entry_id=row["entry_id"],
+        kind=row["kind"],
+        amount=Nano(row["amount_nano"]),
+        contra=row["contra"],
+        reason=row["reason"],
+        reference=row["reference"],
+        model=row["model"],
+        generation_id=row["generation_id"],
+        cost_usd=row["cost_usd"],
+        rub_per_usd=row["rub_per_usd"],
+        created_at=row["created_at"],
+    )

@@ -138,7 +138,7 @@ class KeyRing:
         )
         if row is None or not row["found"]:
             raise NoSuchKey(key_id)
-        return next(key for key in await self.list(account_id) if key.key_id == key_id)
+        return await self.find(account_id, key_id)
 
     async def revoke(self, account_id: AccountId, key_id: int) -> None:
         """Takes effect with the next request, in every process. Raises NoSuchKey."""
@@ -147,12 +147,24 @@ class KeyRing:
 
     async def is_alive(self, claim: KeyClaim) -> bool:
         """Whether the key is known, and neither it nor its account is out of use."""
-        return await self.find(claim) is not None
+        return await self.opened_by(claim) is not None
 
-    async def find(self, claim: KeyClaim) -> LiveKey | None:
+    async def opened_by(self, claim: KeyClaim) -> LiveKey | None:
         """The key, if it is known, and neither it nor its account is out of use."""
         row = await self._database.fetchrow("find_live_key", claim.account_id, claim.key_hash)
         return None if row is None else LiveKey(row["key_id"], row["is_main"])
+
+    async def find(self, account_id: AccountId, key_id: int) -> Key:
+        """Raises NoSuchKey."""
+        for key in await self.list(account_id):
+            if key.key_id == key_id:
+                return key
+        raise NoSuchKey(key_id)
+
+    async def stale_copies(self) -> int:
+        """How many copies `rekey` has before it."""
+        row = await self._database.fetchrow("count_copies", self._vault.secret_id)
+        return row["copies"] if row else 0
 
     async def rekey(self) -> AsyncIterator[tuple[int, int]]:
         """Seals every copy anew with the first secret; may be broken off and resumed. Yields (done, unreadable) after a page."""

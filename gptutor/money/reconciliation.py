@@ -5,7 +5,7 @@ book it.
 """
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -39,6 +39,17 @@ class WaitingHold:
     generation_id: str | None
     created_at: datetime.datetime
 
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "userId": self.account_id,
+            "state": self.state,
+            "atMost": roubles(self.amount),
+            "model": self.model,
+            "requestId": self.request_id,
+            "generationId": self.generation_id,
+            "createdAt": self.created_at,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
@@ -47,7 +58,7 @@ class Reconciliation:
 
     @property
     def at_most(self) -> Nano:
-        return Nano(sum(hold.amount for hold in self.waiting))
+        return sum_of(self.waiting)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -60,18 +71,7 @@ class Reconciliation:
                 }
                 for day in self.days
             ],
-            "waiting": [
-                {
-                    "userId": hold.account_id,
-                    "state": hold.state,
-                    "atMost": roubles(hold.amount),
-                    "model": hold.model,
-                    "requestId": hold.request_id,
-                    "generationId": hold.generation_id,
-                    "createdAt": hold.created_at,
-                }
-                for hold in self.waiting
-            ],
+            "waiting": [hold.as_json() for hold in self.waiting],
             "waitingAtMost": roubles(self.at_most),
         }
 
@@ -82,7 +82,12 @@ async def reconcile(database: Database, theirs_usd: Mapping[datetime.date, Decim
     for day in sorted(theirs_usd, reverse=True):
         row = await database.fetchrow("cost_of_day", day)
         days.append(Day(day, row["cost_usd"] if row else Decimal(0), theirs_usd[day]))
-    waiting = [
+    return Reconciliation(days, await waiting_holds(database))
+
+
+async def waiting_holds(database: Database) -> list[WaitingHold]:
+    """Holds that wait for evidence of what they bought, or were given up; the oldest first. Raises DatabaseUnavailable."""
+    return [
         WaitingHold(
             AccountId(row["account_id"]),
             row["state"],
@@ -94,4 +99,8 @@ async def reconcile(database: Database, theirs_usd: Mapping[datetime.date, Decim
         )
         for row in await database.fetch("list_waiting_holds")
     ]
-    return Reconciliation(days, waiting)
+
+
+def sum_of(holds: Iterable[WaitingHold]) -> Nano:
+    """The most that they may have cost together."""
+    return Nano(sum(hold.amount for hold in holds))

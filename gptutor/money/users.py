@@ -1,6 +1,7 @@
 """Accounts: `UserRepository`, the typed doors of `sql/queries/accounts.sql` and `identities.sql`."""
 
 import datetime
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from gptutor.money.holds import new_id
 
 PAGE = 500
 NOTHING = Nano(0)
+KEY_BEGINNING = re.compile(r"(sk-user-[0-9]+(?:-[a-z2-7]{0,4})?)[a-z2-7]*")
 
 
 class NoSuchUser(LookupError):
@@ -54,6 +56,17 @@ class UserRepository:
         """Who the account is outside: provider and subject."""
         return [(row["provider"], row["subject"]) for row in await self._database.fetch("list_identities", account_id)]
 
+    async def search(self, query: str) -> list[User]:
+        """Accounts that an administrator may mean: by id, by VK's id, by a key or its beginning as it is shown."""
+        number = query if query.isascii() and query.isdigit() and len(query) <= 18 else None
+        key = KEY_BEGINNING.fullmatch(query.rstrip("…"))
+        if number is None and key is None:
+            return []
+        rows = await self._database.fetch(
+            "find_accounts", None if number is None else int(number), number, None if key is None else f"{key[1]}%"
+        )
+        return [user_of(row) for row in rows]
+
     async def find(self, account_id: AccountId) -> User:
         """Raises NoSuchUser."""
         return user_of(await self._database.fetchrow("find_account", account_id))
@@ -61,10 +74,14 @@ class UserRepository:
     async def all(self) -> AsyncIterator[User]:
         """Every account, by id, read in pages."""
         last = 0
-        while rows := await self._database.fetch("list_accounts", last, PAGE):
-            for row in rows:
-                yield user_of(row)
-            last = rows[-1]["account_id"]
+        while users := await self.page(last, PAGE):
+            for user in users:
+                yield user
+            last = users[-1].account_id
+
+    async def page(self, after: int, limit: int) -> list[User]:
+        """Accounts with ids above `after`, by id."""
+        return [user_of(row) for row in await self._database.fetch("list_accounts", after, limit)]
 
     async def set_active(self, account_id: AccountId, active: bool) -> User:
         """Takes effect with the next request, in every process (contract D6). Raises NoSuchUser."""

@@ -40,3 +40,31 @@ SET
     updated_at = now()
 WHERE account_id = $1::bigint
 RETURNING account_id, name, balance_nano, held_nano, is_active, created_at, updated_at;
+
+-- name: find_accounts
+-- Accounts that may be meant: by the id $1, by VK's id $2, by the beginning of a key $3, a LIKE pattern; each NULL if it is not
+-- given. At most 100.
+WITH meant AS (
+    SELECT $1::bigint AS account_id
+    UNION
+    SELECT identities.account_id
+    FROM identities
+    WHERE identities.provider = 'vk' AND identities.subject = $2::text
+    UNION
+    SELECT api_keys.account_id
+    FROM api_keys
+    WHERE api_keys.shown LIKE $3::text
+)
+
+SELECT
+    accounts.account_id,
+    accounts.name,
+    accounts.balance_nano,
+    accounts.held_nano,
+    accounts.is_active,
+    accounts.created_at,
+    accounts.updated_at
+FROM accounts
+INNER JOIN meant ON accounts.account_id = meant.account_id
+ORDER BY accounts.account_id
+LIMIT 100;

@@ -94,6 +94,12 @@ WHERE secret_id <> $1::text AND revoked_at IS NULL AND (account_id, key_id) > ($
 ORDER BY account_id, key_id
 LIMIT $4::integer;
 
+-- name: count_copies
+-- How many living keys have a copy that another secret than $1 opens. One row.
+SELECT count(*) AS copies
+FROM api_keys
+WHERE secret_id <> $1::text AND revoked_at IS NULL;
+
 -- name: replace_copy
 -- $1 account, $2 key, $3 the secret that opens the copy now; $4 the new copy, $5 the secret that opens it.
 UPDATE api_keys

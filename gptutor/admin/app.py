@@ -1,0 +1,79 @@
+"""The administrator's application: `/admin/*` and `/metrics`, on a listener of its own (`admin.socket` or `admin.port`)."""
+
+from collections.abc import AsyncIterator, Sequence
+
+from aiohttp import web
+
+from gptutor import database, metrics
+from gptutor.admin import money, users
+from gptutor.admin.answers import told
+from gptutor.admin.door import VAULT, let_in
+from gptutor.api import middlewares
+from gptutor.api.body import hold_invitation
+from gptutor.api.forms import LIMITS
+from gptutor.api.health import DATABASE
+from gptutor.logs import LoggerService
+from gptutor.money.vault import Vault
+from gptutor.settings import Config
+
+CONFIG = web.AppKey("admin_config", Config)
+CONNECTIONS_MAX = 3
+"""A pool of its own: an export that is read slowly takes none from those who pay."""
+STATEMENT_S = 300
+IDLE_S = 60
+USER = r"/admin/users/{user_id:[1-9][0-9]{0,17}}"
+KEY = USER + r"/keys/{key_id:[1-9][0-9]{0,17}}"
+
+
+def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
+    """`config.database.url` names a real database here, as for `build_app`."""
+    app = web.Application(
+        client_max_size=LIMITS.bytes_max,
+        middlewares=[
+            middlewares.request_id,
+            middlewares.access_log(log),
+            middlewares.errors,
+            let_in(config.admin.tokens),  # before it is known whether there is such a path
+            middlewares.body_limit(LIMITS.bytes_max),
+            told,
+        ],
+    )
+    app.on_response_prepare.append(middlewares.name_response)
+    app[CONFIG] = config
+    app[VAULT] = Vault(secrets)
+    app.cleanup_ctx.append(database_context)
+    app.add_routes(
+        [
+            web.get("/admin/users", users.list_users),
+            web.post("/admin/users", users.create_user, expect_handler=hold_invitation),
+            web.get(USER, users.show_user),
+            web.post(USER + "/activate", users.activate_user),
+            web.post(USER + "/deactivate", users.deactivate_user),
+            web.get(USER + "/keys", users.list_keys),
+            web.post(USER + "/keys", users.issue_key, expect_handler=hold_invitation),
+            web.patch(KEY, users.limit_key, expect_handler=hold_invitation),
+            web.delete(KEY, users.revoke_key),
+            web.get(USER + "/ledger", money.ledger),
+            web.post(USER + "/bookings", money.book, expect_handler=hold_invitation),
+            web.post("/admin/payments", money.pay, expect_handler=hold_invitation),
+            web.get("/admin/holds", money.holds),
+            web.get("/admin/export/ledger", money.export_ledger),
+            web.get("/metrics", metrics.show),
+        ]
+    )
+    return app
+
+
+async def database_context(app: web.Application) -> AsyncIterator[None]:
+    limits = app[CONFIG].database
+    async with database.connected(
+        limits.url,
+        name="gptutor admin",
+        connections_min=0,
+        connections_max=CONNECTIONS_MAX,
+        acquire_s=limits.acquire_s,
+        statement_s=STATEMENT_S,
+        idle_s=IDLE_S,
+    ) as connected:
+        app[DATABASE] = connected
+        yield

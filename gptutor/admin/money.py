@@ -1,0 +1,116 @@
+"""`/admin/…/bookings`, `ledger`, `holds`, `export`, `payments`: what has changed balances, and changing them."""
+
+import logging
+import uuid
+from contextlib import aclosing
+from decimal import Decimal
+from typing import Annotated
+
+import msgspec
+from aiohttp import web
+
+from gptutor.admin.answers import data
+from gptutor.admin.asked import account, day, number
+from gptutor.admin.door import hands
+from gptutor.administration import REASON_MAX, REFERENCE_MAX, BookingKind
+from gptutor.api.forms import read_form
+from gptutor.api.health import DATABASE
+from gptutor.errors import Refusal
+from gptutor.money.amounts import AccountId, parse_positive, parse_roubles, roubles
+from gptutor.money.reconciliation import sum_of, waiting_holds
+from gptutor.records import booking_json, csv_head, csv_lines, entry_json, user_json
+
+LOGGER = logging.getLogger("gptutor.admin")
+PAGE = 100
+PAGE_MAX = 1000
+LINE = r"^[^\x00-\x1f\x7f]*$"
+
+Reason = Annotated[str, msgspec.Meta(max_length=REASON_MAX, pattern=LINE)]
+Reference = Annotated[str, msgspec.Meta(min_length=1, max_length=REFERENCE_MAX, pattern=LINE)]
+
+
+class NewBooking(msgspec.Struct, forbid_unknown_fields=True):
+    """`amount` in roubles, exact: a text or a number. Only an adjustment may be negative."""
+
+    kind: BookingKind
+    amount: Decimal
+    reason: Reason = ""
+    reference: Reference | None = None
+
+
+class NewPayment(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
+    """A payment that a provider has taken for a user, who is named by one of the two ids."""
+
+    amount: Decimal
+    reference: Reference
+    provider: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,32}$")]
+    user_id: Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | None = None
+    vk_id: Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | None = None
+
+
+async def book(request: web.Request) -> web.Response:
+    form = await read_form(request, NewBooking)
+    amount = parse_roubles(str(form.amount))
+    user = await hands(request).book(account(request), form.kind, amount, reason=form.reason, reference=form.reference)
+    return data(user_json(user), 201)
+
+
+async def pay(request: web.Request) -> web.Response:
+    """The same answer however often a payment is told of; 409 if its reference was booked as another payment."""
+    form = await read_form(request, NewPayment)
+    if (form.user_id is None) == (form.vk_id is None):
+        raise Refusal("invalid_request", "A payment names its user by userId or by vkId, and by one of them only")
+    administration = hands(request)
+    if form.user_id is None:
+        account_id = (await administration.users.find_person("vk", str(form.vk_id))).account_id
+    else:
+        account_id = AccountId(form.user_id)
+    reference = f"{form.provider}:{form.reference}"
+    booking = await administration.pay(account_id, parse_positive(str(form.amount)), reference, "payment")
+    return data(booking_json(booking) | {"reference": reference})
+
+
+async def ledger(request: web.Request) -> web.Response:
+    """Newest first; `next` is the `before` of the next page, null on the last one."""
+    limit = number(request, "limit", PAGE, most=PAGE_MAX)
+    before = request.query.get("before")
+    try:
+        last = None if before is None else uuid.UUID(before)
+    except ValueError as error:
+        raise Refusal("invalid_request", "before must be the id of an entry") from error
+    administration = hands(request)
+    await administration.users.find(account(request))
+    entries = await administration.bookings.entries(account(request), limit + 1, before=last)
+    shown = entries[:limit]
+    more = str(shown[-1].entry_id) if len(entries) > limit else None
+    return data([entry_json(entry) for entry in shown], next=more)
+
+
+async def holds(request: web.Request) -> web.Response:
+    waiting = await waiting_holds(request.app[DATABASE])
+    return data([hold.as_json() for hold in waiting], atMost=roubles(sum_of(waiting)))
+
+
+async def export_ledger(request: web.Request) -> web.StreamResponse:
+    """CSV, as it is read from one snapshot: `?from=&to=&user=`. What breaks off does so without a proper end."""
+    first, last = day(request, "from"), day(request, "to")
+    user = number(request, "user", 0)
+    pages = hands(request).bookings.export(first, last, AccountId(user) if user else None)
+    response = web.StreamResponse(headers={"Content-Disposition": 'attachment; filename="ledger.csv"'})
+    response.content_type = "text/csv"
+    response.charset = "utf-8"
+    await response.prepare(request)
+    try:
+        await response.write(csv_head().encode())
+        async with aclosing(pages):
+            async for entries in pages:
+                await response.write(csv_lines(entries).encode())
+    except ConnectionResetError:
+        return response  # nobody reads it any more
+    except Exception:
+        LOGGER.exception("An export broke off")
+        if request.transport is not None:
+            request.transport.abort()  # whoever reads a length of chunks must see that the last one is missing
+        return response
+    await response.write_eof()
+    return response

@@ -1,0 +1,103 @@
+"""`/admin/users…`: users and their keys."""
+
+from typing import Annotated, Literal
+
+import msgspec
+from aiohttp import web
+
+from gptutor.admin.answers import data
+from gptutor.admin.asked import account, number
+from gptutor.admin.door import hands
+from gptutor.api.forms import Line, read_form
+from gptutor.money.amounts import parse_positive
+from gptutor.money.keyring import NO_LIMITS
+from gptutor.money.limits import NAME_MAX, Changes, changed
+from gptutor.records import key_json, person_json, user_json
+
+PAGE = 100
+PAGE_MAX = 1000
+
+
+Name = Annotated[Line, msgspec.Meta(max_length=NAME_MAX)]
+
+
+class NewUser(msgspec.Struct, forbid_unknown_fields=True):
+    name: Name = ""
+    balance: str = "0"
+
+
+class KeyForm(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
+    """A key's limits: what is absent stays as it is, null lifts a limit."""
+
+    cap: str | msgspec.UnsetType | None = msgspec.UNSET
+    cap_period: Literal["day", "total"] | msgspec.UnsetType | None = msgspec.UNSET
+    expires: str | msgspec.UnsetType | None = msgspec.UNSET
+    per_minute: int | msgspec.UnsetType | None = msgspec.UNSET
+
+    def changes(self) -> Changes:
+        changes = Changes()
+        if self.cap is not msgspec.UNSET:
+            changes["cap"] = self.cap
+        if self.cap_period is not msgspec.UNSET:
+            changes["cap_period"] = self.cap_period
+        if self.expires is not msgspec.UNSET:
+            changes["expires"] = self.expires
+        if self.per_minute is not msgspec.UNSET:
+            changes["per_minute"] = self.per_minute
+        return changes
+
+
+class NewKey(KeyForm, forbid_unknown_fields=True, rename="camel"):
+    name: Name = ""
+
+
+async def list_users(request: web.Request) -> web.Response:
+    """`?query=` finds by id, VK's id, or the beginning of a key; without it pages by id: `?after=&limit=`."""
+    users = hands(request).users
+    query = request.query.get("query", "").strip()
+    if query:
+        found = await users.search(query)
+    else:
+        found = await users.page(number(request, "after", 0, least=0), number(request, "limit", PAGE, most=PAGE_MAX))
+    return data([user_json(user) for user in found])
+
+
+async def show_user(request: web.Request) -> web.Response:
+    return data(person_json(await hands(request).person(account(request))))
+
+
+async def create_user(request: web.Request) -> web.Response:
+    form = await read_form(request, NewUser)
+    user, key = await hands(request).create_user(form.name, parse_positive(form.balance, or_zero=True))
+    return data(user_json(user) | {"apiKey": key}, 201)
+
+
+async def activate_user(request: web.Request) -> web.Response:
+    return data(user_json(await hands(request).set_active(account(request), True)))
+
+
+async def deactivate_user(request: web.Request) -> web.Response:
+    return data(user_json(await hands(request).set_active(account(request), False)))
+
+
+async def list_keys(request: web.Request) -> web.Response:
+    person = await hands(request).person(account(request))
+    return data([key_json(key) for key in person.keys])
+
+
+async def issue_key(request: web.Request) -> web.Response:
+    form = await read_form(request, NewKey)
+    secret, key = await hands(request).issue_key(account(request), form.name, changed(NO_LIMITS, form.changes()))
+    return data(key_json(key) | {"apiKey": secret}, 201)
+
+
+async def limit_key(request: web.Request) -> web.Response:
+    form = await read_form(request, KeyForm)
+    key_id = int(request.match_info["key_id"])
+    administration = hands(request)
+    key = await administration.key(account(request), key_id)
+    return data(key_json(await administration.limit_key(account(request), key_id, changed(key.limits, form.changes()))))
+
+
+async def revoke_key(request: web.Request) -> web.Response:
+    return data(key_json(await hands(request).revoke_key(account(request), int(request.match_info["key_id"]))))

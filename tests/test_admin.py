@@ -1,0 +1,380 @@
+"""The administrator's listener (contract F10, F11, C11; rows money-12, money-15): what the command line can, over HTTP, for who has
+the token, and never on the public side."""
+
+import asyncio
+import csv
+import datetime
+import io
+import json
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import msgspec
+import pytest
+from aiohttp import web
+
+from gptutor import settings
+from gptutor.admin.app import build_admin
+from gptutor.config import load
+from gptutor.database import Database
+from gptutor.listener import StartError
+from gptutor.logs import LoggerService, logging_to
+from gptutor.money.amounts import parse_roubles
+from gptutor.money.bookings import Bookings
+from gptutor.money.holds import HandOver
+from gptutor.money.users import UserRepository
+from gptutor.serve import administering
+from gptutor.settings import ConfigError
+from tests.conftest import SECRET, Gateway, config_for, make_caller
+from tests.service import start
+from tests.test_ledger import hold, ledger_of, settlement
+
+TOKEN = "a-token-of-thirty-two-characters-or-more"
+ANNAS = "annas-token-of-thirty-two-characters-or-more"
+
+
+@dataclass
+class Admin:
+    session: aiohttp.ClientSession
+    books: Database
+    logs: Path
+
+    async def ask(self, method: str, path: str, body: Any = None, *, token: str = ANNAS) -> tuple[int, Any]:
+        headers = {"Authorization": f"Bearer {token}"}
+        async with self.session.request(method, f"http://admin{path}", json=body, headers=headers) as response:
+            assert response.headers["X-Request-ID"]
+            document = await response.json(content_type=None)
+            if response.status >= 400:
+                assert list(document) == ["error"]
+                return response.status, response.headers["X-Error-Code"]
+            return response.status, document["data"]
+
+    def audit(self) -> list[dict[str, Any]]:
+        (path,) = self.logs.glob("combined-*.log")
+        return [line for line in map(json.loads, path.read_text().splitlines()) if line.get("type") == "audit"]
+
+    async def audited(self, count: int) -> list[dict[str, Any]]:
+        for _ in range(100):
+            if len(lines := self.audit()) >= count:
+                break
+            await asyncio.sleep(0.02)
+        return lines
+
+
+@pytest.fixture
+async def admin(database_url: str, books: Database, tmp_path: Path) -> AsyncIterator[Admin]:
+    socket = tmp_path / "admin.socket"
+    plain = config_for(database_url, "http://127.0.0.1:9", tmp_path)
+    config = msgspec.structs.replace(plain, admin=settings.Admin(socket=str(socket), token=f"{TOKEN} anna:{ANNAS}"))
+    with logging_to(tmp_path / "lines", level="error", retention_days=1, stdout=False):
+        async with (
+            administering(build_admin(config, log=LoggerService(), secrets=[SECRET]), config),
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket))) as session,
+        ):
+            assert socket.stat().st_mode & 0o777 == 0o660
+            yield Admin(session, books, tmp_path / "lines")
+    assert not socket.exists()
+    text = "".join(path.read_text() for path in (tmp_path / "lines").iterdir())
+    assert TOKEN not in text
+    assert ANNAS not in text
+    assert not re.search(r"sk-user-\d+-\w{5}", text)
+
+
+async def test_the_life_of_a_user(admin: Admin) -> None:
+    status, user = await admin.ask("POST", "/admin/users", {"name": "Иван", "balance": "100.000000001"})
+    assert (status, user["balance"], user["name"]) == (201, "100.000000001", "Иван")
+    path = f"/admin/users/{user['id']}"
+    assert user["apiKey"].startswith(f"sk-user-{user['id']}-")
+    bookings = [
+        {"kind": "topup", "amount": 0.1, "reference": "p-1"},
+        {"kind": "bonus", "amount": "5"},
+        {"kind": "refund", "amount": "50", "reason": "asked for"},
+        {"kind": "adjustment", "amount": "-1.5", "reason": "a mistake of ours"},
+    ]
+    for booking in bookings:
+        status, after = await admin.ask("POST", f"{path}/bookings", booking)
+        assert status == 201
+    assert after["balance"] == "53.600000001"
+    assert (await admin.ask("POST", f"{path}/deactivate"))[1]["isActive"] is False
+    assert (await admin.ask("POST", f"{path}/activate"))[1]["isActive"] is True
+    limits = {"name": "bot", "cap": "10", "capPeriod": "day", "perMinute": 3, "expires": "2999-12-31"}
+    status, key = await admin.ask("POST", f"{path}/keys", limits)
+    assert (status, key["cap"], key["capPeriod"], key["perMinute"]) == (201, "10", "day", 3)
+    assert key["expiresAt"] == "3000-01-01T00:00:00+00:00"
+    status, key = await admin.ask("PATCH", f"{path}/keys/{key['id']}", {"cap": "20", "expires": None})
+    assert (key["cap"], key["capPeriod"], key["perMinute"], key["expiresAt"]) == ("20", "day", 3, None)
+    status, key = await admin.ask("DELETE", f"{path}/keys/{key['id']}")
+    assert (status, bool(key["revokedAt"])) == (200, True)
+    _, person = await admin.ask("GET", path)
+    assert [bool(one["revokedAt"]) for one in person["keys"]] == [True, False]
+    assert [one["name"] for one in (await admin.ask("GET", f"{path}/keys"))[1]] == ["bot", ""]
+
+    lines = await admin.audited(12)
+    assert [(line["what"], line["amount"]) for line in lines] == [
+        ("create user", None), ("topup", "100.000000001"), ("issue key", None), ("topup", "0.1"), ("bonus", "5"), ("refund", "-50"),
+        ("adjustment", "-1.5"), ("deactivate", None), ("activate", None), ("issue key", None), ("limit key", None),
+        ("revoke key", None),
+    ]  # fmt: skip
+    assert {(line["who"], line["userId"]) for line in lines} == {("admin:anna", str(user["id"]))}
+    assert (lines[3]["reference"], lines[5]["reason"]) == ("p-1", "asked for")
+    assert lines[10]["limits"] == {"cap": "20", "capPeriod": "day", "perMinute": 3, "expiresAt": None}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"kind": "topup", "amount": "-5"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "0"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "NaN"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "0.0000000001"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": 1e300}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "1000000001"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "ten"}, 400, "invalid_request"),
+        ({"kind": "topup"}, 400, "invalid_request"),
+        ({"kind": "charge", "amount": "1"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "1", "reason": "a\u0000b"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "1", "reason": "x" * 501}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "1", "reference": ""}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "1", "note": "x"}, 400, "invalid_request"),
+        ({"kind": "adjustment", "amount": "1", "reason": " "}, 400, "invalid_request"),
+        ({"kind": "refund", "amount": "-5"}, 400, "invalid_request"),
+        ({"kind": "refund", "amount": "11"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "1", "reference": "used"}, 409, "already_booked"),
+        ({"kind": "topup", "amount": "1", "reason": "x" * 70_000}, 413, "body_too_large"),
+        ([], 400, "invalid_request"),
+    ],
+)
+async def test_a_booking_that_makes_no_sense_is_refused(admin: Admin, body: Any, status: int, code: str) -> None:
+    """Row money-15."""
+    caller = await make_caller(admin.books, "0")
+    await Bookings(admin.books).book(caller.account_id, "topup", parse_roubles("10"), reference="used")
+    assert await admin.ask("POST", f"/admin/users/{caller.account_id}/bookings", body) == (status, code)
+    assert await caller.balance() == 10
+    assert admin.audit() == []
+
+
+async def test_a_payment_is_credited_once_with_the_same_answer(admin: Admin, database_url: str) -> None:
+    """Row money-12: twice, at once, and after a year; another payment under its name is refused."""
+    user, _ = await UserRepository(admin.books).of_person("vk", "494075")
+    payment = {"vkId": 494075, "amount": "99.90", "reference": "17", "provider": "bank"}
+    answers = await asyncio.gather(*(admin.ask("POST", "/admin/payments", payment) for _ in range(16)))
+    assert all(answer == answers[0] for answer in answers)
+    status, told = answers[0]
+    assert (status, told["amount"], told["userId"], told["reference"]) == (200, "99.9", user.account_id, "bank:17")
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("SET session_replication_role = replica")
+    await connection.execute("UPDATE ledger SET created_at = created_at - interval '1 year'")
+    await connection.close()
+    status, later = await admin.ask("POST", "/admin/payments", {**payment, "vkId": None, "userId": user.account_id})
+    assert (status, later["entryId"]) == (200, told["entryId"])
+    assert await admin.ask("POST", "/admin/payments", {**payment, "amount": "1"}) == (409, "already_booked")
+    other = await make_caller(admin.books, "0")
+    elsewhere = {**payment, "vkId": None, "userId": other.account_id}
+    assert await admin.ask("POST", "/admin/payments", elsewhere) == (409, "already_booked")
+    assert await admin.ask("POST", "/admin/payments", {**payment, "vkId": 1}) == (404, "not_found")
+    assert await admin.ask("POST", "/admin/payments", {**payment, "userId": 1}) == (400, "invalid_request")
+    assert (await UserRepository(admin.books).find(user.account_id)).balance == parse_roubles("99.9")
+    assert [line["reference"] for line in admin.audit()] == ["bank:17"]
+
+
+async def test_users_are_found_by_id_by_vks_id_and_by_the_beginning_of_a_key(admin: Admin) -> None:
+    caller = await make_caller(admin.books, "1")
+    other, _ = await UserRepository(admin.books).of_person("vk", "494075")
+    start_of_key = caller.key.rpartition("-")[2][:2]
+
+    async def found(query: str) -> list[int]:
+        return [user["id"] for user in (await admin.ask("GET", f"/admin/users?query={query}"))[1]]
+
+    number = str(caller.account_id)
+    assert await found(number) == [caller.account_id]
+    assert await found("494075") == [other.account_id]
+    for query in (f"sk-user-{number}-{start_of_key}", f"sk-user-{number}", caller.key, f"sk-user-{number}-{start_of_key}…"):
+        assert await found(query) == [caller.account_id]
+    for query in ("sk-user-%", "_", "nobody", "9" * 30, "sk-user-1-'"):
+        assert await found(query) == []
+    assert {user["id"] for user in (await admin.ask("GET", "/admin/users"))[1]} == {caller.account_id, other.account_id}
+    assert len((await admin.ask("GET", f"/admin/users?limit=1&after={caller.account_id}"))[1]) == 1
+
+
+async def test_a_ledger_is_read_in_pages(admin: Admin) -> None:
+    caller = await make_caller(admin.books, "0")
+    for number in range(1, 8):
+        await Bookings(admin.books).book(caller.account_id, "topup", parse_roubles(str(number)))
+    path = f"/admin/users/{caller.account_id}/ledger"
+    amounts, before = [], ""
+    while before is not None:
+        async with admin.session.get(
+            f"http://admin{path}?limit=3{before}", headers={"Authorization": f"Bearer {TOKEN}"}
+        ) as response:
+            document = await response.json()
+        amounts.append([entry["amount"] for entry in document["data"]])
+        before = f"&before={document['next']}" if document["next"] else None  # type: ignore[assignment]
+    assert amounts == [["7", "6", "5"], ["4", "3", "2"], ["1"]]
+    for query in ("limit=0", "limit=1001", "limit=x", "before=x"):
+        assert await admin.ask("GET", f"{path}?{query}") == (400, "invalid_request")
+    assert await admin.ask("GET", "/admin/users/999/ledger") == (404, "not_found")
+
+
+async def test_the_export_is_the_whole_ledger_and_harmless_in_a_spreadsheet(admin: Admin) -> None:
+    caller, other = await make_caller(admin.books, "10"), await make_caller(admin.books, "20")
+    await Bookings(admin.books).book(caller.account_id, "bonus", parse_roubles("0.1"), reason='=cmd|"x"!A1', reference='+1, "2"')
+    await ledger_of(admin.books).settle(settlement(await hold(admin.books, caller, "5"), "0.01"))
+
+    async def rows(query: str = "") -> list[dict[str, str]]:
+        async with admin.session.get(
+            f"http://admin/admin/export/ledger{query}", headers={"Authorization": f"Bearer {TOKEN}"}
+        ) as response:
+            assert (response.status, response.content_type) == (200, "text/csv")
+            return list(csv.DictReader(io.StringIO(await response.text())))
+
+    whole = await rows()
+    assert [(row["user_id"], row["kind"], row["amount_rub"]) for row in whole] == [
+        (str(caller.account_id), "topup", "10"),
+        (str(caller.account_id), "bonus", "0.1"),
+        (str(caller.account_id), "charge", "-0.9"),
+        (str(other.account_id), "topup", "20"),
+    ]
+    assert (whole[1]["reason"], whole[1]["reference"]) == ('\'=cmd|"x"!A1', '\'+1, "2"')
+    assert (whole[2]["cost_usd"], whole[2]["rub_per_usd"], whole[2]["model"]) == ("0.01", "90", "a/b")
+    today = datetime.datetime.now(datetime.UTC).date()
+    yesterday = today - datetime.timedelta(days=1)
+    assert await rows(f"?from={today}&to={today}") == whole
+    assert await rows(f"?to={yesterday}") == []
+    assert await rows(f"?user={other.account_id}") == whole[3:]
+    assert await admin.ask("GET", "/admin/export/ledger?from=yesterday") == (400, "invalid_request")
+
+
+async def test_an_export_that_breaks_off_does_not_look_whole(
+    admin: Admin, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await make_caller(admin.books, "10")
+    real = Bookings.export
+
+    async def broken(self: Bookings, *arguments: Any) -> AsyncIterator[Any]:
+        async for page in real(self, *arguments):
+            yield page
+        raise ConnectionError("the database went away")
+
+    monkeypatch.setattr(Bookings, "export", broken)
+    with pytest.raises(aiohttp.ClientError):
+        async with admin.session.get(
+            "http://admin/admin/export/ledger", headers={"Authorization": f"Bearer {TOKEN}"}
+        ) as response:
+            await response.read()
+
+
+async def test_what_waits_for_evidence_is_listed(admin: Admin) -> None:
+    caller = await make_caller(admin.books, "10")
+    waiting = await hold(admin.books, caller, "2.5")
+    await ledger_of(admin.books).hand_over(HandOver(caller.account_id, waiting.hold_id, "gen-1"))
+    status, holds = await admin.ask("GET", "/admin/holds")
+    assert (status, [(one["userId"], one["atMost"], one["generationId"]) for one in holds]) == (
+        200, [(caller.account_id, "2.5", "gen-1")],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/admin/users/999", 404, "not_found"),
+        ("GET", "/admin/users/0", 404, "not_found"),
+        ("POST", "/admin/users/999/activate", 404, "not_found"),
+        ("POST", "/admin/users/999/keys", 404, "not_found"),
+        ("DELETE", "/admin/users/999/keys/1", 404, "not_found"),
+        ("PATCH", "/admin/users/999/keys/1", 404, "not_found"),
+        ("PUT", "/admin/users", 405, "method_not_allowed"),
+        ("GET", "/admin", 404, "not_found"),
+        ("GET", "/v1/models", 404, "not_found"),
+    ],
+)
+async def test_what_is_not_there_is_said(admin: Admin, method: str, path: str, status: int, code: str) -> None:
+    assert await admin.ask(method, path, {}) == (status, code)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"cap": "-1"}, {"cap": "x"}, {"capPeriod": "day"}, {"cap": "1", "capPeriod": "week"}, {"expires": "2020-01-01"}, {"expires": "soon"},
+     {"expires": "2999-01-01T00:00:00"}, {"perMinute": 0}, {"perMinute": "5"}, {"limit": 5}, {"name": "x" * 101}, {"name": "a\nb"}],
+)  # fmt: skip
+async def test_a_limit_that_is_none_is_refused(admin: Admin, body: dict[str, Any]) -> None:
+    caller = await make_caller(admin.books, "0")
+    assert await admin.ask("POST", f"/admin/users/{caller.account_id}/keys", body) == (400, "invalid_request")
+
+
+@pytest.mark.parametrize("path", ["/admin/users", "/admin/nowhere", "/metrics"])
+async def test_nobody_comes_in_without_the_token(admin: Admin, path: str) -> None:
+    for header in (None, "", TOKEN, f"Basic {TOKEN}", "Bearer", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Bearer ключ"):
+        async with admin.session.get(
+            f"http://admin{path}", headers={} if header is None else {"Authorization": header}
+        ) as response:
+            assert (response.status, response.headers["X-Error-Code"]) == (401, "invalid_key")
+            assert await response.json() == {"error": "Invalid administrator's token"}
+    async with admin.session.get("http://admin/metrics", headers={"Authorization": f"Bearer {TOKEN}"}) as response:
+        assert "gptutor_in_flight" in await response.text()
+
+
+async def test_it_is_never_on_the_public_side(gateway: Gateway) -> None:
+    app = build_admin(settings.Config(), log=LoggerService(), secrets=[SECRET])
+    paths = {route.resource.canonical for route in app.router.routes() if route.resource is not None}
+    assert len(paths) == 12
+    for path in paths:
+        address = path.replace("{user_id}", "1").replace("{key_id}", "1")
+        for method in ("GET", "POST", "PATCH", "DELETE"):
+            async with gateway.session.request(
+                method, gateway.url + address, headers={"Authorization": f"Bearer {TOKEN}"}
+            ) as response:
+                assert response.status == 404, address
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PORT": "3010"},
+        {"PORT": "3010", "TOKEN": "short"},
+        {"SOCKET": "/tmp/x", "TOKEN": ""},
+        {"SOCKET": "/tmp/x", "TOKEN": "x" * 31},
+        {"SOCKET": "/tmp/x", "TOKEN": "   "},
+        {"SOCKET": "/tmp/x", "PORT": "3010", "TOKEN": TOKEN},
+        {"PORT": "3010", "TOKEN": f"{TOKEN} {ANNAS}"},
+        {"PORT": "3010", "TOKEN": f"anna:{TOKEN} anna:{ANNAS}"},
+        {"PORT": "3010", "TOKEN": f"Анна:{TOKEN}"},
+    ],
+)
+def test_a_door_without_a_lock_stops_the_start(environ: dict[str, str]) -> None:
+    """Row operator-1: a sentence, and the token is not in it."""
+    with pytest.raises(ConfigError, match=r"admin\.|ADMIN") as told:
+        load({f"GPTUTOR_ADMIN__{name}": value for name, value in environ.items()})
+    assert not {TOKEN, ANNAS, "short", "x" * 31} & set(str(told.value).replace("'", " ").split())
+
+
+def test_it_is_off_by_default() -> None:
+    assert not load({"GPTUTOR_ADMIN__TOKEN": TOKEN}).admin.is_open
+    assert load({"GPTUTOR_ADMIN__PORT": "3010", "GPTUTOR_ADMIN__TOKEN": f"a:{TOKEN}"}).admin.tokens == {"a": TOKEN}
+
+
+async def test_a_socket_that_cannot_be_is_told_in_a_sentence(tmp_path: Path) -> None:
+    config = settings.Config(admin=settings.Admin(socket=str(tmp_path / "no" / "where"), token=TOKEN))
+    with pytest.raises(StartError, match="Cannot listen on the socket"):
+        async with administering(web.Application(), config):
+            pass
+
+
+async def test_the_service_opens_it_beside_itself(tmp_path: Path, unused_tcp_port: int) -> None:
+    service = start(tmp_path, GPTUTOR_ADMIN__PORT=str(unused_tcp_port), GPTUTOR_ADMIN__TOKEN=f"boris:{TOKEN}")
+    address = f"http://127.0.0.1:{unused_tcp_port}/admin/users"
+    assert f"Administration     http://localhost:{unused_tcp_port}" in service.banner
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with aiohttp.ClientSession() as session:
+        async with session.post(address, json={"balance": "5"}, headers=headers) as response:
+            user = (await response.json())["data"]
+        async with session.get(f"{service.url}/v1/models", headers={"Authorization": f"Bearer {user['apiKey']}"}) as response:
+            assert response.status == 200
+    assert service.command("user", "show", str(user["id"]))["balance"] == "5"
+    assert service.stop() == 0
+    assert [line["who"] for line in service.log() if line.get("type") == "audit"] == ["admin:boris"] * 3
+    assert TOKEN not in (service.banner + json.dumps(service.log()))

@@ -1,0 +1,267 @@
+"""The administrator's hands on the command line (contract F10, C11; row money-15): each change leaves an audit line."""
+
+import base64
+import csv
+import datetime
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import orjson
+import pytest
+
+from gptutor import console, logs
+from gptutor.administration import Administration
+from gptutor.database import Database
+from gptutor.money.amounts import AccountId, Nano, parse_roubles
+from gptutor.money.bookings import Bookings
+from gptutor.money.holds import HandOver
+from gptutor.money.keyring import KeyRing, Limits, NoSuchKey
+from gptutor.money.keys import shown
+from gptutor.money.limits import InvalidLimit, changed, end_of
+from gptutor.money.users import UserRepository
+from gptutor.money.vault import Vault
+from tests.conftest import SECRET, make_caller
+from tests.service import Service, environment, run
+from tests.test_command_line import refused, said
+from tests.test_ledger import hold, ledger_of
+
+
+def new_user(service: Service, balance: str = "100") -> tuple[str, str]:
+    user = service.command("user", "create", "--balance", balance)
+    return str(user["id"]), user["apiKey"]
+
+
+def audit_of(service: Service, number: str) -> list[dict[str, Any]]:
+    return [line for line in service.log() if line.get("type") == "audit" and line["userId"] == number]
+
+
+def test_money_moves_with_a_reason_and_leaves_an_audit_line(service: Service) -> None:
+    """Contract C11: to the last digit, in both directions."""
+    number, key = new_user(service)
+    assert (
+        service.command("user", "refund", number, "30.5", "--reason", "asked for it", "--reference", f"r-{number}")["balance"]
+        == "69.5"
+    )
+    assert service.command("user", "adjust", number, "-0.000000001", "--reason", "a test")["balance"] == "69.499999999"
+    assert service.command("user", "adjust", number, "+0.5", "--reason", "a test")["balance"] == "69.999999999"
+    kinds = [(entry["kind"], entry["amount"]) for entry in service.command("user", "ledger", number)]
+    assert kinds == [("adjustment", "0.5"), ("adjustment", "-0.000000001"), ("refund", "-30.5"), ("topup", "100")]
+    lines = audit_of(service, number)
+    assert [line["what"] for line in lines] == ["create user", "topup", "issue key", "refund", "adjustment", "adjustment"]
+    assert {line["who"] for line in lines} == {f"cli:{console.os_user()}"}
+    assert (lines[3]["amount"], lines[3]["reference"], lines[3]["reason"]) == ("-30.5", f"r-{number}", "asked for it")
+    assert key not in json.dumps(lines)
+    assert lines[2]["key"] == key[: len(f"sk-user-{number}-") + 4]
+
+
+def test_keys_have_limits_of_their_own(service: Service) -> None:
+    number, _ = new_user(service)
+    limits = ["--name", "bot", "--cap", "50", "--cap-period", "day", "--expires", "2999-12-31", "--per-minute", "5"]
+    key = service.command("user", "issue-key", number, *limits)
+    assert key["apiKey"].startswith(f"sk-user-{number}-")
+    assert (key["cap"], key["capPeriod"], key["perMinute"]) == ("50", "day", 5)
+    assert key["expiresAt"].startswith("3000-01-01T00:00:00")
+    changed = service.command("user", "limit-key", number, str(key["id"]), "--cap", "60", "--expires", "none")
+    assert (changed["cap"], changed["capPeriod"], changed["perMinute"], changed["expiresAt"]) == ("60", "day", 5, None)
+    assert "0 of 60 roubles spent (day), 5 requests per minute" in said(service, "user", "keys", number)
+    assert f"key {key['id']}" in said(service, "user", "show", number)
+    assert "shown only now (alive" in said(service, "user", "issue-key", number)
+    assert "revoked" in said(service, "user", "revoke-key", number, str(key["id"]))
+    assert service.command("user", "keys", number)[1]["revokedAt"]
+    assert "no living key" in refused(service.environ, "user", "revoke-key", number, str(key["id"]))
+    limited = next(line for line in audit_of(service, number) if line["what"] == "limit key")
+    assert limited["limits"] == {"cap": "60", "capPeriod": "day", "perMinute": 5, "expiresAt": None}
+
+
+def test_people_are_found(service: Service) -> None:
+    number, key = new_user(service)
+    for query in (number, key, key[: len(f"sk-user-{number}-") + 2]):
+        assert [user["id"] for user in service.command("user", "find", query)] == [int(number)]
+    assert f"│ {number} " in said(service, "user", "find", number)
+    assert "Nobody is found by nobody" in said(service, "user", "find", "nobody")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("refund", "ID", "500"), "Less is available than this refund would take"),
+        (("refund", "ID", "-5"), "No such option"),
+        (("refund", "ID", "0"), "must be more than zero"),
+        (("refund", "ID", "0.0000000001"), "more than nine decimal places"),
+        (("adjust", "ID", "0", "--reason", "x"), "makes no sense"),
+        (("adjust", "ID", "5"), "Missing option '--reason'"),
+        (("adjust", "ID", "5", "--reason", " "), "An adjustment needs a reason"),
+        (("adjust", "ID", "-99999999999", "--reason", "x"), "more than 1000000000 roubles"),
+        (("adjust", "ID", "1e9999999", "--reason", "x"), "not an amount in roubles"),
+        (("adjust", "999999999", "1", "--reason", "x"), "There is no user with this id"),
+        (("topup", "ID", "5", "--reason", "x" * 501), "at most 500 characters"),
+        (("topup", "ID", "5", "--reference", "a\nb"), "one line"),
+        (("issue-key", "ID", "--cap", "-5"), "must be zero or more"),
+        (("issue-key", "ID", "--cap-period", "day"), "A period needs a cap"),
+        (("issue-key", "ID", "--expires", "2020-01-01"), "is in the past"),
+        (("issue-key", "ID", "--expires", "31.12.2026"), "is not a day such as"),
+        (("issue-key", "ID", "--per-minute", "0"), "from 1 to 1000000"),
+        (("issue-key", "ID", "--per-minute", "many"), "not a number of requests"),
+        (("issue-key", "999999999"), "There is no user with this id"),
+        (("limit-key", "ID", "999999999", "--cap", "5"), "no living key"),
+    ],
+)
+def test_a_mistake_changes_nothing_and_gets_a_sentence(service: Service, arguments: tuple[str, ...], words: str) -> None:
+    """Row money-15."""
+    number, _ = new_user(service, "10")
+    before = len(audit_of(service, number))
+    sentence = refused(service.environ, "user", *(number if word == "ID" else word for word in arguments))
+    assert words in re.sub(r"[│╭╮╰╯─\s]+", " ", sentence)
+    assert service.command("user", "show", number)["balance"] == "10"
+    assert len(audit_of(service, number)) == before
+
+
+async def test_holds_without_evidence_are_listed_without_asking_openrouter(
+    books: Database, database_url: str, tmp_path: Path
+) -> None:
+    """Contract C6: the list of `reconcile`, alone."""
+    caller = await make_caller(books, "100")
+    waiting = await hold(books, caller, "2.5")
+    await ledger_of(books).hand_over(HandOver(caller.account_id, waiting.hold_id, "gen-1"))
+    environ = own(tmp_path, database_url)
+    told = orjson.loads(run(environ, "holds", "--json").stdout)
+    assert (told["waitingAtMost"], told["waiting"][0]["generationId"]) == ("2.5", "gen-1")
+    assert "1 holds wait for evidence" in run(environ, "holds").stdout
+
+
+def own(directory: Path, database_url: str, secret: bytes = SECRET, **settings: str) -> dict[str, str]:
+    return environment(directory, DATABASE_URL=database_url, GPTUTOR_SECRET_KEY=base64.b64encode(secret).decode(), **settings)
+
+
+async def test_an_export_of_any_length_takes_little_memory(books: Database, database_url: str, tmp_path: Path) -> None:
+    caller = await make_caller(books, "1")
+    environ = own(tmp_path, database_url)
+    little = run(environ, "export", "ledger")
+    (entry,) = list(csv.DictReader(little.stdout.splitlines()))
+    assert (entry["amount_rub"], entry["user_id"]) == ("1", str(caller.account_id))
+    assert "1 entries." in little.stderr
+
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason)"
+        " SELECT $1, gen_random_uuid(), 'topup', n, 'payments', repeat('x', 100) FROM generate_series(1, 150000) AS n",
+        caller.account_id,
+    )
+    await connection.close()
+    file = tmp_path / "ledger.csv"
+    measured = (
+        "import resource, sys; from gptutor.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+
+    def megabytes(*arguments: str) -> int:
+        ended = subprocess.run(
+            [sys.executable, "-c", measured, "export", "ledger", *arguments],
+            env=environ,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return int(ended.stdout.split()[-1]) // 1024
+
+    base = megabytes("--to", "2000-01-01", "--out", str(tmp_path / "none.csv"))
+    assert megabytes("--out", str(file)) < base + 16
+    assert file.stat().st_size > 30_000_000
+    with file.open(newline="") as text:
+        assert sum(1 for _ in csv.reader(text)) == 150_002
+    assert not file.with_name("ledger.csv.part").exists()
+
+
+async def test_copies_are_sealed_with_the_secret_of_today(books: Database, database_url: str, tmp_path: Path) -> None:
+    """Contract D4: after GPTUTOR_SECRET_KEY was changed; what no known secret opens is counted, and its key goes on working."""
+    before, today, lost = SECRET, bytes(32), b"x" * 32
+    users = UserRepository(books)
+    keys = []
+    for secret in (before, before, lost):
+        user = await users.create()
+        keys.append((user.account_id, (await KeyRing(books, Vault([secret])).issue(user.account_id))[0]))
+    environ = own(tmp_path, database_url, today, GPTUTOR_SECURITY__OLD_SECRET_KEYS=base64.b64encode(before).decode())
+    assert orjson.loads(run(environ, "rekey", "--json").stdout) == {"done": 2, "unreadable": 1}
+    said = run(environ, "rekey").stdout
+    assert "0 copies are sealed" in said
+    assert "1 copies are opened by no known secret" in said
+    ring = KeyRing(books, Vault([today]))
+    assert [await ring.main(account_id) == key for account_id, key in keys] == [True, True, False]
+
+
+def test_a_log_that_cannot_be_written_lets_nothing_be_changed(tmp_path: Path) -> None:
+    """A change without its audit line is not made."""
+    environ = environment(tmp_path)
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    ended = run(environ, "user", "create", check=False)
+    assert ended.returncode == 1
+    assert "cannot be used" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert run(environ, "user", "list", "--json").stdout.strip() == "[]"
+
+
+def test_audit_lines_are_written_at_every_level(tmp_path: Path) -> None:
+    with logs.logging_to(tmp_path, level="error", retention_days=1, stdout=False):
+        logs.audit("cli:me", "topup", user_id=1, amount_rub="5", reference="r", reason="why")
+    (path,) = tmp_path.iterdir()
+    line = json.loads(path.read_text())
+    assert (line["type"], line["who"], line["what"], line["userId"], line["amount"]) == ("audit", "cli:me", "topup", "1", "5")
+
+
+def test_limits_are_changed_one_by_one() -> None:
+    whole = Limits(end_of("2999-12-31"), parse_roubles("5"), "day", 7)
+    assert changed(whole, {}) == whole
+    assert changed(whole, {"cap": None}) == Limits(whole.expires_at, None, None, 7)
+    assert changed(whole, {"cap_period": "total"}) == Limits(whole.expires_at, whole.cap, "total", 7)
+    assert changed(Limits(), {"cap": "0"}) == Limits(cap=Nano(0), cap_period="total")
+    assert end_of("2999-12-31T18:00:00+03:00") == datetime.datetime(2999, 12, 31, 15, tzinfo=datetime.UTC)
+    for text in ("", "9999-12-31", "2999-13-01", "2999-12-31T18:00:00", "tomorrow"):
+        with pytest.raises(InvalidLimit):
+            end_of(text)
+
+
+async def test_pages_of_entries_do_not_leave_one_out(books: Database) -> None:
+    caller = await make_caller(books, "0")
+    bookings = Bookings(books)
+    for number in range(1, 6):
+        await bookings.book(caller.account_id, "topup", Nano(number))
+    first = await bookings.entries(caller.account_id, 2)
+    rest = await bookings.entries(caller.account_id, 9, before=first[-1].entry_id)
+    assert [entry.amount for entry in first + rest] == [5, 4, 3, 2, 1]
+    other = await make_caller(books, "1")
+    assert await bookings.entries(other.account_id, 9, before=first[-1].entry_id) == []
+
+
+async def test_a_rekey_that_is_broken_off_goes_on_where_it_stopped(books: Database) -> None:
+    """Contract D4: pages are done one by one, and what is done stays done."""
+    before, today = SECRET, bytes(32)
+    old = KeyRing(books, Vault([before]))
+    for _ in range(3):
+        await old.issue((await UserRepository(books).create()).account_id)
+    await old.issue((await UserRepository(books).create()).account_id)
+    strange = KeyRing(books, Vault([b"x" * 32]))
+    await strange.issue((await UserRepository(books).create()).account_id)
+    administration = Administration(books, Vault([today, before]), "cli:me")
+    assert await administration.stale_copies() == 5
+    assert [step async for step in administration.rekey()] == [(4, 1)]
+    assert await administration.stale_copies() == 1
+    assert [step async for step in administration.rekey()] == [(0, 1)]
+    with pytest.raises(NoSuchKey):
+        await administration.key(AccountId(1), 10**9)
+
+
+async def test_an_administrator_renews_all_keys_of_a_user(books: Database, caplog: pytest.LogCaptureFixture) -> None:
+    caller = await make_caller(books, "1")
+    with caplog.at_level(logging.INFO, "gptutor.audit"):
+        key = await Administration(books, Vault([SECRET]), "cli:me").renew_keys(caller.account_id)
+    (line,) = caplog.records
+    assert (line.what, line.key) == ("rotate keys", shown(key))  # type: ignore[attr-defined]
+    assert [bool(one.revoked_at) for one in await KeyRing(books, Vault([SECRET])).list(caller.account_id)] == [False, True]
+    assert len([user async for user in UserRepository(books).all()]) == 1

@@ -1,0 +1,289 @@
+"""What operators do, and what happens to them (rows operator-3, -5, -7, -8, -9, -10): versions side by side, a restored backup, a role without rights, a
+new OpenRouter key, a chatty log, a wrong clock. The other rows are in test_config, test_journal, test_statements,
+test_reconciliation and test_invariants."""
+
+import asyncio
+import datetime
+import json
+import logging
+import re
+import time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import aiohttp
+import asyncpg
+import msgspec
+import pytest
+from aiohttp import web
+
+from gptutor.app import build_app
+from gptutor.database import SQL, Database, connected, load_migrations
+from gptutor.logs import LoggerService, logging_to
+from gptutor.money.amounts import parse_roubles
+from gptutor.money.bookings import Bookings
+from gptutor.money.holds import new_id
+from gptutor.money.invariants import check
+from gptutor.money.keyring import KeyRing
+from gptutor.money.keys import hash_key, make_key, shown
+from gptutor.money.reconciliation import reconcile
+from gptutor.money.users import UserRepository
+from gptutor.serve import listening, simulated_openrouter
+from gptutor.settings import Simulator as Place
+from gptutor.settings import Vk
+from gptutor.vk import signature
+from tests.conftest import SECRET, VAULT, Gateway, config_for, make_caller
+from tests.test_ledger import hold, ledger_of, settlement
+
+CANARY = "canary-7391"
+
+
+# -- versions side by side
+
+
+def test_migrations_only_add() -> None:
+    """Row operator-3: what a process of the version before uses is never dropped, renamed or retyped."""
+    taking = re.compile(
+        r"\b(DROP\s+(?!DEFAULT)\w+|RENAME|ALTER COLUMN \w+ (?:SET DATA )?TYPE|SET NOT NULL|DELETE FROM)\b", re.IGNORECASE
+    )
+    for migration in load_migrations():
+        code = re.sub(r"--.*", "", migration.text)
+        assert not taking.search(code), migration.name
+    assert taking.search("ALTER TABLE holds DROP COLUMN looks")
+
+
+async def test_the_version_before_works_beside_this_one(books: Database, database_url: str) -> None:
+    """Row operator-3: it holds, books and settles by the functions and columns that it knows; this version settles the same hold
+    again, and nothing is charged twice."""
+    user = await UserRepository(books).create()
+    account, key = user.account_id, make_key(user.account_id)
+    old = await asyncpg.connect(database_url)
+    await old.execute(
+        "INSERT INTO api_keys (account_id, key_hash, shown) VALUES ($1, $2, $3)", account, hash_key(key), shown(key)
+    )
+    await old.execute(
+        "WITH account AS (UPDATE accounts SET balance_nano = balance_nano + $2 WHERE account_id = $1 RETURNING account_id)"
+        " INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra) SELECT account_id, $3, 'topup', $2, 'payments' FROM account",
+        account, 10**11, new_id(),
+    )  # fmt: skip
+    ids = [new_id(), new_id()]
+    rows = await old.fetch(
+        "SELECT hold_id, outcome FROM hold_funds($1::uuid, 60::double precision, 90::numeric, 0::integer, $2::bigint[], $3::bytea[],"
+        " $4::uuid[], $5::bigint[], $6::bigint[], $7::text[], $8::text[], $9::text[], $10::bytea[])",
+        new_id(), [account] * 2, [hash_key(key)] * 2, ids, [10**9] * 2, [10**9] * 2, ["a/b"] * 2, ["r-1", "r-2"], [None] * 2, [None] * 2,
+    )  # fmt: skip
+    assert [row["outcome"] for row in rows] == ["granted", "granted"]
+    settle = "SELECT outcome FROM settle_holds($1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[])"
+    assert await old.fetchval(settle, [account], [ids[0]], [9 * 10**8], ["0.01"], ["gen-1"]) == "settled"
+    for hold_id, generation in zip(ids, ("gen-1", "gen-2"), strict=True):
+        await books.fetch("settle_holds", [account], [hold_id], [9 * 10**8], ["0.01"], [generation])
+    assert await old.fetchval(settle, [account], [ids[1]], [9 * 10**8], ["0.01"], ["gen-2"]) == "already"
+    await old.execute("SELECT replace_keys($1, $2, 'sk-user-x')", account, b"y" * 32)
+    await old.close()
+    after = await UserRepository(books).find(account)
+    assert (after.balance, after.held) == (10**11 - 2 * 9 * 10**8, 0)
+    assert [finding async for finding in check(books) if finding.rows] == []
+
+
+# -- a backup of yesterday
+
+
+async def test_what_a_restored_backup_has_lost_shows_in_the_comparison_with_openrouter(
+    books: Database, database_url: str
+) -> None:
+    """Row operator-5: the books of yesterday agree with themselves, so no law is broken; OpenRouter's total of the day is not ours."""
+    caller = await make_caller(books, "100")
+    ledger = ledger_of(books)
+    await ledger.settle(settlement(await hold(books, caller, "5"), "0.01"))
+    backup = await asyncpg.connect(database_url)
+    await backup.execute("SET session_replication_role = replica")
+    tables = ("accounts", "holds", "ledger")
+    for table in tables:
+        await backup.execute(f"CREATE TEMP TABLE saved_{table} AS SELECT * FROM {table}")
+    await ledger.settle(settlement(await hold(books, caller, "5"), "0.02"))
+    today = datetime.datetime.now(datetime.UTC).date()
+    theirs = {today: Decimal("0.03")}
+    assert (await reconcile(books, theirs)).days[0].difference_usd == 0
+
+    for table in tables:
+        await backup.execute(f"DELETE FROM {table}")
+        await backup.execute(f"INSERT INTO {table} OVERRIDING SYSTEM VALUE SELECT * FROM saved_{table}")
+    await backup.close()
+    assert (await reconcile(books, theirs)).days[0].difference_usd == Decimal("0.02")
+    assert [finding async for finding in check(books) if finding.rows] == []
+
+
+# -- a role with few rights
+
+
+@pytest.fixture
+async def app_role_url(database_url: str) -> str:
+    """The service's own role, made as `sql/roles.sql` says."""
+    owner = await asyncpg.connect(database_url)
+    for _ in range(2):  # after every migration
+        await owner.execute((SQL / "roles.sql").read_text(encoding="utf-8"))
+    if not await owner.fetchval("SELECT count(*) FROM pg_roles WHERE rolname = 'gptutor_test'"):
+        await owner.execute("CREATE ROLE gptutor_test LOGIN PASSWORD 'pw' IN ROLE gptutor_app")
+    await owner.close()
+    return re.sub(r"//[^@/]*@", "//gptutor_test:pw@", database_url)
+
+
+FORBIDDEN = [
+    "UPDATE ledger SET amount_nano = 0",
+    "DELETE FROM ledger",
+    "TRUNCATE ledger",
+    "DELETE FROM accounts",
+    "DELETE FROM holds",
+    "DELETE FROM api_keys",
+    "UPDATE schema_migrations SET checksum = ''",
+    "CREATE TABLE mine (id integer)",
+    "ALTER TABLE ledger DISABLE TRIGGER ledger_is_append_only",
+    "DROP TABLE ledger",
+    "CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+    "SET session_replication_role = replica",
+]
+
+
+@pytest.mark.parametrize("statement", FORBIDDEN)
+async def test_the_services_role_cannot_touch_what_was_booked(app_role_url: str, statement: str) -> None:
+    """Row operator-7."""
+    connection = await asyncpg.connect(app_role_url)
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await connection.execute(statement)
+    await connection.close()
+
+
+async def test_the_services_role_can_do_all_that_the_service_does(app_role_url: str, simulator: Any, tmp_path: Path) -> None:
+    """Row operator-7: the whole of a request, keys, bookings, people from outside, and the proof of the books."""
+    async with simulated_openrouter(simulator, Place(port=0)) as base_url, connected(app_role_url) as books:
+        config = config_for(app_role_url, base_url, tmp_path)
+        app = build_app(config, log=LoggerService(), secrets=[SECRET])
+        async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
+            gateway = Gateway(url, app, simulator, books, session)
+            await gateway.ready()
+            caller = await gateway.caller()
+            for text in ("Hello", "fault:no-usage"):
+                response, _ = await gateway.chat(caller, text)
+                assert response.status == 200
+            await gateway.recovered(caller)
+        await KeyRing(books, VAULT).renew(caller.account_id, others_too=True)
+        await UserRepository(books).of_person("vk", "1", bonus=parse_roubles("1"))
+        await UserRepository(books).set_active(caller.account_id, False)
+        assert (await Bookings(books).entries(caller.account_id, 10))[0].kind == "charge"
+        assert [finding async for finding in check(books) if finding.rows] == []
+
+
+# -- a new OpenRouter key
+
+
+async def test_a_new_openrouter_key_serves_from_the_restart_on(
+    database_url: str, books: Database, gateway: Gateway, aiohttp_server: Any, tmp_path: Path
+) -> None:
+    """Row operator-8: requests take the key of the settings, and so does the look-up of what was left open under the one before."""
+    seen: list[tuple[str, str]] = []
+
+    async def completion(request: web.Request) -> web.Response:
+        seen.append(("ask", request.headers["Authorization"]))
+        return web.json_response(
+            {"id": f"gen-{len(seen)}", "object": "chat.completion", "created": 1, "model": "openai/gpt-4o-mini", "choices": []},
+            headers={"X-Generation-Id": f"gen-{len(seen)}"},
+        )  # it names no price
+
+    async def generation(request: web.Request) -> web.Response:
+        seen.append(("look", request.headers["Authorization"]))
+        if request.headers["Authorization"] == "Bearer sk-or-old":
+            return web.json_response({"error": {"message": "not found yet", "code": 404}}, status=404)
+        return web.json_response({"data": {"id": request.query["id"], "total_cost": 0.01}})
+
+    async def models(request: web.Request) -> web.Response:
+        return web.Response(body=gateway.simulator._models, content_type="application/json")
+
+    upstream = web.Application()
+    upstream.add_routes(
+        [web.post("/chat/completions", completion), web.get("/generation", generation), web.get("/models", models)]
+    )
+    server = await aiohttp_server(upstream)
+    caller = await make_caller(books, "100")
+    for key in ("sk-or-old", "sk-or-new"):
+        config = config_for(database_url, str(server.make_url("/")), tmp_path / "rotated")
+        config = msgspec.structs.replace(config, openrouter=msgspec.structs.replace(config.openrouter, api_key=key))
+        app = build_app(config, log=LoggerService(), secrets=[SECRET])
+        async with listening(app, config.server) as url:
+            running = Gateway(url, app, gateway.simulator, books, gateway.session)
+            await running.ready()
+            response, _ = await running.chat(caller)
+            assert response.status == 200
+            if key == "sk-or-new":
+                await running.recovered(caller)
+    assert [key for what, key in seen if what == "ask"] == ["Bearer sk-or-old", "Bearer sk-or-new"]
+    assert await caller.balance() == Decimal("98.2")
+    assert await caller.held() == 0
+
+
+# -- a chatty log
+
+
+async def test_a_log_at_debug_has_no_text_no_key_and_no_signature(gateway: Gateway, tmp_path: Path) -> None:
+    """Row operator-9: of asks that pass, fail, are malformed, or carry VK's launch parameters."""
+    caller = await gateway.caller()
+    signed = {"vk_user_id": "1", "vk_app_id": "1", "vk_ts": str(int(time.time()))}
+    launch = urlencode({**signed, "sign": signature(signed, "wrong")})
+    before = {name: logging.getLogger(name).level for name in ("", "asyncio", "aiohttp")}
+    with logging_to(tmp_path / "chatty", level="debug", retention_days=1, stdout=False):
+        for name in before:
+            logging.getLogger(name).setLevel(logging.DEBUG)
+        try:
+            for text in (CANARY, f"{CANARY} fault:status=500", f"{CANARY} fault:status=402", f"{CANARY} fault:cut=2"):
+                await gateway.chat(caller, text, stream="cut" in text)
+            for body, headers in (
+                (f'{{"messages": "{CANARY}"}}', caller.headers),
+                (f'{{"{CANARY}"', caller.headers),
+                ("{}", {"Authorization": f"Bearer {caller.key}x"}),
+                (f'{{"amount": "{CANARY}"}}', {"Authorization": f"Bearer {launch}"}),
+            ):
+                for path in ("/v1/chat/completions", "/v1/payments"):
+                    async with gateway.session.post(f"{gateway.url}{path}?q={CANARY}", data=body, headers=headers) as response:
+                        await response.read()
+            host, port = gateway.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(f"GET /\x01{CANARY} HTTP/1.1\r\nAuthorization: Bearer {caller.key}\r\n\r\n".encode())
+            await reader.read(100)
+            writer.close()
+        finally:
+            for name, level in before.items():
+                logging.getLogger(name).setLevel(level)
+    (path,) = (tmp_path / "chatty").iterdir()
+    text = path.read_text()
+    assert len(text.splitlines()) > 12
+    for secret in (CANARY, caller.key, caller.key[:-4], "sk-or-test", "vk_user_id", launch[-20:]):
+        assert secret not in text, secret
+    assert all(json.loads(line)["level"] for line in text.splitlines())
+
+
+# -- a wrong clock
+
+
+@pytest.mark.parametrize("off_s", [-3700, 3700])
+async def test_a_clock_that_is_off_by_an_hour_lets_nobody_in_by_vk_and_all_in_by_key(
+    database_url: str, gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off_s: int
+) -> None:
+    """Row operator-10: sign-in fails closed, in both directions, and the 401 is logged; keys and money do not ask the clock."""
+    config = msgspec.structs.replace(
+        config_for(database_url, "http://127.0.0.1:9", tmp_path / "clock"), vk=Vk(app_id=5, secret_key="s")
+    )
+    app = build_app(config, log=LoggerService(), secrets=[SECRET])
+    now = time.time()
+    signed = {"vk_user_id": "494075", "vk_app_id": "5", "vk_ts": str(int(now))}
+    launch = urlencode({**signed, "sign": signature(signed, "s")})
+    caller = await gateway.caller("0")
+    statuses = []
+    async with listening(app, config.server) as url:
+        for clock in (now, now + off_s):
+            monkeypatch.setattr("gptutor.api.identity.time.time", lambda clock=clock: clock)
+            for token in (launch, caller.key):
+                async with gateway.session.post(f"{url}/v1/payments", headers={"Authorization": f"Bearer {token}"}) as response:
+                    statuses.append(response.status)
+        monkeypatch.undo()
+    assert statuses == [404, 404, 401, 404]  # 404: let in, and payments are not set up

@@ -1,0 +1,406 @@
+"""Payments by YooKassa, against a stand-in of its API (contract C11; rows money-12 to money-15): nothing in a notification is
+believed but an id to ask about, and what is paid is credited once."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from gptutor import settings
+from gptutor.app import build_app
+from gptutor.config import load
+from gptutor.database import Database
+from gptutor.logs import LoggerService, logging_to
+from gptutor.money.amounts import Nano, parse_roubles
+from gptutor.money.bookings import AlreadyBooked, Bookings
+from gptutor.money.holds import new_id
+from gptutor.money.invariants import check
+from gptutor.serve import listening
+from gptutor.settings import ConfigError
+from tests.conftest import SECRET, Caller, Gateway, config_for, make_caller
+from tests.yookassa import SECRET_KEY, SHOP_ID, YooKassaStandIn, notification
+
+
+@dataclass
+class Shop:
+    """A gateway with the stand-in in YooKassa's place."""
+
+    gateway: Gateway
+    yookassa: YooKassaStandIn
+
+    async def notify(self, event: str, name: Any, **claimed: Any) -> int:
+        async with self.gateway.session.post(
+            f"{self.gateway.url}/yookassa/webhook", json=notification(event, name, **claimed)
+        ) as response:
+            assert response.headers["X-Request-ID"]
+            if response.status == 200:
+                assert await response.json() == {"status": "ok"}
+            return response.status
+
+    async def order(self, caller: Caller, amount: Any, **headers: str) -> tuple[int, dict[str, Any], str | None]:
+        async with self.gateway.session.post(
+            f"{self.gateway.url}/v1/payments", json={"amount": amount}, headers={**caller.headers, **headers}
+        ) as response:
+            return response.status, await response.json(), response.headers.get("X-Error-Code")
+
+    async def asked(self) -> int:
+        return len(self.yookassa.calls)
+
+
+@pytest.fixture
+async def shop(database_url: str, gateway: Gateway, aiohttp_server: Any, tmp_path: Path) -> AsyncIterator[Shop]:
+    yookassa = YooKassaStandIn()
+    server = await aiohttp_server(yookassa.app())
+    config = settings.Config(
+        **{name: getattr(config_for(database_url, "http://127.0.0.1:9", tmp_path / "shop"), name)
+           for name in settings.Config.__struct_fields__ if name != "yookassa"},
+        yookassa=settings.Yookassa(
+            shop_id=SHOP_ID, secret_key=SECRET_KEY, return_url="https://example.com/paid",
+            base_url=str(server.make_url("/v3")), timeout_s=0.5, at_once=3,
+        ),
+    )  # fmt: skip
+    app = build_app(config, log=LoggerService(), secrets=[SECRET])
+    with logging_to(tmp_path / "lines", level="debug", retention_days=1, stdout=False):
+        async with listening(app, config.server) as url:
+            running = Gateway(url, app, gateway.simulator, gateway.books, gateway.session)
+            await running.ready()
+            yield Shop(running, yookassa)
+    text = "".join(path.read_text() for path in (tmp_path / "lines").iterdir())
+    assert SECRET_KEY not in text
+    assert "Basic " not in text
+    assert "sk-user-" not in text
+    assert [finding async for finding in check(gateway.books) if finding.rows] == []
+
+
+async def test_a_payment_is_made_paid_and_credited(shop: Shop) -> None:
+    caller = await shop.gateway.caller("0")
+    status, body, _ = await shop.order(caller, "150.50")
+    payment = body["data"]
+    assert (status, payment["status"], payment["amount"]) == (200, "pending", "150.50")
+    assert payment["confirmation_url"].startswith("https://")
+    assert shop.yookassa.payments[payment["id"]]["metadata"] == {"account_id": str(caller.account_id)}
+    assert await shop.notify("payment.waiting_for_capture", payment["id"]) == 200
+    assert await caller.balance() == 0
+    shop.yookassa.pay(payment["id"])
+    assert await shop.notify("payment.succeeded", payment["id"]) == 200
+    assert await caller.balance() == Decimal("150.5")
+    (entry,) = await Bookings(shop.gateway.books).entries(caller.account_id, 10)
+    assert (entry.kind, entry.reference, entry.contra) == ("topup", f"yookassa:{payment['id']}", "payments")
+
+
+async def test_a_notification_is_booked_once_however_often_and_whenever_it_comes(shop: Shop, database_url: str) -> None:
+    """Row money-12: twice, at once, and after a year: 200 each time, credited once."""
+    caller = await shop.gateway.caller("0")
+    name = shop.yookassa.add_payment(caller.account_id)
+    statuses = await asyncio.gather(*(shop.notify("payment.succeeded", name) for _ in range(20)))
+    assert set(statuses) <= {200, 503}  # those beyond the bound come again
+    assert 200 in statuses
+    assert await caller.balance() == 100
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("SET session_replication_role = replica")
+    await connection.execute("UPDATE ledger SET created_at = created_at - interval '1 year'")
+    await connection.close()
+    calls = await shop.asked()
+    assert await shop.notify("payment.succeeded", name) == 200
+    assert await caller.balance() == 100
+    assert await shop.asked() == calls  # it is booked: nobody needs to be asked
+
+
+@pytest.mark.parametrize(
+    ("changed", "event"),
+    [
+        ({"status": "pending", "paid": False}, "payment.succeeded"),
+        ({"status": "canceled", "paid": False}, "payment.succeeded"),
+        ({"status": "waiting_for_capture"}, "payment.succeeded"),
+        ({"paid": False}, "payment.succeeded"),
+        ({"paid": "true"}, "payment.succeeded"),
+        ({"amount": {"value": "100.00", "currency": "USD"}}, "payment.succeeded"),
+        ({"metadata": {}}, "payment.succeeded"),
+        ({"metadata": {"account_id": "1 "}}, "payment.succeeded"),
+        ({"metadata": {"account_id": 1}}, "payment.succeeded"),
+        ({"metadata": None}, "payment.succeeded"),
+        ({}, "deal.closed"),
+        ({}, "refund.succeeded"),
+    ],
+)
+async def test_what_yookassa_does_not_call_paid_for_an_account_changes_nothing(
+    shop: Shop, changed: dict[str, Any], event: str
+) -> None:
+    """Row money-13: a forged notification claims that it has succeeded."""
+    caller = await shop.gateway.caller("0")
+    name = shop.yookassa.add_payment(caller.account_id, **changed)
+    assert await shop.notify(event, name, amount={"value": "999.00", "currency": "RUB"}) == 200
+    assert await caller.balance() == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["22e12f66-000f-5000-8000-18db351245c7", "", "../payments", "a" * 65, "x\u0000y", "%2e%2e", "ёж"]
+)
+async def test_an_id_that_nobody_knows_changes_nothing(shop: Shop, name: str) -> None:
+    """Row money-13."""
+    caller = await shop.gateway.caller("0")
+    assert await shop.notify("payment.succeeded", name, metadata={"account_id": str(caller.account_id)}) == 200
+    assert await shop.notify("refund.succeeded", name) == 200
+    assert await caller.balance() == 0
+    assert {path for _, path in shop.yookassa.calls} <= {f"/v3/{kind}/{name}" for kind in ("payments", "refunds")}
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"null", b"[]", b"{", b'{"event": "payment.succeeded"}', b'{"event": 1, "object": {"id": 5}}']
+)
+async def test_what_is_no_notification_is_refused(shop: Shop, body: bytes) -> None:
+    async with shop.gateway.session.post(f"{shop.gateway.url}/yookassa/webhook", data=body) as response:
+        assert response.status == 400
+    assert shop.yookassa.calls == []
+
+
+async def test_the_amount_is_the_one_that_yookassas_api_says(shop: Shop) -> None:
+    caller = await shop.gateway.caller("0")
+    name = shop.yookassa.add_payment(caller.account_id, "10.01")
+    assert await shop.notify("payment.succeeded", name, amount={"value": "9999.00", "currency": "RUB"}) == 200
+    assert await caller.balance() == Decimal("10.01")
+
+
+async def test_a_payment_for_nobody_is_told_to_the_operator(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    name = shop.yookassa.add_payment(10**12)
+    with caplog.at_level(logging.ERROR, "gptutor.payments"):
+        assert await shop.notify("payment.succeeded", name) == 200
+    assert f"The payment yookassa:{name} cannot be booked: NoSuchUser" in caplog.text
+
+
+@pytest.mark.parametrize("fault", [500, 429, 401, 302, "silence", "garbage"])
+async def test_while_yookassa_cannot_be_asked_it_is_told_to_come_again(shop: Shop, fault: int | str) -> None:
+    caller = await shop.gateway.caller("0")
+    name = shop.yookassa.add_payment(caller.account_id)
+    shop.yookassa.fault = fault
+    assert await shop.notify("payment.succeeded", name) == 503
+    assert await caller.balance() == 0
+    status, body, code = await shop.order(caller, 100)
+    assert (status, code) == (503, "payments_unavailable")
+    assert set(body) == {"error"}
+    shop.yookassa.fault = None
+    assert await shop.notify("payment.succeeded", name) == 200
+    assert await caller.balance() == 100
+
+
+async def test_notifications_ask_so_many_at_once_and_no_more(shop: Shop) -> None:
+    shop.yookassa.pause_s = 0.2
+    caller = await shop.gateway.caller("0")
+    names = [shop.yookassa.add_payment(caller.account_id) for _ in range(12)]
+    statuses = await asyncio.gather(*(shop.notify("payment.succeeded", name) for name in names))
+    assert sorted(statuses) == [200] * 3 + [503] * 9
+    assert shop.yookassa.most_under_way == 3
+    shop.yookassa.pause_s = 0
+    for name in names:
+        assert await shop.notify("payment.succeeded", name) == 200
+    assert await caller.balance() == 1200
+
+
+async def test_a_refund_is_taken_back_once(shop: Shop) -> None:
+    caller = await shop.gateway.caller("0")
+    payment = shop.yookassa.add_payment(caller.account_id)
+    await shop.notify("payment.succeeded", payment)
+    refund = shop.yookassa.add_refund(payment, "30.00")
+    pending = shop.yookassa.add_refund(payment, "5.00", status="pending")
+    foreign = shop.yookassa.add_refund(payment, "5.00", amount={"value": "5.00", "currency": "USD"})
+    for name in (refund, refund, pending, foreign):
+        assert await shop.notify("refund.succeeded", name) == 200
+    statuses = await asyncio.gather(*(shop.notify("refund.succeeded", refund) for _ in range(3)))
+    assert statuses == [200] * 3
+    assert await caller.balance() == 70
+    entry = (await Bookings(shop.gateway.books).entries(caller.account_id, 1))[0]
+    assert (entry.kind, entry.amount, entry.reference) == ("refund", parse_roubles("-30"), f"yookassa-refund:{refund}")
+
+
+async def test_a_refund_whose_payment_was_never_told_of_books_both(shop: Shop) -> None:
+    caller = await shop.gateway.caller("0")
+    payment = shop.yookassa.add_payment(caller.account_id)
+    assert await shop.notify("refund.succeeded", shop.yookassa.add_refund(payment, "30.00")) == 200
+    assert await caller.balance() == 70
+    stranger = shop.yookassa.add_payment(None)
+    assert await shop.notify("refund.succeeded", shop.yookassa.add_refund(stranger, "30.00")) == 200
+    assert await caller.balance() == 70
+
+
+async def test_a_refund_of_money_that_is_spent_takes_the_balance_below_zero(shop: Shop) -> None:
+    """The provider has paid it out already: the books say what is."""
+    caller = await shop.gateway.caller("0")
+    payment = shop.yookassa.add_payment(caller.account_id)
+    await shop.notify("payment.succeeded", payment)
+    await Bookings(shop.gateway.books).book(caller.account_id, "adjustment", parse_roubles("-90"), reason="spent")
+    await shop.notify("refund.succeeded", shop.yookassa.add_refund(payment, "100.00"))
+    assert await caller.balance() == -90
+
+
+@pytest.mark.parametrize("amount", ["9.99", 100_000.01, "10.001", -50, 0, "NaN", "1e9", "ten", None, [1]])
+async def test_an_amount_that_cannot_be_paid_is_refused_here(shop: Shop, amount: Any) -> None:
+    """Row money-15."""
+    caller = await shop.gateway.caller("0")
+    status, body, code = await shop.order(caller, amount)
+    assert (status, code) == (400, "invalid_request")
+    assert "amount" in body["error"]
+    assert shop.yookassa.calls == []
+
+
+async def test_the_same_order_twice_is_one_payment(shop: Shop) -> None:
+    caller, other = await shop.gateway.caller("0"), await shop.gateway.caller("0")
+    headers = {"Idempotency-Key": "order-1"}
+    orders = [await shop.order(who, amount, **headers) for who, amount in ((caller, 50), (caller, 50), (caller, 60), (other, 50))]
+    assert [status for status, _, _ in orders] == [200] * 4
+    first, again, dearer, others = [body["data"]["id"] for _, body, _ in orders]
+    assert first == again
+    assert len({first, dearer, others}) == 3
+
+
+async def test_payments_need_a_key_and_a_setting(shop: Shop, gateway: Gateway) -> None:
+    """Row money-13: without its settings nothing of it answers."""
+    async with shop.gateway.session.post(f"{shop.gateway.url}/v1/payments", json={"amount": 100}) as response:
+        assert (response.status, response.headers["X-Error-Code"]) == (401, "invalid_key")
+    assert shop.yookassa.calls == []
+    caller = await gateway.caller("0")
+    for path in ("/v1/payments", "/yookassa/webhook"):
+        async with gateway.session.post(gateway.url + path, json={"amount": 100}, headers=caller.headers) as response:
+            assert (response.status, await response.json()) == (404, {"error": "Payments are not set up here"})
+
+
+@pytest.mark.parametrize("missing", ["SHOP_ID", "SECRET_KEY", "RETURN_URL"])
+def test_half_a_configuration_stops_the_start(missing: str) -> None:
+    """Rows money-13, operator-1: an empty secret is not a secret; and it is not printed."""
+    environ = {
+        "GPTUTOR_YOOKASSA__SHOP_ID": SHOP_ID,
+        "GPTUTOR_YOOKASSA__SECRET_KEY": SECRET_KEY,
+        "GPTUTOR_YOOKASSA__RETURN_URL": "https://example.com/",
+    }
+    assert load(environ).yookassa.is_set
+    for value in ("", " "):
+        with pytest.raises(ConfigError, match=r"(?i)yookassa") as caught:
+            load({**environ, f"GPTUTOR_YOOKASSA__{missing}": value})
+        assert SECRET_KEY not in str(caught.value)
+
+
+async def test_topups_while_requests_run_add_up(gateway: Gateway, books: Database) -> None:
+    """Row money-14: fifty requests, fifty top-ups, and the sum is exact."""
+    caller = await gateway.caller("100")
+    bookings = Bookings(books)
+
+    async def ask(number: int) -> int:
+        response, _ = await gateway.chat(caller, f"Hello {number}", model="openai/gpt-4o-mini", max_tokens=64)
+        return response.status
+
+    statuses, *_ = await asyncio.gather(
+        asyncio.gather(*(ask(number) for number in range(50))),
+        *(bookings.book(caller.account_id, "topup", Nano(10**9 + number), reference=f"pay-{number}") for number in range(50)),
+    )
+    assert set(statuses) == {200}
+    spent = gateway.billed_usd() * 90
+    assert await caller.balance() == 150 + Decimal(sum(range(50))) / 10**9 - spent
+    assert await caller.held() == 0
+
+
+async def test_one_reference_is_one_payment_across_accounts_and_at_once(gateway: Gateway, books: Database) -> None:
+    """Row money-12: two accounts ask for the same payment in the same moment; one gets it."""
+    callers = [await gateway.caller("0") for _ in range(4)]
+    results = await asyncio.gather(
+        *(Bookings(books).book(callers[n % 4].account_id, "topup", Nano(5 * 10**9), reference="pay") for n in range(24)),
+        return_exceptions=True,
+    )
+    assert sum(not isinstance(result, BaseException) for result in results) == 1
+    assert sum([await caller.balance() for caller in callers]) == 5
+    assert {type(result).__name__ for result in results} == {"User", "AlreadyBooked"}
+
+
+async def test_a_balance_that_cannot_be_kept_is_refused(books: Database, gateway: Gateway) -> None:
+    """Row money-15: the bound is far inside BIGINT, so no sum overflows."""
+    caller = await gateway.caller("0")
+    for _ in range(4):
+        await Bookings(books).book(caller.account_id, "topup", Nano(10**18))
+    with pytest.raises(ValueError, match="larger than any"):
+        await Bookings(books).book(caller.account_id, "topup", Nano(1))
+    assert await caller.balance() == 4 * 10**9
+
+
+async def test_a_reference_that_the_version_before_is_booking_at_this_moment_is_booked_once(
+    books: Database, database_url: str
+) -> None:
+    """Rows money-12, operator-3: it takes no lock on the reference; the unique index decides."""
+    caller = await make_caller(books, "0")
+    old = await asyncpg.connect(database_url)
+    transaction = old.transaction()
+    await transaction.start()
+    await old.execute(
+        "INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reference) VALUES ($1, $2, 'topup', 5, 'payments', 'pay')",
+        caller.account_id,
+        new_id(),
+    )
+    booking = asyncio.create_task(Bookings(books).book(caller.account_id, "topup", Nano(5), reference="pay"))
+    await asyncio.sleep(0.3)
+    assert not booking.done()
+    await old.execute("UPDATE accounts SET balance_nano = balance_nano + 5 WHERE account_id = $1", caller.account_id)
+    await transaction.commit()
+    await old.close()
+    with pytest.raises(AlreadyBooked):
+        await booking
+    assert (await caller.user()).balance == 5
+    assert [finding async for finding in check(books) if finding.rows] == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"id": "another"}, {"id": None}, {"status": None}, {"amount": None}, {"amount": {"value": 100, "currency": "RUB"}},
+        {"amount": {"value": "ten", "currency": "RUB"}}, {"amount": {"value": "-5.00", "currency": "RUB"}},
+        {"amount": {"value": "NaN", "currency": "RUB"}}, {"amount": {"value": "0", "currency": "RUB"}},
+    ],
+)  # fmt: skip
+async def test_an_answer_that_is_not_yookassas_form_is_no_answer(shop: Shop, changed: dict[str, Any]) -> None:
+    caller = await shop.gateway.caller("0")
+    name = shop.yookassa.add_payment(caller.account_id)
+    kept = dict(shop.yookassa.payments[name])
+    shop.yookassa.payments[name] |= changed
+    assert await shop.notify("payment.succeeded", name) == 503
+    assert await caller.balance() == 0
+    shop.yookassa.payments[name] = kept
+    assert await shop.notify("payment.succeeded", name) == 200
+    assert await caller.balance() == 100
+
+
+@pytest.mark.parametrize("value", ["0.0000000001", "99999999999.00"])
+async def test_an_amount_that_no_balance_can_hold_is_told_to_the_operator(
+    shop: Shop, value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Row money-15: YooKassa would repeat it for ever otherwise."""
+    caller = await shop.gateway.caller("0")
+    with caplog.at_level(logging.ERROR, "gptutor.payments"):
+        assert await shop.notify("payment.succeeded", shop.yookassa.add_payment(caller.account_id, value)) == 200
+    assert "cannot be booked: InvalidAmount" in caplog.text
+    assert await caller.balance() == 0
+
+
+async def test_a_payment_without_an_address_to_pay_at_is_no_payment(shop: Shop) -> None:
+    caller = await shop.gateway.caller("0")
+    headers = {"Idempotency-Key": "order-2"}
+    await shop.order(caller, 50, **headers)
+    for _, answer in shop.yookassa.idempotent.values():
+        answer["confirmation"] = None
+    assert (await shop.order(caller, 50, **headers))[0] == 503
+    assert (await shop.order(caller, 50, **{"Idempotency-Key": "x" * 256}))[0] == 400
+
+
+async def test_who_hangs_up_after_telling_does_not_undo_it(shop: Shop) -> None:
+    shop.yookassa.pause_s = 0.3
+    caller = await shop.gateway.caller("0")
+    name = shop.yookassa.add_payment(caller.account_id)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.15):
+            await shop.notify("payment.succeeded", name)
+    for _ in range(100):
+        if await caller.balance():
+            break
+        await asyncio.sleep(0.02)
+    assert await caller.balance() == 100

@@ -1,0 +1,129 @@
+"""A stand-in for YooKassa's API v3, with books of its own: payments, refunds, idempotence, authentication, and being away."""
+
+import asyncio
+import base64
+import copy
+import uuid
+from typing import Any
+
+from aiohttp import web
+
+SHOP_ID = "506751"
+SECRET_KEY = "test_kQd7-secret-of-the-shop"
+
+
+class YooKassaStandIn:
+    """`fault` is what it does instead of answering: a status, "silence" or "garbage"."""
+
+    def __init__(self) -> None:
+        self.payments: dict[str, dict[str, Any]] = {}
+        self.refunds: dict[str, dict[str, Any]] = {}
+        self.idempotent: dict[str, tuple[Any, dict[str, Any]]] = {}
+        self.calls: list[tuple[str, str]] = []
+        self.fault: int | str | None = None
+        self.under_way = self.most_under_way = 0
+        self.pause_s = 0.0
+
+    def app(self) -> web.Application:
+        app = web.Application(middlewares=[self._at_the_door])
+        app.add_routes(
+            [
+                web.post("/v3/payments", self._create),
+                web.get("/v3/payments/{id}", self._show_payment),
+                web.get("/v3/refunds/{id}", self._show_refund),
+            ]
+        )
+        return app
+
+    # -- what people and the shop do there
+
+    def pay(self, payment_id: str) -> None:
+        self.payments[payment_id] |= {"status": "succeeded", "paid": True, "captured_at": "2026-11-24T10:00:00.000Z"}
+
+    def cancel(self, payment_id: str) -> None:
+        self.payments[payment_id] |= {"status": "canceled", "paid": False}
+
+    def add_payment(self, account_id: int | None, value: str = "100.00", **changed: Any) -> str:
+        """A payment that somebody has made in the shop; by default it has succeeded."""
+        payment_id = _new_id()
+        self.payments[payment_id] = {
+            "id": payment_id,
+            "status": "succeeded",
+            "paid": True,
+            "amount": {"value": value, "currency": "RUB"},
+            "recipient": {"account_id": SHOP_ID, "gateway_id": "1"},
+            "refundable": True,
+            "test": False,
+            "metadata": {} if account_id is None else {"account_id": str(account_id)},
+            **changed,
+        }
+        return payment_id
+
+    def add_refund(self, payment_id: str, value: str, **changed: Any) -> str:
+        refund_id = _new_id()
+        amount = {"value": value, "currency": "RUB"}
+        self.refunds[refund_id] = {"id": refund_id, "payment_id": payment_id, "status": "succeeded", "amount": amount, **changed}
+        return refund_id
+
+    # -- its API
+
+    @web.middleware
+    async def _at_the_door(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        self.calls.append((request.method, request.path))
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            await asyncio.sleep(self.pause_s)
+            if self.fault == "silence":
+                await asyncio.sleep(30)
+            if self.fault == "garbage":
+                return web.Response(text="<html>", content_type="text/html")
+            if isinstance(self.fault, int):
+                return _error(self.fault, "it is broken")
+            expected = base64.b64encode(f"{SHOP_ID}:{SECRET_KEY}".encode()).decode()
+            if request.headers.get("Authorization") != f"Basic {expected}":
+                return _error(401, "Basic auth failed")
+            answer: web.StreamResponse = await handler(request)
+            return answer
+        finally:
+            self.under_way -= 1
+
+    async def _create(self, request: web.Request) -> web.Response:
+        key = request.headers.get("Idempotence-Key")
+        if not key or len(key) > 64:
+            return _error(400, "Idempotence-Key is missing or too long")
+        asked = await request.json()
+        if key in self.idempotent:
+            before, answer = self.idempotent[key]
+            return web.json_response(answer) if before == asked else _error(400, "Idempotence-Key was used for another request")
+        payment_id = self.add_payment(
+            None,
+            asked["amount"]["value"],
+            status="pending",
+            paid=False,
+            metadata=asked["metadata"],
+            confirmation={"type": "redirect", "confirmation_url": "https://yoomoney.ru/checkout/payments/v2/contract?orderId=1"},
+        )
+        self.idempotent[key] = (asked, copy.deepcopy(self.payments[payment_id]))
+        return web.json_response(self.payments[payment_id])
+
+    async def _show_payment(self, request: web.Request) -> web.Response:
+        payment = self.payments.get(request.match_info["id"])
+        return web.json_response(payment) if payment else _error(404, "no such payment")
+
+    async def _show_refund(self, request: web.Request) -> web.Response:
+        refund = self.refunds.get(request.match_info["id"])
+        return web.json_response(refund) if refund else _error(404, "no such refund")
+
+
+def notification(event: str, name: str, **claimed: Any) -> dict[str, Any]:
+    """As YooKassa sends it; `claimed` is what a forger may write there."""
+    return {"type": "notification", "event": event, "object": {"id": name, "status": "succeeded", "paid": True, **claimed}}
+
+
+def _error(status: int, description: str) -> web.Response:
+    return web.json_response({"type": "error", "id": _new_id(), "code": "x", "description": description}, status=status)
+
+
+def _new_id() -> str:
+    return f"{uuid.uuid4()}"
