@@ -181,7 +181,7 @@ class BillScanner:
         if self._is_idle(block):
             return
         for event in EVENT_END.split(block)[self._skipping :]:
-            if self._is_idle(event) or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
+            if DATA not in event or self._is_idle(event) or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
                 self._at_bill = self._at_bill and DATA not in event
                 continue
             data = b"\n".join(line[5:] for line in LINE_END.split(event) if line.startswith(b"data:"))
