@@ -179,3 +179,26 @@ def test_a_double_is_read_as_it_is_spelled(number: float) -> None:
 def test_nothing_but_a_number_is_a_price(spelling: bytes) -> None:
     cost = parse_usd(spelling)
     assert cost is None or (cost.is_finite() and 0 <= cost < 100_000)
+
+
+@pytest.mark.parametrize("generation_id", ["gen-1", None])
+@pytest.mark.parametrize(
+    ("stream", "expects"),
+    [
+        (b": x\n\n", False),
+        (b'data: {"choices":[]}\n\n', False),
+        (b'data: {"usage":{"cost":1}}\n\n', True),
+        (b'data: {"usage":{"cost":1}}\n\n: x\n\n', True),
+        (b'data: {"usage":{"cost":1}}\n\ndata: {"choices":[]}\n\n', False),
+        (b'data: {"usage":{"cost":1}}\n\ndata: {"choices":[]}\n\ndata: {"usage":{"cost":2}}\n\n', True),
+        (b"data: [DONE]\n\n", True),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 1000])
+def test_the_end_is_expected_once_the_price_is_the_last_word(
+    stream: bytes, expects: bool, generation_id: str | None, size: int
+) -> None:
+    scanner = BillScanner(generation_id)
+    for start in range(0, len(stream), size):
+        scanner.feed(stream[start : start + size])
+    assert scanner.expects_end is expects

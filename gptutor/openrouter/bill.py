@@ -146,7 +146,7 @@ class BillScanner:
 
     def feed(self, chunk: bytes) -> None:
         if not self._rest and not self._skipping and chunk.endswith(EVENT_ENDS) and self._is_idle(chunk):
-            self._at_bill = self._at_bill and DATA not in chunk
+            self._pass_over(chunk)
             return  # whole events, and none of them of interest: nearly every chunk of nearly every stream
         rest = self._rest
         searched = max(0, len(rest) - 1)  # an end may straddle the seam
@@ -177,12 +177,16 @@ class BillScanner:
     def _is_idle(self, block: bytes) -> bool:
         return MARK not in block and DONE not in block and FAULT not in block and self.generation_id is not None
 
+    def _pass_over(self, block: bytes) -> None:
+        self._at_bill = self._at_bill and DATA not in block
+
     def _read(self, block: bytes) -> None:
         if self._is_idle(block):
+            self._pass_over(block)
             return
         for event in EVENT_END.split(block)[self._skipping :]:
-            if self._is_idle(event) or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
-                self._at_bill = self._at_bill and DATA not in event
+            if DATA not in event or self._is_idle(event) or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
+                self._pass_over(event)
                 continue
             data = b"\n".join(line[5:] for line in LINE_END.split(event) if line.startswith(b"data:"))
             if data.strip() == DONE:
