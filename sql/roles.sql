@@ -15,4 +15,4 @@ REVOKE ALL ON ALL TABLES IN SCHEMA public FROM gptutor_app;
 GRANT USAGE ON SCHEMA public TO gptutor_app;
 GRANT SELECT ON schema_migrations TO gptutor_app;
 GRANT SELECT, INSERT ON ledger, identities TO gptutor_app;
-GRANT SELECT, INSERT, UPDATE ON accounts, api_keys, holds TO gptutor_app;
+GRANT SELECT, INSERT, UPDATE ON accounts, api_keys, holds, usage_days TO gptutor_app;
