@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gptutor.api.form import read_form
+from gptutor.api.form import parse_form
 from gptutor.api.keys import BODY_BYTES_MAX, KeyLimits, NewKey, limits_after
 from gptutor.database import Database
 from gptutor.errors import Refusal
@@ -309,7 +309,7 @@ async def test_a_body_is_small_json_and_nothing_else(gateway: Gateway) -> None:
     ],
 )  # fmt: skip
 def test_what_a_form_does_to_limits(before: Limits, form: dict[str, Any], after: Limits) -> None:
-    assert limits_after(read_form(json.dumps(form).encode(), KeyLimits), before) == after
+    assert limits_after(parse_form(json.dumps(form).encode(), KeyLimits), before) == after
 
 
 def test_a_period_needs_a_limit_in_a_change_too() -> None:
@@ -321,7 +321,7 @@ def test_described_forms_are_those_that_are_read() -> None:
     document = openapi.describe()
     for method, path, form in (("post", "/v1/keys", NewKey), ("patch", "/v1/keys/{key_id}", KeyLimits)):
         content = document["paths"][path][method]["requestBody"]["content"]["application/json"]
-        assert read_form(json.dumps(content["example"]).encode(), form)
+        assert parse_form(json.dumps(content["example"]).encode(), form)
         described = document["components"]["schemas"][form.__name__]
         assert set(described["properties"]) == set(form.__struct_fields__)
         assert described["additionalProperties"] is False

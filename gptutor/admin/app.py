@@ -9,8 +9,7 @@ from gptutor.admin import money, users
 from gptutor.admin.answers import told
 from gptutor.admin.door import VAULT, let_in
 from gptutor.api import middlewares
-from gptutor.api.body import hold_invitation
-from gptutor.api.forms import LIMITS
+from gptutor.api.body import FORM_LIMITS, hold_invitation
 from gptutor.api.health import DATABASE
 from gptutor.logs import LoggerService
 from gptutor.money.vault import Vault
@@ -28,13 +27,13 @@ KEY = USER + r"/keys/{key_id:[1-9][0-9]{0,17}}"
 def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
     """`config.database.url` names a real database here, as for `build_app`."""
     app = web.Application(
-        client_max_size=LIMITS.bytes_max,
+        client_max_size=FORM_LIMITS.bytes_max,
         middlewares=[
             middlewares.request_id,
             middlewares.access_log(log),
             middlewares.errors,
             let_in(config.admin.tokens),  # before it is known whether there is such a path
-            middlewares.body_limit(LIMITS.bytes_max),
+            middlewares.body_limit(FORM_LIMITS.bytes_max),
             told,
         ],
     )

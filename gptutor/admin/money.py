@@ -13,7 +13,7 @@ from gptutor.admin.answers import data
 from gptutor.admin.asked import account, day, number
 from gptutor.admin.door import hands
 from gptutor.administration import REASON_MAX, REFERENCE_MAX, BookingKind
-from gptutor.api.forms import read_form
+from gptutor.api.body import read_form
 from gptutor.api.health import DATABASE
 from gptutor.errors import Refusal
 from gptutor.money.amounts import AccountId, parse_positive, parse_roubles, roubles

@@ -8,7 +8,8 @@ from aiohttp import web
 from gptutor.admin.answers import data
 from gptutor.admin.asked import account, number
 from gptutor.admin.door import hands
-from gptutor.api.forms import Line, read_form
+from gptutor.api.body import read_form
+from gptutor.api.form import Line
 from gptutor.money.amounts import parse_positive
 from gptutor.money.keyring import NO_LIMITS
 from gptutor.money.limits import NAME_MAX, Changes, changed

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from aiohttp import StreamReader, web
 
+from gptutor.api.form import Form, parse_form
 from gptutor.api.refusals import as_response
 from gptutor.errors import Refusal
 
@@ -25,6 +26,9 @@ class BodyLimits:
     total_s: float
 
 
+FORM_LIMITS = BodyLimits(64 * 1024, idle_s=10, total_s=30)
+
+
 async def hold_invitation(request: web.Request) -> web.Response | None:
     """Takes the place of aiohttp's answer to `Expect`, which comes before any check."""
     if request.headers["Expect"].lower() == "100-continue":
@@ -35,6 +39,12 @@ async def hold_invitation(request: web.Request) -> web.Response | None:
 
 def waits_to_be_invited(request: web.Request) -> bool:
     return request.get(WAITS_TO_BE_INVITED) is True
+
+
+def require_json(request: web.Request) -> None:
+    """Raises Refusal for a body that says it is something else; one that says nothing is looked at."""
+    if request.content_type not in ("application/json", "application/octet-stream"):  # the latter stands for a missing header
+        raise Refusal("unsupported_media_type")
 
 
 async def read_body(request: web.Request, limits: BodyLimits) -> bytes:
@@ -69,3 +79,11 @@ async def _arriving(content: StreamReader, limits: BodyLimits) -> bytes:
         pieces.append(piece)
         size += len(piece)
     return b"".join(pieces)
+
+
+async def read_form(request: web.Request, form: type[Form], limits: BodyLimits = FORM_LIMITS) -> Form:
+    """A small body as `form`. Raises Refusal."""
+    require_json(request)
+    if request.content_length is not None and request.content_length > limits.bytes_max:
+        raise Refusal("body_too_large", f"Request body is larger than {limits.bytes_max} bytes")
+    return parse_form(await read_body(request, limits), form)

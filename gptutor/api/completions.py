@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from aiohttp import web
 
 from gptutor.api.ask import Ask, read_ask
-from gptutor.api.body import BodyLimits, read_body, waits_to_be_invited
+from gptutor.api.body import BodyLimits, read_body, require_json, waits_to_be_invited
 from gptutor.api.exchange import begin
 from gptutor.api.health import READINESS
 from gptutor.api.middlewares import CLAIM, KEYRING, REQUEST_ID
@@ -28,8 +28,7 @@ IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
 
 async def complete(request: web.Request) -> web.StreamResponse:
-    if request.content_type not in ("application/json", "application/octet-stream"):  # the latter stands for a missing header
-        raise Refusal("unsupported_media_type")
+    require_json(request)
     is_proven = waits_to_be_invited(request) or (request.content_length or 0) > ON_THE_LOOP_BYTES_MAX
     if is_proven:
         await _prove_key(request)

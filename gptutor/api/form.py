@@ -1,10 +1,11 @@
 """A small JSON body that is described by a Struct: all of it is checked, and what the Struct does not name is refused. No I/O.
 
-The descriptions of the Struct's fields complete the sentence "<field> must be …", as those of the ask do.
+The descriptions of the Struct's fields complete the sentence "<field> must be …", as those of the ask do; where there is none,
+the checker's own words must do.
 """
 
 import re
-from typing import TypeVar, get_type_hints
+from typing import Annotated, TypeVar, get_type_hints
 
 import msgspec
 
@@ -13,10 +14,12 @@ from gptutor.errors import Refusal
 
 Form = TypeVar("Form", bound=msgspec.Struct)
 
+# What PostgreSQL cannot keep, and what would make a log line or a table look like another, is not text for us.
+Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]*$")]
 UNKNOWN = re.compile(r"unknown field `(.*)`", re.DOTALL)
 
 
-def read_form(body: bytes, form: type[Form]) -> Form:
+def parse_form(body: bytes, form: type[Form]) -> Form:
     """Raises Refusal, whose text names the field, its fault and what is allowed."""
     try:
         refuse_ambiguity(body.decode())
@@ -29,7 +32,12 @@ def read_form(body: bytes, form: type[Form]) -> Form:
 
 def must_be(form: type[msgspec.Struct], field: str) -> str:
     """`limit must be …`"""
-    return f"{field} must be {get_type_hints(form, include_extras=True)[field].__metadata__[-1].description}"
+    return f"{field} must be {_description(form, field)}"
+
+
+def _description(form: type[msgspec.Struct], field: str) -> str | None:
+    hint = get_type_hints(form, include_extras=True).get(field)
+    return next((said.description for said in reversed(getattr(hint, "__metadata__", ())) if said.description), None)
 
 
 def _told(fault: str, form: type[msgspec.Struct]) -> str:
@@ -37,6 +45,12 @@ def _told(fault: str, form: type[msgspec.Struct]) -> str:
         return (
             f"{unknown[1][:NAME_CHARACTERS_SHOWN]!r} is not a field of this request; it has {', '.join(form.__struct_fields__)}"
         )
-    if found := MISSING.search(fault) or PLACE.search(fault):
+    found = MISSING.search(fault) or PLACE.search(fault)
+    if found is None:
+        return "Request body must be a JSON object"
+    if _description(form, found[1]):
         return must_be(form, found[1])
-    return "Request body must be a JSON object"
+    what = fault.partition(" - at ")[0]
+    if "matching regex" in what:
+        what = "expected a text without control characters, in the form that is documented"
+    return f"{found[1]}: {what[:1].lower()}{what[1:]}"

@@ -13,10 +13,10 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from gptutor.api.body import read_body
+from gptutor.api.body import read_form
 from gptutor.api.completions import BODY_LIMITS
 from gptutor.api.envelope import amount, answer, moment
-from gptutor.api.form import Form, must_be, read_form
+from gptutor.api.form import Form, must_be
 from gptutor.api.identity import MANAGES_KEYS, USER
 from gptutor.api.middlewares import KEYRING
 from gptutor.errors import Refusal
@@ -150,11 +150,7 @@ def _cap(limit: Decimal | None) -> Nano | None:
 async def _form(request: web.Request, form: type[Form]) -> Form:
     """The body of one who may change keys. Raises Refusal."""
     _require_manager(request)
-    if request.content_type not in ("application/json", "application/octet-stream"):  # the latter stands for a missing header
-        raise Refusal("unsupported_media_type")
-    if request.content_length is not None and request.content_length > BODY_BYTES_MAX:
-        raise Refusal("body_too_large", f"Request body is larger than {BODY_BYTES_MAX} bytes")
-    return read_form(await read_body(request, replace(request.app[BODY_LIMITS], bytes_max=BODY_BYTES_MAX)), form)
+    return await read_form(request, form, replace(request.app[BODY_LIMITS], bytes_max=BODY_BYTES_MAX))
 
 
 def _require_manager(request: web.Request) -> None:

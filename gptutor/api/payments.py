@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 
 from gptutor.administration import Bookkeeper
-from gptutor.api.forms import read_form
+from gptutor.api.body import read_form
 from gptutor.api.health import DATABASE, READINESS
 from gptutor.api.identity import USER
 from gptutor.errors import Refusal
