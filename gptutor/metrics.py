@@ -32,6 +32,7 @@ UPSTREAM_ACCOUNT = Counter(
     "OpenRouter's refusals of our own account: its key, its credit, its limits. Look at once.",
     ["status"],
 )
+CLOCK_SKEW = Gauge("gptutor_clock_skew_seconds", "Our clock less that of OpenRouter's answers; sign-in by VK needs it right.")
 CATALOGUE_AGE = Gauge("gptutor_catalogue_age_seconds", "Since the model list was read from OpenRouter.")
 PAYMENT_NOTIFICATIONS = Counter(
     "gptutor_payment_notifications",

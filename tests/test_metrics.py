@@ -1,13 +1,17 @@
 """Figures for the operator (contract F11, B6)."""
 
+import datetime
 import re
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from prometheus_client import REGISTRY
 
-from gptutor.metrics import build_metrics
+from gptutor.app import UPSTREAM
+from gptutor.metrics import CLOCK_SKEW, build_metrics
 from tests.conftest import Gateway
 from tests.service import start
 
@@ -37,6 +41,27 @@ async def test_what_happens_is_counted(gateway: Gateway) -> None:
     after = [value(name, **labels) for name, labels in counted]
     assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1, 1, 1, 1, 3, 2, 3]
     assert value("gptutor_catalogue_age_seconds") > 0
+
+
+@pytest.mark.parametrize(("date", "skew"), [("Tue, 24 Nov 2026 10:00:00 GMT", 3600), ("nonsense", 0)])
+async def test_a_clock_that_is_off_shows(
+    gateway: Gateway, aiohttp_server: Any, monkeypatch: pytest.MonkeyPatch, date: str, skew: float
+) -> None:
+    """Row operator-10: against the Date of OpenRouter's answers."""
+
+    async def models(request: web.Request) -> web.Response:
+        return web.Response(body=b"{}", headers={"Date": date})
+
+    upstream = web.Application()
+    upstream.router.add_get("/models", models)
+    server = await aiohttp_server(upstream)
+    service = gateway.app[UPSTREAM]
+    monkeypatch.setattr(service, "_base_url", str(server.make_url("")).rstrip("/"))
+    noon = datetime.datetime(2026, 11, 24, 11, tzinfo=datetime.UTC).timestamp()
+    monkeypatch.setattr("gptutor.openrouter.service.time.time", lambda: noon)
+    CLOCK_SKEW.set(0)
+    await service.models()
+    assert value("gptutor_clock_skew_seconds") == skew
 
 
 async def test_the_public_side_does_not_tell(gateway: Gateway) -> None:

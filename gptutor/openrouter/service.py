@@ -4,18 +4,21 @@ Nothing is decompressed (identity is asked for), re-framed or decoded. Redirects
 """
 
 import asyncio
+import contextlib
 import io
 import logging
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
+from email.utils import parsedate_to_datetime
 
 import aiohttp
 import msgspec
 
-from gptutor.metrics import UPSTREAM_FAILURES, UPSTREAM_RETRIES
+from gptutor.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RETRIES
 from gptutor.openrouter.bill import Bill, parse_usd
 from gptutor.openrouter.circuit import Circuit
 from gptutor.openrouter.reply import Reply
@@ -161,6 +164,9 @@ class OpenRouterService:
             ):
                 if response.status != 200:
                     raise await read_refusal(response)
+                if (date := response.headers.get("Date")) is not None:
+                    with contextlib.suppress(ValueError):
+                        CLOCK_SKEW.set(time.time() - parsedate_to_datetime(date).timestamp())
                 return await response.read()
 
 
