@@ -20,7 +20,7 @@ from tests.fuzz.engines import HAS_ATHERIS, run_hypothesis
 from tests.fuzz.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent
-RUNS = {"scanner": 300, "ask": 500, "key": 500, "config": 200, "models": 400}
+RUNS = {"scanner": 300, "ask": 500, "key": 500, "vk": 500, "config": 200, "models": 400}
 
 
 def test_the_seeds_go_through_the_gates_that_are_fuzzed() -> None:

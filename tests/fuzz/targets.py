@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 from gptutor import config
 from gptutor.api.ask import Ask, read_ask
@@ -20,6 +21,7 @@ from gptutor.money.amounts import AccountId
 from gptutor.money.keys import FORM, hash_key, make_key, parse_key
 from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner
 from gptutor.openrouter.catalogue import CatalogueError, parse_models
+from gptutor.vk import NotSigned, signature, verify
 
 APART = b"\xfe\xfd"
 
@@ -194,6 +196,22 @@ def key(data: bytes) -> None:
         assert claim.key_hash == hash_key(text)
 
 
+# -- vk: nothing but NotSigned, and nobody without the signature
+
+VK_SECRET = "wvl68m4dR1UpLrVRli"
+VK_NOW = 1_795_500_000
+VK_SIGNED = {"vk_user_id": "494075", "vk_app_id": "5", "vk_ts": str(VK_NOW), "vk_access_token_settings": "", "vk_ref": "a,b"}
+VK_LAUNCH = urlencode({**VK_SIGNED, "sign": signature(VK_SIGNED, VK_SECRET)})
+LAUNCHES = (VK_LAUNCH.encode(), b"https://h/?" + VK_LAUNCH.encode() + b"#x", b"sign=&vk_user_id=1", b"vk_ts=%F0%9F%92%A9&a&b=c")
+
+
+def vk(data: bytes) -> None:
+    with suppress(NotSigned):
+        launch = verify(data.decode("latin-1"), app_id=5, secret=VK_SECRET, now=VK_NOW, age_s_max=3600)
+        assert launch.user_id == 494075
+        assert launch.parameters == VK_SIGNED  # nobody can sign another
+
+
 # -- config: nothing but a ConfigError
 
 FILES = (
@@ -310,6 +328,7 @@ TARGETS = {
     "scanner": Target(scan, (*with_decisions(*STREAMS), TOO_LONG)),
     "ask": Target(ask, with_decisions(*BODIES, *TWICE)),
     "key": Target(key, KEYS),
+    "vk": Target(vk, LAUNCHES),
     "config": Target(load, with_decisions(*FILES)),
     "models": Target(models, with_decisions(*LISTS)),
 }
