@@ -3,12 +3,14 @@
 import asyncio
 import datetime
 import itertools
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import asyncpg
 import pytest
@@ -22,6 +24,7 @@ from gptutor.money.knowledge import Price
 from gptutor.money.pricing import Ceiling, charge
 from gptutor.money.usage import Place, Usage
 from gptutor.money.users import NoSuchUser
+from gptutor.vk import signature
 from tests.conftest import Caller, Gateway, make_caller
 from tests.test_ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
 from tests.test_recovery import leftovers_in, mortal, process
@@ -541,3 +544,14 @@ async def test_any_cursor_that_can_be_spelt_is_a_place(gateway: Gateway) -> None
     for moment, count in [(first, 0), (NOON, 0), (last, 1)]:
         cursor = cursor_of(Place(moment, uuid.UUID(int=2**128 - 1)))
         assert len(await data(gateway, caller, "/v1/usage", cursor=cursor)) == count
+
+
+@pytest.mark.parametrize("tuned", [{"vk": {"app_id": 5, "secret_key": "s"}}])
+@pytest.mark.parametrize("path", ["/v1/credits", "/v1/usage", "/v1/usage/totals"])
+async def test_a_mini_app_needs_no_key_to_see_what_is_spent(gateway: Gateway, path: str) -> None:
+    signed = {"vk_user_id": "494075", "vk_app_id": "5", "vk_ts": str(int(time.time()))}
+    launch = urlencode({**signed, "sign": signature(signed, "s")})
+    for token, status in ((launch, 200), (launch + "x", 401)):
+        async with gateway.session.get(gateway.url + path, headers={"Authorization": f"Bearer {token}"}) as response:
+            assert response.status == status
+            assert ("data" in await response.json()) is (status == 200)

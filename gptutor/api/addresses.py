@@ -34,6 +34,11 @@ class Counter:
     _minute: int = 0
     _counts: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def has_any(self) -> bool:
+        """Whether anything was counted in this minute; mostly not, and then nobody's address need be found out."""
+        return bool(self._counts_now())
+
     def is_used_up(self, address: str) -> bool:
         return bool(self.per_minute) and self._counts_now().get(self._name(address), 0) >= self.per_minute
 
@@ -59,21 +64,20 @@ def limit_addresses(
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         called = request.match_info.handler
-        arriving = arrivals.get(called)
-        if arriving is None and called not in guarded:
-            return await handler(request)
-        address = address_of(request, proxies)
-        if arriving is not None:
+        if (arriving := arrivals.get(called)) is not None:
+            address = address_of(request, proxies)
             if arriving.is_used_up(address):
                 raise Pace(arriving.per_minute).refusal()
             arriving.add(address)
-        if called in guarded and strangers.is_used_up(address):
+        if called not in guarded:
+            return await handler(request)
+        if strangers.has_any and strangers.is_used_up(address_of(request, proxies)):
             raise Pace(strangers.per_minute).refusal()
         try:
             return await handler(request)
         except Refusal as refusal:
             if refusal.code == "invalid_key":
-                strangers.add(address)
+                strangers.add(address_of(request, proxies))
             raise
 
     return middleware

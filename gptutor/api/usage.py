@@ -8,9 +8,9 @@ import datetime
 from decimal import Decimal
 from typing import Any
 
-import msgspec
 from aiohttp import web
 
+from gptutor.api.envelope import answer
 from gptutor.api.health import DATABASE
 from gptutor.api.identity import USER
 from gptutor.api.query import Query, cursor_of
@@ -28,15 +28,14 @@ DAYS_MAX = {"day": 366, "model": 366, "day,model": 31}
 async def show_credits(request: web.Request) -> web.Response:
     Query(request, ())
     money = await Usage(request.app[DATABASE]).credits(request[USER].account_id)
-    return answer(
-        {
-            "balance": roubles(money.balance),
-            "held": roubles(money.held),
-            "available": roubles(money.balance - money.held),
-            "total_spent": roubles(money.spent),
-            "currency": "RUB",
-        }
-    )
+    shown = {
+        "balance": roubles(money.balance),
+        "held": roubles(money.held),
+        "available": roubles(money.balance - money.held),
+        "total_spent": roubles(money.spent),
+        "currency": "RUB",
+    }
+    return answer({"data": shown})
 
 
 async def list_usage(request: web.Request) -> web.Response:
@@ -48,9 +47,8 @@ async def list_usage(request: web.Request) -> web.Response:
         request[USER].account_id, before=before, since=period.begin, limit=limit + 1, model=query.text("model")
     )
     shown = entries[:limit]
-    return answer(
-        [entry_as_json(entry) for entry in shown], next_cursor=cursor_of(shown[-1].place) if len(entries) > limit else None
-    )
+    next_cursor = cursor_of(shown[-1].place) if len(entries) > limit else None
+    return answer({"data": [entry_as_json(entry) for entry in shown], "next_cursor": next_cursor})
 
 
 async def sum_usage(request: web.Request) -> web.Response:
@@ -60,7 +58,7 @@ async def sum_usage(request: web.Request) -> web.Response:
     totals = await Usage(request.app[DATABASE]).totals(
         request[USER].account_id, period.first, period.last, by_day="day" in by, by_model="model" in by
     )
-    return answer([total_as_json(total) for total in totals], **{"from": period.first, "to": period.last, "by": by})
+    return answer({"data": [total_as_json(total) for total in totals], "from": period.first, "to": period.last, "by": by})
 
 
 async def show_generation(request: web.Request) -> web.Response:
@@ -71,16 +69,7 @@ async def show_generation(request: web.Request) -> web.Response:
         found = await Usage(request.app[DATABASE]).request(request[USER].account_id, name)
     except NoSuchRequest:
         raise Refusal("not_found", "No request of this account has this id") from None
-    return answer(request_as_json(found))
-
-
-def answer(data: Any, **beside: Any) -> web.Response:
-    """OpenRouter's envelope. It is about money, and for one reader: no cache may keep it."""
-    return web.Response(
-        body=msgspec.json.encode({"data": data, **beside}),
-        content_type="application/json",
-        headers={"Cache-Control": "no-store"},
-    )
+    return answer({"data": request_as_json(found)})
 
 
 def entry_as_json(entry: UsageEntry) -> dict[str, Any]:
