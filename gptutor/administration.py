@@ -12,7 +12,6 @@ from gptutor.logs import audit
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, roubles
 from gptutor.money.bookings import Booking, Bookings
 from gptutor.money.keyring import NO_LIMITS, Key, KeyRing, Limits
-from gptutor.money.keys import shown
 from gptutor.money.users import User, UserRepository
 from gptutor.money.vault import Vault
 
@@ -109,14 +108,14 @@ class Administration(Bookkeeper):
         """The key, which is shown only now. Raises NoSuchUser, TooManyKeys."""
         await self.users.find(account_id)
         secret, key = await self._keys.issue(account_id, name, limits)
-        audit(self._who, "issue key", user_id=account_id, key=key.shown, limits=_limits(key))
+        audit(self._who, "issue key", user_id=account_id, key_id=key.key_id, limits=_limits(key))
         return secret, key
 
     async def renew_keys(self, account_id: AccountId) -> str:
         """A new main key; all others are dead. Raises NoSuchUser."""
         await self.users.find(account_id)
         secret = await self._keys.renew(account_id, others_too=True)
-        audit(self._who, "rotate keys", user_id=account_id, key=shown(secret))
+        audit(self._who, "rotate keys", user_id=account_id)
         return secret
 
     async def key(self, account_id: AccountId, key_id: int) -> Key:
@@ -126,14 +125,14 @@ class Administration(Bookkeeper):
     async def limit_key(self, account_id: AccountId, key_id: int, limits: Limits) -> Key:
         """Raises NoSuchKey."""
         key = await self._keys.limit(account_id, key_id, limits)
-        audit(self._who, "limit key", user_id=account_id, key=key.shown, limits=_limits(key))
+        audit(self._who, "limit key", user_id=account_id, key_id=key.key_id, limits=_limits(key))
         return key
 
     async def revoke_key(self, account_id: AccountId, key_id: int) -> Key:
         """Raises NoSuchKey."""
         await self._keys.revoke(account_id, key_id)
         key = await self._keys.find(account_id, key_id)
-        audit(self._who, "revoke key", user_id=account_id, key=key.shown)
+        audit(self._who, "revoke key", user_id=account_id, key_id=key.key_id)
         return key
 
     async def stale_copies(self) -> int:

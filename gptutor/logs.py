@@ -117,10 +117,10 @@ def audit(
     amount_rub: str | None = None,
     reference: str | None = None,
     reason: str | None = None,
-    key: str | None = None,
+    key_id: int | None = None,
     limits: dict[str, object] | None = None,
 ) -> None:
-    """One line for each change by hand or by a payment. Of a key there is only what may be shown."""
+    """One line for each change by hand or by a payment. Of a key there is only its number."""
     AUDIT.info(
         "Audit: %s",
         what,
@@ -132,7 +132,7 @@ def audit(
             "amount": amount_rub,
             "reference": reference,
             "reason": reason,
-            "key": key,
+            "keyId": key_id,
             **({} if limits is None else {"limits": limits}),
         },
     )

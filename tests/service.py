@@ -60,9 +60,10 @@ class Service:
         return [orjson.loads(line) for line in path.read_text().splitlines()]
 
     def lines_of(self, user_id: int, count: int) -> list[dict[str, Any]]:
-        """The user's lines of the log, of which `count` are expected: they are written behind the answer."""
+        """The lines of the user's requests in the log, of which `count` are expected: they are written behind the answer."""
         for _ in range(100):
-            if len(lines := [line for line in self.log() if line.get("userId") == str(user_id)]) >= count:
+            lines = [line for line in self.log() if line.get("type") == "llm" and line.get("userId") == str(user_id)]
+            if len(lines) >= count:
                 break
             time.sleep(0.05)
         return lines

@@ -22,7 +22,6 @@ from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver
 from gptutor.money.keyring import KeyRing, Limits, NoSuchKey
-from gptutor.money.keys import shown
 from gptutor.money.limits import InvalidLimit, changed, end_of
 from gptutor.money.users import UserRepository
 from gptutor.money.vault import Vault
@@ -57,7 +56,7 @@ def test_money_moves_with_a_reason_and_leaves_an_audit_line(service: Service) ->
     assert {line["who"] for line in lines} == {f"cli:{console.os_user()}"}
     assert (lines[3]["amount"], lines[3]["reference"], lines[3]["reason"]) == ("-30.5", f"r-{number}", "asked for it")
     assert key not in json.dumps(lines)
-    assert lines[2]["key"] == key[: len(f"sk-user-{number}-") + 4]
+    assert isinstance(lines[2]["keyId"], int)
 
 
 def test_keys_have_limits_of_their_own(service: Service) -> None:
@@ -262,6 +261,7 @@ async def test_an_administrator_renews_all_keys_of_a_user(books: Database, caplo
     with caplog.at_level(logging.INFO, "gptutor.audit"):
         key = await Administration(books, Vault([SECRET]), "cli:me").renew_keys(caller.account_id)
     (line,) = caplog.records
-    assert (line.what, line.key) == ("rotate keys", shown(key))  # type: ignore[attr-defined]
+    assert line.what == "rotate keys"  # type: ignore[attr-defined]
+    assert key not in repr(vars(line))
     assert [bool(one.revoked_at) for one in await KeyRing(books, Vault([SECRET])).list(caller.account_id)] == [False, True]
     assert len([user async for user in UserRepository(books).all()]) == 1

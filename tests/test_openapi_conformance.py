@@ -39,6 +39,12 @@ BUT_ACCEPTANCE = [check for check in ALL if check.__name__ != "positive_data_acc
 OPERATIONS = {result.ok().label: result.ok() for result in SCHEMA.get_all_operations()}
 
 
+@pytest.fixture
+def tuned() -> dict[str, Any]:
+    """Schemathesis asks without a key more often than a stranger may."""
+    return {"rate_limit": {"strangers_per_minute": 0}}
+
+
 def explore(
     gateway: Gateway, label: str, mode: GenerationMode, examples: int, headers: dict[str, str], checks: list[Any]
 ) -> list[Answer]:
