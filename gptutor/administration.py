@@ -12,6 +12,7 @@ from gptutor.logs import audit
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, roubles
 from gptutor.money.bookings import Booking, Bookings
 from gptutor.money.keyring import NO_LIMITS, Key, KeyRing, Limits
+from gptutor.money.limits import Changes, changed
 from gptutor.money.users import User, UserRepository
 from gptutor.money.vault import Vault
 
@@ -122,9 +123,9 @@ class Administration(Bookkeeper):
         """Raises NoSuchKey."""
         return await self._keys.find(account_id, key_id)
 
-    async def limit_key(self, account_id: AccountId, key_id: int, limits: Limits) -> Key:
-        """Raises NoSuchKey."""
-        key = await self._keys.limit(account_id, key_id, limits)
+    async def limit_key(self, account_id: AccountId, key_id: int, changes: Changes) -> Key:
+        """Raises NoSuchKey, InvalidAmount, InvalidLimit."""
+        key = await self._keys.change(account_id, key_id, lambda limits: changed(limits, changes))
         audit(self._who, "limit key", user_id=account_id, key_id=key.key_id, limits=_limits(key))
         return key
 

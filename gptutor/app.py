@@ -107,7 +107,9 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             _address_limits(config),  # those without an account, before anything is done for them
             middlewares.body_limit(config.server.body_bytes_max),  # before anything reads the body
             middlewares.authenticate(KEYED),  # nearest to the handler: a 404 or 405 needs no key
-            identify(PERSONAL),  # the account's own pages know their account before they begin
+            identify(
+                PERSONAL, Counter(config.rate_limit.own_pages_per_minute)
+            ),  # the account's own pages know their account before they begin
         ],
     )
     app.on_response_prepare.extend([middlewares.name_response, open_to_pages(config.server.allowed_origins)])
@@ -119,7 +121,7 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
         app_id=config.vk.app_id,
         secret=config.vk.secret_key,
         age_s_max=config.vk.launch_age_s,
-        bonus=parse_roubles(str(config.vk.bonus_rub)),
+        bonus=parse_roubles(f"{config.vk.bonus_rub:f}"),
     )
     app[health.READINESS] = health.Readiness()
     app[completions.BODY_LIMITS] = BodyLimits(
@@ -149,6 +151,7 @@ def _address_limits(config: Config) -> Middleware:
         models.show_model: models_read,
         accounts.vk_test: sign_ins,
         accounts.update_token: sign_ins,
+        payments.notified: Counter(limits.notifications_per_minute),
     }
     return limit_addresses(
         arrivals,

@@ -6,7 +6,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from gptutor.administration import Administration
 from gptutor.cli_users import UserId, describe
 from gptutor.console import Json, out, print_json, with_administration
 from gptutor.money.amounts import AccountId
@@ -75,12 +74,7 @@ def user_limit_key(
 ) -> None:
     """Change the limits of a key; those that are not named stay."""
     changes = _changes(cap, cap_period, expires, per_minute)
-
-    async def run(administration: Administration) -> Key:
-        key = await administration.key(AccountId(user_id), key_id)
-        return await administration.limit_key(AccountId(user_id), key_id, changed(key.limits, changes))
-
-    _show(with_administration(run), json)
+    _show(with_administration(lambda administration: administration.limit_key(AccountId(user_id), key_id, changes)), json)
 
 
 @keys_app.command("revoke-key")

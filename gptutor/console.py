@@ -19,8 +19,9 @@ from gptutor.administration import Administration
 from gptutor.database import Database
 from gptutor.listener import StartError
 from gptutor.logs import logging_to
-from gptutor.money.vault import Vault
+from gptutor.money.vault import ClosedVault, Vault
 from gptutor.serve import database_of
+from gptutor.settings import Config, ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 T = TypeVar("T")
@@ -50,10 +51,18 @@ def with_administration(work: Callable[[Administration], Awaitable[T]], *, chang
     """Runs `work` for the one at the keyboard. Where it `changes` something, its audit lines are in the service's own log when
     this returns. Raises ConfigError."""
     settings = config.load()
-    vault = Vault(settings.secret_keys())
+    vault = _vault_of(settings)
     lines = logging_to(settings.paths.logs, level="warning", retention_days=settings.logs.retention_days, stdout=False)
     with lines if changes else nullcontext():
         return with_books(lambda books: work(Administration(books, vault, f"cli:{os_user()}")))
+
+
+def _vault_of(settings: Config) -> Vault:
+    """Most commands neither make nor show a key, and need no secret for what they do."""
+    try:
+        return Vault(settings.secret_keys())
+    except ConfigError as error:
+        return ClosedVault(error)
 
 
 def os_user() -> str:

@@ -17,6 +17,7 @@ import asyncpg
 
 SQL = Path(__file__).parent / "sql"
 ATTEMPTS_MAX = 8
+MIGRATION_LOCK_S = 10
 PAGE = 1000
 NAME_LINE = re.compile(r"^-- name: ([a-z_]+)\n", re.MULTILINE)
 
@@ -202,7 +203,8 @@ async def migrate(url: str) -> list[str]:
     """Applies what is missing, each migration in a transaction of its own, and returns the names."""
     applied: list[str] = []
     with translated():
-        connection = await asyncpg.connect(url)
+        # Whoever waits for a table makes all others wait behind him: better to give up, and to be asked again.
+        connection = await asyncpg.connect(url, server_settings={"lock_timeout": f"{MIGRATION_LOCK_S * 1000}"})
         try:
             while True:
                 async with connection.transaction():

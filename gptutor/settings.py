@@ -47,7 +47,7 @@ class Server(Section, frozen=True):
     drain_s: Seconds = 60
     workers: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
     cors_origins: str = "*"
-    trusted_proxies: str = ""
+    trusted_proxies: str = "127.0.0.1 ::1"
 
     def __post_init__(self) -> None:
         for name in self.trusted_proxies.split():
@@ -121,7 +121,7 @@ class Database(Section, frozen=True):
 class OpenRouter(Section, frozen=True):
     api_key: Secret = ""
     proxy: str = ""
-    base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?$")] = "https://openrouter.ai/api/v1"
+    base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z")] = "https://openrouter.ai/api/v1"
     management_key: Secret = ""
     default_model: Name = "google/gemini-2.5-flash-lite"
     referer: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z")] = ""
@@ -187,6 +187,8 @@ class RateLimit(Section, frozen=True):
     models_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
     sign_ins_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
     strangers_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
+    own_pages_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
+    notifications_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
 
 
 class Relay(Section, frozen=True):
@@ -211,24 +213,24 @@ class Security(Section, frozen=True):
 
 class Vk(Section, frozen=True):
     app_id: Annotated[int, msgspec.Meta(ge=0)] = 0
-    secret_key: str = ""
+    secret_key: Secret = ""
     launch_age_s: Seconds = 3600
     bonus_rub: Decimal = Decimal(0)
 
     def __post_init__(self) -> None:
-        if bool(self.app_id) != bool(self.secret_key.strip()):
+        if bool(self.app_id) != bool(self.secret_key):
             raise ValueError("vk.app_id and vk.secret_key must be set together: VK_APP_ID and VK_SECRET_KEY, or neither")
         if not (self.bonus_rub.is_finite() and 0 <= self.bonus_rub <= 1_000_000):
             raise ValueError(f"vk.bonus_rub must be a number from 0 to 1000000, not {self.bonus_rub}")
 
 
 class Yookassa(Section, frozen=True):
-    shop_id: str = ""
-    secret_key: str = ""
-    return_url: Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?$")] = ""
+    shop_id: Secret = ""
+    secret_key: Secret = ""
+    return_url: Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z")] = ""
     payment_min_rub: Decimal = Decimal(10)
     payment_max_rub: Decimal = Decimal(100_000)
-    base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?$")] = "https://api.yookassa.ru/v3"
+    base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z")] = "https://api.yookassa.ru/v3"
     timeout_s: Seconds = 10
     at_once: Count = 8
 

@@ -24,6 +24,10 @@ class NotSigned(Exception):
     """The token is not one, or not of ours, or not of now; the text is for the log, and has nothing of the token in it."""
 
 
+class StaleLaunch(NotSigned):
+    """VK signed it, but not lately: a page that was left open, not somebody who guesses."""
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A verified launch. `parameters` are the signed ones, as VK spelled their values."""
@@ -47,7 +51,7 @@ def verify(token: str, *, app_id: int, secret: str, now: float, age_s_max: float
         raise NotSigned("it names no user, or no time")
     at = int(signed["vk_ts"])
     if not -AHEAD_S_MAX <= now - at <= age_s_max:
-        raise NotSigned("it is too old, or from the future")
+        raise StaleLaunch("it is too old, or from the future")
     return Launch(int(signed["vk_user_id"]), app_id, at, signed)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import aiohttp
 import orjson
 
-ID_FORM = re.compile(r"[0-9A-Za-z-]{1,64}")
+ID_FORM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""All ids of YooKassa are written so; anything else need not be asked about."""
 
 
 class YooKassaUnavailable(Exception):

@@ -35,7 +35,7 @@ async def status(gateway: Gateway, path: str, key: str = "", **headers: str) -> 
         return response.status, response
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 3}}])
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 3}, "server": {"trusted_proxies": ""}}])
 async def test_who_guesses_keys_is_held_off_before_the_database(gateway: Gateway, clock: list[float]) -> None:
     caller = await gateway.caller()
     for key in (make_key(caller.account_id), "sk-user-nonsense", ""):
@@ -54,7 +54,7 @@ async def test_who_guesses_keys_is_held_off_before_the_database(gateway: Gateway
     await gateway.idle()
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 2}}])
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 2}, "server": {"trusted_proxies": ""}}])
 async def test_good_keys_and_other_refusals_are_not_counted(gateway: Gateway) -> None:
     caller, poor = await gateway.caller(), await gateway.caller("0")
     for _ in range(4):
@@ -71,7 +71,7 @@ async def test_each_address_has_its_own_count_behind_a_trusted_proxy(gateway: Ga
     assert (await status(gateway, "/health"))[0] == 200
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"models_per_minute": 2}}])
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"models_per_minute": 2}, "server": {"trusted_proxies": ""}}])
 async def test_nobody_can_say_himself_where_he_is(gateway: Gateway, clock: list[float]) -> None:
     codes = [(await status(gateway, "/v1/models", **{"X-Forwarded-For": f"203.0.113.{number}"}))[0] for number in range(3)]
     assert codes == [200, 200, 429]
@@ -85,8 +85,9 @@ async def test_nobody_can_say_himself_where_he_is(gateway: Gateway, clock: list[
         ("10.0.0.1", ["198.51.100.1"], "198.51.100.1"),
         ("10.0.0.1", ["evil, 198.51.100.1, 10.0.0.7"], "198.51.100.1"),
         ("10.0.0.1", ["1.1.1.1", "198.51.100.1"], "198.51.100.1"),
-        ("10.0.0.1", ["unknown"], "10.0.0.1"),
-        ("10.0.0.1", [], "10.0.0.1"),
+        ("10.0.0.1", ["unknown"], ""),
+        ("10.0.0.1", [], ""),
+        ("10.0.0.1", ["10.0.0.7"], ""),
         ("::ffff:10.0.0.1", ["2001:db8:1:2:3::4"], "2001:db8:1:2::/64"),
         ("", [], ""),
     ],
@@ -109,3 +110,32 @@ def test_a_flood_of_addresses_fills_no_memory(clock: list[float], monkeypatch: p
 def test_what_is_no_network_stops_the_start() -> None:
     with pytest.raises(ConfigError, match="GPTUTOR_SERVER__TRUSTED_PROXIES must be addresses or networks"):
         load({"GPTUTOR_SERVER__TRUSTED_PROXIES": "10.0.0.1/8"})
+
+
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 2}, "server": {"trusted_proxies": ""}}])
+async def test_strangers_do_not_hold_off_their_neighbours_who_have_a_key(gateway: Gateway, clock: list[float]) -> None:
+    caller = await gateway.caller()
+    assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
+    for _ in range(3):
+        await status(gateway, "/v1/chat/completions", make_key(caller.account_id))
+    assert (await status(gateway, "/v1/chat/completions", make_key(caller.account_id)))[0] == 429
+    assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
+    await gateway.idle()
+
+
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 2, "models_per_minute": 2}}])
+async def test_a_proxy_that_does_not_say_for_whom_it_asks_locks_nobody_out(gateway: Gateway, clock: list[float]) -> None:
+    caller = await gateway.caller()
+    for _ in range(4):
+        assert (await status(gateway, "/v1/chat/completions", "sk-user-nonsense"))[0] == 401
+        assert (await status(gateway, "/v1/models"))[0] == 200
+    assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
+    await gateway.idle()
+
+
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"own_pages_per_minute": 2}}])
+async def test_an_account_does_not_read_its_own_pages_all_day(gateway: Gateway, clock: list[float]) -> None:
+    caller, other = await gateway.caller(), await gateway.caller()
+    codes = [(await status(gateway, "/v1/credits", Authorization=f"Bearer {caller.key}"))[0] for _ in range(3)]
+    assert codes == [200, 200, 429]
+    assert (await status(gateway, "/v1/credits", Authorization=f"Bearer {other.key}"))[0] == 200

@@ -5,7 +5,7 @@ import asyncio
 import datetime
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from gptutor import database
 from gptutor.app import CONFIG, build_app
 from gptutor.database import Database
 from gptutor.logs import LoggerService
-from gptutor.money.amounts import parse_roubles, roubles
+from gptutor.money.amounts import Nano, parse_roubles, roubles
 from gptutor.money.holds import (
     HandOver,
     Hold,
@@ -533,3 +533,17 @@ async def test_a_key_revoked_in_mid_stream_pays_for_the_whole_answer(gateway: Ga
     assert await bot.counted() == (gateway.billed_usd() * 90, 0)
     assert gateway.billed_usd() > 0
     await assert_books_agree(gateway, caller)
+
+
+async def test_two_changes_of_one_key_at_once_are_both_made(books: Database) -> None:
+    caller = await make_caller(books, "100")
+    keys = KeyRing(books, VAULT)
+    _, key = await keys.issue(caller.account_id, "bot", Limits(), beside=True)
+    for number in range(1, 15):
+        await keys.limit(caller.account_id, key.key_id, Limits())
+        await asyncio.gather(
+            keys.change(caller.account_id, key.key_id, lambda seen: replace(seen, cap=Nano(5), cap_period="total")),
+            keys.change(caller.account_id, key.key_id, lambda seen, pace=number: replace(seen, per_minute=pace)),
+        )
+        after = (await keys.find(caller.account_id, key.key_id)).limits
+        assert (after.cap, after.per_minute) == (5, number)

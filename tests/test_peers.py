@@ -499,3 +499,14 @@ async def test_a_process_that_ends_in_order_settles_what_is_under_way(database_u
         assert await charges(caller) == [simulator.books.total_usd() * 90]
         assert list((tmp_path / "var" / "journal").glob("*/*.log")) == []
         await assert_books_hold(books)
+
+
+@pytest.mark.parametrize("reference", [None, "pay-1"])
+async def test_a_booking_whose_reply_is_lost_is_made_once_and_said_to_be_made(
+    books: Database, monkeypatch: pytest.MonkeyPatch, reference: str | None
+) -> None:
+    caller = await make_caller(books, "0")
+    Statements(books, monkeypatch).lost_replies.append("book_entry")
+    user = await Bookings(books).book(caller.account_id, "topup", Nano(10**9), reference=reference)
+    assert user.balance == 10**9
+    assert [entry.amount for entry in await Bookings(books).entries(caller.account_id, 10)] == [10**9]

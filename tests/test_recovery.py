@@ -514,6 +514,25 @@ async def test_a_hold_of_a_process_elsewhere_is_nobody_elses_to_release(
     assert (row["state"], row["is_unresolved"]) == (("released", True) if is_old else ("open", False))
 
 
+async def test_a_hold_of_a_machine_that_is_lost_does_not_count_as_running(
+    books: Database, directory: Path, change: Change
+) -> None:
+    caller = await make_caller(books, "100")
+    held = await hold(books, caller, "5")  # by a ledger whose journal is not in this directory
+    with process(books, directory) as living:
+        await change(DUE)
+        assert await living.recovery.look() == 1
+        assert (await row_of(books, held))["is_sent"] is False  # its process may be alive yet
+        await change("UPDATE holds SET due_at = now(), created_at = now() - interval '2 hours'")
+        assert await living.recovery.look() == 1
+    row = await row_of(books, held)
+    assert (row["state"], row["is_sent"]) == ("open", True)
+    async with books.snapshot() as connection:
+        assert await connection.fetchval("SELECT open_requests FROM accounts WHERE account_id = $1", held.account_id) == 0
+    assert await caller.held() == 5
+    await assert_books_hold(books)
+
+
 @pytest.mark.parametrize("name", [None, "gen-1"])
 async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence_still_charges_once(
     books: Database, directory: Path, change: Change, caplog: pytest.LogCaptureFixture, name: str | None

@@ -16,14 +16,14 @@ from gptutor.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.api.body import read_form
 from gptutor.api.health import DATABASE
 from gptutor.errors import Refusal
-from gptutor.money.amounts import AccountId, parse_positive, parse_roubles, roubles
+from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
 from gptutor.money.reconciliation import sum_of, waiting_holds
 from gptutor.records import booking_json, csv_head, csv_lines, entry_json, user_json
 
 LOGGER = logging.getLogger("gptutor.admin")
 PAGE = 100
 PAGE_MAX = 1000
-LINE = r"^[^\x00-\x1f\x7f]*$"
+LINE = r"^[^\x00-\x1f\x7f]*\Z"
 
 Reason = Annotated[str, msgspec.Meta(max_length=REASON_MAX, pattern=LINE)]
 Reference = Annotated[str, msgspec.Meta(min_length=1, max_length=REFERENCE_MAX, pattern=LINE)]
@@ -43,14 +43,14 @@ class NewPayment(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
 
     amount: Decimal
     reference: Reference
-    provider: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,32}$")]
+    provider: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,32}\Z")]
     user_id: Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | None = None
     vk_id: Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | None = None
 
 
 async def book(request: web.Request) -> web.Response:
     form = await read_form(request, NewBooking)
-    amount = parse_roubles(str(form.amount))
+    amount = nano_of(form.amount)
     user = await hands(request).book(account(request), form.kind, amount, reason=form.reason, reference=form.reference)
     return data(user_json(user), 201)
 
@@ -66,7 +66,9 @@ async def pay(request: web.Request) -> web.Response:
     else:
         account_id = AccountId(form.user_id)
     reference = f"{form.provider}:{form.reference}"
-    booking = await administration.pay(account_id, parse_positive(str(form.amount)), reference, "payment")
+    if (amount := nano_of(form.amount)) <= 0:
+        raise InvalidAmount("A payment must be more than zero")
+    booking = await administration.pay(account_id, amount, reference, "payment")
     return data(booking_json(booking) | {"reference": reference})
 
 

@@ -95,9 +95,7 @@ async def issue_key(request: web.Request) -> web.Response:
 async def limit_key(request: web.Request) -> web.Response:
     form = await read_form(request, KeyForm)
     key_id = int(request.match_info["key_id"])
-    administration = hands(request)
-    key = await administration.key(account(request), key_id)
-    return data(key_json(await administration.limit_key(account(request), key_id, changed(key.limits, form.changes()))))
+    return data(key_json(await hands(request).limit_key(account(request), key_id, form.changes())))
 
 
 async def revoke_key(request: web.Request) -> web.Response:

@@ -1,6 +1,7 @@
 """`GET /vk-test` and `POST /update-token`: what VK's launch parameters alone open (contract D1, D3). An API key does not."""
 
 import datetime
+import logging
 from typing import Any
 
 from aiohttp import web
@@ -9,16 +10,23 @@ from gptutor.api.envelope import amount, answer, moment
 from gptutor.api.health import DATABASE, READINESS
 from gptutor.api.identity import VK_DOOR, bearer
 from gptutor.api.middlewares import KEYRING
+from gptutor.errors import Refusal
 from gptutor.money.users import User, UserRepository
+from gptutor.money.vault import Unreadable
 from gptutor.vk import Launch
 
+LOGGER = logging.getLogger("gptutor.accounts")
 SHOWN = ("vk_user_id", "vk_app_id", "vk_is_app_user", "vk_language", "vk_platform", "vk_ts")
 
 
 async def vk_test(request: web.Request) -> web.Response:
     """Who signs in, as VK says it, and the account, with its main key. Asked again, it answers the same."""
     user, launch = await _admitted(request)
-    key = await request.app[KEYRING].main(user.account_id)
+    try:
+        key = await request.app[KEYRING].main(user.account_id)
+    except Unreadable as error:
+        LOGGER.error("The copy of a key does not open: is GPTUTOR_SECRET_KEY the one that it was made with? See old_secret_keys.")
+        raise Refusal("internal_error", cause="the copy of the key does not open") from error
     return answer(
         {
             "message": "VK launch parameters are valid",

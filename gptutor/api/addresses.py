@@ -6,6 +6,7 @@ limited by his account, exactly and everywhere; see `sql/migrations`, `hold_fund
 The address is the connection's own, unless that is a trusted proxy's: then it is the last in X-Forwarded-For that is not one.
 """
 
+import hashlib
 import ipaddress
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +19,7 @@ from aiohttp.typedefs import Middleware
 from gptutor.api.middlewares import Handler
 from gptutor.api.pace import MINUTE_S, Pace
 from gptutor.errors import Refusal
+from gptutor.vk import StaleLaunch
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 ADDRESSES_MAX = 100_000
@@ -40,7 +42,8 @@ class Counter:
         return bool(self._counts_now())
 
     def is_used_up(self, address: str) -> bool:
-        return bool(self.per_minute) and self._counts_now().get(self._name(address), 0) >= self.per_minute
+        """Nobody's address, behind a trusted proxy that does not tell, has no count."""
+        return bool(self.per_minute and address) and self._counts_now().get(self._name(address), 0) >= self.per_minute
 
     def add(self, address: str) -> None:
         counts, name = self._counts_now(), self._name(address)
@@ -53,13 +56,15 @@ class Counter:
         return self._counts
 
     def _name(self, address: str) -> str:
-        return address if len(self._counts) < ADDRESSES_MAX or address in self._counts else ""
+        return address if len(self._counts) < ADDRESSES_MAX or address in self._counts else "others"
 
 
 def limit_addresses(
     arrivals: Mapping[Any, Counter], strangers: Counter, guarded: Collection[Any], proxies: Sequence[Network]
 ) -> Middleware:
     """Counts every request of the handlers in `arrivals`, and those of `guarded` handlers that had no good key."""
+
+    known = Acquaintances()
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -71,33 +76,59 @@ def limit_addresses(
             arriving.add(address)
         if called not in guarded:
             return await handler(request)
-        if strangers.has_any and strangers.is_used_up(address_of(request, proxies)):
+        key = key_of(request)
+        if strangers.has_any and key not in known and strangers.is_used_up(address_of(request, proxies)):
             raise Pace(strangers.per_minute).refusal()
         try:
-            return await handler(request)
+            response = await handler(request)
         except Refusal as refusal:
-            if refusal.code == "invalid_key":
+            if refusal.code == "invalid_key" and not isinstance(refusal.__cause__, StaleLaunch):
                 strangers.add(address_of(request, proxies))
             raise
+        known.add(key)
+        return response
 
     return middleware
 
 
+class Acquaintances:
+    """Credentials that were good a while ago: where strangers are held off, their neighbours with a key are not.
+
+    It opens nothing: whether a key is good is asked of the database each time.
+    """
+
+    def __init__(self) -> None:
+        self._young: set[bytes] = set()
+        self._old: set[bytes] = set()
+
+    def add(self, key: bytes) -> None:
+        if len(self._young) >= ADDRESSES_MAX:
+            self._old, self._young = self._young, set()
+        self._young.add(key)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._young or key in self._old
+
+
+def key_of(request: web.Request) -> bytes:
+    """A short name for what stands in Authorization."""
+    return hashlib.blake2b(request.headers.get("Authorization", "").encode(errors="replace"), digest_size=16).digest()
+
+
 def address_of(request: web.Request, proxies: Sequence[Network]) -> str:
+    """The caller's; empty where only trusted proxies are known, and none of them says for whom it asks."""
     hops = [request.remote or "", *reversed(",".join(request.headers.getall("X-Forwarded-For", [])).split(","))]
-    address = ""
     for hop in hops:
         try:
             parsed = ipaddress.ip_address(hop.strip())
         except ValueError:
             break  # what a trusted proxy did not write says nothing
         parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-        address = str(parsed)
-        if isinstance(parsed, ipaddress.IPv6Address):
-            address = str(ipaddress.ip_network((parsed, NEIGHBOURS_BITS), strict=False))
         if not any(parsed in network for network in proxies):
-            break
-    return address
+            if isinstance(parsed, ipaddress.IPv6Address):
+                return str(ipaddress.ip_network((parsed, NEIGHBOURS_BITS), strict=False))
+            return str(parsed)
+    return ""
 
 
 def networks(text: str) -> list[Network]:

@@ -17,7 +17,10 @@ SENT = frozenset(
     {"accept", "authorization", "content-type", "http-referer", "idempotency-key", "user-agent", "x-request-id", "x-title"}
 ) | frozenset(name.lower() for name in SENT_ON)
 SENT_PREFIXES = ("x-stainless-", "openai-", "x-openrouter-")  # what the SDKs say of themselves
-READ = "Retry-After, X-Error-Code, X-Generation-Id, X-Request-ID, x-should-retry"
+READ = (
+    "Retry-After, X-Error-Code, X-Generation-Id, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-ID, "
+    "x-should-retry"
+)
 PREFLIGHT_S = "7200"  # no browser remembers for longer
 ANY = "*"
 

@@ -15,7 +15,7 @@ from gptutor.errors import Refusal
 Form = TypeVar("Form", bound=msgspec.Struct)
 
 # What PostgreSQL cannot keep, and what would make a log line or a table look like another, is not text for us.
-Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]*$")]
+Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z")]
 UNKNOWN = re.compile(r"unknown field `(.*)`", re.DOTALL)
 
 

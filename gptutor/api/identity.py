@@ -10,8 +10,10 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from gptutor.api.addresses import Counter
 from gptutor.api.health import DATABASE, READINESS
 from gptutor.api.middlewares import KEYRING, Handler
+from gptutor.api.pace import Pace
 from gptutor.errors import Refusal
 from gptutor.money.amounts import Nano
 from gptutor.money.keys import parse_key
@@ -53,13 +55,17 @@ class VkDoor:
 VK_DOOR = web.AppKey("vk_door", VkDoor)
 
 
-def identify(personal: Collection[Any]) -> Middleware:
+def identify(personal: Collection[Any], own_pages: Counter) -> Middleware:
     """For `personal` handlers: the account that the request speaks for, in USER, and with which right, in MANAGES_KEYS."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.match_info.handler in personal:
             request[USER], request[MANAGES_KEYS] = await _speaker(request)
+            account = str(request[USER].account_id)
+            if own_pages.is_used_up(account):
+                raise Pace(own_pages.per_minute).refusal()
+            own_pages.add(account)
         return await handler(request)
 
     return middleware

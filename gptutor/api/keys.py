@@ -5,6 +5,7 @@ cap could otherwise lift it, or make himself one without.
 """
 
 import datetime
+import functools
 from dataclasses import replace
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NoReturn
@@ -20,7 +21,7 @@ from gptutor.api.form import Form, must_be
 from gptutor.api.identity import MANAGES_KEYS, USER
 from gptutor.api.middlewares import KEYRING
 from gptutor.errors import Refusal
-from gptutor.money.amounts import NANO_MAX, NANO_PER_RUB, InvalidAmount, Nano, parse_roubles
+from gptutor.money.amounts import NANO_MAX, NANO_PER_RUB, InvalidAmount, Nano, nano_of
 from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, CapPeriod, Key, Limits, NoSuchKey, TooManyKeys
 
 BODY_BYTES_MAX = 16 * 1024
@@ -53,7 +54,7 @@ class KeyLimits(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 class NewKey(KeyLimits, forbid_unknown_fields=True, kw_only=True):
     name: Annotated[
-        Annotated[str, Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*$")],
+        Annotated[str, Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*\Z")],
         Meta(description=f"a string of 1 to {NAME_CHARACTERS_MAX} printable characters"),
     ]
 
@@ -79,8 +80,7 @@ async def limit_key(request: web.Request) -> web.Response:
     form = await _form(request, KeyLimits)
     keyring, account_id, key_id = request.app[KEYRING], request[USER].account_id, int(request.match_info["key_id"])
     try:
-        before = await keyring.find(account_id, key_id)
-        changed = await keyring.limit(account_id, key_id, limits_after(form, before.limits))
+        changed = await keyring.change(account_id, key_id, functools.partial(limits_after, form))
     except NoSuchKey:
         _unknown()
     return answer({"data": shown(changed)})
@@ -139,7 +139,7 @@ def shown(key: Key) -> dict[str, Any]:
 def _cap(limit: Decimal | None) -> Nano | None:
     """Raises Refusal."""
     try:
-        cap = None if limit is None else parse_roubles(str(limit))
+        cap = None if limit is None else nano_of(limit)
     except InvalidAmount:
         cap = Nano(-1)
     if cap is not None and cap < 0:

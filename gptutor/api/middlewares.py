@@ -27,6 +27,8 @@ ERROR_CODE = web.RequestKey("error_code", str)
 LOGGED = web.RequestKey("logged", bool)
 
 LOGGER = logging.getLogger("gptutor.http")
+KEY_IN_PATH = re.compile(r"sk-[A-Za-z0-9_-]+")
+"""Somebody may put a key into an address; it must not get into the log."""
 REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -54,7 +56,7 @@ def access_log(log: LoggerService) -> Middleware:
         if LOGGED not in request:
             log.http(
                 method=request.method,
-                path=request.path,
+                path=KEY_IN_PATH.sub("sk-…", request.path),
                 status=response.status,
                 request_id=request[REQUEST_ID],
                 duration_ms=round((time.monotonic() - started) * 1000),

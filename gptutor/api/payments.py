@@ -8,6 +8,7 @@ notification until it gets a 200; so 200 means booked, or nothing to do, ever.
 import asyncio
 import hashlib
 import logging
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -29,7 +30,7 @@ from gptutor.yookassa import ID_FORM, YooKassa, YooKassaUnavailable
 
 LOGGER = logging.getLogger("gptutor.payments")
 PROVIDER = "yookassa"
-IDEMPOTENCY_KEY_MAX = 255
+IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
 Outcome = Literal["booked", "nothing", "conflict"]
 
@@ -196,8 +197,8 @@ async def create_payment(request: web.Request) -> web.Response:
     """`POST /v1/payments {"amount": …}` → `{"data": {"id", "status", "amount", "confirmation_url"}}`."""
     request.app[CASHIER].require()
     key = request.headers.get("Idempotency-Key")
-    if key is not None and not 1 <= len(key) <= IDEMPOTENCY_KEY_MAX:
-        raise Refusal("invalid_request", f"Idempotency-Key must have 1 to {IDEMPOTENCY_KEY_MAX} characters")
+    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
+        raise Refusal("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
     form = await read_form(request, NewPayment)
     return web.json_response({"data": await request.app[CASHIER].create(request[USER].account_id, form.amount, key)})
 

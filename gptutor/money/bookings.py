@@ -1,6 +1,7 @@
 """Entries by people and payments (contract C11): every change of a balance that is not a charge, and the reading of all
 entries."""
 
+import asyncio
 import datetime
 import uuid
 from collections.abc import AsyncGenerator
@@ -8,11 +9,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
 
-from gptutor.database import ConstraintViolated, Database, Row
+from gptutor.database import ConstraintViolated, Database, DatabaseUnavailable, Row
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano
 from gptutor.money.holds import new_id
 from gptutor.money.users import NoSuchUser, User, UserRepository
 
+PAUSES_S = (0.2, 1.0)
 EntryKind = Literal["charge", "topup", "refund", "adjustment", "bonus"]
 
 # The other leg of each booking: whose money moved into or out of the account.
@@ -25,6 +27,10 @@ class AlreadyBooked(Exception):
 
 class Uncovered(Exception):
     """Less is available than would be taken."""
+
+
+class _BookedBefore(Exception):
+    """By this very call: its first reply was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +107,11 @@ class Bookings:
         reference: str | None,
         covered: bool = False,
     ) -> tuple[Booking, bool]:
+        entry_id = new_id()
         try:
-            row = await self._database.fetchrow(
-                "book_entry", account_id, new_id(), kind, amount, CONTRA[kind], reason, reference, covered
-            )
+            row = await self._until_known(entry_id, account_id, kind, amount, CONTRA[kind], reason, reference, covered)
+        except _BookedBefore:
+            return Booking(account_id, entry_id, kind, amount, datetime.datetime.now(datetime.UTC)), True
         except ConstraintViolated as violation:
             if violation.name == "ledger_reference_is_booked_once":  # by a process of the version before
                 raise AlreadyBooked(reference) from violation
@@ -115,7 +122,23 @@ class Bookings:
             raise NoSuchUser
         if row["outcome"] == "uncovered":
             raise Uncovered
-        return booking_of(row), row["outcome"] == "booked"
+        booking = booking_of(row)
+        return booking, row["outcome"] == "booked" or booking.entry_id == entry_id
+
+    async def _until_known(self, entry_id: uuid.UUID, account_id: AccountId, *entry: object) -> Row | None:
+        """Asks again under the same id where the reply was lost: whoever is told of a failure books a second time by hand."""
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return await self._database.fetchrow("book_entry", account_id, entry_id, *entry)
+            except ConstraintViolated as violation:
+                if violation.name == "ledger_pkey":
+                    raise _BookedBefore from violation
+                raise
+            except DatabaseUnavailable:
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+        raise AssertionError
 
     async def find(self, reference: str) -> Booking | None:
         """The entry that has the reference."""

@@ -5,8 +5,7 @@ an end, a cap on what it may spend and a pace. The limits are kept by the hold s
 """
 
 import datetime
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,12 +104,14 @@ class KeyRing:
         return key
 
     async def main(self, account_id: AccountId) -> str:
-        """The main key, to be shown. One that cannot be opened any more, has ended or was revoked is replaced by a new one."""
+        """The main key, to be shown. One that has no copy, has ended or was revoked is replaced by a new one.
+
+        Raises Unreadable: a copy that does not open says that the secret is a wrong one, and a key that works must not die of it.
+        """
         while True:
             row = await self._database.fetchrow("find_main_key", account_id)
             if row is not None and row["encrypted"] is not None and not row["has_ended"]:
-                with suppress(Unreadable):
-                    return self._vault.open(account_id, row["key_hash"], Sealed(row["encrypted"], row["secret_id"]))
+                return self._vault.open(account_id, row["key_hash"], Sealed(row["encrypted"], row["secret_id"]))
             key, is_new = await self._renew(account_id, only_seen=True, seen=row["key_hash"] if row is not None else None)
             if is_new:  # otherwise another request was first, and its key is the one to show
                 return key
@@ -133,12 +134,30 @@ class KeyRing:
 
     async def limit(self, account_id: AccountId, key_id: int, limits: Limits) -> Key:
         """Sets all limits of a key; a cap of a new period counts from now on. Raises NoSuchKey."""
-        row = await self._database.fetchrow(
-            "limit_key", account_id, key_id, limits.cap, limits.cap_period, limits.per_minute, limits.expires_at
-        )
-        if row is None or not row["found"]:
-            raise NoSuchKey(key_id)
+        await self._limit(account_id, key_id, limits)
         return await self.find(account_id, key_id)
+
+    async def change(self, account_id: AccountId, key_id: int, change: Callable[[Limits], Limits]) -> Key:
+        """Changes some limits, whatever others are changed at the same moment. Raises NoSuchKey, and what `change` does."""
+        while True:
+            seen = (await self.find(account_id, key_id)).limits
+            if await self._limit(account_id, key_id, change(seen), seen):
+                return await self.find(account_id, key_id)
+
+    async def _limit(self, account_id: AccountId, key_id: int, limits: Limits, seen: Limits | None = None) -> bool:
+        """False: they are not those `seen` any more, and nothing was done. Raises NoSuchKey."""
+        before = seen or NO_LIMITS
+        (row,) = await self._database.fetch(
+            "limit_key",
+            account_id,
+            key_id,
+            *(limits.cap, limits.cap_period, limits.per_minute, limits.expires_at),
+            seen is not None,
+            *(before.cap, before.cap_period, before.per_minute, before.expires_at),
+        )
+        if row["outcome"] == "none":
+            raise NoSuchKey(key_id)
+        return bool(row["outcome"] == "done")
 
     async def revoke(self, account_id: AccountId, key_id: int) -> None:
         """Takes effect with the next request, in every process. Raises NoSuchKey."""

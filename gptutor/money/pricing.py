@@ -133,8 +133,8 @@ class LLMCostEvaluate:
         hurry_factor: Decimal,
     ) -> None:
         self.rub_per_usd = rub_per_usd
-        self._balance_min = parse_roubles(str(balance_min_rub))
-        self._hold_default = parse_roubles(str(hold_default_rub))
+        self._balance_min = parse_roubles(f"{balance_min_rub:f}")
+        self._hold_default = parse_roubles(f"{hold_default_rub:f}")
         self._ceiling_rate = EXACT.multiply(rub_per_usd, margin)
         self._output_tokens_typical = output_tokens_typical
         self._output_tokens_min = output_tokens_min

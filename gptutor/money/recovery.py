@@ -33,6 +33,8 @@ from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import charge
 
 LOGGER = logging.getLogger("gptutor.recovery")
+MACHINE_LOST_S = 3600
+"""So old a hold of another process, which nobody has left to recovery: no stream is so long, and its machine is gone."""
 CLAIM_MAX = 50
 
 Decision = Literal["settle", "look_up", "wait", "release", "give_up"]
@@ -137,6 +139,9 @@ class Recovery:
         decision = decide(knowledge, never_sent=row["owner"] == own.owner, too_old=too_old)
         if decision == "look_up" and await self._look_up(row):
             return
+        if knowledge is None and row["owner"] != own.owner and row["age_s"] > MACHINE_LOST_S and not too_old:
+            # Its journal will not come: it waits for evidence like others, and its account's request does not run any more.
+            await self._ledger.hand_over(HandOver(account_id, hold_id, row["generation_id"]))
         if decision == "release":
             await self._ledger.release(Release(account_id, hold_id))
         elif too_old:

@@ -55,5 +55,19 @@ class Vault:
         return key.decode()
 
 
+class ClosedVault(Vault):
+    """Without a secret nothing is sealed or opened: `error` says why, to whoever tries."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__([b""])
+        self._error = error
+
+    def seal(self, account_id: AccountId, key_hash: bytes, key: str) -> Sealed:
+        raise self._error
+
+    def open(self, account_id: AccountId, key_hash: bytes, sealed: Sealed) -> str:
+        raise self._error
+
+
 def _row(account_id: AccountId, key_hash: bytes) -> bytes:
     return b"%d:%b" % (account_id, key_hash)

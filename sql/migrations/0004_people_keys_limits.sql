@@ -200,6 +200,31 @@ BEGIN
     END IF;
 END $$;
 
+-- A process of the version before takes its holds by the same rules; a key's cap is for it a lack of funds.
+CREATE OR REPLACE FUNCTION hold_funds(
+    owner uuid, ttl_s double precision, rub_per_usd numeric, per_minute integer,
+    account_ids bigint[], key_hashes bytea[], hold_ids uuid[], most_nano bigint[], least_nano bigint[],
+    models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]
+) RETURNS TABLE (hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    SELECT held.hold_id, CASE held.outcome WHEN 'capped' THEN 'insufficient' ELSE held.outcome END, held.amount_nano,
+        held.available_nano, held.earlier_request_id
+    FROM hold_funds(
+        owner, ttl_s, rub_per_usd, per_minute, 0, account_ids, key_hashes, hold_ids, most_nano, least_nano, models, request_ids,
+        idempotency_keys, body_hashes
+    ) AS held;
+END $$;
+
+CREATE OR REPLACE FUNCTION replace_keys(account bigint, new_key_hash bytea, new_shown text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM FROM accounts WHERE account_id = account FOR NO KEY UPDATE;
+    UPDATE api_keys SET revoked_at = now() WHERE account_id = account AND revoked_at IS NULL;
+    INSERT INTO api_keys (account_id, key_hash, shown, is_main) VALUES (account, new_key_hash, new_shown, TRUE);
+END $$;
+
 -- As before, with what keys hold and how many requests are open.
 CREATE OR REPLACE FUNCTION release_holds(account_ids bigint[], hold_ids uuid[], unresolved boolean[])
 RETURNS TABLE (hold_id uuid) LANGUAGE plpgsql AS $$
@@ -265,18 +290,24 @@ BEGIN
 END $$;
 
 -- A cap set or lifted counts from then on: what was spent and held before is not in it.
+-- With only_seen it is done only while the limits are those seen. Tells what became of it: done, changed (by another), none.
 CREATE FUNCTION limit_key(
-    account bigint, id bigint, new_cap_nano bigint, new_cap_period text, new_per_minute integer, new_end timestamptz
-) RETURNS boolean LANGUAGE plpgsql AS $$
+    account bigint, id bigint, new_cap_nano bigint, new_cap_period text, new_per_minute integer, new_end timestamptz,
+    only_seen boolean, seen_cap_nano bigint, seen_cap_period text, seen_per_minute integer, seen_end timestamptz
+) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
-    period text; -- so far
+    so_far api_keys;
 BEGIN
     PERFORM FROM accounts WHERE account_id = account FOR NO KEY UPDATE;
-    SELECT cap_period INTO period FROM api_keys WHERE account_id = account AND key_id = id AND revoked_at IS NULL;
+    SELECT * INTO so_far FROM api_keys WHERE account_id = account AND key_id = id AND revoked_at IS NULL;
     IF NOT FOUND THEN
-        RETURN FALSE;
+        RETURN 'none';
     END IF;
-    IF new_cap_period IS DISTINCT FROM period THEN
+    IF only_seen AND (seen_cap_nano, seen_cap_period, seen_per_minute, seen_end)
+        IS DISTINCT FROM (so_far.cap_nano, so_far.cap_period, so_far.per_minute, so_far.expires_at) THEN
+        RETURN 'changed';
+    END IF;
+    IF new_cap_period IS DISTINCT FROM so_far.cap_period THEN
         UPDATE holds SET key_counts = FALSE
         WHERE account_id = account AND key_id = id AND key_counts AND state <> 'settled'; -- a settled one never counts again
         UPDATE api_keys SET spent_nano = 0, held_nano = 0 WHERE account_id = account AND key_id = id;
@@ -284,7 +315,7 @@ BEGIN
     UPDATE api_keys
     SET cap_nano = new_cap_nano, cap_period = new_cap_period, per_minute = new_per_minute, expires_at = new_end
     WHERE account_id = account AND key_id = id;
-    RETURN TRUE;
+    RETURN 'done';
 END $$;
 
 -- The account of a person from outside, made at the first sight of him; of many first sights at once one makes it.
@@ -322,7 +353,9 @@ BEGIN
     PERFORM FROM accounts WHERE account_id = account FOR NO KEY UPDATE;
     SELECT count(*), coalesce(bool_or(is_main), FALSE) INTO living, has_main
     FROM api_keys WHERE account_id = account AND revoked_at IS NULL;
-    IF living < keys_max THEN
+    IF living < keys_max AND (
+        SELECT count(*) FROM api_keys WHERE account_id = account AND created_at > now() - interval '24 hours'
+    ) < 2 * keys_max THEN
         RETURN QUERY
         INSERT INTO api_keys (
             account_id, key_hash, shown, name, is_main, encrypted, secret_id, expires_at, cap_nano, cap_period, per_minute

@@ -57,7 +57,11 @@ ORDER BY created_at DESC, key_id DESC;
 
 -- name: limit_key
 -- Sets the limits of key $2 of account $1: $3 cap in nano-roubles, $4 its period, $5 requests per minute, $6 end; NULL lifts one.
-SELECT limit_key($1::bigint, $2::bigint, $3::bigint, $4::text, $5::integer, $6::timestamptz) AS found;
+-- With $7 only while they are those of $8 to $11, in the same order. One row: done, changed, none.
+SELECT limit_key(
+    $1::bigint, $2::bigint, $3::bigint, $4::text, $5::integer, $6::timestamptz,
+    $7::boolean, $8::bigint, $9::text, $10::integer, $11::timestamptz
+) AS outcome;
 
 -- name: revoke_key
 -- Key $2 of account $1 is dead from the next request on. No row: there was none that lived.
