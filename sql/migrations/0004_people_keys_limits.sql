@@ -151,7 +151,7 @@ BEGIN
 
         IF item.is_limited THEN -- read anew for each item: the one before may have been the same key's
             SELECT cap_nano IS NOT NULL, per_minute, CASE WHEN minute = this_minute THEN minute_requests ELSE 0 END,
-                cap_nano - held_nano - CASE WHEN cap_period = 'day' AND spent_on <> today THEN 0 ELSE spent_nano END
+                cap_nano - held_nano - CASE WHEN cap_period = 'day' AND spent_on < today THEN 0 ELSE spent_nano END
             INTO is_capped, key_pace, key_requests, key_left FROM api_keys WHERE account_id = account AND key_id = item.key_id;
             room := least(available, key_left);
             available_nano := room;

@@ -126,8 +126,8 @@ BEGIN
     ),
     counted AS (
         UPDATE api_keys
-        SET spent_nano = CASE WHEN cap_period = 'day' AND spent_on <> today THEN 0 ELSE spent_nano END + of_key.charge_nano,
-            spent_on = today, held_nano = held_nano - of_key.freed_nano
+        SET spent_nano = CASE WHEN cap_period = 'day' AND spent_on < today THEN 0 ELSE spent_nano END + of_key.charge_nano,
+            spent_on = greatest(spent_on, today), held_nano = held_nano - of_key.freed_nano
         FROM of_key WHERE api_keys.account_id = of_key.account_id AND api_keys.key_id = of_key.key_id
     )
     SELECT item.hold_id, CASE
