@@ -107,9 +107,8 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             _address_limits(config),  # those without an account, before anything is done for them
             middlewares.body_limit(config.server.body_bytes_max),  # before anything reads the body
             middlewares.authenticate(KEYED),  # nearest to the handler: a 404 or 405 needs no key
-            identify(
-                PERSONAL, Counter(config.rate_limit.own_pages_per_minute)
-            ),  # the account's own pages know their account before they begin
+            # one's own pages know their account before they begin
+            identify(PERSONAL, Counter(config.rate_limit.own_pages_per_minute)),
         ],
     )
     app.on_response_prepare.extend([middlewares.name_response, open_to_pages(config.server.allowed_origins)])

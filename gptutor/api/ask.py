@@ -7,8 +7,6 @@ What the caller wrote reaches OpenRouter as he wrote it (contract A4): the top l
 bytes, and only the members that are ours are written anew. No number is ever parsed and printed again.
 """
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,18 +15,16 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta, Raw
 
+from gptutor.api.ambiguity import refuse_ambiguity
 from gptutor.api.surrogates import mask, unmask
 from gptutor.errors import Refusal
 from gptutor.money.pricing import Size
 
 MODEL_CHARACTERS_MAX = 200
-NAME_CHARACTERS_SHOWN = 100
 BRACKETS_MAX = 1_000_000
 """More would hold up everybody else while they are read, and mean nothing."""
 ESCAPED_LETTER = re.compile(rb"\\u00(?:5f|6[0-9a-f]|7[0-9a])", re.IGNORECASE)
 """An underscore or a small letter spelled as an escape, which nobody does without a purpose: what it spells is not looked for."""
-NUMBER_CHARACTERS_MAX = 400
-"""No number that means anything is written longer; the largest double has 309 digits."""
 IMAGES = ("image_url", "input_image")
 """Parts whose bytes are not tokens: a picture costs by its size in pixels, within a bound."""
 OWN_TOOLS = ("function", "custom")
@@ -224,32 +220,6 @@ def _members(raw: Raw) -> Mapping[str, Raw]:
         return _decode_members(raw)
     except msgspec.DecodeError:
         return {}
-
-
-def _object_once(pairs: list[tuple[str, Any]]) -> None:
-    if len(pairs) > 1 and len(dict(pairs)) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise Refusal("duplicate_key", f"{twice[:NAME_CHARACTERS_SHOWN]!r} stands twice in one object")
-
-
-def _number(text: str) -> None:
-    if len(text) > NUMBER_CHARACTERS_MAX or math.isinf(float(text)):
-        raise Refusal("invalid_request", f"Numbers must be finite, and at most {NUMBER_CHARACTERS_MAX} characters long")
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(text)  # NaN, Infinity: Python's own reader would take them
-
-
-refuse_ambiguity = json.JSONDecoder(
-    object_pairs_hook=_object_once, parse_float=_number, parse_int=_number, parse_constant=_no_number
-).decode
-"""Reads a text, and raises Refusal for what two readers of JSON may read differently, and ValueError for what is none.
-
-A key that stands twice is priced by one value here, and may be obeyed by the other upstream. A number out of the range of a
-double is infinite for one and an error for the other.
-"""
 
 
 def _parts(message: Message, place: str) -> list[tuple[str, int]]:

@@ -9,7 +9,8 @@ from typing import Annotated, TypeVar, get_type_hints
 
 import msgspec
 
-from gptutor.api.ask import MISSING, NAME_CHARACTERS_SHOWN, PLACE, refuse_ambiguity
+from gptutor.api.ambiguity import NAME_CHARACTERS_SHOWN, refuse_ambiguity
+from gptutor.api.ask import MISSING, PLACE
 from gptutor.errors import Refusal
 
 Form = TypeVar("Form", bound=msgspec.Struct)
