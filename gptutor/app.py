@@ -7,13 +7,12 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from gptutor import database, yookassa
-from gptutor.api import accounts, completions, health, keys, middlewares, models, payments, usage
+from gptutor.api import accounts, completions, health, middlewares, models, payments
 from gptutor.api.addresses import Counter, limit_addresses, networks
 from gptutor.api.body import BodyLimits, hold_invitation
 from gptutor.api.cors import cors, open_to_pages
@@ -32,6 +31,7 @@ from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.money.recovery import Recovery, connection_name
 from gptutor.money.vault import Vault
 from gptutor.openrouter import catalogue, service
+from gptutor.routes import KEYED, PERSONAL, ROUTES
 from gptutor.settings import Config
 
 LOGGER = logging.getLogger("gptutor.app")
@@ -52,44 +52,6 @@ RECOVERY = web.AppKey("recovery", Recovery)
 SECRET = web.AppKey("secret", bytes)
 VAULT = web.AppKey("vault", Vault)
 IN_FLIGHT = web.AppKey("in_flight", InFlight)
-
-KEYED = frozenset({completions.complete})
-"""The handlers that need an API key."""
-PERSONAL: frozenset[Any] = frozenset(
-    {
-        keys.list_keys,
-        keys.create_key,
-        keys.limit_key,
-        keys.revoke_key,
-        usage.show_credits,
-        usage.list_usage,
-        usage.sum_usage,
-        usage.show_generation,
-        payments.create_payment,
-    }
-)
-"""The handlers of the account's own endpoints: a key, or a sign-in."""
-
-
-ROUTES: list[tuple[str, str, middlewares.Handler]] = [
-    ("POST", "/v1/chat/completions", completions.complete),
-    ("GET", "/v1/models", models.list_models),
-    ("GET", "/v1/models/{model_id:.+}", models.show_model),
-    ("GET", "/vk-test", accounts.vk_test),
-    ("POST", "/update-token", accounts.update_token),
-    ("GET", "/v1/keys", keys.list_keys),
-    ("POST", "/v1/keys", keys.create_key),
-    ("PATCH", "/v1/keys/{key_id:[1-9][0-9]{0,17}}", keys.limit_key),
-    ("DELETE", "/v1/keys/{key_id:[1-9][0-9]{0,17}}", keys.revoke_key),
-    ("GET", "/v1/credits", usage.show_credits),
-    ("GET", "/v1/usage", usage.list_usage),
-    ("GET", "/v1/usage/totals", usage.sum_usage),
-    ("GET", "/v1/generation", usage.show_generation),
-    ("POST", "/v1/payments", payments.create_payment),
-    ("POST", "/yookassa/webhook", payments.notified),
-    ("GET", "/health", health.health),
-    ("GET", "/ready", health.ready),
-]
 
 
 def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
