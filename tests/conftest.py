@@ -3,6 +3,7 @@
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -174,6 +175,17 @@ def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[st
     )
 
 
+@asynccontextmanager
+async def gateway_on(config: settings.Config, books: database.Database, simulator: Simulator) -> AsyncIterator[Gateway]:
+    """A gateway with these settings, ready. Only one at a time may have a database whose OpenRouter is not the other's: recovery
+    looks up whatever is due, and would ask the wrong one."""
+    app = build_app(config, log=LoggerService(), secrets=[SECRET])
+    async with listening(app, config.server) as url, aiohttp.ClientSession(auto_decompress=False) as session:
+        running = Gateway(url, app, simulator, books, session)
+        await running.ready()
+        yield running
+
+
 @pytest.fixture
 async def simulator() -> Simulator:
     return Simulator()
@@ -183,15 +195,13 @@ async def simulator() -> Simulator:
 async def gateway(
     database_url: str, books: database.Database, simulator: Simulator, tuned: dict[str, Any], tmp_path: Path
 ) -> AsyncIterator[Gateway]:
-    async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url:
-        config = config_for(database_url, base_url, tmp_path, tuned)
-        app = build_app(config, log=LoggerService(), secrets=[SECRET])
-        async with listening(app, config.server) as url, aiohttp.ClientSession(auto_decompress=False) as session:
-            running = Gateway(url, app, simulator, books, session)
-            await running.ready()
-            yield running
-            await running.idle()
-            assert await overruns(database_url) == []
+    async with (
+        simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url,
+        gateway_on(config_for(database_url, base_url, tmp_path, tuned), books, simulator) as running,
+    ):
+        yield running
+        await running.idle()
+        assert await overruns(database_url) == []
 
 
 async def overruns(database_url: str) -> list[tuple[Any, ...]]:
@@ -208,7 +218,7 @@ async def overruns(database_url: str) -> list[tuple[Any, ...]]:
 
 @pytest.fixture
 async def scripted(
-    database_url: str, gateway: Gateway, aiohttp_server: Any, tmp_path: Path, tuned: dict[str, Any]
+    database_url: str, books: database.Database, simulator: Simulator, aiohttp_server: Any, tmp_path: Path, tuned: dict[str, Any]
 ) -> AsyncIterator[Any]:
     """A gateway whose OpenRouter is a function of the test's; gives (set the function, the gateway)."""
     plays: list[Any] = []
@@ -219,16 +229,13 @@ async def scripted(
         return result
 
     async def models(request: web.Request) -> web.Response:
-        return web.Response(body=gateway.simulator._models, content_type="application/json")
+        return web.Response(body=simulator._models, content_type="application/json")
 
     app = web.Application()
     app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])
     server = await aiohttp_server(app)
     config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted", tuned)
-    own = build_app(config, log=LoggerService(), secrets=[SECRET])
-    async with listening(own, config.server) as url:
-        running = Gateway(url, own, gateway.simulator, gateway.books, gateway.session)
-        await running.ready()
+    async with gateway_on(config, books, simulator) as running:
         yield plays, running
 
 

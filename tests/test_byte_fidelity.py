@@ -17,21 +17,17 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gptutor import database
-from gptutor.app import build_app
-from gptutor.logs import LoggerService
 from gptutor.money.bookings import Bookings
 from gptutor.money.invariants import check
 from gptutor.openrouter.rim import UpstreamError
 from gptutor.openrouter.service import Limits, connected
 from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import listening
-from tests.conftest import SECRET, Gateway, config_for
+from tests.conftest import Gateway, config_for, gateway_on
 
 EXAMPLES = 200
 RATE = Decimal(90)
@@ -289,15 +285,11 @@ async def stage(database_url: str, directory: Path) -> AsyncIterator[tuple[Upstr
     server = await asyncio.start_server(upstream.talk, "127.0.0.1", 0)
     tuned = {"recovery": {"poll_s": 3600}}  # what is left open stays open: here only passing bills are of interest
     config = config_for(database_url, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", directory, tuned)
-    app = build_app(config, log=LoggerService(), secrets=[SECRET])
     try:
         async with (
             database.connected(database_url, connections_max=4) as books,
-            listening(app, config.server) as url,
-            aiohttp.ClientSession(auto_decompress=False) as session,
+            gateway_on(config, books, Simulator()) as gateway,
         ):
-            gateway = Gateway(url, app, Simulator(), books, session)
-            await gateway.ready()
             yield upstream, gateway
     finally:
         server.close()

@@ -8,17 +8,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 import pytest
 
 from gptutor import database
-from gptutor.app import build_app
-from gptutor.logs import LoggerService
 from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import listening
 from gptutor.settings import Config
-from tests.conftest import SECRET, Gateway, config_for
+from tests.conftest import Gateway, config_for, gateway_on
 
 
 @asynccontextmanager
@@ -26,10 +22,7 @@ async def gateway_of(config: Config, books: database.Database) -> AsyncIterator[
     """A gateway that knows its models from before: its OpenRouter is not to be reached."""
     config.paths.data.mkdir(parents=True)
     (config.paths.data / "models.json").write_bytes(Simulator()._models)
-    app = build_app(config, log=LoggerService(), secrets=[SECRET])
-    async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
-        gateway = Gateway(url, app, Simulator(), books, session)
-        await gateway.ready()
+    async with gateway_on(config, books, Simulator()) as gateway:
         yield gateway
 
 

@@ -10,16 +10,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptutor import database
-from gptutor.app import CONFIG, build_app
+from gptutor.app import CONFIG
 from gptutor.database import Database
-from gptutor.logs import LoggerService
 from gptutor.money.amounts import Nano, parse_roubles, roubles
 from gptutor.money.holds import (
     HandOver,
@@ -37,8 +35,7 @@ from gptutor.money.journal import Journal
 from gptutor.money.keyring import CapPeriod, Key, KeyRing, Limits, NoSuchKey
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
-from gptutor.serve import listening
-from tests.conftest import SECRET, VAULT, Caller, Gateway, config_for, make_caller
+from tests.conftest import VAULT, Caller, Gateway, config_for, gateway_on, make_caller
 from tests.test_ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
 from tests.test_relay import assert_books_agree
 
@@ -461,10 +458,7 @@ async def test_the_places_of_a_dead_process_are_freed_by_recovery(
 async def other(gateway: Gateway, database_url: str, tmp_path: Path, tuned: dict[str, Any]) -> AsyncIterator[Gateway]:
     """Another gateway on the same database."""
     config = config_for(database_url, gateway.app[CONFIG].openrouter.base_url, tmp_path / "other", tuned)
-    app = build_app(config, log=LoggerService(), secrets=[SECRET])
-    async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
-        running = Gateway(url, app, gateway.simulator, gateway.books, session)
-        await running.ready()
+    async with gateway_on(config, gateway.books, gateway.simulator) as running:
         yield running
         await running.idle()
 

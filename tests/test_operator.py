@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import aiohttp
 import asyncpg
 import msgspec
 import pytest
 from aiohttp import web
 
-from gptutor.app import build_app
 from gptutor.database import SQL, Database, connected, load_migrations
-from gptutor.logs import LoggerService, logging_to
+from gptutor.logs import logging_to
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import new_id
@@ -30,11 +28,11 @@ from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import hash_key, make_key, shown
 from gptutor.money.reconciliation import reconcile
 from gptutor.money.users import UserRepository
-from gptutor.serve import listening, simulated_openrouter
+from gptutor.serve import simulated_openrouter
 from gptutor.settings import Simulator as Place
 from gptutor.settings import Vk
 from gptutor.vk import signature
-from tests.conftest import SECRET, VAULT, Gateway, config_for, make_caller
+from tests.conftest import VAULT, Gateway, config_for, gateway_on, make_caller
 from tests.test_ledger import hold, ledger_of, settlement
 
 CANARY = "canary-7391"
@@ -158,11 +156,7 @@ async def test_the_services_role_cannot_touch_what_was_booked(app_role_url: str,
 async def test_the_services_role_can_do_all_that_the_service_does(app_role_url: str, simulator: Any, tmp_path: Path) -> None:
     """Row operator-7: the whole of a request, keys, bookings, people from outside, and the proof of the books."""
     async with simulated_openrouter(simulator, Place(port=0)) as base_url, connected(app_role_url) as books:
-        config = config_for(app_role_url, base_url, tmp_path)
-        app = build_app(config, log=LoggerService(), secrets=[SECRET])
-        async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
-            gateway = Gateway(url, app, simulator, books, session)
-            await gateway.ready()
+        async with gateway_on(config_for(app_role_url, base_url, tmp_path), books, simulator) as gateway:
             caller = await gateway.caller()
             for text in ("Hello", "fault:no-usage"):
                 response, _ = await gateway.chat(caller, text)
@@ -179,7 +173,7 @@ async def test_the_services_role_can_do_all_that_the_service_does(app_role_url: 
 
 
 async def test_a_new_openrouter_key_serves_from_the_restart_on(
-    database_url: str, books: Database, gateway: Gateway, aiohttp_server: Any, tmp_path: Path
+    database_url: str, books: Database, simulator: Any, aiohttp_server: Any, tmp_path: Path
 ) -> None:
     """Row operator-8: requests take the key of the settings, and so does the look-up of what was left open under the one before."""
     seen: list[tuple[str, str]] = []
@@ -198,7 +192,7 @@ async def test_a_new_openrouter_key_serves_from_the_restart_on(
         return web.json_response({"data": {"id": request.query["id"], "total_cost": 0.01}})
 
     async def models(request: web.Request) -> web.Response:
-        return web.Response(body=gateway.simulator._models, content_type="application/json")
+        return web.Response(body=simulator._models, content_type="application/json")
 
     upstream = web.Application()
     upstream.add_routes(
@@ -209,10 +203,7 @@ async def test_a_new_openrouter_key_serves_from_the_restart_on(
     for key in ("sk-or-old", "sk-or-new"):
         config = config_for(database_url, str(server.make_url("/")), tmp_path / "rotated")
         config = msgspec.structs.replace(config, openrouter=msgspec.structs.replace(config.openrouter, api_key=key))
-        app = build_app(config, log=LoggerService(), secrets=[SECRET])
-        async with listening(app, config.server) as url:
-            running = Gateway(url, app, gateway.simulator, books, gateway.session)
-            await running.ready()
+        async with gateway_on(config, books, simulator) as running:
             response, _ = await running.chat(caller)
             assert response.status == 200
             if key == "sk-or-new":
@@ -267,24 +258,26 @@ async def test_a_log_at_debug_has_no_text_no_key_and_no_signature(gateway: Gatew
 
 @pytest.mark.parametrize("off_s", [-3700, 3700])
 async def test_a_clock_that_is_off_by_an_hour_lets_nobody_in_by_vk_and_all_in_by_key(
-    database_url: str, gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off_s: int
+    database_url: str, books: Database, simulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off_s: int
 ) -> None:
     """Row operator-10: sign-in fails closed, in both directions, and the 401 is logged; keys and money do not ask the clock."""
     config = msgspec.structs.replace(
         config_for(database_url, "http://127.0.0.1:9", tmp_path / "clock"), vk=Vk(app_id=5, secret_key="s")
     )
-    app = build_app(config, log=LoggerService(), secrets=[SECRET])
+    config.paths.data.mkdir(parents=True)
+    (config.paths.data / "models.json").write_bytes(simulator._models)  # it is ready without its OpenRouter
     now = time.time()
     signed = {"vk_user_id": "494075", "vk_app_id": "5", "vk_ts": str(int(now))}
     launch = urlencode({**signed, "sign": signature(signed, "s")})
-    caller = await gateway.caller("0")
+    caller = await make_caller(books, "0")
     statuses = []
-    async with listening(app, config.server) as url:
-        await Gateway(url, app, gateway.simulator, gateway.books, gateway.session).ready()
+    async with gateway_on(config, books, simulator) as gateway:
         for clock in (now, now + off_s):
             monkeypatch.setattr("gptutor.api.identity.time.time", lambda clock=clock: clock)
             for token in (launch, caller.key):
-                async with gateway.session.post(f"{url}/v1/payments", headers={"Authorization": f"Bearer {token}"}) as response:
+                async with gateway.session.post(
+                    f"{gateway.url}/v1/payments", headers={"Authorization": f"Bearer {token}"}
+                ) as response:
                     statuses.append(response.status)
         monkeypatch.undo()
     assert statuses == [404, 404, 401, 404]  # 404: let in, and payments are not set up

@@ -13,17 +13,16 @@ import asyncpg
 import pytest
 
 from gptutor import settings
-from gptutor.app import build_app
 from gptutor.config import load
 from gptutor.database import Database
-from gptutor.logs import LoggerService, logging_to
+from gptutor.logs import logging_to
 from gptutor.money.amounts import Nano, parse_roubles
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.holds import new_id
 from gptutor.money.invariants import check
-from gptutor.serve import listening
+from gptutor.openrouter.simulator.server import Simulator
 from gptutor.settings import ConfigError
-from tests.conftest import SECRET, Caller, Gateway, config_for, make_caller
+from tests.conftest import Caller, Gateway, config_for, gateway_on, make_caller
 from tests.yookassa import SECRET_KEY, SHOP_ID, YooKassaStandIn, notification
 
 
@@ -54,7 +53,9 @@ class Shop:
 
 
 @pytest.fixture
-async def shop(database_url: str, gateway: Gateway, aiohttp_server: Any, tmp_path: Path) -> AsyncIterator[Shop]:
+async def shop(
+    database_url: str, books: Database, simulator: Simulator, aiohttp_server: Any, tmp_path: Path
+) -> AsyncIterator[Shop]:
     yookassa = YooKassaStandIn()
     server = await aiohttp_server(yookassa.app())
     config = settings.Config(
@@ -65,17 +66,16 @@ async def shop(database_url: str, gateway: Gateway, aiohttp_server: Any, tmp_pat
             base_url=str(server.make_url("/v3")), timeout_s=0.5, at_once=3,
         ),
     )  # fmt: skip
-    app = build_app(config, log=LoggerService(), secrets=[SECRET])
+    config.paths.data.mkdir(parents=True)
+    (config.paths.data / "models.json").write_bytes(simulator._models)  # it is ready without its OpenRouter
     with logging_to(tmp_path / "lines", level="debug", retention_days=1, stdout=False):
-        async with listening(app, config.server) as url:
-            running = Gateway(url, app, gateway.simulator, gateway.books, gateway.session)
-            await running.ready()
+        async with gateway_on(config, books, simulator) as running:
             yield Shop(running, yookassa)
     text = "".join(path.read_text() for path in (tmp_path / "lines").iterdir())
     assert SECRET_KEY not in text
     assert "Basic " not in text
     assert "sk-user-" not in text
-    assert [finding async for finding in check(gateway.books) if finding.rows] == []
+    assert [finding async for finding in check(books) if finding.rows] == []
 
 
 async def test_a_payment_is_made_paid_and_credited(shop: Shop) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from decimal import Decimal
 from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
@@ -21,9 +20,8 @@ from aiohttp import web
 from gptutor import settings
 from gptutor.api.ask import Ask
 from gptutor.api.health import DATABASE
-from gptutor.app import JOURNAL, build_app
+from gptutor.app import JOURNAL
 from gptutor.database import Database, DatabaseUnavailable
-from gptutor.logs import LoggerService
 from gptutor.money.amounts import Nano
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.invariants import check
@@ -32,7 +30,7 @@ from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.openrouter.service import OpenRouterService
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening, simulated_openrouter
-from tests.conftest import SECRET, Caller, Gateway, config_for, make_caller
+from tests.conftest import Caller, Gateway, config_for, gateway_on, make_caller
 from tests.test_batch import Statements
 from tests.test_ledger import assert_books_hold, hold, ledger_of, release, settlement
 from tests.test_relay import assert_books_agree
@@ -290,7 +288,9 @@ async def test_a_bill_that_is_missing_is_no_refund(gateway: Gateway, fault: str,
 
 
 @pytest.fixture
-async def scripted(database_url: str, gateway: Gateway, tmp_path: Path) -> AsyncIterator[Callable[[bytes], Gateway]]:
+async def scripted(
+    database_url: str, books: Database, simulator: Simulator, tmp_path: Path
+) -> AsyncIterator[Callable[[bytes], Gateway]]:
     """A gateway whose OpenRouter answers with the given body."""
     answers: list[bytes] = []
 
@@ -300,13 +300,13 @@ async def scripted(database_url: str, gateway: Gateway, tmp_path: Path) -> Async
         return web.Response(body=answers[-1], headers={"Content-Type": "text/event-stream" if stream else "application/json"})
 
     async def models(request: web.Request) -> web.Response:
-        return web.Response(body=gateway.simulator._models, content_type="application/json")
+        return web.Response(body=simulator._models, content_type="application/json")
 
     app = web.Application()
     app.add_routes([web.post("/chat/completions", answer), web.get("/models", models)])
     async with (
         listening(app, settings.Server(port=0, shutdown_s=1)) as base_url,
-        gateway_on(config_for(database_url, base_url, tmp_path / "scripted"), gateway.books, gateway.simulator) as running,
+        gateway_on(config_for(database_url, base_url, tmp_path / "scripted"), books, simulator) as running,
     ):
 
         def answering(document: bytes) -> Gateway:
@@ -314,15 +314,6 @@ async def scripted(database_url: str, gateway: Gateway, tmp_path: Path) -> Async
             return running
 
         yield answering
-
-
-@asynccontextmanager
-async def gateway_on(config: settings.Config, books: Database, simulator: Simulator) -> AsyncIterator[Gateway]:
-    app = build_app(config, log=LoggerService(), secrets=[SECRET])
-    async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
-        running = Gateway(url, app, simulator, books, session)
-        await running.ready()
-        yield running
 
 
 def spoken(document: dict[str, Any], stream: bool) -> bytes:

@@ -11,19 +11,15 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import aiohttp
 import msgspec
 import pytest
 import trustme
 from aiohttp import web
 
 from gptutor import config, database
-from gptutor.app import build_app
-from gptutor.logs import LoggerService
 from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import listening
 from gptutor.settings import ConfigError
-from tests.conftest import SECRET, Gateway, config_for
+from tests.conftest import Gateway, config_for, gateway_on
 from tests.test_relay import assert_books_agree
 
 
@@ -89,10 +85,7 @@ async def gateway_through(
     simulator, base_url = secure
     settings = config_for(database_url, base_url, directory)
     settings = msgspec.structs.replace(settings, openrouter=msgspec.structs.replace(settings.openrouter, proxy=proxy))
-    app = build_app(settings, log=LoggerService(), secrets=[SECRET])
-    async with listening(app, settings.server) as url, aiohttp.ClientSession() as session:
-        gateway = Gateway(url, app, simulator, books, session)
-        await gateway.ready()
+    async with gateway_on(settings, books, simulator) as gateway:
         yield gateway
 
 
