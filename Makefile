@@ -70,6 +70,6 @@ service: install ## run as a systemd service, with restart; settings from gptuto
 	@command -v systemd-run >/dev/null || { echo "There is no systemd here. Run it with: make run"; exit 1; }
 	@test -f gptutor.env || { echo "Write gptutor.env first: DATABASE_URL, OPENROUTER_API_KEY and GPTUTOR_SECRET_KEY, a line each (README, Going live)."; exit 1; }
 	@$(SYSTEMD_RUN) --unit=gptutor --collect --working-directory=$(CURDIR) \
-		$$(sed -n -E 's/^((Restart|TimeoutStop|Kill|UMask|Limit|NoNew)[A-Za-z]*=.*)/-p \1/p' deploy/gptutor.service) \
+		$$(sed -n -E 's/^((Restart|TimeoutStop|Kill|UMask|Limit|NoNew|Runtime)[A-Za-z]*=.*)/-p \1/p' deploy/gptutor.service) \
 		-p EnvironmentFile=$(CURDIR)/gptutor.env $(CURDIR)/$(BIN)/gptutor serve
 	@echo "Running. See it with: systemctl status gptutor; journalctl -u gptutor -f. Stop it with: systemctl stop gptutor"

@@ -30,6 +30,7 @@ from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.money.recovery import Recovery, connection_name
 from gptutor.money.vault import Vault
+from gptutor.money.watch import Watch
 from gptutor.openrouter import catalogue, service
 from gptutor.routes import KEYED, PERSONAL, ROUTES
 from gptutor.settings import Config
@@ -186,6 +187,7 @@ async def upstream_context(app: web.Application) -> AsyncIterator[None]:
             title=openrouter.title,
             connections_max=openrouter.connections_max,
             proxy=openrouter.proxy,
+            old_api_keys=openrouter.old_api_keys.split(),
         ) as upstream,
         catalogue.refreshed(upstream, openrouter.models_refresh_s, config.paths.data / MODELS_FILE) as models_known,
     ):
@@ -242,7 +244,7 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
 
 
 async def open_for_business(app: web.Application) -> None:
-    """Waits for a migrated database, replays what dead processes left, opens the door, and goes on recovering."""
+    """Waits for a migrated database, replays what dead processes left, opens the door, and goes on recovering and watching."""
     readiness = app[health.READINESS]
     while readiness.obstacle is not None:
         try:
@@ -255,7 +257,9 @@ async def open_for_business(app: web.Application) -> None:
             readiness.obstacle = str(error)
             LOGGER.warning("Not ready yet: %s", error)
             await asyncio.sleep(DATABASE_RETRY_S)
-    await app[RECOVERY].run()
+    async with asyncio.TaskGroup() as for_ever:
+        for_ever.create_task(app[RECOVERY].run(), name="recovery")
+        for_ever.create_task(Watch(app[health.DATABASE], app[CONFIG].recovery.watch_s).run(), name="watch over the books")
 
 
 async def close_the_door(app: web.Application) -> None:

@@ -4,6 +4,7 @@ Every command that touches the books finds the database as the service does, so 
 """
 
 import asyncio
+import sys
 from collections.abc import Coroutine
 from typing import Any
 
@@ -55,12 +56,12 @@ SENTENCES = (
 
 def main() -> None:
     """The entry point: an operator's mistake ends in a sentence and exit code 1, never in a traceback."""
+    if any(argument.encode("utf-8", "replace").decode() != argument for argument in sys.argv):
+        fail("An argument is not UTF-8 text.")
     try:
         app()
     except SENTENCES as error:
         fail(str(error))
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        fail(f"{error.filename} cannot be used: {error.strerror}.")
     except NoSuchUser:
         fail("There is no user with this id. `gptutor user list` shows them all.")
     except NoSuchKey:
@@ -73,6 +74,10 @@ def main() -> None:
         fail(f"The reference {error} was booked before; nothing was changed.")
     except database.DatabaseUnavailable as error:
         fail(f"PostgreSQL does not answer: {error.__cause__ or error}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename} cannot be used: {error.strerror}.")
 
 
 # -- the service

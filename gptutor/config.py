@@ -36,6 +36,7 @@ SECRETS = frozenset(
         "admin.token",
         "yookassa.secret_key",
         "openrouter.api_key",
+        "openrouter.old_api_keys",
         "openrouter.management_key",
         "openrouter.proxy",
         "database.url",

@@ -33,7 +33,7 @@ class TransactionLost(DatabaseUnavailable):
 
 
 class DatabaseRefused(Exception):
-    """PostgreSQL answers, and lets us not in; the text is its own sentence."""
+    """PostgreSQL answers, and lets us not in, or has not our tables; the text is a sentence for the operator."""
 
 
 class ConstraintViolated(Exception):
@@ -108,7 +108,8 @@ class Database:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def translated(*, migrating: bool = False) -> Iterator[None]:
+    """asyncpg's exceptions as ours. Whoever is `migrating` may lack tables, and sees asyncpg's own error for it."""
     try:
         yield
     except asyncpg.IntegrityConstraintViolationError as error:
@@ -117,6 +118,10 @@ def translated() -> Iterator[None]:
         raise TransactionLost(type(error).__name__) from error
     except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
         raise DatabaseRefused(f"PostgreSQL refuses DATABASE_URL: {error}") from error
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError) as error:
+        if migrating:
+            raise
+        raise DatabaseRefused(f"The database lacks what this version needs ({error}): gptutor migrate") from error
     except UNAVAILABLE as error:
         raise DatabaseUnavailable(type(error).__name__) from error
 
@@ -202,7 +207,7 @@ async def pending_migrations(url: str) -> list[str]:
 async def migrate(url: str) -> list[str]:
     """Applies what is missing, each migration in a transaction of its own, and returns the names."""
     applied: list[str] = []
-    with translated():
+    with translated(migrating=True):
         # Whoever waits for a table makes all others wait behind him: better to give up, and to be asked again.
         connection = await asyncpg.connect(url, server_settings={"lock_timeout": f"{MIGRATION_LOCK_S * 1000}"})
         try:

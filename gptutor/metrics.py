@@ -33,6 +33,10 @@ UPSTREAM_ACCOUNT = Counter(
     ["status"],
 )
 CLOCK_SKEW = Gauge("gptutor_clock_skew_seconds", "Our clock less that of OpenRouter's answers; sign-in by VK needs it right.")
+BROKEN_ACCOUNTS = Gauge(
+    "gptutor_broken_accounts",
+    "Accounts whose balance is not the sum of their entries, or whose reserve is not that of their open holds. Look at once.",
+)
 CATALOGUE_AGE = Gauge("gptutor_catalogue_age_seconds", "Since the model list was read from OpenRouter.")
 PAYMENT_NOTIFICATIONS = Counter(
     "gptutor_payment_notifications",

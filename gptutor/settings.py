@@ -120,6 +120,7 @@ class Database(Section, frozen=True):
 
 class OpenRouter(Section, frozen=True):
     api_key: Secret = ""
+    old_api_keys: Annotated[str, msgspec.Meta(pattern=r"^[!-~]*( [!-~]+)*\Z")] = ""
     proxy: str = ""
     base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z")] = "https://openrouter.ai/api/v1"
     management_key: Secret = ""
@@ -204,6 +205,7 @@ class Recovery(Section, frozen=True):
     look_max_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 600
     give_up_s: Annotated[float, msgspec.Meta(gt=0, le=30 * 86_400)] = 86_400
     journal_bytes_max: Annotated[int, msgspec.Meta(ge=1 << 20)] = 1 << 30
+    watch_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 30
 
 
 class Security(Section, frozen=True):
@@ -235,7 +237,7 @@ class Yookassa(Section, frozen=True):
     at_once: Count = 8
 
     def __post_init__(self) -> None:
-        given = [bool(text.strip()) for text in (self.shop_id, self.secret_key, self.return_url)]
+        given = [bool(text) for text in (self.shop_id, self.secret_key, self.return_url)]
         if any(given) and not all(given):
             raise ValueError(
                 "yookassa.shop_id, yookassa.secret_key and yookassa.return_url must be set together, or none of them"

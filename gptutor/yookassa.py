@@ -16,6 +16,8 @@ import orjson
 
 ID_FORM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """All ids of YooKassa are written so; anything else need not be asked about."""
+ACCOUNT = "gptutor_account_id"
+"""Our own mark on a payment. A shop may have other sellers beside us, whose payments are not ours to credit."""
 
 
 class YooKassaUnavailable(Exception):
@@ -62,7 +64,7 @@ class YooKassa:
             "capture": True,
             "confirmation": {"type": "redirect", "return_url": self._return_url},
             "description": f"GPTutor, account {account_id}",
-            "metadata": {"account_id": str(account_id)},
+            "metadata": {ACCOUNT: str(account_id)},
         }
         headers = {"Idempotence-Key": idempotence_key or str(uuid.uuid4())}
         document = await self._call("POST", "/payments", body, headers)
@@ -120,7 +122,7 @@ def _description(answer: bytes) -> str:
 def payment_of(document: Mapping[str, Any]) -> Payment:
     """Raises YooKassaUnavailable where the form is not YooKassa's."""
     metadata = document.get("metadata")
-    account = metadata.get("account_id") if isinstance(metadata, dict) else None
+    account = metadata.get(ACCOUNT) if isinstance(metadata, dict) else None
     confirmation = document.get("confirmation")
     url = confirmation.get("confirmation_url") if isinstance(confirmation, dict) else None
     return Payment(

@@ -125,6 +125,16 @@ async def test_the_life_of_a_user(admin: Admin) -> None:
     assert lines[10]["limits"] == {"cap": "20", "capPeriod": "day", "perMinute": 3, "expiresAt": None}
 
 
+async def test_a_database_without_its_tables_is_not_our_fault(admin: Admin, database_url: str) -> None:
+    server = await asyncpg.connect(database_url)
+    await server.execute("ALTER TABLE accounts RENAME TO elsewhere")
+    try:
+        assert await admin.ask("GET", "/admin/users/1") == (503, "database_unavailable")
+    finally:
+        await server.execute("ALTER TABLE elsewhere RENAME TO accounts")
+        await server.close()
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
@@ -135,6 +145,9 @@ async def test_the_life_of_a_user(admin: Admin) -> None:
         ({"kind": "topup", "amount": 1e300}, 400, "invalid_request"),
         ({"kind": "topup", "amount": "1000000001"}, 400, "invalid_request"),
         ({"kind": "topup", "amount": "ten"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "1_0"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": "١٠"}, 400, "invalid_request"),
+        ({"kind": "topup", "amount": True}, 400, "invalid_request"),
         ({"kind": "topup"}, 400, "invalid_request"),
         ({"kind": "charge", "amount": "1"}, 400, "invalid_request"),
         ({"kind": "topup", "amount": "1", "reason": "a\u0000b"}, 400, "invalid_request"),

@@ -12,6 +12,14 @@ from gptutor.money.invariants import load_invariants
 from tests.service import Service, environment, run, running_with, start_simulator
 
 
+def test_an_argument_that_is_no_text_gets_a_sentence(service: Service) -> None:
+    assert "UTF-8" in refused(service.environ, "user", "create", "--name", "\udcff")
+
+
+def test_a_place_that_is_not_there_gets_a_sentence(service: Service, tmp_path: Path) -> None:
+    assert "cannot be used" in refused(service.environ, "export", "ledger", "--out", str(tmp_path / "none" / "ledger.csv"))
+
+
 def said(service: Service, *arguments: str) -> str:
     return run(service.environ, *arguments).stdout
 

@@ -26,7 +26,7 @@ PURE = {
     "gptutor.openrouter.circuit": (),
     "gptutor.api.ambiguity": ("gptutor.errors",),
     "gptutor.api.ask": ("gptutor.api.ambiguity", "gptutor.api.surrogates", "gptutor.errors", "gptutor.money.pricing"),
-    "gptutor.api.form": ("gptutor.api.ambiguity", "gptutor.api.ask", "gptutor.errors"),
+    "gptutor.api.form": ("gptutor.api.ambiguity", "gptutor.api.ask", "gptutor.errors", "gptutor.money.amounts"),
     "gptutor.vk": (),
     "gptutor.api.surrogates": (),
     "gptutor.errors": (),

@@ -175,8 +175,9 @@ async def test_the_services_role_can_do_all_that_the_service_does(app_role_url: 
 async def test_a_new_openrouter_key_serves_from_the_restart_on(
     database_url: str, books: Database, simulator: Any, aiohttp_server: Any, tmp_path: Path
 ) -> None:
-    """Row operator-8: requests take the key of the settings, and so does the look-up of what was left open under the one before."""
+    """Row operator-8: requests take the key of the settings; what was left open under the one before is looked up with that one."""
     seen: list[tuple[str, str]] = []
+    opened = False  # whether prices are told yet
 
     async def completion(request: web.Request) -> web.Response:
         seen.append(("ask", request.headers["Authorization"]))
@@ -187,7 +188,8 @@ async def test_a_new_openrouter_key_serves_from_the_restart_on(
 
     async def generation(request: web.Request) -> web.Response:
         seen.append(("look", request.headers["Authorization"]))
-        if request.headers["Authorization"] == "Bearer sk-or-old":
+        known = {"gen-1": "Bearer sk-or-old"}.get(request.query["id"], "Bearer sk-or-new")
+        if not opened or request.headers["Authorization"] != known:
             return web.json_response({"error": {"message": "not found yet", "code": 404}}, status=404)
         return web.json_response({"data": {"id": request.query["id"], "total_cost": 0.01}})
 
@@ -200,13 +202,15 @@ async def test_a_new_openrouter_key_serves_from_the_restart_on(
     )
     server = await aiohttp_server(upstream)
     caller = await make_caller(books, "100")
-    for key in ("sk-or-old", "sk-or-new"):
+    for key, old in (("sk-or-old", ""), ("sk-or-new", "sk-or-older sk-or-old")):
         config = config_for(database_url, str(server.make_url("/")), tmp_path / "rotated")
-        config = msgspec.structs.replace(config, openrouter=msgspec.structs.replace(config.openrouter, api_key=key))
+        keys = msgspec.structs.replace(config.openrouter, api_key=key, old_api_keys=old)
+        config = msgspec.structs.replace(config, openrouter=keys)
         async with gateway_on(config, books, simulator) as running:
             response, _ = await running.chat(caller)
             assert response.status == 200
             if key == "sk-or-new":
+                opened = True
                 await running.recovered(caller)
     assert [key for what, key in seen if what == "ask"] == ["Bearer sk-or-old", "Bearer sk-or-new"]
     assert await caller.balance() == Decimal("98.2")

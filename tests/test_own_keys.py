@@ -236,6 +236,8 @@ NAME = "name must be a string of 1 to 100 printable characters"
         ('{"name": "x", "limit": 1e300}', "invalid_request", AMOUNT),
         ('{"name": "x", "limit": "NaN"}', "invalid_request", AMOUNT),
         ('{"name": "x", "limit": "ten"}', "invalid_request", AMOUNT),
+        ('{"name": "x", "limit": "1_0"}', "invalid_request", AMOUNT),
+        ('{"name": "x", "limit": " 10"}', "invalid_request", AMOUNT),
         ('{"name": "x", "limit": true}', "invalid_request", AMOUNT),
         ('{"name": "x", "limit": {}}', "invalid_request", AMOUNT),
         ('{"name": "x", "limit_reset": "daily"}', "invalid_request", RESET),

@@ -54,7 +54,7 @@ class YooKassaStandIn:
             "recipient": {"account_id": SHOP_ID, "gateway_id": "1"},
             "refundable": True,
             "test": False,
-            "metadata": {} if account_id is None else {"account_id": str(account_id)},
+            "metadata": {} if account_id is None else {"gptutor_account_id": str(account_id)},
             **changed,
         }
         return payment_id

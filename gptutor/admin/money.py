@@ -3,7 +3,6 @@
 import logging
 import uuid
 from contextlib import aclosing
-from decimal import Decimal
 from typing import Annotated
 
 import msgspec
@@ -14,6 +13,7 @@ from gptutor.admin.asked import account, day, number
 from gptutor.admin.door import hands
 from gptutor.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.api.body import read_form
+from gptutor.api.form import Amount
 from gptutor.api.health import DATABASE
 from gptutor.errors import Refusal
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
@@ -33,7 +33,7 @@ class NewBooking(msgspec.Struct, forbid_unknown_fields=True):
     """`amount` in roubles, exact: a text or a number. Only an adjustment may be negative."""
 
     kind: BookingKind
-    amount: Decimal
+    amount: Amount
     reason: Reason = ""
     reference: Reference | None = None
 
@@ -41,7 +41,7 @@ class NewBooking(msgspec.Struct, forbid_unknown_fields=True):
 class NewPayment(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
     """A payment that a provider has taken for a user, who is named by one of the two ids."""
 
-    amount: Decimal
+    amount: Amount
     reference: Reference
     provider: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,32}\Z")]
     user_id: Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | None = None

@@ -4,19 +4,28 @@ The descriptions of the Struct's fields complete the sentence "<field> must be â
 the checker's own words must do.
 """
 
+import functools
 import re
-from typing import Annotated, TypeVar, get_type_hints
+from decimal import Decimal
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import msgspec
 
 from gptutor.api.ambiguity import NAME_CHARACTERS_SHOWN, refuse_ambiguity
 from gptutor.api.ask import MISSING, PLACE
 from gptutor.errors import Refusal
+from gptutor.money.amounts import PLAIN
 
 Form = TypeVar("Form", bound=msgspec.Struct)
 
 # What PostgreSQL cannot keep, and what would make a log line or a table look like another, is not text for us.
 Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z")]
+
+
+class Amount(Decimal):
+    """Of money: a JSON number, or a plain decimal as text, `"99.50"`. Decimal alone would take `"1_0"` for ten."""
+
+
 UNKNOWN = re.compile(r"unknown field `(.*)`", re.DOTALL)
 
 
@@ -24,11 +33,26 @@ def parse_form(body: bytes, form: type[Form]) -> Form:
     """Raises Refusal, whose text names the field, its fault and what is allowed."""
     try:
         refuse_ambiguity(body.decode())
-        return msgspec.json.decode(body, type=form)
+        read: Form = _decoder(form).decode(body)
+        return read
     except msgspec.ValidationError as error:
         raise Refusal("invalid_request", _told(str(error), form)) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise Refusal("invalid_json", cause=type(error).__name__) from error
+
+
+@functools.cache
+def _decoder(form: Any) -> "msgspec.json.Decoder[Any]":
+    return msgspec.json.Decoder(form, dec_hook=_amount, float_hook=Decimal)
+
+
+def _amount(_: type, value: Any) -> Amount:
+    """What the decoder asks for where an Amount should stand: `value` is a text, an integer, a Decimal, or anything else."""
+    if isinstance(value, str) and not PLAIN.fullmatch(value):
+        raise ValueError("Expected a number such as 100 or 99.50")
+    if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
+        raise ValueError("Expected a number or a text such as 99.50")
+    return Amount(value)
 
 
 def must_be(form: type[msgspec.Struct], field: str) -> str:

@@ -17,7 +17,7 @@ from msgspec import UNSET, Meta, UnsetType
 from gptutor.api.body import read_form
 from gptutor.api.completions import BODY_LIMITS
 from gptutor.api.envelope import amount, answer, moment
-from gptutor.api.form import Form, must_be
+from gptutor.api.form import Amount, Form, must_be
 from gptutor.api.identity import MANAGES_KEYS, USER
 from gptutor.api.middlewares import KEYRING
 from gptutor.errors import Refusal
@@ -36,7 +36,7 @@ class KeyLimits(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Each description completes the sentence "<field> must be …". What is absent stays as it is."""
 
     limit: Annotated[
-        Decimal | UnsetType | None,
+        Amount | UnsetType | None,
         Meta(description=f"an amount in roubles from 0 to {NANO_MAX // NANO_PER_RUB} with at most nine decimal places, or null"),
     ] = UNSET
     limit_reset: Annotated[Literal["daily"] | UnsetType | None, Meta(description='"daily", where there is a limit, or null')] = (

@@ -12,7 +12,7 @@ from aiohttp.typedefs import Middleware
 
 from gptutor.api.body import waits_to_be_invited
 from gptutor.api.refusals import as_response
-from gptutor.database import DatabaseUnavailable
+from gptutor.database import DatabaseRefused, DatabaseUnavailable
 from gptutor.errors import Refusal
 from gptutor.logs import LoggerService
 from gptutor.money.keyring import KeyRing
@@ -78,6 +78,9 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return refused(request, Refusal("method_not_allowed", headers={"Allow": ", ".join(sorted(error.allowed_methods))}))
     except web.HTTPNotFound:
         return refused(request, Refusal("not_found"))
+    except DatabaseRefused as error:
+        LOGGER.error("%s", error, extra={"requestId": request[REQUEST_ID]})
+        return refused(request, Refusal("database_unavailable", cause=str(error)))
     except DatabaseUnavailable as error:
         return refused(request, Refusal("database_unavailable", cause=str(error)))
     except Exception:

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from gptutor.administration import Bookkeeper
 from gptutor.api.body import read_form
+from gptutor.api.form import Amount
 from gptutor.api.health import DATABASE, READINESS
 from gptutor.api.identity import USER
 from gptutor.errors import Refusal
@@ -38,7 +39,7 @@ Outcome = Literal["booked", "nothing", "conflict"]
 class NewPayment(msgspec.Struct, forbid_unknown_fields=True):
     """Roubles, with kopecks at most."""
 
-    amount: Decimal
+    amount: Amount
 
 
 class Subject(msgspec.Struct):

@@ -9,7 +9,7 @@ import io
 import logging
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -33,6 +33,8 @@ SENT_ON = ("X-OpenRouter-Metadata", "x-anthropic-beta")
 ONE_WRITE_BYTES_MAX = 1024 * 1024
 """A larger request is sent in pieces: one write of it would hold up everybody else."""
 GET_S = 30.0
+ANOTHER_KEY_MAY_KNOW = frozenset({401, 403, 404})
+"""OpenRouter's answers about a generation that was made with a key of before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,9 @@ class Limits:
 
 
 class OpenRouterService:
-    def __init__(self, session: aiohttp.ClientSession, base_url: str, limits: Limits) -> None:
+    def __init__(self, session: aiohttp.ClientSession, base_url: str, limits: Limits, old_api_keys: Sequence[str] = ()) -> None:
         self._session = session
+        self._old_api_keys = old_api_keys
         self._base_url = base_url.rstrip("/")
         self._limits = limits
         self._circuit = Circuit()
@@ -130,7 +133,7 @@ class OpenRouterService:
 
     async def generation(self, generation_id: str) -> Bill | None:
         """The bill of a finished generation, or None while OpenRouter does not know it. Raises UpstreamError."""
-        document = await self.get("/generation", {"id": generation_id})
+        document = await self._look_up(generation_id)
         try:
             record = msgspec.json.decode(document, type=_GenerationAnswer).data
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -142,6 +145,18 @@ class OpenRouterService:
         if cost is None:
             return None
         return Bill(cost, record.tokens_prompt, record.tokens_completion, generation_id)
+
+    async def _look_up(self, generation_id: str) -> bytes:
+        """With today's key, and where that one does not know the generation, with those before it. Raises UpstreamError."""
+        query = {"id": generation_id}
+        try:
+            return await self.get("/generation", query)
+        except UpstreamError as error:
+            if error.failure.status in ANOTHER_KEY_MAY_KNOW:
+                for key in self._old_api_keys:
+                    with contextlib.suppress(UpstreamError):
+                        return await self.get("/generation", query, {"Authorization": f"Bearer {key}"})
+            raise
 
     async def cost_of(self, generation_id: str) -> Decimal | None:
         """What a generation cost in dollars, or None while that cannot be learnt."""
@@ -156,11 +171,13 @@ class OpenRouterService:
         """The model list, as OpenRouter wrote it. Raises UpstreamError."""
         return await self.get("/models", {"output_modalities": "all"})  # without it, only those that write text
 
-    async def get(self, path: str, query: dict[str, str] | None = None) -> bytes:
+    async def get(self, path: str, query: dict[str, str] | None = None, headers: Mapping[str, str] | None = None) -> bytes:
         with translated():
             async with (
                 asyncio.timeout(GET_S),
-                self._session.get(self._base_url + path, params=query, allow_redirects=False, timeout=self._timeout) as response,
+                self._session.get(
+                    self._base_url + path, params=query, headers=headers, allow_redirects=False, timeout=self._timeout
+                ) as response,
             ):
                 if response.status != 200:
                     raise await read_refusal(response)
@@ -184,7 +201,15 @@ class _GenerationAnswer(msgspec.Struct):
 
 @asynccontextmanager
 async def connected(
-    base_url: str, api_key: str, limits: Limits, *, referer: str, title: str, connections_max: int, proxy: str = ""
+    base_url: str,
+    api_key: str,
+    limits: Limits,
+    *,
+    referer: str,
+    title: str,
+    connections_max: int,
+    proxy: str = "",
+    old_api_keys: Sequence[str] = (),
 ) -> AsyncIterator[OpenRouterService]:
     """A service with its pool of connections, which is closed at the end."""
     headers = {
@@ -207,4 +232,4 @@ async def connected(
         trace_configs=[noting_progress()],
         cookie_jar=aiohttp.DummyCookieJar(),
     ) as session:
-        yield OpenRouterService(session, base_url, limits)
+        yield OpenRouterService(session, base_url, limits, old_api_keys)

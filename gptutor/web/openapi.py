@@ -33,15 +33,16 @@ def describe() -> dict[str, Any]:
 
 def request_schemas() -> dict[str, Any]:
     """The fields and ranges that the gateway checks, as it checks them."""
-    _, schemas = msgspec.json.schema_components([ChatRequest, NewKey, KeyLimits], ref_template="#/components/schemas/{name}")
+    _, schemas = msgspec.json.schema_components(
+        [ChatRequest, NewKey, KeyLimits],
+        schema_hook=lambda amount: {"type": ["number", "string"], "format": "decimal"},  # an Amount: both are read exactly
+        ref_template="#/components/schemas/{name}",
+    )
     for schema in schemas.values():
         schema.setdefault("additionalProperties", True)
         for field in schema["properties"].values():
             if "default" in field and field["default"] is None:
                 del field["default"]  # null means absent, which is no news in a description
-            for form in field.get("anyOf", ()):
-                if form.get("format") == "decimal":
-                    form["type"] = ["number", "string"]  # both are read exactly; msgspec tells of the string alone
     return schemas
 
 
