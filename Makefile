@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format lint types sql test-completion test-openai docs migrate service chaos fuzz
+.PHONY: help install run test check format lint types sql test-completion test-openai docs migrate service chaos fuzz bench bench-growth
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,17 @@ chaos: install ## real processes killed at random, then our books against OpenRo
 fuzz: install ## bytes that nobody meant, for each of what reads bytes: SECONDS=60 each
 	@for target in scanner ask key vk config models; do \
 		$(BIN)/python -m tests.fuzz $$target --seconds $(or $(SECONDS),60) || exit 1; done
+
+BENCHED := $(VENV)/.bench-installed
+$(BENCHED): $(STAMP)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[bench]'
+	@touch $@
+
+bench: $(BENCHED) ## CPU per request against a bare relay, nginx and LiteLLM, in one run (bench/README.md): ARGS="--tls --rounds 5"
+	@mkdir -p var && exec $(BIN)/python -m bench --json var/bench.json --chart var/bench.png $(ARGS)
+
+bench-growth: $(BENCHED) ## the cost of a hold and its settlement with 1 million accounts and 10 million entries: ARGS="--rows 1000000"
+	@exec $(BIN)/python -m bench.growth $(ARGS)
 
 docs: install ## the documentation at http://localhost:8080
 	@exec $(BIN)/gptutor docs

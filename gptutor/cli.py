@@ -26,10 +26,10 @@ from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
 from gptutor.money.limits import InvalidLimit
 from gptutor.money.reconciliation import WaitingHold, reconcile, sum_of, waiting_holds
 from gptutor.money.users import NoSuchUser
-from gptutor.openrouter.rim import UpstreamError
+from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.openrouter.totals import totals
-from gptutor.serve import database_of, serve, simulated_openrouter
+from gptutor.serve import database_of, run_loop, serve, simulated_openrouter
 from gptutor.settings import Config, ConfigError
 
 app = typer.Typer(
@@ -86,7 +86,13 @@ def main() -> None:
 @app.command("serve")
 def serve_command() -> None:
     """Run the service."""
-    asyncio.run(serve(config.load()))
+    settings = config.load()
+    if settings.server.workers == 1:
+        run_loop(serve(settings))
+    else:
+        from gptutor import workers  # a service of one process needs no gunicorn
+
+        workers.serve(settings)
 
 
 @app.command()

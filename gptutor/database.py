@@ -139,6 +139,10 @@ UNAVAILABLE = (
 )
 
 
+async def _left_as_it_is(connection: asyncpg.Connection) -> None:
+    """Nothing of ours outlives its transaction, so a connection that is given back needs no statement to forget it."""
+
+
 @asynccontextmanager
 async def connected(
     url: str,
@@ -163,6 +167,7 @@ async def connected(
             min_size=connections_min,
             max_size=connections_max,
             timeout=acquire_s,
+            reset=_left_as_it_is,
             command_timeout=statement_s + 1,  # the server's own limit should speak first: it says why
             server_settings={
                 "application_name": name,

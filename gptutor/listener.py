@@ -4,7 +4,9 @@ import asyncio
 import errno
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +16,8 @@ from aiohttp import web
 LOGGER = logging.getLogger("gptutor.listener")
 BACKLOG = 128
 """Connections that may wait to be accepted; a server out of file descriptors fails so many times in a row."""
+OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
+LOOK_S = 0.5
 COMPLAINT_PAUSE_S = 5.0
 
 
@@ -22,19 +26,26 @@ class StartError(Exception):
 
 
 def complain_calmly(loop: asyncio.AbstractEventLoop) -> None:
-    """A process without file descriptors says so from time to time, not for each connection that waits."""
+    """A process without file descriptors says so from time to time. (uvloop drops connections then, and does not tell.)"""
     silent_until = 0.0
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal silent_until
         error = context.get("exception")
-        if not ("socket" in context and isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+        if not ("socket" in context and isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS):
             loop.default_exception_handler(context)
-        elif loop.time() >= silent_until:
-            silent_until = loop.time() + COMPLAINT_PAUSE_S
-            LOGGER.error("No connection can be accepted: %s. Raise LimitNOFILE of the service.", error.strerror)
+
+    def look() -> None:
+        nonlocal silent_until
+        loop.call_later(LOOK_S, look)
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS and loop.time() >= silent_until:
+                silent_until = loop.time() + COMPLAINT_PAUSE_S
+                LOGGER.error("No connection can be accepted: %s. Raise LimitNOFILE of the service.", error.strerror)
 
     loop.set_exception_handler(handle)
+    look()
 
 
 Connecting = Callable[[web.Server], web.RequestHandler]
@@ -75,6 +86,24 @@ async def listening_at(runner: web.AppRunner, path: Path, connection: Connecting
         finally:
             listener.close()
             path.unlink(missing_ok=True)  # noqa: ASYNC240 - a moment, at the end
+
+
+@asynccontextmanager
+async def listening_by(
+    runner: web.AppRunner,
+    listener: socket.socket,
+    connection: Connecting = web.Server.__call__,
+    ready: Callable[[], Awaitable[None]] | None = None,
+) -> AsyncIterator[None]:
+    """The same by a socket that listens already, and may do so for other processes too; `ready` is waited for in between."""
+    async with _set_up(runner, connection) as protocol:
+        if ready is not None:
+            await ready()
+        accepting = await asyncio.get_running_loop().create_server(protocol, sock=listener, backlog=BACKLOG)
+        try:
+            yield
+        finally:
+            accepting.close()
 
 
 @asynccontextmanager

@@ -1,21 +1,27 @@
 """Structured logs: JSON lines in `logs/combined-YYYY-MM-DD.log` and on standard output (contract F1, F2).
 
-A record is put on a queue by the event loop and written by a thread. What may be logged is decided here, in the two methods for
-a request's two lines: no key, no message text, no signature can reach a line, because none is a parameter.
+The event loop only lays records down; a thread spells them and writes them out, many at once, within BATCH_S. What may be logged
+is decided here, in the two methods for a request's two lines: no key, no message text, no signature can reach a line, because
+none is a parameter.
 """
 
+import contextlib
 import datetime
+import functools
+import itertools
 import logging
-import logging.handlers
 import os
-import queue
 import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
-from typing import IO
+from typing import Any, BinaryIO
 
+import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
 
 LOGGER = logging.getLogger("gptutor")
@@ -34,16 +40,39 @@ WIRE.addFilter(_without_traceback)
 AUDIT = logging.getLogger("gptutor.audit")
 """Who changed what. Its lines are written at every `logs.level`."""
 AUDIT.setLevel(logging.INFO)
+BATCH_S = 0.05
+"""For so long records are collected before they are written."""
+
+
+class Line(logging.LogRecord):
+    """A record whose fields are known: made, and spelled, at a fraction of an ordinary one's cost."""
+
+    def __init__(self, level: int, message: str, fields: dict[str, Any]) -> None:
+        self.__dict__.update(COMMON)  # what the standard's own __init__ finds out anew for each record
+        self.levelno = level
+        self.levelname = logging.getLevelName(level)
+        self.msg = message
+        self.created = time.time()
+        self.fields = fields
+        self.__dict__.update(fields)
+
+
+COMMON = vars(logging.LogRecord(LOGGER.name, logging.INFO, __file__, 0, "", None, None))
+
+
+def tell(level: int, message: str, fields: dict[str, Any]) -> None:
+    if LOGGER.isEnabledFor(level):
+        LOGGER.handle(Line(level, message, fields))
 
 
 class LoggerService:
     """The lines of a request. Amounts are roubles and durations milliseconds."""
 
     def llm_request(self, *, model: str, user_id: int, request_id: str, stream: bool, messages: int) -> None:
-        LOGGER.info(
-            "LLM Request: %s",
-            model,
-            extra={
+        tell(
+            logging.INFO,
+            f"LLM Request: {model}",
+            {
                 "type": "llm",
                 "model": model,
                 "userId": str(user_id),
@@ -70,11 +99,10 @@ class LoggerService:
         cause: str | None,
     ) -> None:
         """`outcome` is `settled`, `released` or `awaiting_evidence` for an answer, else the code of the refusal."""
-        LOGGER.log(
+        tell(
             logging.INFO if cause is None else logging.WARNING,
-            "LLM Response: %s",
-            model,
-            extra={
+            f"LLM Response: {model}",
+            {
                 "type": "llm",
                 "model": model,
                 "userId": str(user_id),
@@ -92,12 +120,10 @@ class LoggerService:
         )
 
     def http(self, *, method: str, path: str, status: int, request_id: str, duration_ms: int, code: str | None) -> None:
-        LOGGER.info(
-            "HTTP %s %s %d",
-            method,
-            path,
-            status,
-            extra={
+        tell(
+            logging.INFO,
+            f"HTTP {method} {path} {status}",
+            {
                 "type": "http",
                 "method": method,
                 "path": path,
@@ -138,33 +164,33 @@ def audit(
     )
 
 
-class DailyFileHandler(logging.StreamHandler[IO[str]]):
-    """Writes to `combined-YYYY-MM-DD.log` of the current day (UTC), and deletes files older than the retention."""
+class DailyFile:
+    """`combined-YYYY-MM-DD.log` of the current day (UTC); files older than the retention are deleted."""
 
     def __init__(self, directory: Path, retention_days: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._retention = datetime.timedelta(days=retention_days)
         self._day = datetime.datetime.now(datetime.UTC).date()
-        super().__init__(self._open())
+        self._file = self._open()
         self._prune()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        day = datetime.datetime.fromtimestamp(record.created, datetime.UTC).date()
+    def write(self, day: datetime.date, lines: bytes) -> None:
+        """Lines of one day, all of them at once."""
         if day > self._day:
             self._day = day
-            if (yesterday := self.setStream(self._open())) is not None:
-                yesterday.close()
+            self._file.close()
+            self._file = self._open()
             self._prune()
-        super().emit(record)
+        self._file.write(lines)
+        self._file.flush()
 
     def close(self) -> None:
-        self.stream.close()
-        super().close()
+        self._file.close()
 
-    def _open(self) -> IO[str]:
+    def _open(self) -> BinaryIO:
         path = self._directory / f"combined-{self._day:%Y-%m-%d}.log"
-        file = path.open("a", encoding="utf-8")
+        file = path.open("ab")
         owner = self._directory.stat()
         if os.geteuid() == 0 != owner.st_uid:
             os.fchown(file.fileno(), owner.st_uid, owner.st_gid)  # a command run by root must not shut the service out
@@ -177,6 +203,13 @@ class DailyFileHandler(logging.StreamHandler[IO[str]]):
                 path.unlink(missing_ok=True)
 
 
+@functools.lru_cache(maxsize=2)
+def _second(second: int) -> tuple[datetime.date, str]:
+    """Many lines have the same one."""
+    moment = datetime.datetime.fromtimestamp(second, datetime.UTC)
+    return moment.date(), f"{moment:%Y-%m-%d %H:%M:%S}"
+
+
 class LineFormatter(OrjsonFormatter):
     """The field names and the time format of the contract's example."""
 
@@ -184,38 +217,95 @@ class LineFormatter(OrjsonFormatter):
         super().__init__(["message"])
 
     def add_fields(self, log_data: dict[str, object], record: logging.LogRecord, message_dict: dict[str, object]) -> None:
-        moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        log_data["timestamp"] = f"{moment:%Y-%m-%d %H:%M:%S}"
+        log_data["timestamp"] = _second(int(record.created))[1]
         log_data["level"] = record.levelname.lower()
         super().add_fields(log_data, record, message_dict)
+
+    def line(self, record: logging.LogRecord) -> bytes:
+        """With its end."""
+        if not isinstance(record, Line):
+            return self.format(record).encode() + b"\n"
+        said = {
+            "timestamp": _second(int(record.created))[1],
+            "level": record.levelname.lower(),
+            "message": record.msg,
+            **record.fields,
+        }
+        return orjson.dumps(said, option=orjson.OPT_APPEND_NEWLINE)
+
+
+class Writer(logging.Handler):
+    """Takes records without waiting for anything; a thread of its own writes them out."""
+
+    def __init__(self, file: DailyFile, *, stdout: bool) -> None:
+        super().__init__()
+        self._file = file
+        self._stdout = stdout
+        self._lines = LineFormatter()
+        self._records: deque[logging.LogRecord] = deque()
+        self._woken = threading.Event()
+        self._hurries = threading.Event()
+        self._ends = False
+        self._thread = threading.Thread(target=self._work, name="log", daemon=True)
+        self._thread.start()
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """A deque takes from any thread; the standard's lock would only guard it once more."""
+        self._records.append(record)
+        if record.levelno >= logging.ERROR or record.name == AUDIT.name:
+            self._hurries.set()  # what was changed by hand, and what goes wrong, is written at once
+        if not self._woken.is_set():
+            self._woken.set()
+        return True
+
+    def close(self) -> None:
+        """Once all is written."""
+        self._ends = True
+        self._hurries.set()
+        self._woken.set()
+        self._thread.join()
+        self._file.close()
+        super().close()
+
+    def _work(self) -> None:
+        while not self._ends:
+            self._woken.wait()
+            self._hurries.wait(BATCH_S)
+            self._woken.clear()
+            self._hurries.clear()
+            self._write()
+        self._write()
+
+    def _write(self) -> None:
+        spelled: list[tuple[datetime.date, bytes]] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                record = self._records.popleft()
+                try:
+                    spelled.append((_second(int(record.created))[0], self._lines.line(record)))
+                except Exception:
+                    self.handleError(record)  # says so on standard error; the other lines must not suffer for it
+        for day, lines in itertools.groupby(spelled, key=lambda one: one[0]):
+            text = b"".join(line for _, line in lines)
+            try:
+                self._file.write(day, text)
+                if self._stdout:
+                    sys.stdout.write(text.decode())
+                    sys.stdout.flush()
+            except (OSError, ValueError) as error:  # a full disk, or a standard output that nobody reads any more
+                print(f"gptutor: a line of the log is lost: {error}", file=sys.stderr)
 
 
 @contextmanager
 def logging_to(directory: Path, *, level: str, retention_days: int, stdout: bool) -> Iterator[LoggerService]:
     """Sets up logging for the life of a process; all lines are written when the context ends."""
-    handlers: list[logging.Handler] = [DailyFileHandler(directory, retention_days)]
-    if stdout:
-        handlers.append(logging.StreamHandler(sys.stdout))
-    for handler in handlers:
-        handler.setFormatter(LineFormatter())
-    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    listener = logging.handlers.QueueListener(lines, *handlers)
-    listener.start()
     root = logging.getLogger()
-    intake = _Intake(lines)
-    root.addHandler(intake)
+    writer = Writer(DailyFile(directory, retention_days), stdout=stdout)
+    root.addHandler(writer)
     root.setLevel(logging.WARNING)
     LOGGER.setLevel(level.upper())
     try:
         yield LoggerService()
     finally:
-        root.removeHandler(intake)
-        listener.stop()
-        for handler in handlers:
-            handler.close()
-
-
-class _Intake(logging.handlers.QueueHandler):
-    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        # The queue stays inside the process: nothing needs to be formatted or copied on the event loop.
-        return record
+        root.removeHandler(writer)
+        writer.close()

@@ -45,7 +45,7 @@ class Server(Section, frozen=True):
     keepalive_s: Seconds = 75
     shutdown_s: Seconds = 20
     drain_s: Seconds = 60
-    workers: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
+    workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     cors_origins: str = "*"
     trusted_proxies: str = "127.0.0.1 ::1"
 

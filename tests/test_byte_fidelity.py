@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from gptutor import database
 from gptutor.money.bookings import Bookings
 from gptutor.money.invariants import check
-from gptutor.openrouter.rim import UpstreamError
+from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.service import Limits, connected
 from gptutor.openrouter.simulator.server import Simulator
 from tests.conftest import Gateway, config_for, gateway_on
@@ -376,12 +376,16 @@ async def test_what_arrived_before_a_break_is_passed_on_although_the_caller_was_
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     limits = Limits(connect_s=5, total_s=5, first_byte_s=5, idle_s=5, end_s=5, attempts_max=1)
-    received = b""
+    received = bytearray()
+
+    def take(piece: bytes) -> None:
+        received.extend(piece)
+        reply.pause()  # a caller who does not read as fast as upstream writes
+        asyncio.get_running_loop().call_later(0.2, reply.resume)
+
     async with server, connected(address, "sk-or-test", limits, referer="", title="", connections_max=1) as upstream:
         reply, _ = await upstream.complete(b"{}", {}, stream=True, wanted=bool, attempting=lambda: None, refused=lambda: None)
         with contextlib.suppress(UpstreamError):
-            async for chunk in reply.chunks(60):
-                received += chunk
-                await asyncio.sleep(0.2)  # a caller who does not read as fast as upstream writes
+            await reply.pump(take, lambda: None, 60)
         reply.close()
     assert received == b": a: b"

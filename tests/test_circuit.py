@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from typing import Any
 
 import pytest
 
 from gptutor.app import UPSTREAM
 from gptutor.openrouter.circuit import FAILURES_MAX, PAUSE_S, Circuit
+from gptutor.openrouter.connection import Connection
+from gptutor.openrouter.pool import End
 from tests.conftest import Gateway
 
 
@@ -35,23 +36,24 @@ async def test_while_openrouter_is_away_callers_learn_it_at_once_and_when_it_is_
 ) -> None:
     caller = await gateway.caller()
     upstream = gateway.app[UPSTREAM]
-    real = upstream._base_url
-    upstream._base_url = "http://127.0.0.1:1/api/v1"
+    pool = upstream._pool
+    real, pool._end = pool._end, End.of("http://127.0.0.1:1/api/v1")
+    pool.close()
     asked = 0
-    real_post = upstream._session.post
+    real_connect = pool.connect
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    async def counted() -> Connection:
         nonlocal asked
         asked += 1
-        return real_post(*args, **kwargs)
+        return await real_connect()
 
-    monkeypatch.setattr(upstream._session, "post", counted)
+    monkeypatch.setattr(pool, "connect", counted)
     for _ in range(3 * FAILURES_MAX):
         response, _ = await gateway.chat(caller)
         assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_unreachable")
     assert FAILURES_MAX <= asked <= FAILURES_MAX + 2
     assert await caller.held() == 0
-    upstream._base_url = real
+    pool._end = real
     began = time.monotonic()
     while (await gateway.chat(caller))[0].status != 200:
         await asyncio.sleep(0.1)

@@ -27,7 +27,7 @@ def test_without_descriptors_the_others_are_still_served_and_it_recovers(tmp_pat
         process.rlimit(psutil.RLIMIT_NOFILE, (limit, hard))
         for _ in range(50):
             stack.enter_context(socket.create_connection(address, timeout=10)).sendall(HEALTH)
-        time.sleep(0.5)
+        time.sleep(1.5)
         assert process.num_fds() >= limit - 1
         early.sendall(HEALTH)
         assert early.recv(4096).startswith(b"HTTP/1.1 200")

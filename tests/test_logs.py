@@ -9,23 +9,17 @@ from pathlib import Path
 import pytest
 
 from gptutor import logs
-from gptutor.logs import DailyFileHandler, logging_to
-
-
-def record(day: str, text: str = "x") -> logging.LogRecord:
-    made = logging.LogRecord("gptutor", logging.INFO, "", 0, text, (), None)
-    made.created = datetime.datetime.fromisoformat(f"{day}T12:00:00+00:00").timestamp()
-    return made
+from gptutor.logs import DailyFile, logging_to
 
 
 def test_each_day_has_its_file_and_old_ones_go(tmp_path: Path) -> None:
     for day in ("2020-01-01", "2099-01-30", "2099-01-31"):
         (tmp_path / f"combined-{day}.log").write_text("old")
     (tmp_path / "other.log").write_text("not ours")
-    handler = DailyFileHandler(tmp_path, retention_days=2)
-    handler.emit(record("2099-02-01", "first"))
-    handler.emit(record("2099-02-02", "second"))
-    handler.close()
+    file = DailyFile(tmp_path, retention_days=2)
+    file.write(datetime.date(2099, 2, 1), b"first\n")
+    file.write(datetime.date(2099, 2, 2), b"second\n")
+    file.close()
     assert (tmp_path / "combined-2099-02-01.log").read_text() == "first\n"
     assert (tmp_path / "combined-2099-02-02.log").read_text() == "second\n"
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -54,6 +48,6 @@ def test_every_record_is_one_json_line_written_before_the_end(tmp_path: Path, ca
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_a_command_run_by_root_does_not_shut_the_service_out(tmp_path: Path) -> None:
     os.chown(tmp_path, 12345, 12345)
-    DailyFileHandler(tmp_path, retention_days=1).close()
+    DailyFile(tmp_path, retention_days=1).close()
     (path,) = tmp_path.iterdir()
     assert path.stat().st_uid == 12345

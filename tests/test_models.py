@@ -13,8 +13,8 @@ import pytest
 from gptutor.api.models import ModelList
 from gptutor.app import CATALOGUE
 from gptutor.openrouter.catalogue import Catalogue, Price, refreshed
+from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.retry import Failure
-from gptutor.openrouter.rim import UpstreamError
 from tests.conftest import Gateway
 
 MODEL = "google/gemini-2.5-flash-lite"

@@ -9,7 +9,6 @@ bytes, and only the members that are ours are written anew. No number is ever pa
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
@@ -112,8 +111,7 @@ _decode_parts = msgspec.json.Decoder(list[Raw]).decode
 _decode_part = msgspec.json.Decoder(_Part).decode
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """A checked request. `size` is what its price depends on; `members` are its top level, byte for byte."""
 
     model: str

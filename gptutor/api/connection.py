@@ -8,7 +8,7 @@ stops reading.
 import asyncio
 import logging
 import uuid
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import web
 
@@ -19,15 +19,40 @@ from gptutor.metrics import MALFORMED_REQUESTS, SLOW_HEADS
 LOGGER = logging.getLogger("gptutor.wire")
 
 
+class Follower(Protocol):
+    """Whoever writes past the server, straight to the socket."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+
 class Connection(web.RequestHandler):
     """`header_s` seconds are given for the whole head of a request, from its first byte, or from the connection's beginning."""
 
-    __slots__ = ("_header_s", "_impatience")
+    __slots__ = ("_follower", "_header_s", "_impatience")
 
     def __init__(self, manager: web.Server, *, header_s: float, **limits: Any) -> None:
         super().__init__(manager, **limits)
         self._header_s = header_s
         self._impatience: asyncio.TimerHandle | None = None
+        self._follower: Follower | None = None
+
+    def follow(self, follower: "Follower | None") -> None:
+        """Tells `follower`, until another call, when the socket takes no more, and when it does again."""
+        self._follower = follower
+        if follower is not None and self.writing_paused:
+            follower.pause()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._follower is not None:
+            self._follower.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._follower is not None:
+            self._follower.resume()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -47,6 +72,8 @@ class Connection(web.RequestHandler):
             self._impatience.cancel()
             self._impatience = None
         super().connection_lost(exc)
+        if self._follower is not None:
+            self._follower.resume()
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None

@@ -11,6 +11,7 @@ closing the hold is a matter of reading what is known.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 
@@ -44,11 +45,13 @@ from gptutor.money.journal import JournalError
 from gptutor.money.knowledge import Price
 from gptutor.money.pricing import Ceiling
 from gptutor.openrouter.bill import Bill, BillScanner, read_statement
+from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.relay import relay
 from gptutor.openrouter.reply import Reply
-from gptutor.openrouter.rim import UpstreamError
 
 LOGGER = logging.getLogger("gptutor.exchange")
+
+outcome_counted = functools.cache(COMPLETIONS.labels)
 
 # OpenRouter's own form of an error in the middle of a stream.
 TRUNCATED = (
@@ -169,8 +172,9 @@ class Exchange:
         except UpstreamError as error:
             self._name(hold, error.failure.generation_id)
             raise refusal_of(error) from error
-        self._name(hold, reply.generation_id)
         try:
+            if reply.is_event_stream or not reply.is_whole:  # what is whole names its price in the next moment
+                self._name(hold, reply.generation_id)
             if reply.is_event_stream:
                 await self._relay_stream(hold, reply)
             else:
@@ -184,10 +188,12 @@ class Exchange:
         except UpstreamError as error:
             raise refusal_of(error) from error
         said = read_statement(document)
+        name = reply.generation_id or said.generation_id
         if said.bill is not None:
+            self._generation_id = name
             self._note_bill(hold, said.bill)
         elif self._generation_id is None:
-            self._name(hold, said.generation_id)
+            self._name(hold, name)
         if not self.answer.done():
             self.answer.set_result(web.Response(body=document, status=reply.status, headers=self._headers(hold, reply)))
 
@@ -211,7 +217,7 @@ class Exchange:
                     downstream.abort()
                 elif not (reply.is_encoded or scanner.has_ended or self._caller_left()):
                     self._cause = f"upstream, in mid-stream: {error or 'the end came too early'}"
-                    await downstream.write(TRUNCATED if scanner.at_event_end else b"\n\n" + TRUNCATED)
+                    downstream.write(TRUNCATED if scanner.at_event_end else b"\n\n" + TRUNCATED)
                 await downstream.finish()
         except TimeoutError:
             self._cause = f"the caller left, and upstream went on for more than {self._kit.patience.leaver_drain_s} s"
@@ -318,7 +324,7 @@ class Exchange:
     def _log_response(self) -> None:
         bill = self._bill
         duration_s = time.monotonic() - self._started
-        COMPLETIONS.labels(self._outcome).inc()
+        outcome_counted(self._outcome).inc()
         COMPLETION_SECONDS.observe(duration_s)
         self._kit.log.llm_response(
             model=self._order.ask.model,

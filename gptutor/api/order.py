@@ -5,6 +5,8 @@ import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from gptutor.api.ask import Ask
 from gptutor.api.event_stream import Patience
 from gptutor.api.inflight import InFlight
@@ -18,8 +20,7 @@ from gptutor.openrouter.catalogue import Catalogue
 from gptutor.openrouter.service import OpenRouterService
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(msgspec.Struct, frozen=True):
     """What a caller wants, and who he says he is. With an idempotency key comes the SHA-256 of the body."""
 
     request_id: str

@@ -8,7 +8,7 @@ import logging
 
 from gptutor.errors import DO_NOT_RETRY, Refusal
 from gptutor.metrics import UPSTREAM_ACCOUNT
-from gptutor.openrouter.rim import UpstreamError
+from gptutor.openrouter.errors import UpstreamError
 
 LOGGER = logging.getLogger("gptutor.upstream")
 

@@ -3,9 +3,10 @@
 import os
 import time
 import uuid
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import NewType
+
+import msgspec
 
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.keys import KeyClaim
@@ -47,8 +48,7 @@ class RepeatedRequest(Exception):
         self.same_body = same_body
 
 
-@dataclass(frozen=True, slots=True)
-class HoldRequest:
+class HoldRequest(msgspec.Struct, frozen=True):
     """Who asks for how much, and what for. `body_hash` is SHA-256, and given with an idempotency key."""
 
     claim: KeyClaim
@@ -60,8 +60,7 @@ class HoldRequest:
     body_hash: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(msgspec.Struct, frozen=True):
     account_id: AccountId
     hold_id: HoldId
     amount: Nano
@@ -71,8 +70,7 @@ class Hold:
     """How many requests the account has had in this minute, this one included."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(msgspec.Struct, frozen=True):
     """A finished request: what it costs, by OpenRouter's word."""
 
     account_id: AccountId
@@ -84,8 +82,7 @@ class Settlement:
     completion_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True):
     """A hold to be freed: nothing was bought, or (`unresolved`) nobody ever learnt whether."""
 
     account_id: AccountId
@@ -93,8 +90,7 @@ class Release:
     unresolved: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class HandOver:
+class HandOver(msgspec.Struct, frozen=True):
     """A hold to be left to recovery, with what is known of it."""
 
     account_id: AccountId

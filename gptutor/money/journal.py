@@ -88,6 +88,11 @@ class Journal:
         self._size = 0
         self._begin_segment()
 
+    @property
+    def slot_number(self) -> int:
+        """A small number that no other living process of this machine has."""
+        return int(self._slot.name)
+
     # -- what is written down
 
     def sent(self, account_id: AccountId, hold_id: HoldId) -> None:

@@ -36,7 +36,7 @@ from gptutor.money.holds import (
 from gptutor.money.journal import Journal
 
 LOGGER = logging.getLogger("gptutor.ledger")
-LANES = 2
+LANES = 1
 BATCH_MAX = 200
 PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 

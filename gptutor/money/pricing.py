@@ -14,9 +14,10 @@ and that is sent upstream as `max_tokens`. Where several models may answer, all 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
 from typing import Protocol
+
+import msgspec
 
 from gptutor.money.amounts import EXACT, Nano, nano_ceiling, nano_half_up, parse_roubles
 
@@ -55,8 +56,7 @@ class Priced(Protocol):
     def output_tokens_max(self) -> int | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(msgspec.Struct, frozen=True):
     """What a request asks for, as far as its price is concerned."""
 
     prompt_bytes: int
@@ -77,8 +77,7 @@ class Size:
     """Whether a dearer service tier is asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(msgspec.Struct, frozen=True):
     """What one model's output costs: `fixed` before the first token, then `token_nano` each, exact; at most `tokens_max`."""
 
     fixed: Nano
@@ -93,8 +92,7 @@ class Output:
         return covered if covered < self.tokens_max else None
 
 
-@dataclass(frozen=True, slots=True)
-class Ceiling:
+class Ceiling(msgspec.Struct, frozen=True):
     """What to hold. `most` is held if it is available, else all that is available, but never less than `least`.
 
     `outputs`, one for each model that may answer, are given where the caller set no limit and the balance may have to.

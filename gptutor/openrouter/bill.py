@@ -20,7 +20,6 @@ which changes nothing.)
 """
 
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -40,8 +39,7 @@ NUMBER_CHARACTERS_MAX = 64
 COST_USD_MAX = Decimal(100_000)
 
 
-@dataclass(frozen=True, slots=True)
-class Bill:
+class Bill(msgspec.Struct, frozen=True):
     """What OpenRouter says a request cost: exact dollars, and its count of tokens where it gives one."""
 
     cost_usd: Decimal
@@ -73,8 +71,7 @@ _decode_usage = msgspec.json.Decoder(_Usage | None).decode
 _decode_details = msgspec.json.Decoder(_CostDetails | None).decode
 
 
-@dataclass(frozen=True, slots=True)
-class Statement:
+class Statement(msgspec.Struct, frozen=True):
     """What one JSON value says of the purchase: a price, a name, a failure; or nothing of the kind."""
 
     bill: Bill | None = None

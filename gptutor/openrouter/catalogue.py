@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from gptutor.metrics import CATALOGUE_AGE
-from gptutor.openrouter.rim import UpstreamError
+from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.service import OpenRouterService
 
 LOGGER = logging.getLogger("gptutor.catalogue")

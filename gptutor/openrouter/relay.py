@@ -7,46 +7,56 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gptutor.openrouter.bill import Bill, BillScanner
+from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.reply import Reply
-from gptutor.openrouter.rim import UpstreamError
 
 HEARTBEAT = b": GPTUTOR WAITING\n\n"
 """A comment, which every reader of events skips."""
 
 
 class Downstream(Protocol):
-    """The caller's side. `write` never raises: a caller who has gone is remembered, and takes no more bytes.
+    """The caller's side. Nothing here raises: a caller who has gone is remembered, and takes no more bytes."""
 
-    It says whether reading on is worth while: for a caller who is there, always; for the bill of one who left, for a bounded
-    time.
-    """
+    async def begin(self, reply: Reply) -> None:
+        """Sends the head. From here on the caller's slowness pauses the reply."""
+        ...
 
-    async def write(self, chunk: bytes) -> bool: ...
+    def write(self, chunk: bytes) -> bool:
+        """Whether reading on is worth while: for a caller who is there, always; for the bill of one who left, for so long."""
+        ...
 
 
 async def relay(
     reply: Reply, downstream: Downstream, scanner: BillScanner, billed: Callable[[Bill], None], *, heartbeat_s: float
 ) -> UpstreamError | None:
-    """Passes every chunk on as soon as it arrives, until upstream ends. Returns how it failed, or None if it ended well.
+    """Passes every chunk on in the moment when it arrives, until upstream ends. Returns how it failed, or None if it ended well.
 
     `billed` hears of a bill before the caller sees its bytes: whatever happens to him, or to this process, it is known by then.
     Whenever upstream is silent for `heartbeat_s`, the caller hears of us instead, unless that would fall into an event.
     """
     known: Bill | None = None
+
+    def pass_on(chunk: bytes) -> None:
+        nonlocal known
+        scanner.feed(chunk)
+        if scanner.bill is not None and scanner.bill is not known:
+            known = scanner.bill
+            billed(known)
+        if known is not None:
+            reply.expect_end(scanner.expects_end)  # a price in mid-stream is not the last word
+        if not downstream.write(chunk):
+            reply.stop()
+
+    def fill_silence() -> None:
+        if scanner.at_event_end and not reply.is_encoded:
+            downstream.write(HEARTBEAT)
+
     try:
-        async for chunk in reply.chunks(heartbeat_s):
-            if not chunk:
-                if scanner.at_event_end and not reply.is_encoded:
-                    await downstream.write(HEARTBEAT)
-                continue
-            scanner.feed(chunk)
-            if scanner.bill is not None and scanner.bill is not known:
-                known = scanner.bill
-                billed(known)
-            if known is not None:
-                reply.expect_end(scanner.expects_end)  # a price in mid-stream is not the last word
-            if not await downstream.write(chunk):
-                return None
+        while not await reply.heard(heartbeat_s):
+            await downstream.begin(reply)
+            fill_silence()
+        await downstream.begin(reply)
+        await reply.pump(pass_on, fill_silence, heartbeat_s)
     except UpstreamError as error:
         return error
     finally:

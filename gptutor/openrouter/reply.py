@@ -1,91 +1,147 @@
-"""An answer of OpenRouter's whose headers have come: `Reply`. Its bytes come through as they were sent."""
+"""An answer of OpenRouter's whose head has come: `Reply`. Its bytes come through as they were sent."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import Callable
 
-import aiohttp
+from gptutor.openrouter.bill import sane_generation_id
+from gptutor.openrouter.connection import Connection
+from gptutor.openrouter.errors import UpstreamError
+from gptutor.openrouter.retry import Failure
 
-from gptutor.openrouter.rim import generation_id_of, translated
-
-LOOK_S = 1.0
-"""How often a silent connection is looked at."""
 # The list is complete: what is not in it does not pass, hop-by-hop headers and cookies least of all.
 # The headers of an answer that reach the caller; all others are OpenRouter's and its edge's own affair. It is asked not to
 # compress, but if it does, the bytes are passed as they are, and the caller must know.
-PASSED_ON = ("Content-Type", "Content-Encoding", "X-Generation-Id")
+PASSED_ON = {"content-type": "Content-Type", "content-encoding": "Content-Encoding", "x-generation-id": "X-Generation-Id"}
+REFUSAL_BYTES_MAX = 64 * 1024
+REFUSAL_S = 5.0
 
 
 class Reply:
-    """An answer whose headers have come: read its bytes by `read()` or by iterating `chunks()`, then `close()` it.
+    """Read its bytes by `read()`, or by `heard()` and `pump()`, then `close()` it.
 
-    A stream may be silent for `idle_s`, and for `end_s` once its end is expected.
+    A stream may be silent for `idle_s`, and for `end_s` once its end is expected. `done` gets the connection back.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse, idle_s: float, end_s: float) -> None:
-        self._response = response
+    def __init__(self, connection: Connection, done: Callable[[Connection], None], idle_s: float, end_s: float) -> None:
+        self._connection = connection
+        self._done = done
+        self._loop = asyncio.get_running_loop()
         self._idle_s = self._silence_s = idle_s
         self._end_s = end_s
-        self.status = response.status
-        self.headers = {name: response.headers[name] for name in PASSED_ON if name in response.headers}
-        self.generation_id = generation_id_of(response)
-        self.is_event_stream = response.content_type == "text/event-stream"
-        self.is_encoded = response.headers.get("Content-Encoding", "identity") != "identity"
+        self._heard = self._loop.time()
+        self._is_paused = False
+        headers = connection.headers
+        self.status = connection.status
+        self.all_headers = headers
+        """By their names in small letters."""
+        self.headers = {shown: headers[name] for name, shown in PASSED_ON.items() if name in headers}
+        self.generation_id = sane_generation_id(headers.get("x-generation-id"))
+        self.is_event_stream = headers.get("content-type", "").partition(";")[0].strip().lower() == "text/event-stream"
+        self.is_encoded = headers.get("content-encoding", "identity") != "identity"
         """Compressed against our wish: nothing can be read in it, or added to it."""
 
-    async def chunks(self, quiet_s: float) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive, and `b""` after each `quiet_s` of silence.
-
-        Raises UpstreamError if it ends before its end, or is silent for too long.
-        """
-        content = self._response.content
-        clock = asyncio.get_running_loop().time
-        heard = told = clock()
-        with translated(self.generation_id):
-            while True:
-                wait_s = min(LOOK_S, told + quiet_s - clock(), heard + self._silence_s - clock())
-                try:
-                    async with asyncio.timeout(wait_s):
-                        chunk = await content.readany()
-                except TimeoutError:
-                    if content.is_eof() or content.exception() is not None:
-                        continue  # it came in the very moment
-                    if self._is_lost():
-                        raise aiohttp.ClientPayloadError("bad framing") from None
-                    if clock() - heard >= self._silence_s:
-                        raise
-                    if clock() - told >= quiet_s:
-                        told = clock()
-                        yield b""
-                    continue
-                except (aiohttp.ClientError, OSError):
-                    if rest := _buffered(content):
-                        yield rest
-                    raise
-                if not chunk:
-                    return
-                yield chunk
-                heard = told = clock()
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it has come already."""
+        return self._connection.has_ended
 
     async def read(self, within_s: float) -> bytes:
         """The whole body. Raises UpstreamError."""
-        with translated(self.generation_id):
-            async with asyncio.timeout(within_s):
-                return await self._response.read()
+        try:
+            return await self._connection.read(within_s)
+        except UpstreamError as error:
+            raise self._named(error) from None
 
-    def _is_lost(self) -> bool:
-        """Whether nothing can come any more: aiohttp drops a connection whose framing is broken, and does not tell the reader."""
-        connection = self._response.connection
-        return connection is None or connection.transport is None or connection.transport.is_closing()
+    async def read_refusal(self) -> bytes:
+        """The beginning of the body, as far as it is of use, and as much of it as comes soon."""
+        pieces = bytearray()
+
+        def take(piece: bytes) -> None:
+            pieces.extend(piece)
+            if len(pieces) > REFUSAL_BYTES_MAX:
+                self._connection.stop()
+
+        with contextlib.suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(REFUSAL_S):
+                await self._connection.take(take)
+        return bytes(pieces)
+
+    async def heard(self, quiet_s: float) -> bool:
+        """Waits for the first bytes; False after `quiet_s` of silence. Raises UpstreamError if none come in time, or ever."""
+        left_s = self._heard + self._silence_s - self._loop.time()
+        try:
+            if await self._connection.heard(max(0.0, min(quiet_s, left_s))):
+                return True
+        except UpstreamError as error:
+            raise self._named(error) from None
+        if self._loop.time() - self._heard >= self._silence_s:
+            raise UpstreamError(Failure("timeout", generation_id=self.generation_id))
+        return False
+
+    async def pump(self, taker: Callable[[bytes], None], told: Callable[[], None], quiet_s: float) -> None:
+        """Passes the body to `taker` as it arrives, until its end, and calls `told` after each `quiet_s` of silence.
+
+        Raises UpstreamError if it ends before its end, or is silent for too long; and what `taker` raises.
+        """
+        clock = self._loop.time
+        told_at = self._heard = clock()
+
+        def pass_on(piece: bytes) -> None:
+            self._heard = clock()
+            taker(piece)
+
+        # One timer for all: it looks at what is due when it wakes, so that a chunk costs no timer.
+        timer = self._loop.call_soon(lambda: None)
+
+        def look() -> None:
+            nonlocal told_at, timer
+            now = clock()
+            if self._is_paused:
+                self._heard = now  # it is the caller who is slow
+            if now - self._heard >= self._silence_s:
+                self._connection.end("timeout")
+                return
+            if now - max(told_at, self._heard) >= quiet_s:
+                told_at = now
+                told()
+            due = min(max(told_at, self._heard) + quiet_s, self._heard + self._silence_s, now + LOOK_S)
+            timer = self._loop.call_at(due, look)
+
+        timer = self._loop.call_later(min(quiet_s, self._silence_s, LOOK_S), look)
+        try:
+            await self._connection.take(pass_on)
+        except UpstreamError as error:
+            raise self._named(error) from None
+        finally:
+            timer.cancel()
+
+    def pause(self) -> None:
+        """The caller does not take more."""
+        self._is_paused = True
+        self._connection.pause()
+
+    def resume(self) -> None:
+        self._is_paused = False
+        self._heard = self._loop.time()
+        self._connection.resume()
+
+    def stop(self) -> None:
+        """Enough has been read."""
+        self._connection.stop()
 
     def expect_end(self, expected: bool = True) -> None:
         """All that matters has been said, or (False) not yet: how long silence is worth waiting for."""
         self._silence_s = min(self._idle_s, self._end_s) if expected else self._idle_s
 
     def close(self) -> None:
-        """Gives the connection back if the body was read to its end, and drops it otherwise."""
-        self._response.release() if self._response.content.at_eof() else self._response.close()
+        """Gives the connection back; it is dropped if the body was not read to its end."""
+        self._done(self._connection)
+
+    def _named(self, error: UpstreamError) -> UpstreamError:
+        """The same failure, with the answer's name: something may have been bought."""
+        return UpstreamError(Failure(error.failure.kind, generation_id=self.generation_id))
 
 
-def _buffered(content: aiohttp.StreamReader) -> bytes:
-    """What arrived before a connection broke: aiohttp's reader raises first, and has no public way to what it still holds."""
-    return content._read_nowait(-1) if content._buffer else b""
+LOOK_S = 1.0
+"""How often a stream's timer looks, at least: what was expected changes while it sleeps."""

@@ -5,33 +5,31 @@ Nothing is decompressed (identity is asked for), re-framed or decoded. Redirects
 
 import asyncio
 import contextlib
-import io
 import logging
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlencode
 
-import aiohttp
 import msgspec
 
 from gptutor.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RETRIES
 from gptutor.openrouter.bill import Bill, parse_usd
 from gptutor.openrouter.circuit import Circuit
+from gptutor.openrouter.connection import Connection
+from gptutor.openrouter.errors import Crowded, UpstreamError, refusal
+from gptutor.openrouter.pool import Pool, pooled
 from gptutor.openrouter.reply import Reply
 from gptutor.openrouter.retry import Failure, pause_before_retry
-from gptutor.openrouter.rim import Progress, UpstreamError, noting_progress, read_refusal, translated
 
 LOGGER = logging.getLogger("gptutor.openrouter")
 
 # The headers of a request that reach OpenRouter beside our own: they change what the answer is, and say nothing of the caller.
 # The list is complete: cookies, addresses and hop-by-hop headers do not pass.
 SENT_ON = ("X-OpenRouter-Metadata", "x-anthropic-beta")
-ONE_WRITE_BYTES_MAX = 1024 * 1024
-"""A larger request is sent in pieces: one write of it would hold up everybody else."""
 GET_S = 30.0
 ANOTHER_KEY_MAY_KNOW = frozenset({401, 403, 404})
 """OpenRouter's answers about a generation that was made with a key of before."""
@@ -50,15 +48,18 @@ class Limits:
 
 
 class OpenRouterService:
-    def __init__(self, session: aiohttp.ClientSession, base_url: str, limits: Limits, old_api_keys: Sequence[str] = ()) -> None:
-        self._session = session
+    """`headers` go with every request; `target` is what stands before the path in its first line."""
+
+    def __init__(
+        self, pool: Pool, target: str, headers: Mapping[str, str], limits: Limits, old_api_keys: Sequence[str] = ()
+    ) -> None:
+        self._pool = pool
+        self._target = target.encode()
+        self._headers = headers
+        self._fixed = _spelled(headers)
         self._old_api_keys = old_api_keys
-        self._base_url = base_url.rstrip("/")
         self._limits = limits
         self._circuit = Circuit()
-        # `connect` counts the wait for a free connection too: whoever waited in vain has bought nothing.
-        # All other times are kept here, by what they mean.
-        self._timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_s)
 
     async def complete(
         self,
@@ -105,31 +106,31 @@ class OpenRouterService:
             attempt += 1
 
     async def _attempt(self, body: bytes, headers: Mapping[str, str], within_s: float) -> Reply:
-        progress = Progress()
         try:
-            response = await self._post(body, headers, within_s, progress)
-        except UpstreamError as error:
-            if error.failure.kind == "unreachable" and not progress.has_queued:  # a full house of ours says nothing of OpenRouter
-                self._circuit.missed(asyncio.get_running_loop().time())
+            connection = self._pool.free() or await self._pool.connect()
+        except Crowded:
             raise
+        except UpstreamError:
+            self._circuit.missed(asyncio.get_running_loop().time())
+            raise
+        reply = await self._asked(connection, self._head(b"POST", "/chat/completions", headers, body), body, within_s)
         self._circuit.reached()
-        if response.status < 300:
-            return Reply(response, self._limits.idle_s, self._limits.end_s)
+        if reply.status < 300:
+            return reply
         # The status has come: whatever happens to the rest of the answer, it is one of refusal.
-        async with response:
-            raise await read_refusal(response)
+        raise await _refused(reply)
 
-    async def _post(self, body: bytes, headers: Mapping[str, str], within_s: float, progress: Progress) -> aiohttp.ClientResponse:
-        with translated(progress=progress):
-            async with asyncio.timeout(within_s):
-                return await self._session.post(
-                    f"{self._base_url}/chat/completions",
-                    data=body if len(body) <= ONE_WRITE_BYTES_MAX else io.BytesIO(body),
-                    headers=headers,
-                    allow_redirects=False,
-                    timeout=self._timeout,
-                    trace_request_ctx=progress,
-                )
+    async def _asked(self, connection: Connection, head: bytes, body: bytes, within_s: float) -> Reply:
+        try:
+            await connection.ask(head, body, within_s)
+        except BaseException:
+            self._pool.give_back(connection)
+            raise
+        return Reply(connection, self._pool.give_back, self._limits.idle_s, self._limits.end_s)
+
+    def _head(self, method: bytes, path: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
+        fixed = _spelled({**self._headers, **headers}) if headers else self._fixed
+        return b"%b %b%b HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n" % (method, self._target, path.encode(), fixed, len(body))
 
     async def generation(self, generation_id: str) -> Bill | None:
         """The bill of a finished generation, or None while OpenRouter does not know it. Raises UpstreamError."""
@@ -172,19 +173,31 @@ class OpenRouterService:
         return await self.get("/models", {"output_modalities": "all"})  # without it, only those that write text
 
     async def get(self, path: str, query: dict[str, str] | None = None, headers: Mapping[str, str] | None = None) -> bytes:
-        with translated():
-            async with (
-                asyncio.timeout(GET_S),
-                self._session.get(
-                    self._base_url + path, params=query, headers=headers, allow_redirects=False, timeout=self._timeout
-                ) as response,
-            ):
-                if response.status != 200:
-                    raise await read_refusal(response)
-                if (date := response.headers.get("Date")) is not None:
-                    with contextlib.suppress(ValueError):
-                        CLOCK_SKEW.set(time.time() - parsedate_to_datetime(date).timestamp())
-                return await response.read()
+        """The body of an answer of 200. Raises UpstreamError."""
+        if query:
+            path += "?" + urlencode(query)
+        connection = self._pool.free() or await self._pool.connect()
+        reply = await self._asked(connection, self._head(b"GET", path, headers or {}), b"", GET_S)
+        if reply.status != 200:
+            raise await _refused(reply)
+        try:
+            if (date := connection.headers.get("date")) is not None:
+                with contextlib.suppress(ValueError):
+                    CLOCK_SKEW.set(time.time() - parsedate_to_datetime(date).timestamp())
+            return await reply.read(GET_S)
+        finally:
+            reply.close()
+
+
+def _spelled(headers: Mapping[str, str]) -> bytes:
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("utf-8", "surrogateescape")
+
+
+async def _refused(reply: Reply) -> UpstreamError:
+    try:
+        return refusal(reply.status, reply.all_headers, await reply.read_refusal())
+    finally:
+        reply.close()
 
 
 class _Generation(msgspec.Struct):
@@ -212,24 +225,16 @@ async def connected(
     old_api_keys: Sequence[str] = (),
 ) -> AsyncIterator[OpenRouterService]:
     """A service with its pool of connections, which is closed at the end."""
-    headers = {
-        "Authorization": f"Bearer {api_key}",
-        "Content-Type": "application/json",
-        "Accept-Encoding": "identity",  # bytes are relayed as they come, and a scanner reads them
-        "User-Agent": "GPTutor",
-        **({"HTTP-Referer": referer} if referer else {}),
-        **({"X-Title": title} if title else {}),
-    }
-    # An idle connection is dropped well before OpenRouter's edge drops it: a request sent into a closing one is lost.
-    # The certificates are read now, so that SSL_CERT_FILE is heard; aiohttp has read its own when it was imported.
-    connector = aiohttp.TCPConnector(limit=connections_max, keepalive_timeout=15, ssl=ssl.create_default_context())
-    async with aiohttp.ClientSession(
-        connector=connector,
-        headers=headers,
-        auto_decompress=False,
-        trust_env=False,
-        proxy=proxy or None,
-        trace_configs=[noting_progress()],
-        cookie_jar=aiohttp.DummyCookieJar(),
-    ) as session:
-        yield OpenRouterService(session, base_url, limits, old_api_keys)
+    async with pooled(base_url, proxy, connections_max=connections_max, connect_s=limits.connect_s) as (pool, end):
+        headers = {
+            "Host": end.named,
+            "Authorization": f"Bearer {api_key}",
+            "Content-Type": "application/json",
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",  # bytes are relayed as they come, and a scanner reads them
+            "User-Agent": "GPTutor",
+            **({"HTTP-Referer": referer} if referer else {}),
+            **({"X-Title": title} if title else {}),
+            **pool.headers,
+        }
+        yield OpenRouterService(pool, pool.target, headers, limits, old_api_keys)

@@ -1,7 +1,8 @@
-"""How the questions about usage grow: `python -m tests.growth_usage [--rows 10000000] [--accounts 100000]`.
+"""How the questions about usage grow: `python -m bench.usage [--rows 10000000] [--accounts 100000]`.
 
-On a server of its own: asks everything of a small ledger, fills it up, brings it through the migration that makes the totals, and asks
-again, of the largest account. Prints the plan of each statement (generic, so that nothing is known of its parameters) and its time.
+On a server of its own: asks everything of a small ledger, fills it up, brings it through the migration that makes the totals, and
+asks again, of the largest account. Prints the plan of each statement (generic, so that nothing is known of its parameters) and
+its time.
 """
 
 import argparse

@@ -1,0 +1,124 @@
+"""`make bench-growth`: what a hold and its settlement cost in an empty database, and in one with years of them behind it.
+
+The accounts are picked at random from all, so that nothing is in memory because it was asked for before.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import random
+import statistics
+import tempfile
+import uuid
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import psutil
+
+from bench.subjects import cpu_s
+from bench.usage import fill, say
+from gptutor import database
+from gptutor.database import STATEMENTS
+from gptutor.embedded import embedded_postgres
+from gptutor.money.holds import new_id
+
+BATCH = 50
+WARM_UP = 100
+ROUNDS = 400
+SMALL = 2_000
+KEYS = """
+INSERT INTO api_keys (account_id, key_hash, shown, is_main)
+SELECT account_id, sha256(account_id::text::bytea), 'sk-user-' || account_id, TRUE FROM accounts
+"""
+TOTALS = """
+INSERT INTO usage_days (account_id, day, model, requests, cost_usd, charge_nano)
+SELECT account_id, (created_at AT TIME ZONE 'UTC')::date, model, count(*), sum(cost_usd), -sum(amount_nano)::bigint
+FROM ledger WHERE kind = 'charge' GROUP BY 1, 2, 3
+"""
+OWNER = uuid.uuid4()
+
+
+async def one_batch(connection: asyncpg.Connection, accounts: int) -> None:
+    """Holds for BATCH accounts, and their settlements."""
+    chosen = random.sample(range(1, accounts + 1), BATCH)
+    holds = [new_id() for _ in chosen]
+    rows = await connection.fetch(
+        STATEMENTS["hold_funds"],
+        *(OWNER, 600.0, Decimal(90), 600, 200, chosen, [hashlib.sha256(b"%d" % account).digest() for account in chosen], holds),
+        *([160_000_000] * BATCH, [1_000_000] * BATCH, ["vendor-1/model-1"] * BATCH, [str(hold) for hold in holds]),
+        *([None] * BATCH, [None] * BATCH),
+    )
+    assert {row["outcome"] for row in rows} == {"granted"}
+    names = [f"gen-{hold}" for hold in holds]
+    rows = await connection.fetch(
+        STATEMENTS["settle_holds"],
+        *(chosen, holds, [1_350_000] * BATCH, [Decimal("0.000015")] * BATCH, names, [12] * BATCH, [100] * BATCH),
+    )
+    assert {row["outcome"] for row in rows} == {"settled"}
+
+
+async def cost(url: str, accounts: int) -> dict[str, float]:
+    """Microseconds per request: PostgreSQL's CPU, and the median time of a batch."""
+    connection = await asyncpg.connect(url)
+    for _ in range(WARM_UP):
+        await one_batch(connection, accounts)
+    await connection.execute("CHECKPOINT")
+    servers = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "postgres"]
+    before, times = cpu_s(servers), []
+    clock = asyncio.get_running_loop().time
+    for _ in range(ROUNDS):
+        began = clock()
+        await one_batch(connection, accounts)
+        times.append((clock() - began) / BATCH * 1e6)
+    spent = (cpu_s(servers) - before) / ROUNDS / BATCH * 1e6
+    await connection.close()
+    return {"cpu_us": round(spent, 1), "median_us": round(statistics.median(times), 1)}
+
+
+async def grow(url: str, rows: int, accounts: int) -> dict[str, Any]:
+    server = await asyncpg.connect(url)
+    await server.execute("ALTER SYSTEM SET max_wal_size = '8GB'")
+    await server.execute("SELECT pg_reload_conf()")
+    found: dict[str, Any] = {"rows": rows, "accounts": accounts}
+    for name, size, people in (("empty", 0, SMALL), ("grown", rows, accounts)):
+        await server.execute(f"CREATE DATABASE {name}")
+        own = url.replace("/postgres?", f"/{name}?")
+        await database.migrate(own)
+        connection = await asyncpg.connect(own)
+        await connection.execute("INSERT INTO accounts (name) VALUES ('largest')")
+        await connection.execute("SET synchronous_commit = off")
+        await fill(connection, size, people)
+        await connection.execute(KEYS)
+        await connection.execute(TOTALS)
+        say("everybody has a key, and totals")
+        await connection.execute("VACUUM ANALYZE")
+        await connection.close()
+        found[name] = await cost(own, people)
+        say(f"{name}: {found[name]}")
+    await server.close()
+    found["ratio_cpu"] = round(found["grown"]["cpu_us"] / found["empty"]["cpu_us"], 2)
+    found["ratio_time"] = round(found["grown"]["median_us"] / found["empty"]["median_us"], 2)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench-growth", description=__doc__)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--accounts", type=int, default=1_000_000)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="gptutor-growth-") as directory,
+        embedded_postgres(Path(directory) / "postgres") as url,
+    ):
+        found = asyncio.run(grow(url, arguments.rows, arguments.accounts))
+    print(json.dumps(found, indent=1))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

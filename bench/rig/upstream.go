@@ -1,0 +1,120 @@
+package main
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	chunks     = 100
+	cost       = "0.000015"
+	plainBytes = 2000
+)
+
+var (
+	mark    = []byte("pause=") // a prompt may say how many milliseconds lie between chunks
+	streams = []byte(`"stream":true`)
+	filler  = bytes.Repeat([]byte("The quick brown fox. "), plainBytes/21)
+	word    = []byte(`","object":"chat.completion.chunk","created":1760000000,"model":"google/gemini-2.5-flash-lite","choices":[{"index":0,` +
+		`"delta":{"role":"assistant","content":" fox jumps"},"finish_reason":null,"native_finish_reason":null,"logprobs":null}]}` + "\n\n")
+	usage = `,"usage":{"prompt_tokens":12,"completion_tokens":100,"total_tokens":112,"cost":` + cost + `,"is_byok":false}}`
+)
+
+var served atomic.Uint64
+
+// OpenRouter as the relay sees it: names, prices and framing are right, the books are off.
+func upstream(arguments []string) error {
+	flags := flag.NewFlagSet("upstream", flag.ExitOnError)
+	port := flags.Int("port", 0, "port")
+	models := flags.String("models", "", "file for GET /models")
+	cert := flags.String("cert", "", "certificate")
+	key := flags.String("key", "", "its key")
+	flags.Parse(arguments)
+	list := []byte(`{"data":[]}`)
+	if *models != "" {
+		read, err := os.ReadFile(*models)
+		if err != nil {
+			return err
+		}
+		list = read
+	}
+	life := strconv.FormatInt(time.Now().UnixNano(), 36)
+	server := &http.Server{
+		ErrorLog: log.New(io.Discard, "", 0),
+		Handler: http.HandlerFunc(func(answer http.ResponseWriter, request *http.Request) {
+			if request.Method == http.MethodGet {
+				answer.Header().Set("Content-Type", "application/json")
+				answer.Write(list)
+				return
+			}
+			body, err := io.ReadAll(request.Body)
+			if err != nil {
+				return
+			}
+			name := "gen-" + life + "-" + strconv.FormatUint(served.Add(1), 10)
+			answer.Header().Set("X-Generation-Id", name)
+			if bytes.Contains(body, streams) {
+				stream(answer, name, pause(body))
+			} else {
+				plain(answer, name)
+			}
+		}),
+	}
+	listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", *port))
+	if err != nil {
+		return err
+	}
+	fmt.Println(listener.Addr().(*net.TCPAddr).Port)
+	if *cert != "" {
+		return server.ServeTLS(listener, *cert, *key)
+	}
+	return server.Serve(listener)
+}
+
+func pause(body []byte) time.Duration {
+	_, rest, found := bytes.Cut(body, mark)
+	if !found {
+		return 0
+	}
+	digits := 0
+	for digits < len(rest) && rest[digits] >= '0' && rest[digits] <= '9' {
+		digits++
+	}
+	milliseconds, _ := strconv.Atoi(string(rest[:digits]))
+	return time.Duration(milliseconds) * time.Millisecond
+}
+
+func plain(answer http.ResponseWriter, name string) {
+	answer.Header().Set("Content-Type", "application/json")
+	fmt.Fprintf(answer, `{"id":"%s","object":"chat.completion","created":1760000000,"model":"google/gemini-2.5-flash-lite",`+
+		`"choices":[{"index":0,"message":{"role":"assistant","content":"%s"},"finish_reason":"stop"}]%s`, name, filler, usage)
+}
+
+// Each chunk is one write of its own on the wire, as OpenRouter's are.
+func stream(answer http.ResponseWriter, name string, pause time.Duration) {
+	answer.Header().Set("Content-Type", "text/event-stream")
+	flush := answer.(http.Flusher).Flush
+	chunk := append([]byte(`data: {"id":"`+name), word...)
+	flush()
+	for number := 0; number < chunks; number++ {
+		if pause > 0 {
+			time.Sleep(pause)
+		}
+		if _, err := answer.Write(chunk); err != nil {
+			return
+		}
+		flush()
+	}
+	fmt.Fprintf(answer, `data: {"id":"%s","object":"chat.completion.chunk","choices":[]%s`+"\n\n", name, usage)
+	flush()
+	io.WriteString(answer, "data: [DONE]\n\n")
+}

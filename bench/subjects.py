@@ -1,0 +1,219 @@
+"""What is measured: relays that take requests on a port, as processes whose CPU and memory can be told apart."""
+
+import base64
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from bench.rig import Authority
+
+HERE = Path(__file__).parent
+START_S = 60
+LITELLM = Path(os.environ.get("LITELLM_VENV", ".venv-litellm"))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a subject finds OpenRouter's stand-in, and what it may use."""
+
+    directory: Path
+    upstream_port: int
+    tls: Authority | None
+    database_url: str
+    keys: Path
+
+    @property
+    def base_url(self) -> str:
+        scheme, host = ("http", "127.0.0.1") if self.tls is None else ("https", "localhost")
+        return f"{scheme}://{host}:{self.upstream_port}/api/v1"
+
+    @property
+    def environ(self) -> dict[str, str]:
+        trust = {} if self.tls is None else {"SSL_CERT_FILE": str(self.tls.authority)}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("GPTUTOR_", "OPENROUTER_"))}
+        return {**clean, **trust}
+
+
+@dataclass(slots=True)
+class Running:
+    """A subject that takes requests at `url`."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    keys: Path | None = None
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def cpu_s(self) -> float:
+        return cpu_s(self.processes)
+
+    def memory_bytes(self) -> int:
+        return sum(process.memory_full_info().uss for process in self.processes)
+
+
+def cpu_s(processes: list[psutil.Process]) -> float:
+    """Seconds of CPU of all of them, and of their children that have ended."""
+    total = 0.0
+    for process in processes:
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    name: str
+    start: Callable[[Place], AbstractContextManager[Running]]
+    missing: Callable[[], str | None] = lambda: None
+    """What to install, as a sentence, where it cannot be measured."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def _running(command: list[str], url: str, environ: dict[str, str], cwd: Path, keys: Path | None = None) -> Iterator[Running]:
+    with (cwd / "output").open("ab") as output:
+        process = subprocess.Popen(command, env=environ, cwd=cwd, stdout=output, stderr=output)
+    try:
+        _wait_for(url, process)
+        yield Running(url, process, keys)
+    finally:
+        process.send_signal(signal.SIGINT if "relay.py" in " ".join(command) else signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Until somebody answers there, whatever he says."""
+    root = "/".join(url.split("/")[:3]) + ("/ready" if "gptutor" in str(process.args) else "/")
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            urllib.request.urlopen(root, timeout=1)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                return
+        except OSError:
+            pass
+        time.sleep(0.1)
+    raise RuntimeError(f"{process.args} does not answer at {root}")
+
+
+@contextmanager
+def bare_relay(place: Place) -> Iterator[Running]:
+    port = free_port()
+    command = [sys.executable, str(HERE / "relay.py"), str(port), f"{place.base_url}/chat/completions"]
+    with _running(command, f"http://127.0.0.1:{port}/v1/chat/completions", place.environ, place.directory) as running:
+        yield running
+
+
+@contextmanager
+def nginx(place: Place) -> Iterator[Running]:
+    port = free_port()
+    text = (HERE / "nginx.conf").read_text()
+    for name, value in {
+        "directory": str(place.directory),
+        "port": str(port),
+        "upstream": f"127.0.0.1:{place.upstream_port}",
+        "scheme": "http" if place.tls is None else "https",
+        "authority": str(place.tls.authority) if place.tls else "/dev/null",
+        "verify": "on" if place.tls else "off",
+    }.items():
+        text = text.replace(f"@{name}@", value)
+    if place.tls is None:
+        text = re.sub(r".*proxy_ssl.*\n", "", text)
+    configuration = place.directory / "nginx.conf"
+    configuration.write_text(text)
+    command = [str(shutil.which("nginx")), "-p", str(place.directory), "-c", str(configuration)]
+    with _running(command, f"http://127.0.0.1:{port}/v1/chat/completions", place.environ, place.directory) as running:
+        yield running
+
+
+def gptutor(workers: int = 1) -> Callable[[Place], AbstractContextManager[Running]]:
+    @contextmanager
+    def start(place: Place) -> Iterator[Running]:
+        port = free_port()
+        environ = {
+            **place.environ,
+            "PORT": str(port),
+            "DATABASE_URL": place.database_url,
+            "OPENROUTER_API_KEY": "sk-or-bench",
+            "OPENROUTER_BASE_URL": place.base_url,
+            "GPTUTOR_SECRET_KEY": base64.b64encode(bytes(32)).decode(),
+            "GPTUTOR_WORKERS": str(workers),
+            "GPTUTOR_RATE_LIMIT__CHAT_PER_MINUTE": "0",
+            "GPTUTOR_RATE_LIMIT__CHAT_AT_ONCE": "0",
+        }
+        command = [str(Path(sys.executable).with_name("gptutor")), "serve"]
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        with _running(command, url, environ, place.directory, place.keys) as running:
+            yield running
+
+    return start
+
+
+@contextmanager
+def litellm(place: Place) -> Iterator[Running]:
+    """Its proxy without database and keys: only the relay, and its own reckoning of the cost."""
+    port = free_port()
+    (place.directory / "litellm.yaml").write_text(
+        "model_list:\n"
+        "  - model_name: google/gemini-2.5-flash-lite\n"
+        "    litellm_params:\n"
+        "      model: openrouter/google/gemini-2.5-flash-lite\n"
+        f"      api_base: {place.base_url}\n"
+        "      api_key: sk-or-bench\n"
+    )
+    command = [str(LITELLM.resolve() / "bin" / "litellm"), "--config", "litellm.yaml", "--port", str(port), "--num_workers", "1"]
+    environ = {**place.environ, "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
+    with _running(command, f"http://127.0.0.1:{port}/v1/chat/completions", environ, place.directory) as running:
+        yield running
+
+
+def _without_nginx() -> str | None:
+    return None if shutil.which("nginx") else "apt install nginx-light"
+
+
+def _without_litellm() -> str | None:
+    if (LITELLM / "bin" / "litellm").exists():
+        return None
+    return f"python3 -m venv {LITELLM} && {LITELLM}/bin/pip install 'litellm[proxy]'"
+
+
+SUBJECTS = {
+    subject.name: subject
+    for subject in (
+        Subject("bare relay", bare_relay),
+        Subject("gptutor", gptutor()),
+        Subject("nginx", nginx, _without_nginx),
+        Subject("litellm", litellm, _without_litellm),
+    )
+}

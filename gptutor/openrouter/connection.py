@@ -1,0 +1,325 @@
+"""One connection to OpenRouter: a request goes out, the bytes of its answer come in. HTTP/1.1, parsed by llhttp (httptools).
+
+Why not aiohttp's ClientSession: most of a relay's cost was its ceremony for each request, and a task woken for each chunk. Here
+the bytes of an answer go from the socket's callback to whoever takes them (`take`), in the same turn of the loop: no task, no
+queue, no copy but the one that the parser makes. What must be true all the same:
+
+- Framing is strict. What llhttp refuses, what comes when nothing was asked, and what comes after an answer's end breaks the
+  connection; a head has HEAD_BYTES_MAX at most.
+- Whoever takes too slowly stops the reading (`pause`), so OpenRouter waits by TCP, and memory is bounded. So it is while nobody
+  takes yet.
+- A connection is used again only after an answer that ended as it said, and whose head allows it.
+- Whatever ends an answer before its end, ends in one UpstreamError, by what it proves about the purchase.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Callable
+from typing import Any, Literal
+
+import httptools
+
+from gptutor.openrouter.errors import UpstreamError
+from gptutor.openrouter.retry import Failure
+
+HEAD_BYTES_MAX = 64 * 1024
+UNTAKEN_BYTES_MAX = 256 * 1024
+PIECE_BYTES = 256 * 1024
+"""Requests are written in pieces of this size: one write of ten megabytes would hold up everybody else."""
+
+Ending = Literal["timeout", "broken"]
+Event = Literal["head", "body", "end"]
+
+
+class Connection(asyncio.Protocol):
+    """Ask, read the head, then `take` or `read` the body. One answer at a time."""
+
+    def __init__(self) -> None:
+        self.idle_since = 0.0
+        self.is_fresh = True
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._awaited: Event = "head"
+        self._drained: asyncio.Future[None] | None = None
+        self._parser: Any = None
+        self._reset()
+        self._is_over = True
+
+    def _reset(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self._head_bytes = 0
+        self._has_head = False
+        self._is_over = False
+        self._is_kept = False
+        self._ends_at_eof = False
+        self._is_poisoned = False
+        self._failure: Failure | None = None
+        self._pieces: list[bytes] = []  # of the body, of this turn
+        self._untaken: list[bytes] = []
+        self._untaken_bytes = 0
+        self._taker: Callable[[bytes], None] | None = None
+        self._is_paused = False
+
+    # -- asking
+
+    async def ask(self, head: bytes, body: bytes, within_s: float) -> None:
+        """Sends a request; returns when the head of its answer is there. Raises UpstreamError."""
+        self._reset()
+        self._parser = httptools.HttpResponseParser(self)
+        try:
+            if len(body) <= PIECE_BYTES:
+                self._send(head + body)
+                await self._wait("head", within_s)
+            else:
+                async with asyncio.timeout(within_s):
+                    self._send(head)
+                    for start in range(0, len(body), PIECE_BYTES):
+                        if self._has_head or self._failure is not None:
+                            break  # an answer before the end of the question is a refusal
+                        self._send(body[start : start + PIECE_BYTES])
+                        await self._drain()
+                    if not self._has_head:
+                        await self._wait("head", None)
+        except TimeoutError:
+            self._end("timeout")
+            raise UpstreamError(Failure("timeout")) from None
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether another request may be sent on it."""
+        return self._transport is not None and self._is_over and self._is_kept and not self._transport.is_closing()
+
+    @property
+    def tls_session(self) -> ssl.SSLSession | None:
+        """What the next handshake can begin with."""
+        secured = self._transport.get_extra_info("ssl_object") if self._transport is not None else None
+        return secured.session if secured is not None else None
+
+    def _send(self, data: bytes) -> None:
+        if self._transport is None or self._transport.is_closing():
+            self._end("broken")
+        else:
+            self._transport.write(data)
+
+    async def _drain(self) -> None:
+        if self._drained is not None:
+            await self._drained
+        else:
+            await asyncio.sleep(0)
+
+    # -- the answer
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all of the answer has come. (Some of it may not be taken yet.)"""
+        return self._is_over
+
+    async def heard(self, within_s: float) -> bool:
+        """Waits for the first bytes of the body, or its end. False: nothing came for so long. Raises UpstreamError."""
+        if not (self._untaken or self._is_over):
+            try:
+                async with asyncio.timeout(within_s):
+                    await self._wait("body", None)
+            except TimeoutError:
+                pass
+        if not self._untaken:
+            self._raise_failure()
+        return bool(self._untaken) or self._is_over
+
+    async def take(self, taker: Callable[[bytes], None]) -> None:
+        """Passes the body to `taker` as it comes, until its end. What `taker` raises is raised here. Raises UpstreamError."""
+        self._taker = taker
+        self._give()
+        await self._wait("end", None)
+
+    async def read(self, within_s: float) -> bytes:
+        """The whole body. Raises UpstreamError."""
+        pieces: list[bytes] = []
+        self._taker = pieces.append
+        self._give()
+        await self._wait("end", within_s)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def pause(self) -> None:
+        """No more is read until `resume`."""
+        if not self._is_paused and not self._is_over and self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+            self._is_paused = True
+
+    def resume(self) -> None:
+        if self._is_paused:
+            self._is_paused = False
+            if self._transport is not None and not self._transport.is_closing():
+                self._transport.resume_reading()
+
+    def end(self, ending: Ending) -> None:
+        """Gives the answer up: whoever waits for it gets an UpstreamError."""
+        self._end(ending)
+
+    def stop(self) -> None:
+        """Enough of it: whoever waits for its end has it now."""
+        if not self._is_over:
+            self._is_over = True
+            self.abort()
+            self._wake()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        self._is_kept = False
+
+    # -- asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def replace_transport(self, transport: asyncio.Transport) -> None:
+        """After TLS was begun inside a tunnel."""
+        self._transport = transport
+        self._is_over = self._is_kept = True
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_over:
+            self.abort()  # nothing was asked
+            return
+        if not self._has_head:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._end("broken")
+        except httptools.HttpParserError:
+            self._flush()  # what came before the nonsense did come
+            self._end("broken")
+        else:
+            self._flush()
+            if not self._has_head and self._head_bytes > HEAD_BYTES_MAX:
+                self._end("broken")
+        if self._is_poisoned:
+            self.abort()
+
+    def eof_received(self) -> None:
+        return None  # and the transport closes
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._transport = None
+        self._resume_sending()
+        if self._is_over:
+            return
+        if self._has_head and self._ends_at_eof and exc is None:
+            self._is_over = True
+            self._wake()
+        else:
+            self._end("broken")
+
+    def pause_writing(self) -> None:
+        self._drained = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        self._resume_sending()
+
+    def _resume_sending(self) -> None:
+        if self._drained is not None:
+            if not self._drained.done():
+                self._drained.set_result(None)
+            self._drained = None
+
+    # -- llhttp's side
+
+    def on_message_begin(self) -> None:
+        if self._is_over:
+            self._is_poisoned = True  # two answers to one question
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._has_head:
+            self.headers.setdefault(name.decode("latin-1").lower(), value.decode("utf-8", "surrogateescape"))
+
+    def on_headers_complete(self) -> None:
+        if self._is_over:
+            return
+        self.status = self._parser.get_status_code()
+        if self.status < 200:
+            self.headers.clear()  # an interim answer; the real one follows
+            return
+        self._has_head = True
+        self._ends_at_eof = "content-length" not in self.headers and "transfer-encoding" not in self.headers
+
+    def on_body(self, data: bytes) -> None:
+        if not self._is_over:
+            self._pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        if self.status >= 200 and not self._is_over:
+            self._is_over = True
+            self._is_kept = self._parser.should_keep_alive() and not self._ends_at_eof
+
+    # -- between them
+
+    def _flush(self) -> None:
+        """What came in this turn goes to the taker, in one piece; then whoever waits is woken."""
+        if self._pieces:
+            data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._pieces.clear()
+            if self._taker is not None:
+                self._hand(data)
+            else:
+                self._untaken.append(data)
+                self._untaken_bytes += len(data)
+                if self._untaken_bytes > UNTAKEN_BYTES_MAX:
+                    self.pause()
+        if self._is_over or (self._awaited == "head" and self._has_head) or (self._awaited == "body" and self._untaken):
+            self._wake()
+
+    def _give(self) -> None:
+        if self._untaken:
+            data = b"".join(self._untaken)
+            self._untaken.clear()
+            self._untaken_bytes = 0
+            self.resume()
+            self._taker(data)  # type: ignore[misc]
+
+    def _hand(self, data: bytes) -> None:
+        try:
+            self._taker(data)  # type: ignore[misc]
+        except Exception as error:
+            self._is_over = True
+            self.abort()
+            if self._waiter is not None and not self._waiter.done():
+                self._waiter.set_exception(error)
+
+    async def _wait(self, event: Event, within_s: float | None) -> None:
+        """Raises UpstreamError."""
+        if self._is_over:
+            self._raise_failure()
+            return
+        self._awaited = event
+        waiter = self._waiter = self._loop.create_future()
+        timer = None if within_s is None else self._loop.call_later(within_s, self._end, "timeout")
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+        self._raise_failure()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _end(self, ending: Ending) -> None:
+        if self._is_over:
+            return
+        self._failure = Failure(ending)
+        self._is_over = True
+        self.abort()
+        self._wake()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise UpstreamError(self._failure)

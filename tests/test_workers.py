@@ -1,0 +1,168 @@
+"""Several processes on one port (`server.workers`), and their replacement under load."""
+
+import concurrent.futures
+import contextlib
+import os
+import re
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import psutil
+import pytest
+
+from tests.service import RunningSimulator, Service, environment, run, start, start_simulator
+
+ASK = orjson.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSimulator]:
+    simulator = start_simulator(tmp_path_factory.mktemp("upstream"))
+    yield simulator
+    simulator.stop()
+
+
+@pytest.fixture
+def workers(tmp_path: Path, upstream: RunningSimulator, unused_tcp_port_factory: object) -> Iterator[Service]:
+    port, metrics = (unused_tcp_port_factory() for _ in range(2))  # type: ignore[operator]
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("rate_limit:\n  chat_per_minute: 0\n")
+    service = start(
+        tmp_path,
+        PORT=str(port),
+        GPTUTOR_WORKERS="2",
+        GPTUTOR_CONFIG=str(settings),
+        GPTUTOR_METRICS__PORT=str(metrics),
+        GPTUTOR_LOGS__STDOUT="false",
+        OPENROUTER_API_KEY="sk-or-x",
+        OPENROUTER_BASE_URL=upstream.base_url,
+    )
+    wait_until_ready(service)
+    yield service
+    assert service.stop() == 0
+    assert run(service.environ, "verify", check=False).returncode == 0
+
+
+def wait_until_ready(service: Service) -> None:
+    for _ in range(200):
+        try:
+            with urllib.request.urlopen(f"{service.url}/ready", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError("it is not ready")
+
+
+def new_key(service: Service) -> tuple[int, str]:
+    user = service.command("user", "create", "--balance", "1000")
+    return user["id"], user["apiKey"]
+
+
+def ask(service: Service, key: str) -> int:
+    """On a connection of its own, so that any worker may take it."""
+    request = urllib.request.Request(
+        f"{service.url}/v1/chat/completions",
+        data=ASK,
+        headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json", "Connection": "close"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        assert b'"cost"' in response.read()
+        status: int = response.status
+        return status
+
+
+def children(service: Service) -> set[int]:
+    pids = set()
+    for child in psutil.Process(service.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "gptutor" in " ".join(child.cmdline()):
+                pids.add(child.pid)
+    return pids
+
+
+def wait_for_others(service: Service, before: set[int]) -> None:
+    for _ in range(300):
+        now = children(service)
+        if len(now) == 2 and now != before and not now & before:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{before} are not replaced: {children(service)}")
+
+
+def completions_of(service: Service, number: int) -> float:
+    port = int(service.environ["GPTUTOR_METRICS__PORT"]) + number
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        counts = re.findall(r'^gptutor_completions_total\{outcome="settled"\} (\S+)$', response.read().decode(), re.MULTILINE)
+    return sum(map(float, counts))
+
+
+def test_both_serve_and_one_that_dies_is_replaced(workers: Service) -> None:
+    user, key = new_key(workers)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(lambda _: ask(workers, key), range(60))) == {200}
+    time.sleep(0.5)
+    counts = [completions_of(workers, number) for number in (0, 1)]
+    assert sum(counts) == 60
+    assert all(counts)
+    before = children(workers)
+    assert len(before) == 2
+    os.kill(min(before), signal.SIGKILL)
+    for _ in range(100):
+        if len(children(workers)) == 2 and children(workers) != before:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("it is not replaced")
+    assert {ask(workers, key) for _ in range(10)} == {200}
+    assert len(workers.command("user", "ledger", str(user), "--limit", "100")) == 71
+
+
+def test_all_are_replaced_under_load_and_no_request_is_lost(workers: Service) -> None:
+    user, key = new_key(workers)
+    before, ended, statuses = children(workers), threading.Event(), []
+
+    def go_on() -> None:
+        while not ended.is_set():
+            statuses.append(ask(workers, key))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        going = [pool.submit(go_on) for _ in range(8)]
+        try:
+            time.sleep(0.5)
+            workers.process.send_signal(signal.SIGHUP)
+            wait_for_others(workers, before)
+            time.sleep(0.5)
+        finally:
+            ended.set()
+        for one in going:
+            one.result()  # raises what went wrong
+    assert set(statuses) == {200}
+    for _ in range(50):
+        if len(workers.command("user", "ledger", str(user), "--limit", "10000")) == len(statuses) + 1:
+            break
+        time.sleep(0.2)
+    else:
+        raise AssertionError("not all is charged")
+
+
+def test_settings_that_are_none_leave_those_of_before_in_force(workers: Service) -> None:
+    _, key = new_key(workers)
+    settings = Path(workers.environ["GPTUTOR_CONFIG"])
+    sound = settings.read_text()
+    settings.write_text("relay:\n  no_such: 1\n")
+    before = children(workers)
+    workers.process.send_signal(signal.SIGHUP)
+    wait_for_others(workers, before)
+    assert ask(workers, key) == 200
+    settings.write_text(sound)
+
+
+def test_the_simulator_of_a_trial_has_one_process(tmp_path: Path) -> None:
+    ended = run(environment(tmp_path, GPTUTOR_WORKERS="2"), "serve", check=False)
+    assert ended.returncode == 1
+    assert "needs OPENROUTER_API_KEY" in " ".join(ended.stderr.split())
