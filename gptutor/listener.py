@@ -19,6 +19,8 @@ BACKLOG = 128
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
 LOOK_S = 0.5
 COMPLAINT_PAUSE_S = 5.0
+LATECOMERS_S = 0.3
+"""A connection that was accepted in the last moment has its request on the way."""
 
 
 class StartError(Exception):
@@ -104,6 +106,7 @@ async def listening_by(
             yield
         finally:
             accepting.close()
+            await asyncio.sleep(LATECOMERS_S)
 
 
 @asynccontextmanager

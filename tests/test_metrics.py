@@ -10,8 +10,8 @@ import pytest
 from aiohttp import web
 from prometheus_client import REGISTRY
 
-from gptutor.app import UPSTREAM
 from gptutor.metrics import CLOCK_SKEW, build_metrics
+from gptutor.openrouter.service import Limits, connected
 from tests.conftest import Gateway
 from tests.service import start
 
@@ -44,9 +44,7 @@ async def test_what_happens_is_counted(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize(("date", "skew"), [("Tue, 24 Nov 2026 10:00:00 GMT", 3600), ("nonsense", 0)])
-async def test_a_clock_that_is_off_shows(
-    gateway: Gateway, aiohttp_server: Any, monkeypatch: pytest.MonkeyPatch, date: str, skew: float
-) -> None:
+async def test_a_clock_that_is_off_shows(aiohttp_server: Any, monkeypatch: pytest.MonkeyPatch, date: str, skew: float) -> None:
     """Row operator-10: against the Date of OpenRouter's answers."""
 
     async def models(request: web.Request) -> web.Response:
@@ -55,12 +53,12 @@ async def test_a_clock_that_is_off_shows(
     upstream = web.Application()
     upstream.router.add_get("/models", models)
     server = await aiohttp_server(upstream)
-    service = gateway.app[UPSTREAM]
-    monkeypatch.setattr(service, "_base_url", str(server.make_url("")).rstrip("/"))
+    limits = Limits(connect_s=5, total_s=5, first_byte_s=5, idle_s=5, end_s=5, attempts_max=1)
     noon = datetime.datetime(2026, 11, 24, 11, tzinfo=datetime.UTC).timestamp()
     monkeypatch.setattr("gptutor.openrouter.service.time.time", lambda: noon)
     CLOCK_SKEW.set(0)
-    await service.models()
+    async with connected(str(server.make_url("")), "x", limits, referer="", title="", connections_max=1) as service:
+        await service.models()
     assert value("gptutor_clock_skew_seconds") == skew
 
 

@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 
 from gptutor.logs import logging_to
+from gptutor.openrouter.connection import Connection
 from tests.conftest import Caller, Gateway
 from tests.test_relay import assert_books_agree
 
@@ -56,13 +57,18 @@ async def test_an_image_is_never_fetched_here_and_goes_up_as_it_is(
 ) -> None:
     caller = await gateway.caller()
     asked = []
-    real = aiohttp.ClientSession._request
+    real, real_ask = aiohttp.ClientSession._request, Connection.ask
 
     async def noted(session: aiohttp.ClientSession, method: str, address: Any, **request: Any) -> Any:
         asked.append(urlsplit(str(address)).path)
         return await real(session, method, address, **request)
 
+    async def noted_too(connection: Connection, head: bytes, body: bytes, within_s: float) -> None:
+        asked.append(head.split()[1].decode())
+        await real_ask(connection, head, body, within_s)
+
     monkeypatch.setattr(aiohttp.ClientSession, "_request", noted)
+    monkeypatch.setattr(Connection, "ask", noted_too)
     part = b'{"type":"image_url","image_url":{"url":"%s"}}' % url.encode()
     body = b'{"messages":[{"role":"user","content":[%s]}],"max_tokens":1}' % part
     assert await send(gateway, caller, body) == 200

@@ -30,13 +30,15 @@ class Follower(Protocol):
 class Connection(web.RequestHandler):
     """`header_s` seconds are given for the whole head of a request, from its first byte, or from the connection's beginning."""
 
-    __slots__ = ("_follower", "_header_s", "_impatience")
+    __slots__ = ("_closes", "_follower", "_head_begun", "_header_s", "_impatience")
 
     def __init__(self, manager: web.Server, *, header_s: float, **limits: Any) -> None:
         super().__init__(manager, **limits)
         self._header_s = header_s
         self._impatience: asyncio.TimerHandle | None = None
         self._follower: Follower | None = None
+        self._head_begun = False
+        self._closes = False
 
     def follow(self, follower: "Follower | None") -> None:
         """Tells `follower`, until another call, when the socket takes no more, and when it does again."""
@@ -60,12 +62,32 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        self._head_begun = self._waits() and bool(data)
+        if self._closes and not self._is_arriving:
+            super().close()
         if self._waits():
             if self._impatience is None and data:
                 self._wait_for_head()
         elif self._impatience is not None:
             self._impatience.cancel()
             self._impatience = None
+
+    def close(self) -> None:
+        """At the end of the service. From then on aiohttp hears nothing more: a request that is arriving comes in first."""
+        if self._is_arriving:
+            self._closes = True
+        else:
+            super().close()
+
+    @property
+    def _is_arriving(self) -> bool:
+        """Whether a request has begun to come, and has not come wholly."""
+        request = self._current_request
+        return (
+            self._head_begun
+            or (request is not None and not request.content.is_eof())
+            or any(not payload.is_eof() for _, payload in self._messages)
+        )
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._impatience is not None:

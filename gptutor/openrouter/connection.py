@@ -27,6 +27,14 @@ UNTAKEN_BYTES_MAX = 256 * 1024
 PIECE_BYTES = 256 * 1024
 """Requests are written in pieces of this size: one write of ten megabytes would hold up everybody else."""
 
+HEADERS_READ = frozenset(
+    {
+        *(b"content-type", b"content-encoding", b"content-length", b"transfer-encoding"),
+        *(b"x-generation-id", b"retry-after", b"date"),
+    }
+)
+"""Of OpenRouter's twenty or so; the others are nobody's business here."""
+
 Ending = Literal["timeout", "broken"]
 Event = Literal["head", "body", "end"]
 
@@ -236,8 +244,9 @@ class Connection(asyncio.Protocol):
             self._is_poisoned = True  # two answers to one question
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._has_head:
-            self.headers.setdefault(name.decode("latin-1").lower(), value.decode("utf-8", "surrogateescape"))
+        name = name.lower()
+        if name in HEADERS_READ and not self._has_head:
+            self.headers.setdefault(name.decode(), value.decode("utf-8", "surrogateescape"))
 
     def on_headers_complete(self) -> None:
         if self._is_over:
