@@ -26,7 +26,16 @@ from gptutor.banner import banner
 from gptutor.listener import StartError, complain_calmly, listening_by, listening_on
 from gptutor.logs import logging_to
 from gptutor.metrics import build_metrics
-from gptutor.serve import administrator, connection_of, database_of, prepare_database, require_c_parser, run_loop, service
+from gptutor.serve import (
+    administrator,
+    collect_seldom,
+    connection_of,
+    database_of,
+    prepare_database,
+    require_c_parser,
+    run_loop,
+    service,
+)
 from gptutor.settings import Config, ConfigError
 
 BOOT_S = 5.0
@@ -125,6 +134,7 @@ class Worker(GunicornWorker):  # type: ignore[misc]
             for one in private:
                 admin = administrator(build_admin(config, log=log, secrets=secrets))
                 await stack.enter_async_context(listening_by(admin, one.sock, connection_of(config.server)))
+            collect_seldom()
             await heartbeat
 
     async def _notify(self) -> None:

@@ -38,7 +38,7 @@ async def hold_invitation(request: web.Request) -> web.Response | None:
 
 
 def waits_to_be_invited(request: web.Request) -> bool:
-    return request.get(WAITS_TO_BE_INVITED) is True
+    return "Expect" in request.headers and request.get(WAITS_TO_BE_INVITED) is True
 
 
 def require_json(request: web.Request) -> None:

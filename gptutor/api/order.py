@@ -1,5 +1,6 @@
 """What an exchange is given: the order of one caller, and the kit that all exchanges use."""
 
+import functools
 import hashlib
 import hmac
 from collections.abc import Mapping
@@ -48,4 +49,9 @@ class Kit:
 
     def pseudonym(self, account_id: AccountId) -> str:
         """The account's stable name upstream, from which nobody learns the account."""
-        return hmac.new(self.pseudonym_key, b"user %d" % account_id, hashlib.sha256).hexdigest()[:32]
+        return _pseudonym(self.pseudonym_key, account_id)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _pseudonym(key: bytes, account_id: AccountId) -> str:
+    return hmac.new(key, b"user %d" % account_id, hashlib.sha256).hexdigest()[:32]

@@ -30,6 +30,7 @@ MARK = b'"usage"'
 DATA = b"data:"
 DONE = b"[DONE]"
 FAULT = b'"error"'
+MARKS = (MARK, DONE, FAULT)
 EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")
 EVENT_END = re.compile(b"|".join(EVENT_ENDS))
 LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -181,6 +182,13 @@ class BillScanner:
         if self._is_idle(block):
             self._pass_over(block)
             return
+        if self.generation_id is not None and not self._skipping:
+            # Mostly it is the end of the last of many events that are worth a look: those before it are passed over as one.
+            first = min(at for mark in MARKS if (at := block.find(mark)) >= 0)
+            cut = max(block.rfind(end, 0, first) for end in EVENT_ENDS)
+            if cut > 0:
+                self._pass_over(block[:cut])
+                block = block[cut:]
         for event in EVENT_END.split(block)[self._skipping :]:
             if DATA not in event or self._is_idle(event) or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
                 self._pass_over(event)
