@@ -171,6 +171,7 @@ def gptutor(workers: int = 1) -> Callable[[Place], AbstractContextManager[Runnin
             "GPTUTOR_WORKERS": str(workers),
             "GPTUTOR_RATE_LIMIT__CHAT_PER_MINUTE": "0",
             "GPTUTOR_RATE_LIMIT__CHAT_AT_ONCE": "0",
+            "GPTUTOR_OPENROUTER__CONNECTIONS_MAX": "4000",
         }
         command = [str(Path(sys.executable).with_name("gptutor")), "serve"]
         url = f"http://127.0.0.1:{port}/v1/chat/completions"

@@ -65,9 +65,9 @@ def database_of(config: Config) -> Iterator[Config]:
 
 
 async def serve(config: Config) -> None:
-    """Runs until SIGINT or SIGTERM. Raises StartError, ConfigError."""
+    """Runs until SIGINT, SIGTERM or SIGHUP. Raises StartError, ConfigError."""
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     complain_calmly(asyncio.get_running_loop())
     secrets = config.secret_keys()

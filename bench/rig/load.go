@@ -18,7 +18,7 @@ var prompts = map[string]string{
 	"plain":  `{"model":"google/gemini-2.5-flash-lite","messages":[{"role":"user","content":"Hello"}]}`,
 	"stream": `{"model":"google/gemini-2.5-flash-lite","messages":[{"role":"user","content":"Hello"}],"stream":true}`,
 	"paced":  `{"model":"google/gemini-2.5-flash-lite","messages":[{"role":"user","content":"pause=5"}],"stream":true}`,
-	"idle":   `{"model":"google/gemini-2.5-flash-lite","messages":[{"role":"user","content":"pause=100"}],"stream":true}`,
+	"idle":   `{"model":"google/gemini-2.5-flash-lite","messages":[{"role":"user","content":"pause=250"}],"stream":true}`,
 }
 
 // What one run of callers saw; times in milliseconds.

@@ -40,14 +40,14 @@ class _Ids:
     """UUIDs of this process: their first half is its own random one, the last counts. A whole new one costs ten times as much."""
 
     def __init__(self) -> None:
-        self._process = 0
-        self._first = ""
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
+        self._first = str(uuid.uuid4())[:24]
         self._count = itertools.count(secrets.randbits(40))
 
     def __call__(self) -> str:
-        if self._process != os.getpid():  # a worker is a fork of its master
-            self._process = os.getpid()
-            self._first = str(uuid.uuid4())[:24]
         return f"{self._first}{next(self._count):012x}"
 
 

@@ -1,7 +1,7 @@
 """Natural batching: what arrives while a statement is under way forms the next one.
 
 No timer is involved. With one request at a time a batch is one item and starts at once; under load batches grow by
-themselves, and many requests share one round trip and one commit. Items are spread over a few lanes by account, so that two
+themselves, and many requests share one round trip and one commit. Items can be spread over lanes by account, so that two
 statements of one process never wait for each other on an account's row; within a lane the order of arrival is kept.
 """
 
@@ -38,6 +38,7 @@ class Batcher(Generic[Item, Result]):
         batch_max: int,
         abandoned: Callable[[Item, Result], None] | None = None,
     ) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._execute = execute
         self._lane_of = lane_of
         self._batch_max = batch_max
@@ -47,7 +48,9 @@ class Batcher(Generic[Item, Result]):
 
     async def submit(self, item: Item) -> Result:
         """The item's own result, or the exception of its batch."""
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = self._loop.create_future()
         lane = self._lane_of(item) % len(self._queues)
         self._queues[lane].append(Entry(item, future))
         if self._workers[lane] is None:

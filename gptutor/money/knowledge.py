@@ -63,15 +63,15 @@ def owner_line(owner: uuid.UUID, boot: bytes) -> bytes:
 
 
 def closed_line(hold_id: HoldId) -> bytes:
-    return _line(b"closed %s" % str(hold_id).encode())
+    return _line(b"closed %s" % hold_id.hex.encode())
 
 
 def sent_line(hold_id: HoldId, account_id: AccountId) -> bytes:
-    return _line(b"sent %d %s" % (account_id, str(hold_id).encode()))
+    return _line(b"sent %d %s" % (account_id, hold_id.hex.encode()))
 
 
 def named_line(hold_id: HoldId, account_id: AccountId, generation_id: str) -> bytes:
-    return _line(b"named %d %s %s" % (account_id, str(hold_id).encode(), generation_id.encode()))
+    return _line(b"named %d %s %s" % (account_id, hold_id.hex.encode(), generation_id.encode()))
 
 
 def billed_line(hold_id: HoldId, knowledge: Knowledge, price: Price) -> bytes:
@@ -79,7 +79,7 @@ def billed_line(hold_id: HoldId, knowledge: Knowledge, price: Price) -> bytes:
     cost = str(price.cost_usd).encode()
     tokens = b" ".join(b"-" if count is None else b"%d" % count for count in price[2:])
     return _line(
-        b"billed %d %s %d %s %s %s" % (knowledge.account_id, str(hold_id).encode(), price.charge, cost, generation, tokens)
+        b"billed %d %s %d %s %s %s" % (knowledge.account_id, hold_id.hex.encode(), price.charge, cost, generation, tokens)
     )
 
 

@@ -143,9 +143,19 @@ class BillScanner:
         self._at_bill = False  # no event with data has followed the bill
 
     def feed(self, chunk: bytes) -> None:
-        if not self._rest and not self._skipping and chunk.endswith(EVENT_ENDS) and self._is_idle(chunk):
-            self._pass_over(chunk)
-            return  # whole events, and none of them of interest: nearly every chunk of nearly every stream
+        # Whole events, and none of them of interest: nearly every chunk of nearly every stream, so it is spelled out.
+        if (
+            MARK not in chunk
+            and DONE not in chunk
+            and FAULT not in chunk
+            and self.generation_id is not None
+            and chunk.endswith(EVENT_ENDS)
+            and not self._rest
+            and not self._skipping
+        ):
+            if self._at_bill:
+                self._pass_over(chunk)
+            return
         rest = self._rest
         searched = max(0, len(rest) - 1)  # an end may straddle the seam
         rest += chunk

@@ -44,8 +44,10 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.idle_since = 0.0
+        self.heard_at = 0.0
+        """When the last bytes of a body came, by the loop's clock."""
         self.is_fresh = True
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._awaited: Event = "head"
@@ -226,7 +228,7 @@ class Connection(asyncio.Protocol):
             self._end("broken")
 
     def pause_writing(self) -> None:
-        self._drained = self._loop.create_future()
+        self._drained = self.loop.create_future()
 
     def resume_writing(self) -> None:
         self._resume_sending()
@@ -274,8 +276,15 @@ class Connection(asyncio.Protocol):
         if self._pieces:
             data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces.clear()
+            self.heard_at = self.loop.time()
             if self._taker is not None:
-                self._hand(data)
+                try:
+                    self._taker(data)
+                except Exception as error:
+                    self._is_over = True
+                    self.abort()
+                    if self._waiter is not None and not self._waiter.done():
+                        self._waiter.set_exception(error)
             else:
                 self._untaken.append(data)
                 self._untaken_bytes += len(data)
@@ -292,23 +301,14 @@ class Connection(asyncio.Protocol):
             self.resume()
             self._taker(data)  # type: ignore[misc]
 
-    def _hand(self, data: bytes) -> None:
-        try:
-            self._taker(data)  # type: ignore[misc]
-        except Exception as error:
-            self._is_over = True
-            self.abort()
-            if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_exception(error)
-
     async def _wait(self, event: Event, within_s: float | None) -> None:
         """Raises UpstreamError."""
         if self._is_over:
             self._raise_failure()
             return
         self._awaited = event
-        waiter = self._waiter = self._loop.create_future()
-        timer = None if within_s is None else self._loop.call_later(within_s, self._end, "timeout")
+        waiter = self._waiter = self.loop.create_future()
+        timer = None if within_s is None else self.loop.call_later(within_s, self._end, "timeout")
         try:
             await waiter
         finally:

@@ -26,10 +26,10 @@ class Reply:
     def __init__(self, connection: Connection, done: Callable[[Connection], None], idle_s: float, end_s: float) -> None:
         self._connection = connection
         self._done = done
-        self._loop = asyncio.get_running_loop()
+        self._loop = connection.loop
         self._idle_s = self._silence_s = idle_s
         self._end_s = end_s
-        self._heard = self._loop.time()
+        connection.heard_at = self._loop.time()
         self._is_paused = False
         headers = connection.headers
         self.status = connection.status
@@ -69,13 +69,13 @@ class Reply:
 
     async def heard(self, quiet_s: float) -> bool:
         """Waits for the first bytes; False after `quiet_s` of silence. Raises UpstreamError if none come in time, or ever."""
-        left_s = self._heard + self._silence_s - self._loop.time()
+        left_s = self._connection.heard_at + self._silence_s - self._loop.time()
         try:
             if await self._connection.heard(max(0.0, min(quiet_s, left_s))):
                 return True
         except UpstreamError as error:
             raise self._named(error) from None
-        if self._loop.time() - self._heard >= self._silence_s:
+        if self._loop.time() - self._connection.heard_at >= self._silence_s:
             raise UpstreamError(Failure("timeout", generation_id=self.generation_id))
         return False
 
@@ -85,11 +85,8 @@ class Reply:
         Raises UpstreamError if it ends before its end, or is silent for too long; and what `taker` raises.
         """
         clock = self._loop.time
-        told_at = self._heard = clock()
-
-        def pass_on(piece: bytes) -> None:
-            self._heard = clock()
-            taker(piece)
+        connection = self._connection
+        told_at = connection.heard_at = clock()
 
         # One timer for all: it looks at what is due when it wakes, so that a chunk costs no timer.
         timer = self._loop.call_soon(lambda: None)
@@ -98,19 +95,20 @@ class Reply:
             nonlocal told_at, timer
             now = clock()
             if self._is_paused:
-                self._heard = now  # it is the caller who is slow
-            if now - self._heard >= self._silence_s:
-                self._connection.end("timeout")
+                connection.heard_at = now  # it is the caller who is slow
+            if now - connection.heard_at >= self._silence_s:
+                connection.end("timeout")
                 return
-            if now - max(told_at, self._heard) >= quiet_s:
+            if now - max(told_at, connection.heard_at) >= quiet_s:
                 told_at = now
                 told()
-            due = min(max(told_at, self._heard) + quiet_s, self._heard + self._silence_s, now + LOOK_S)
+            heard_at = connection.heard_at
+            due = min(max(told_at, heard_at) + quiet_s, heard_at + self._silence_s, now + LOOK_S)
             timer = self._loop.call_at(due, look)
 
         timer = self._loop.call_later(min(quiet_s, self._silence_s, LOOK_S), look)
         try:
-            await self._connection.take(pass_on)
+            await connection.take(taker)
         except UpstreamError as error:
             raise self._named(error) from None
         finally:
@@ -123,7 +121,7 @@ class Reply:
 
     def resume(self) -> None:
         self._is_paused = False
-        self._heard = self._loop.time()
+        self._connection.heard_at = self._loop.time()
         self._connection.resume()
 
     def stop(self) -> None:

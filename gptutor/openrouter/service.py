@@ -60,6 +60,7 @@ class OpenRouterService:
         self._old_api_keys = old_api_keys
         self._limits = limits
         self._circuit = Circuit()
+        self._clock = asyncio.get_running_loop().time
 
     async def complete(
         self,
@@ -77,7 +78,7 @@ class OpenRouterService:
         proves that nothing was bought. Gives the reply, and the seconds that are left for the rest of a plain answer. Raises
         UpstreamError.
         """
-        clock = asyncio.get_running_loop().time
+        clock = self._clock
         deadline = clock() + (self._limits.first_byte_s if stream else self._limits.total_s)
         attempt = 1
         while True:
@@ -111,7 +112,7 @@ class OpenRouterService:
         except Crowded:
             raise
         except UpstreamError:
-            self._circuit.missed(asyncio.get_running_loop().time())
+            self._circuit.missed(self._clock())
             raise
         reply = await self._asked(connection, self._head(b"POST", "/chat/completions", headers, body), body, within_s)
         self._circuit.reached()
