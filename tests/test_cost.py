@@ -59,7 +59,7 @@ async def asked(gateway: Gateway, caller: Caller, *, stream: bool, times: int = 
 
 
 @pytest.mark.parametrize("tuned", [{"recovery": {"poll_s": 3600}, "rate_limit": {"chat_per_minute": 0}}])
-@pytest.mark.parametrize(("stream", "calls"), [(False, 760), (True, 1160)])
+@pytest.mark.parametrize(("stream", "calls"), [(False, 790), (True, 1130)])
 async def test_a_request_makes_so_many_calls_and_hardly_more(gateway: Gateway, stream: bool, calls: int) -> None:
     """One that stands alone, so that nothing is shared with others; the stream has about fifty chunks. If you have made it dearer,
     look where: the figures by function are printed."""
@@ -67,6 +67,6 @@ async def test_a_request_makes_so_many_calls_and_hardly_more(gateway: Gateway, s
     await asked(gateway, caller, stream=stream)  # what is done once is done now
     counted = Calls()
     per_request = await counted.of(lambda: asked(gateway, caller, stream=stream)) / REQUESTS
-    print(per_request)
+    print(f"{per_request:.1f} calls")
     print("\n".join(f"{count / REQUESTS:7.1f} {name}" for name, count in counted.by_function.most_common(60)))
-    assert calls * 0.7 < per_request < calls * 1.15  # far fewer: lower the figure, and be proud
+    assert calls * 0.7 < per_request < calls * 1.1  # far fewer: lower the figure, and be proud
