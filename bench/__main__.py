@@ -105,7 +105,8 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, object]:
                 place = directory / name.replace(" ", "-")
                 place.mkdir()
                 running[name] = stack.enter_context(subject.start(Place(place, port, tls, database_url, keys)))
-        measures, direct = measured(rig, port, running, scenarios, options, database_url)
+        failed: dict[str, str] = {}
+        measures, direct = measured(rig, port, running, scenarios, options, database_url, failed)
         streams = (
             {} if options.scenarios else {name: many_streams(rig, subject) for name, subject in running.items() if name in LEAN}
         )
@@ -115,6 +116,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, object]:
         "rounds": options.rounds,
         "seconds": options.seconds,
         "not_measured": missing,
+        "failed": failed,
         "streams": streams,
         "results": summed(measures, direct),
     }
@@ -127,6 +129,7 @@ def measured(
     scenarios: list[tuple[str, int]],
     options: argparse.Namespace,
     database_url: str,
+    failed: dict[str, str],
 ) -> tuple[list[Measure], dict[tuple[str, int], list[Seen]]]:
     """All runs, in turn: whatever slows the machine down for a while slows all subjects down."""
     measures: list[Measure] = []
@@ -144,7 +147,12 @@ def measured(
                     )
                 for name, subject in running.items():
                     bar.update(task, description=f"{kind}, {callers} callers: {name}", advance=1)
-                    measures.append(measure(rig, name, subject, kind, callers, options.seconds, database_url))
+                    if name in failed:
+                        continue
+                    try:
+                        measures.append(measure(rig, name, subject, kind, callers, options.seconds, database_url))
+                    except RuntimeError as error:
+                        failed[name] = f"{kind}, {callers} callers: {error}"
     return measures, direct
 
 
@@ -245,6 +253,8 @@ def show(report: dict[str, object]) -> None:
             f"{name}: {STREAMS} open streams, {figures['kilobytes']} KB each; a plain answer takes {figures['p50_ms_beside']} ms "
             f"beside them, {figures['p50_ms_alone']} ms without"
         )
+    for name, fault in report["failed"].items():  # type: ignore[attr-defined]
+        out.print(f"{name} failed, and was left alone from then on: {fault}")
     for name, how in report["not_measured"].items():  # type: ignore[attr-defined]
         out.print(f"{name} was not measured: it is not installed. {how}")
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"regexp"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -22,7 +23,7 @@ const (
 
 var (
 	mark    = []byte("pause=") // a prompt may say how many milliseconds lie between chunks
-	streams = []byte(`"stream":true`)
+	streams = regexp.MustCompile(`"stream": ?true`)
 	filler  = bytes.Repeat([]byte("The quick brown fox. "), plainBytes/21)
 	word    = []byte(`","object":"chat.completion.chunk","created":1760000000,"model":"google/gemini-2.5-flash-lite","choices":[{"index":0,` +
 		`"delta":{"role":"assistant","content":" fox jumps"},"finish_reason":null,"native_finish_reason":null,"logprobs":null}]}` + "\n\n")
@@ -62,7 +63,7 @@ func upstream(arguments []string) error {
 			}
 			name := "gen-" + life + "-" + strconv.FormatUint(served.Add(1), 10)
 			answer.Header().Set("X-Generation-Id", name)
-			if bytes.Contains(body, streams) {
+			if streams.Match(body) {
 				stream(answer, name, pause(body))
 			} else {
 				plain(answer, name)
