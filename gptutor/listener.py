@@ -19,7 +19,7 @@ BACKLOG = 128
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
 LOOK_S = 0.5
 COMPLAINT_PAUSE_S = 5.0
-LATECOMERS_S = 0.3
+LATECOMERS_S = 1.0
 """A connection that was accepted in the last moment has its request on the way."""
 
 

@@ -118,6 +118,15 @@ async def test_what_is_none_breaks_the_connection(answer: bytes) -> None:
         assert pool.free() is None
 
 
+async def test_an_answer_that_breaks_in_its_first_packet_has_its_name() -> None:
+    """The head was there: what was bought can be looked up."""
+    answer = b"HTTP/1.1 200 OK\r\nX-Generation-Id: gen-1\r\nTransfer-Encoding: chunked\r\n\r\nnonsense"
+    async with server(saying(answer)) as port, pool_to(port) as pool:
+        with pytest.raises(UpstreamError) as raised:
+            await asked(pool)
+        assert (raised.value.failure.kind, raised.value.failure.generation_id) == ("broken", "gen-1")
+
+
 async def test_a_head_without_an_end_is_not_kept() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"{}")

@@ -103,12 +103,15 @@ def completions_of(service: Service, number: int) -> float:
 
 def test_both_serve_and_one_that_dies_is_replaced(workers: Service) -> None:
     user, key = new_key(workers)
+    counts, asked = [0.0], 0
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        assert set(pool.map(lambda _: ask(workers, key), range(60))) == {200}
-    time.sleep(0.5)
-    counts = [completions_of(workers, number) for number in (0, 1)]
-    assert sum(counts) == 60
+        while not all(counts) and asked < 600:  # who takes a connection is the kernel's choice
+            assert set(pool.map(lambda _: ask(workers, key), range(60))) == {200}
+            asked += 60
+            time.sleep(0.5)
+            counts = [completions_of(workers, number) for number in (0, 1)]
     assert all(counts)
+    assert sum(counts) == asked
     before = children(workers)
     assert len(before) == 2
     os.kill(min(before), signal.SIGKILL)
@@ -119,7 +122,7 @@ def test_both_serve_and_one_that_dies_is_replaced(workers: Service) -> None:
     else:
         raise AssertionError("it is not replaced")
     assert {ask(workers, key) for _ in range(10)} == {200}
-    assert len(workers.command("user", "ledger", str(user), "--limit", "100")) == 71
+    assert len(workers.command("user", "ledger", str(user), "--limit", "1000")) == asked + 11
 
 
 def test_all_are_replaced_under_load_and_no_request_is_lost(workers: Service) -> None:

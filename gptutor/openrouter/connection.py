@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import httptools
 
+from gptutor.openrouter.bill import sane_generation_id
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.retry import Failure
 
@@ -324,7 +325,8 @@ class Connection(asyncio.Protocol):
     def _end(self, ending: Ending) -> None:
         if self._is_over:
             return
-        self._failure = Failure(ending)
+        name = self.headers.get("x-generation-id") if self._has_head else None
+        self._failure = Failure(ending, generation_id=sane_generation_id(name))
         self._is_over = True
         self.abort()
         self._wake()
