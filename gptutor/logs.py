@@ -178,9 +178,14 @@ class DailyFile:
     def write(self, day: datetime.date, lines: bytes) -> None:
         """Lines of one day, all of them at once."""
         if day > self._day:
+            yesterday, before = self._file, self._day
             self._day = day
-            self._file.close()
-            self._file = self._open()
+            try:
+                self._file = self._open()
+            except OSError:
+                self._day = before  # the old file goes on, and the new one is tried again
+                raise
+            yesterday.close()
             self._prune()
         self._file.write(lines)
         self._file.flush()
@@ -200,7 +205,8 @@ class DailyFile:
         oldest = f"combined-{self._day - self._retention:%Y-%m-%d}.log"
         for path in self._directory.glob("combined-????-??-??.log"):
             if path.name < oldest:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 @functools.lru_cache(maxsize=2)
@@ -289,11 +295,20 @@ class Writer(logging.Handler):
             text = b"".join(line for _, line in lines)
             try:
                 self._file.write(day, text)
-                if self._stdout:
+            except (OSError, ValueError) as error:  # a full disk
+                _complain(error)
+            if self._stdout:
+                try:
                     sys.stdout.write(text.decode())
                     sys.stdout.flush()
-            except (OSError, ValueError) as error:  # a full disk, or a standard output that nobody reads any more
-                print(f"gptutor: a line of the log is lost: {error}", file=sys.stderr)
+                except (OSError, ValueError) as error:  # nobody reads it any more
+                    _complain(error)
+
+
+def _complain(error: Exception) -> None:
+    """On standard error, if anybody hears that."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"gptutor: a line of the log is lost: {error}", file=sys.stderr)
 
 
 @contextmanager

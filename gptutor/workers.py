@@ -7,6 +7,7 @@ to end takes no more connections, finishes its answers and closes their money, w
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -105,6 +106,12 @@ class Master(BaseApplication):  # type: ignore[misc]
 
 class Worker(GunicornWorker):  # type: ignore[misc]
     """One process of the service."""
+
+    def init_signals(self) -> None:
+        """However it is told to end, it finishes what it has begun."""
+        super().init_signals()
+        for number in (signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, self.handle_exit)
 
     def run(self) -> None:
         try:

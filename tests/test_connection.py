@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import ssl
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import trustme
 from gptutor.openrouter.connection import HEAD_BYTES_MAX, UNTAKEN_BYTES_MAX, Connection
 from gptutor.openrouter.errors import Crowded, UpstreamError
 from gptutor.openrouter.pool import End, Pool, pooled
+from gptutor.openrouter.reply import Reply
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ASK = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
@@ -246,6 +249,86 @@ async def test_a_large_question_is_refused_before_its_end() -> None:
         await connection.ask(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body), body, 5)
         assert connection.status == 413
         pool.give_back(connection)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("reads_on", [True, False])
+async def test_a_question_that_was_not_sent_to_its_end_ends_its_connection(kept: bool, reads_on: bool) -> None:
+    """Whoever came next on it would speak into the middle of it. The refusal is told at once, also when nobody reads any more."""
+    connections = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        extra = b"" if kept else b"Connection: close\r\n"
+        writer.write(b"HTTP/1.1 429 Too Many\r\nContent-Length: 2\r\n%b\r\n{}" % extra)
+        while reads_on and await reader.read(65536):
+            pass
+        await asyncio.sleep(5)
+
+    async with server(talk) as port, pool_to(port) as pool:
+        for number in (1, 2):
+            connection = pool.free() or await pool.connect()
+            body = b"x" * 30_000_000
+            async with asyncio.timeout(3):
+                await connection.ask(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body), body, 10)
+            assert connection.status == 429
+            assert await connection.read(1) == b"{}"
+            pool.give_back(connection)
+            assert connections == number
+
+
+async def test_nothing_of_an_answer_stays_with_its_connection() -> None:
+    class Known:
+        pass
+
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n"
+    async with server(saying(answer, answer)) as port, pool_to(port) as pool:
+        known = Known()
+        left = weakref.ref(known)
+        gc.collect()
+        gc.disable()
+        try:
+            connection = await pool.connect()
+            await connection.ask(ASK, b"{}", 2)
+            reply = Reply(connection, pool.give_back, 5, 5)
+            await reply.pump(lambda piece, known=known: None, lambda known=known: None, 60)
+            reply.close()
+            reply.close()
+            del reply, known
+            assert left() is None
+            assert pool.free() is connection
+            assert pool.free() is None
+        finally:
+            gc.enable()
+        pool.give_back(connection)
+
+
+async def test_a_pause_of_the_takers_lasts_until_he_ends_it() -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(300):
+            writer.write(b"8000\r\n" + b"x" * 0x8000 + b"\r\n")
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
+
+    async with server(talk) as port, pool_to(port) as pool:
+        connection = await pool.connect()
+        await connection.ask(ASK, b"{}", 2)
+        reply = Reply(connection, pool.give_back, 0.3, 0.3)
+        assert await reply.heard(1)
+        reply.pause()
+        taken = bytearray()
+        pumping = asyncio.create_task(reply.pump(taken.extend, lambda: None, 60))
+        await asyncio.sleep(0.5)
+        assert len(taken) < 3_000_000
+        assert not pumping.done()  # it is not OpenRouter who is silent
+        reply.resume()
+        await pumping
+        assert len(taken) == 300 * 0x8000
+        reply.close()
 
 
 async def test_so_many_connections_and_no_more_and_a_line_for_the_rest() -> None:

@@ -4,6 +4,7 @@ import datetime
 import json
 import logging
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,35 @@ def test_a_command_run_by_root_does_not_shut_the_service_out(tmp_path: Path) -> 
     DailyFile(tmp_path, retention_days=1).close()
     (path,) = tmp_path.iterdir()
     assert path.stat().st_uid == 12345
+
+
+class Deaf:
+    """A stream whose reader has died."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    flush = isatty = write  # type: ignore[assignment]
+
+
+def test_who_reads_no_output_any_more_does_not_stop_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with logging_to(tmp_path, level="info", retention_days=1, stdout=True) as log:
+        monkeypatch.setattr("sys.stdout", Deaf())
+        monkeypatch.setattr("sys.stderr", Deaf())
+        for number in range(3):
+            log.http(method="GET", path=f"/{number}", status=200, request_id="r", duration_ms=1, code=None)
+            time.sleep(0.1)
+    monkeypatch.undo()
+    (path,) = tmp_path.glob("combined-*.log")
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_day_whose_file_cannot_be_opened_is_tried_again(tmp_path: Path) -> None:
+    file = DailyFile(tmp_path, retention_days=2)
+    (tmp_path / "combined-2099-02-01.log").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        file.write(datetime.date(2099, 2, 1), b"first\n")
+    (tmp_path / "combined-2099-02-01.log").rmdir()
+    file.write(datetime.date(2099, 2, 1), b"second\n")
+    file.close()
+    assert (tmp_path / "combined-2099-02-01.log").read_text() == "second\n"

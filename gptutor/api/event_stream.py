@@ -104,6 +104,10 @@ class EventStream:
         if self._reply is not None:
             self._reply.resume()
 
+    def forget_reply(self) -> None:
+        """It has ended: from now on it waits for nobody."""
+        self._reply = None
+
     async def finish(self) -> None:
         """The end of the body, as HTTP says it."""
         if not self._gone and not self._answer.cancelled():

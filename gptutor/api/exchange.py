@@ -210,6 +210,8 @@ class Exchange:
                     lambda bill: self._note_bill(hold, bill),
                     heartbeat_s=self._kit.patience.heartbeat_s,
                 )
+                downstream.forget_reply()
+                reply.close()  # however long the caller takes for the rest, others may have the connection
                 if error is not None and not downstream.has_begun:
                     raise refusal_of(error) from error
                 if reply.is_encoded and error is not None:

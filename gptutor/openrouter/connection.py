@@ -25,19 +25,22 @@ from gptutor.openrouter.retry import Failure
 
 HEAD_BYTES_MAX = 64 * 1024
 UNTAKEN_BYTES_MAX = 256 * 1024
+REFUSED = 300
+"""The least status of an answer that is none."""
 PIECE_BYTES = 256 * 1024
 """Requests are written in pieces of this size: one write of ten megabytes would hold up everybody else."""
 
 HEADERS_READ = frozenset(
-    {
-        *(b"content-type", b"content-encoding", b"content-length", b"transfer-encoding"),
-        *(b"x-generation-id", b"retry-after", b"date"),
-    }
+    b"content-type content-encoding content-length transfer-encoding x-generation-id retry-after date".split()
 )
 """Of OpenRouter's twenty or so; the others are nobody's business here."""
 
 Ending = Literal["timeout", "broken"]
 Event = Literal["head", "body", "end"]
+
+
+def _nobody(piece: bytes) -> None:
+    """Takes what still comes after its taker has left."""
 
 
 class Connection(asyncio.Protocol):
@@ -64,6 +67,7 @@ class Connection(asyncio.Protocol):
         self._has_head = False
         self._is_over = False
         self._is_kept = False
+        self._is_sent = True
         self._ends_at_eof = False
         self._is_poisoned = False
         self._failure: Failure | None = None
@@ -71,6 +75,8 @@ class Connection(asyncio.Protocol):
         self._untaken: list[bytes] = []
         self._untaken_bytes = 0
         self._taker: Callable[[bytes], None] | None = None
+        self._is_full = False  # more has come than is kept for a taker who is not there yet
+        self._is_held = False  # the taker takes no more
         self._is_paused = False
 
     # -- asking
@@ -85,25 +91,37 @@ class Connection(asyncio.Protocol):
                 await self._wait("head", within_s)
             else:
                 async with asyncio.timeout(within_s):
-                    self._send(head)
-                    for start in range(0, len(body), PIECE_BYTES):
-                        if self._has_head or self._failure is not None:
-                            break  # an answer before the end of the question is a refusal
-                        self._send(body[start : start + PIECE_BYTES])
-                        await self._drain()
+                    await self._send_in_pieces(head, body)
                     if not self._has_head:
                         await self._wait("head", None)
         except TimeoutError:
-            self._end("timeout")
-            raise UpstreamError(Failure("timeout")) from None
+            if self._has_head:
+                return  # it came, and nobody read what was still to be sent
+            self.end("timeout")
+            self._raise_failure()
         except BaseException:
             self.abort()
             raise
 
+    async def _send_in_pieces(self, head: bytes, body: bytes) -> None:
+        """What is refused before its end is not sent to its end: then the connection cannot be used again."""
+        self._is_sent = False
+        self._send(head)
+        for start in range(0, len(body), PIECE_BYTES):
+            if self._failure is not None or self.status >= REFUSED:
+                return
+            self._send(body[start : start + PIECE_BYTES])
+            await (self._drained or asyncio.sleep(0))
+        self._is_sent = True
+
     @property
     def is_usable(self) -> bool:
         """Whether another request may be sent on it."""
-        return self._transport is not None and self._is_over and self._is_kept and not self._transport.is_closing()
+        return self.is_open and self._is_over and self._is_kept and self._is_sent
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
 
     @property
     def tls_session(self) -> ssl.SSLSession | None:
@@ -113,15 +131,9 @@ class Connection(asyncio.Protocol):
 
     def _send(self, data: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
-            self._end("broken")
+            self.end("broken")
         else:
             self._transport.write(data)
-
-    async def _drain(self) -> None:
-        if self._drained is not None:
-            await self._drained
-        else:
-            await asyncio.sleep(0)
 
     # -- the answer
 
@@ -145,32 +157,41 @@ class Connection(asyncio.Protocol):
     async def take(self, taker: Callable[[bytes], None]) -> None:
         """Passes the body to `taker` as it comes, until its end. What `taker` raises is raised here. Raises UpstreamError."""
         self._taker = taker
-        self._give()
-        await self._wait("end", None)
+        try:
+            self._give()
+            await self._wait("end", None)
+        finally:
+            self._taker = _nobody
 
     async def read(self, within_s: float) -> bytes:
         """The whole body. Raises UpstreamError."""
         pieces: list[bytes] = []
         self._taker = pieces.append
-        self._give()
-        await self._wait("end", within_s)
+        try:
+            self._give()
+            await self._wait("end", within_s)
+        finally:
+            self._taker = _nobody
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def pause(self) -> None:
         """No more is read until `resume`."""
-        if not self._is_paused and not self._is_over and self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
-            self._is_paused = True
+        self._is_held = True
+        self._set_reading()
 
     def resume(self) -> None:
-        if self._is_paused:
-            self._is_paused = False
-            if self._transport is not None and not self._transport.is_closing():
-                self._transport.resume_reading()
+        self._is_held = False
+        self._set_reading()
 
-    def end(self, ending: Ending) -> None:
-        """Gives the answer up: whoever waits for it gets an UpstreamError."""
-        self._end(ending)
+    def _set_reading(self) -> None:
+        """There are two reasons to wait; it goes on when neither is left."""
+        pauses = (self._is_full or self._is_held) and not self._is_over
+        if pauses != self._is_paused and self._transport is not None and not self._transport.is_closing():
+            self._is_paused = pauses
+            if pauses:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
 
     def stop(self) -> None:
         """Enough of it: whoever waits for its end has it now."""
@@ -203,38 +224,33 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._end("broken")
+            self.end("broken")
         except httptools.HttpParserError:
             self._flush()  # what came before the nonsense did come
-            self._end("broken")
+            self.end("broken")
         else:
             self._flush()
             if not self._has_head and self._head_bytes > HEAD_BYTES_MAX:
-                self._end("broken")
+                self.end("broken")
         if self._is_poisoned:
             self.abort()
 
-    def eof_received(self) -> None:
-        return None  # and the transport closes
-
     def connection_lost(self, exc: BaseException | None) -> None:
         self._transport = None
-        self._resume_sending()
+        self._parser = None  # it refers to this, and this to it
+        self.resume_writing()
         if self._is_over:
             return
         if self._has_head and self._ends_at_eof and exc is None:
             self._is_over = True
             self._wake()
         else:
-            self._end("broken")
+            self.end("broken")
 
     def pause_writing(self) -> None:
         self._drained = self.loop.create_future()
 
     def resume_writing(self) -> None:
-        self._resume_sending()
-
-    def _resume_sending(self) -> None:
         if self._drained is not None:
             if not self._drained.done():
                 self._drained.set_result(None)
@@ -290,16 +306,20 @@ class Connection(asyncio.Protocol):
                 self._untaken.append(data)
                 self._untaken_bytes += len(data)
                 if self._untaken_bytes > UNTAKEN_BYTES_MAX:
-                    self.pause()
+                    self._is_full = True
+                    self._set_reading()
         if self._is_over or (self._awaited == "head" and self._has_head) or (self._awaited == "body" and self._untaken):
             self._wake()
+        if self._drained is not None and (self._is_over or self.status >= REFUSED):
+            self.resume_writing()
 
     def _give(self) -> None:
         if self._untaken:
             data = b"".join(self._untaken)
             self._untaken.clear()
             self._untaken_bytes = 0
-            self.resume()
+            self._is_full = False
+            self._set_reading()
             self._taker(data)  # type: ignore[misc]
 
     async def _wait(self, event: Event, within_s: float | None) -> None:
@@ -309,7 +329,7 @@ class Connection(asyncio.Protocol):
             return
         self._awaited = event
         waiter = self._waiter = self.loop.create_future()
-        timer = None if within_s is None else self.loop.call_later(within_s, self._end, "timeout")
+        timer = None if within_s is None else self.loop.call_later(within_s, self.end, "timeout")
         try:
             await waiter
         finally:
@@ -322,7 +342,8 @@ class Connection(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _end(self, ending: Ending) -> None:
+    def end(self, ending: Ending) -> None:
+        """Gives the answer up: whoever waits for it gets an UpstreamError."""
         if self._is_over:
             return
         name = self.headers.get("x-generation-id") if self._has_head else None
@@ -330,6 +351,7 @@ class Connection(asyncio.Protocol):
         self._is_over = True
         self.abort()
         self._wake()
+        self.resume_writing()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -123,21 +123,25 @@ class Pool:
     async def connect(self) -> Connection:
         """One that is kept, or a new one, as soon as there may be one. Raises UpstreamError: nothing was sent then."""
         deadline = self._loop.time() + self._connect_s
+        again = False
         while len(self._busy) + self._opening >= self._connections_max:
-            await self._queue(deadline)
+            await self._queue(deadline, again)
+            again = True
         if (kept := self.free()) is not None:
             return kept
         self._opening += 1
         try:
             async with asyncio.timeout_at(deadline):
                 connection = await self._open()
+            if not connection.is_open:
+                raise ConnectionResetError
+            self._busy.add(connection)
         except (OSError, TimeoutError, ValueError, UpstreamError):
             # Of a proxy's address, and its password with it, nothing is kept as a cause.
             raise UpstreamError(Failure("unreachable")) from None
         finally:
             self._opening -= 1
             self._call_next()
-        self._busy.add(connection)
         return connection
 
     def give_back(self, connection: Connection) -> None:
@@ -170,10 +174,10 @@ class Pool:
         if self._idle:
             self._sweeper = self._loop.call_at(self._idle[0].idle_since + KEPT_S, self._sweep)
 
-    async def _queue(self, deadline: float) -> None:
-        """Waits for a place. Raises Crowded."""
+    async def _queue(self, deadline: float, again: bool) -> None:
+        """Waits for a place; whoever was called `again`, and found it taken, is the first in line. Raises Crowded."""
         turn: asyncio.Future[None] = self._loop.create_future()
-        self._line.append(turn)
+        self._line.appendleft(turn) if again else self._line.append(turn)
         try:
             async with asyncio.timeout_at(deadline):
                 await turn

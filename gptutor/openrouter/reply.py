@@ -25,12 +25,14 @@ class Reply:
 
     def __init__(self, connection: Connection, done: Callable[[Connection], None], idle_s: float, end_s: float) -> None:
         self._connection = connection
-        self._done = done
+        self._done: Callable[[Connection], None] | None = done
         self._loop = connection.loop
         self._idle_s = self._silence_s = idle_s
         self._end_s = end_s
         connection.heard_at = self._loop.time()
         self._is_paused = False
+        self._told: Callable[[], None] | None = None
+        self._told_at = self._quiet_s = 0.0
         headers = connection.headers
         self.status = connection.status
         self.all_headers = headers
@@ -69,6 +71,8 @@ class Reply:
 
     async def heard(self, quiet_s: float) -> bool:
         """Waits for the first bytes; False after `quiet_s` of silence. Raises UpstreamError if none come in time, or ever."""
+        if self._is_paused:
+            self._connection.heard_at = self._loop.time()  # it is the caller who is slow
         left_s = self._connection.heard_at + self._silence_s - self._loop.time()
         try:
             if await self._connection.heard(max(0.0, min(quiet_s, left_s))):
@@ -84,35 +88,31 @@ class Reply:
 
         Raises UpstreamError if it ends before its end, or is silent for too long; and what `taker` raises.
         """
-        clock = self._loop.time
-        connection = self._connection
-        told_at = connection.heard_at = clock()
-
-        # One timer for all: it looks at what is due when it wakes, so that a chunk costs no timer.
-        timer = self._loop.call_soon(lambda: None)
-
-        def look() -> None:
-            nonlocal told_at, timer
-            now = clock()
-            if self._is_paused:
-                connection.heard_at = now  # it is the caller who is slow
-            if now - connection.heard_at >= self._silence_s:
-                connection.end("timeout")
-                return
-            if now - max(told_at, connection.heard_at) >= quiet_s:
-                told_at = now
-                told()
-            heard_at = connection.heard_at
-            due = min(max(told_at, heard_at) + quiet_s, heard_at + self._silence_s, now + LOOK_S)
-            timer = self._loop.call_at(due, look)
-
-        timer = self._loop.call_later(min(quiet_s, self._silence_s, LOOK_S), look)
+        self._told, self._quiet_s = told, quiet_s
+        self._told_at = self._connection.heard_at = self._loop.time()
+        self._timer = self._loop.call_later(min(quiet_s, self._silence_s, LOOK_S), self._look)
         try:
-            await connection.take(taker)
+            await self._connection.take(taker)
         except UpstreamError as error:
             raise self._named(error) from None
         finally:
-            timer.cancel()
+            self._timer.cancel()
+            self._told = None
+
+    def _look(self) -> None:
+        """The one timer of a stream: it sees what is due when it wakes, so that a chunk costs no timer."""
+        connection, now = self._connection, self._loop.time()
+        if self._is_paused:
+            connection.heard_at = now  # it is the caller who is slow
+        if now - connection.heard_at >= self._silence_s:
+            connection.end("timeout")
+            return
+        if now - max(self._told_at, connection.heard_at) >= self._quiet_s:
+            self._told_at = now
+            if self._told is not None:
+                self._told()
+        quiet_at = max(self._told_at, connection.heard_at) + self._quiet_s
+        self._timer = self._loop.call_at(min(quiet_at, connection.heard_at + self._silence_s, now + LOOK_S), self._look)
 
     def pause(self) -> None:
         """The caller does not take more."""
@@ -133,8 +133,10 @@ class Reply:
         self._silence_s = min(self._idle_s, self._end_s) if expected else self._idle_s
 
     def close(self) -> None:
-        """Gives the connection back; it is dropped if the body was not read to its end."""
-        self._done(self._connection)
+        """Gives the connection back, once; it is dropped if the body was not read to its end."""
+        done, self._done = self._done, None
+        if done is not None:
+            done(self._connection)
 
     def _named(self, error: UpstreamError) -> UpstreamError:
         """The same failure, with the answer's name: something may have been bought."""
