@@ -6,6 +6,7 @@ to end takes no more connections, finishes its answers and closes their money, w
 """
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -39,6 +40,7 @@ from gptutor.serve import (
 )
 from gptutor.settings import Config, ConfigError
 
+LOGGER = logging.getLogger("gptutor.workers")
 BOOT_S = 5.0
 """So long a worker waits for its database before it accepts connections; then it does, and says that it is not ready."""
 NOTIFY_S = 0.5
@@ -137,7 +139,10 @@ class Worker(GunicornWorker):  # type: ignore[misc]
             if config.metrics.port:
                 runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
                 port = config.metrics.port + app[JOURNAL].slot_number
-                await stack.enter_async_context(listening_on(runner, config.metrics.host, port))
+                try:
+                    await stack.enter_async_context(listening_on(runner, config.metrics.host, port))
+                except StartError as error:  # a worker that does not start ends the service, and figures are not worth that
+                    LOGGER.error("There are no metrics of this process: %s", error)
             for one in private:
                 admin = administrator(build_admin(config, log=log, secrets=secrets))
                 await stack.enter_async_context(listening_by(admin, one.sock, connection_of(config.server)))

@@ -1,7 +1,7 @@
 """Natural batching: what arrives while a statement is under way forms the next one.
 
 No timer is involved. With one request at a time a batch is one item and starts at once; under load batches grow by
-themselves, and many requests share one round trip and one commit. Items can be spread over lanes by account, so that two
+themselves, and many requests share one round trip and one commit. Items are spread over a few lanes by account, so that two
 statements of one process never wait for each other on an account's row; within a lane the order of arrival is kept.
 """
 

@@ -36,8 +36,7 @@ from gptutor.money.holds import (
 from gptutor.money.journal import Journal
 
 LOGGER = logging.getLogger("gptutor.ledger")
-LANES = 1
-"""While one batch commits the next one gathers. More lanes would make smaller batches, and more commits."""
+LANES = 2
 BATCH_MAX = 200
 PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 
