@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import urllib.request
@@ -29,7 +30,8 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSimula
 
 @pytest.fixture
 def workers(tmp_path: Path, upstream: RunningSimulator, unused_tcp_port_factory: object) -> Iterator[Service]:
-    port, metrics = (unused_tcp_port_factory() for _ in range(2))  # type: ignore[operator]
+    port = unused_tcp_port_factory()  # type: ignore[operator]
+    metrics = next(first for first in iter(unused_tcp_port_factory, None) if is_free(first + 1) and first + 1 != port)  # type: ignore[call-overload]
     settings = tmp_path / "settings.yaml"
     settings.write_text("rate_limit:\n  chat_per_minute: 0\n")
     service = start(
@@ -46,6 +48,11 @@ def workers(tmp_path: Path, upstream: RunningSimulator, unused_tcp_port_factory:
     yield service
     assert service.stop() == 0
     assert run(service.environ, "verify", check=False).returncode == 0
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def wait_until_ready(service: Service) -> None:
