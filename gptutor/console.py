@@ -18,8 +18,9 @@ from gptutor import config, database
 from gptutor.administration import Administration
 from gptutor.database import Database
 from gptutor.listener import StartError
-from gptutor.logs import logging_to
+from gptutor.log_writer import logging_to
 from gptutor.money.vault import ClosedVault, Vault
+from gptutor.secret_keys import secret_keys
 from gptutor.serve import database_of
 from gptutor.settings import Config, ConfigError
 
@@ -60,7 +61,7 @@ def with_administration(work: Callable[[Administration], Awaitable[T]], *, chang
 def _vault_of(settings: Config) -> Vault:
     """Most commands neither make nor show a key, and need no secret for what they do."""
     try:
-        return Vault(settings.secret_keys())
+        return Vault(secret_keys(settings))
     except ConfigError as error:
         return ClosedVault(error)
 

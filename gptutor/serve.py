@@ -23,7 +23,8 @@ from gptutor.api.connection import Connection
 from gptutor.app import build_app
 from gptutor.banner import banner
 from gptutor.listener import Connecting, StartError, complain_calmly, listening_at, listening_on
-from gptutor.logs import WIRE, logging_to
+from gptutor.log_writer import logging_to
+from gptutor.logs import WIRE
 from gptutor.metrics import build_metrics
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
@@ -32,7 +33,8 @@ from gptutor.money.keys import parse_key
 from gptutor.money.users import UserRepository
 from gptutor.money.vault import Vault
 from gptutor.openrouter.simulator.server import Simulator
-from gptutor.settings import Config, Server, kept_secret
+from gptutor.secret_keys import kept_secret, secret_keys
+from gptutor.settings import Config, Server
 from gptutor.settings import Simulator as SimulatorPlace
 
 try:
@@ -70,7 +72,7 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     complain_calmly(asyncio.get_running_loop())
-    secrets = config.secret_keys()
+    secrets = secret_keys(config)
     with (
         logging_to(
             config.paths.logs,

@@ -3,15 +3,11 @@
 What each means, with unit and reason, is written in `config.yaml`; how they are read, in `config.py`.
 """
 
-import base64
-import binascii
 import ipaddress
-import os
 import re
-import secrets
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -292,47 +288,3 @@ class Config(Section, frozen=True):
     def simulated(self) -> bool:
         """Whether the built-in simulator stands in for OpenRouter (contract F9)."""
         return not self.openrouter.api_key
-
-    def secret_key(self) -> bytes:
-        """The 32 bytes from which all secrets of this installation derive.
-
-        With the embedded database they are made on first use and kept in `paths.data`. Raises ConfigError where an own
-        database is configured without a key: a key on one machine's disk would not survive a second machine.
-        """
-        text = self.security.secret_key
-        if not text:
-            if not self.embedded:
-                raise ConfigError(
-                    "GPTUTOR_SECRET_KEY is missing: with a database of your own it must be set, the same on every "
-                    "machine. Make one with: openssl rand -base64 32"
-                )
-            text = kept_secret(self.paths.data / "secret-key", lambda: base64.b64encode(secrets.token_bytes(32)).decode())
-        return _secret(text, "GPTUTOR_SECRET_KEY")
-
-    def secret_keys(self) -> list[bytes]:
-        """The secret of today, and those before it, which still open what was sealed with them. Raises ConfigError."""
-        old = [_secret(text, "security.old_secret_keys") for text in self.security.old_secret_keys.split()]
-        return [self.secret_key(), *old]
-
-
-def _secret(text: str, name: str) -> bytes:
-    try:
-        key = base64.b64decode(text, validate=True)
-    except binascii.Error:
-        key = b""
-    if len(key) != 32:
-        raise ConfigError(f"{name} must be 32 bytes in base64. Make one with: openssl rand -base64 32")
-    return key
-
-
-def kept_secret(path: Path, make: Any) -> str:
-    """The text kept in `path`, made by `make()` on first use; readable by its owner alone."""
-    try:
-        return path.read_text().strip()
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    text: str = make()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "w") as file:
-        file.write(text + "\n")
-    return text

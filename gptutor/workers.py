@@ -26,8 +26,9 @@ from gptutor.api.health import READINESS
 from gptutor.app import JOURNAL, build_app
 from gptutor.banner import banner
 from gptutor.listener import StartError, complain_calmly, listening_by, listening_on
-from gptutor.logs import logging_to
+from gptutor.log_writer import logging_to
 from gptutor.metrics import build_metrics
+from gptutor.secret_keys import secret_keys
 from gptutor.serve import (
     administrator,
     collect_seldom,
@@ -56,7 +57,7 @@ def serve(config: Config) -> None:
     if not config.server.port:
         raise StartError("server.port must be a number above 0 where server.workers is above 1.")
     require_c_parser()
-    secrets = config.secret_keys()
+    secrets = secret_keys(config)
     with database_of(config) as grounded:
         asyncio.run(prepare_database(grounded, embedded=config.embedded))
         print(banner(config, url=f"http://{config.server.host}:{config.server.port}", demo_key=None), flush=True)
@@ -96,7 +97,7 @@ class Master(BaseApplication):  # type: ignore[misc]
         """At SIGHUP: settings that are none leave those of before in force."""
         try:
             fresh = configuration.load()
-            secrets = fresh.secret_keys()
+            secrets = secret_keys(fresh)
         except ConfigError as error:
             print(f"gptutor: the settings are not taken: {error}", file=sys.stderr, flush=True)
             return

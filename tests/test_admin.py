@@ -23,7 +23,8 @@ from gptutor.admin.app import build_admin
 from gptutor.config import load
 from gptutor.database import Database
 from gptutor.listener import StartError
-from gptutor.logs import LoggerService, logging_to
+from gptutor.log_writer import logging_to
+from gptutor.logs import LoggerService
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver

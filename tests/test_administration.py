@@ -18,6 +18,7 @@ import pytest
 from gptutor import console, logs
 from gptutor.administration import Administration
 from gptutor.database import Database
+from gptutor.log_writer import logging_to
 from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver
@@ -209,7 +210,7 @@ def test_a_log_that_cannot_be_written_lets_nothing_be_changed(tmp_path: Path) ->
 
 
 def test_audit_lines_are_written_at_every_level(tmp_path: Path) -> None:
-    with logs.logging_to(tmp_path, level="error", retention_days=1, stdout=False):
+    with logging_to(tmp_path, level="error", retention_days=1, stdout=False):
         logs.audit("cli:me", "topup", user_id=1, amount_rub="5", reference="r", reason="why")
     (path,) = tmp_path.iterdir()
     line = json.loads(path.read_text())

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from gptutor.config import DEFAULT_FILE, load
+from gptutor.secret_keys import secret_key
 from gptutor.settings import Config, ConfigError, OpenRouter
 
 SHIPPED = yaml.safe_load(DEFAULT_FILE.read_text())
@@ -81,12 +82,12 @@ def test_secrets_are_not_printed() -> None:
 
 def test_without_a_secret_key_an_own_database_is_refused_and_the_embedded_one_gets_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="GPTUTOR_SECRET_KEY is missing"):
-        load({"DATABASE_URL": "postgresql:///x"}).secret_key()
+        secret_key(load({"DATABASE_URL": "postgresql:///x"}))
     with pytest.raises(ConfigError, match="32 bytes"):
-        load({"GPTUTOR_SECRET_KEY": "c2hvcnQ="}).secret_key()
+        secret_key(load({"GPTUTOR_SECRET_KEY": "c2hvcnQ="}))
     config = load({"GPTUTOR_PATHS__DATA": str(tmp_path / "var")})
-    assert config.secret_key() == config.secret_key()
-    assert len(config.secret_key()) == 32
+    assert secret_key(config) == secret_key(config)
+    assert len(secret_key(config)) == 32
     assert (tmp_path / "var" / "secret-key").stat().st_mode & 0o777 == 0o600
 
 

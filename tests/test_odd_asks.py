@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from gptutor.logs import logging_to
+from gptutor.log_writer import logging_to
 from gptutor.openrouter.connection import Connection
 from tests.conftest import Caller, Gateway
 from tests.test_relay import assert_books_agree

@@ -19,7 +19,7 @@ import pytest
 from aiohttp import web
 
 from gptutor.database import SQL, Database, connected, load_migrations
-from gptutor.logs import logging_to
+from gptutor.log_writer import logging_to
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import new_id

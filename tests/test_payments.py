@@ -15,7 +15,7 @@ import pytest
 from gptutor import settings
 from gptutor.config import load
 from gptutor.database import Database
-from gptutor.logs import logging_to
+from gptutor.log_writer import logging_to
 from gptutor.money.amounts import Nano, parse_roubles
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.holds import new_id

@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from gptutor.logs import WIRE, logging_to
+from gptutor.log_writer import logging_to
+from gptutor.logs import WIRE
 from gptutor.money.amounts import AccountId
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import make_key

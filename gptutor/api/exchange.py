@@ -4,9 +4,8 @@ The task belongs to the application, not to the connection. The handler only wai
 handler is cancelled, which cancels `answer`, and that is how the exchange knows that nobody listens. The money goes on: upstream
 is read to its end for a bounded time, and the hold is closed by evidence.
 
-What is known of the purchase stands in the exchange (`_sent`, `_generation_id`, `_bill`) and, a moment
-earlier, in the journal. So wherever this code is broken off, by an exception, a cancellation or the death of the process,
-closing the hold is a matter of reading what is known.
+What is known of the purchase stands in `purchase.py` and, a moment earlier, in the journal: wherever this code is broken off,
+the hold is closed by that.
 """
 
 import asyncio
@@ -18,33 +17,19 @@ import time
 from aiohttp import web
 
 from gptutor.api.event_stream import EventStream
+from gptutor.api.hold_refusals import refusal_of_hold
 from gptutor.api.middlewares import LOGGED
 from gptutor.api.order import Kit, Order
-from gptutor.api.pace import UNTOLD
+from gptutor.api.purchase import Purchase
 from gptutor.api.upstream_refusals import refusal_of
 from gptutor.database import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, Refusal
 from gptutor.metrics import COMPLETION_SECONDS, COMPLETIONS
-from gptutor.money.amounts import Nano, roubles
-from gptutor.money.holds import (
-    HandOver,
-    Hold,
-    HoldId,
-    HoldRequest,
-    InsufficientFunds,
-    KeyCapReached,
-    RateLimited,
-    Release,
-    RepeatedRequest,
-    Settlement,
-    TooManyAtOnce,
-    UnknownKey,
-    new_id,
-)
+from gptutor.money.amounts import roubles
+from gptutor.money.holds import Hold, HoldId, HoldRequest, NotHeld, UnknownKey, new_id
 from gptutor.money.journal import JournalError
-from gptutor.money.knowledge import Price
 from gptutor.money.pricing import Ceiling
-from gptutor.openrouter.bill import Bill, BillScanner, read_statement
+from gptutor.openrouter.bill import BillScanner, read_statement
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.relay import relay
 from gptutor.openrouter.reply import Reply
@@ -75,11 +60,7 @@ class Exchange:
         self._order = order
         self._started = time.monotonic()
         self._downstream: EventStream | None = None
-        # what is known of the purchase
-        self._sent = False
-        self._generation_id: str | None = None
-        self._bill: Bill | None = None
-        self._charge: Nano | None = None
+        self._purchase: Purchase | None = None
         # what is told of it
         self._outcome = "internal_error"
         self._cause: str | None = None
@@ -91,23 +72,23 @@ class Exchange:
         finally:
             self._kit.ledger.let_go(hold_id)
             if not self.answer.done():  # this task is being cut off
-                self._refuse(Refusal("not_ready", cause="cut off at the end", headers=DO_NOT_RETRY if self._sent else None))
+                self._refuse(Refusal("not_ready", cause="cut off at the end", headers=DO_NOT_RETRY if self._is_sent else None))
             if LOGGED in self._request:
                 self._log_response()
 
     async def _trade(self, hold_id: HoldId) -> None:
-        hold: Hold | None = None
         try:
             ceiling = self._ceiling()
             hold = await self._hold(hold_id, ceiling)
-            await self._converse(hold, ceiling)
+            self._purchase = Purchase(self._kit.ledger, self._kit.evaluate, hold)
+            await self._converse(hold, self._purchase, ceiling)
         except Refusal as refusal:
             self._refuse(refusal)
         except Exception as error:
             self._fail(error)
-        if hold is not None:
+        if self._purchase is not None:
             try:
-                await self._close(hold)
+                self._end(await self._purchase.close())
             except Exception as error:
                 self._fail(error)  # the hold is open, and the journal knows what it needs
 
@@ -124,25 +105,10 @@ class Exchange:
         )
         try:
             hold = await self._kit.ledger.hold_funds(request)
-        except UnknownKey:
-            raise Refusal("invalid_key") from None  # nobody's request: it leaves no line in anybody's name
-        except InsufficientFunds:
-            self._log_request()
-            raise Refusal("insufficient_balance") from None
-        except KeyCapReached:
-            self._log_request()
-            raise Refusal("key_cap_reached") from None
-        except RateLimited as limited:
-            self._log_request()
-            pace = UNTOLD if limited.of_key else self._kit.pace
-            raise pace.refusal() from None
-        except TooManyAtOnce:
-            self._log_request()
-            raise Refusal("too_many_at_once") from None
-        except RepeatedRequest as repeated:
-            self._log_request()
-            code = "repeated_request" if repeated.same_body else "mismatched_request"
-            raise Refusal(code, f"{Refusal(code).text}: {repeated.request_id}") from None
+        except NotHeld as error:
+            if not isinstance(error, UnknownKey):  # nobody's request leaves no line in anybody's name
+                self._log_request()
+            raise refusal_of_hold(error, self._kit.pace) from None
         except DatabaseUnavailable as error:
             raise Refusal("database_unavailable", cause=str(error)) from error
         self._log_request()
@@ -150,7 +116,7 @@ class Exchange:
 
     # -- between upstream and downstream
 
-    async def _converse(self, hold: Hold, ceiling: Ceiling) -> None:
+    async def _converse(self, hold: Hold, purchase: Purchase, ceiling: Ceiling) -> None:
         """Relays one answer, noting what is learnt about the purchase."""
         body = self._order.ask.upstream_body(
             user=self._kit.pseudonym(hold.account_id), output_limit=ceiling.output_limit(hold.available_before)
@@ -163,26 +129,26 @@ class Exchange:
                 self._order.headers,
                 stream=self._order.ask.stream,
                 wanted=lambda: not self._caller_left(),
-                attempting=lambda: self._send(hold),
-                refused=lambda: self._take_back(hold),
+                attempting=purchase.send,
+                refused=purchase.take_back,
             )
         except JournalError as error:
             LOGGER.error("%s", error)
             raise Refusal("journal_unavailable", cause=str(error)) from error
         except UpstreamError as error:
-            self._name(hold, error.failure.generation_id)
+            purchase.name(error.failure.generation_id)
             raise refusal_of(error) from error
         try:
             if reply.is_event_stream or not reply.is_whole:  # what is whole names its price in the next moment
-                self._name(hold, reply.generation_id)
+                purchase.name(reply.generation_id)
             if reply.is_event_stream:
-                await self._relay_stream(hold, reply)
+                await self._relay_stream(hold, purchase, reply)
             else:
-                await self._relay_plain(hold, reply, left_s)
+                await self._relay_plain(hold, purchase, reply, left_s)
         finally:
             reply.close()
 
-    async def _relay_plain(self, hold: Hold, reply: Reply, left_s: float) -> None:
+    async def _relay_plain(self, hold: Hold, purchase: Purchase, reply: Reply, left_s: float) -> None:
         try:
             document = await reply.read(left_s)
         except UpstreamError as error:
@@ -190,14 +156,14 @@ class Exchange:
         said = read_statement(document)
         name = reply.generation_id or said.generation_id
         if said.bill is not None:
-            self._generation_id = name
-            self._note_bill(hold, said.bill)
-        elif self._generation_id is None:
-            self._name(hold, name)
+            purchase.generation_id = name
+            purchase.note_bill(said.bill)
+        elif purchase.generation_id is None:
+            purchase.name(name)
         if not self.answer.done():
             self.answer.set_result(web.Response(body=document, status=reply.status, headers=self._headers(hold, reply)))
 
-    async def _relay_stream(self, hold: Hold, reply: Reply) -> None:
+    async def _relay_stream(self, hold: Hold, purchase: Purchase, reply: Reply) -> None:
         scanner = BillScanner(reply.generation_id)
         downstream = self._downstream = EventStream(self._request, self.answer, self._headers(hold, reply), self._kit.patience)
         try:
@@ -207,7 +173,7 @@ class Exchange:
                     reply,
                     downstream,
                     scanner,
-                    lambda bill: self._note_bill(hold, bill),
+                    purchase.note_bill,
                     heartbeat_s=self._kit.patience.heartbeat_s,
                 )
                 downstream.forget_reply()
@@ -224,8 +190,8 @@ class Exchange:
         except TimeoutError:
             self._cause = f"the caller left, and upstream went on for more than {self._kit.patience.leaver_drain_s} s"
         finally:
-            if self._generation_id is None:
-                self._name(hold, scanner.generation_id)
+            if purchase.generation_id is None:
+                purchase.name(scanner.generation_id)
             downstream.release()
         if not self.answer.done():
             self.answer.set_result(downstream.response)
@@ -240,61 +206,19 @@ class Exchange:
         with contextlib.suppress(RuntimeError):  # the stream has ended meanwhile
             limit.reschedule(asyncio.get_running_loop().time() + self._kit.patience.leaver_drain_s)
 
-    def _send(self, hold: Hold) -> None:
-        """From here on something may be bought. Raises JournalError."""
-        self._kit.ledger.journal.sent(hold.account_id, hold.hold_id)
-        self._sent = True
-
-    def _take_back(self, hold: Hold) -> None:
-        """OpenRouter's refusal proves that nothing was bought: a death before the next attempt must find it so."""
-        self._kit.ledger.journal.closed([hold.hold_id])
-        self._sent = False
-
-    def _name(self, hold: Hold, generation_id: str | None) -> None:
-        if generation_id is not None:
-            self._generation_id = generation_id
-            self._kit.ledger.journal.named(hold.hold_id, generation_id)
-
-    def _note_bill(self, hold: Hold, bill: Bill) -> None:
-        self._bill = bill
-        self._charge = self._kit.evaluate.charge(bill.cost_usd)
-        self._generation_id = self._generation_id or bill.generation_id
-        price = Price(self._charge, bill.cost_usd, bill.prompt_tokens, bill.completion_tokens)
-        self._kit.ledger.journal.billed(hold.hold_id, price, self._generation_id)
-
-    # -- after it
-
-    async def _close(self, hold: Hold) -> None:
-        """By evidence: a bill is settled, a purchase that did not happen is released, and the rest is recovery's."""
-        if self._bill is not None and self._charge is not None:
-            bill = self._bill
-            await self._kit.ledger.settle(
-                Settlement(
-                    hold.account_id,
-                    hold.hold_id,
-                    self._charge,
-                    bill.cost_usd,
-                    self._generation_id,
-                    bill.prompt_tokens,
-                    bill.completion_tokens,
-                )
-            )
-            self._end("settled")
-        elif not self._sent:
-            await self._kit.ledger.release(Release(hold.account_id, hold.hold_id))
-            self._end("released")
-        else:
-            await self._kit.ledger.hand_over(HandOver(hold.account_id, hold.hold_id, self._generation_id))
-            self._cause = self._cause or "the answer states no price"
-            self._end("awaiting_evidence")
-
     # -- what is said of it
+
+    @property
+    def _is_sent(self) -> bool:
+        return self._purchase is not None and self._purchase.is_sent
 
     def _caller_left(self) -> bool:
         return self.answer.cancelled()
 
     def _end(self, outcome: str) -> None:
         """What became of the money is the outcome, unless the caller got a refusal: then that is."""
+        if outcome == "awaiting_evidence":
+            self._cause = self._cause or "the answer states no price"
         if not self.answer.done() or self.answer.cancelled() or self.answer.exception() is None:
             self._outcome = outcome
 
@@ -311,7 +235,7 @@ class Exchange:
 
     def _fail(self, error: Exception) -> None:
         LOGGER.exception("An exchange failed", extra={"requestId": self._order.request_id})
-        self._refuse(Refusal("internal_error", cause=repr(error), headers=DO_NOT_RETRY if self._sent else None))
+        self._refuse(Refusal("internal_error", cause=repr(error), headers=DO_NOT_RETRY if self._is_sent else None))
 
     def _log_request(self) -> None:
         self._request[LOGGED] = True
@@ -324,7 +248,8 @@ class Exchange:
         )
 
     def _log_response(self) -> None:
-        bill = self._bill
+        purchase = self._purchase
+        price = purchase.price if purchase else None
         duration_s = time.monotonic() - self._started
         outcome_counted(self._outcome).inc()
         COMPLETION_SECONDS.observe(duration_s)
@@ -335,10 +260,10 @@ class Exchange:
             stream=self._order.ask.stream,
             outcome=self._outcome,
             duration_ms=round(duration_s * 1000),
-            generation_id=self._generation_id,
-            prompt_tokens=bill.prompt_tokens if bill else None,
-            completion_tokens=bill.completion_tokens if bill else None,
-            cost_usd=bill.cost_usd if bill else None,
-            cost_rub=None if self._charge is None else roubles(self._charge),
+            generation_id=purchase.generation_id if purchase else None,
+            prompt_tokens=price.prompt_tokens if price else None,
+            completion_tokens=price.completion_tokens if price else None,
+            cost_usd=price.cost_usd if price else None,
+            cost_rub=roubles(price.charge) if price else None,
             cause=self._cause,
         )

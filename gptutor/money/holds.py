@@ -15,15 +15,19 @@ from gptutor.money.pricing import Ceiling
 HoldId = NewType("HoldId", uuid.UUID)
 
 
-class UnknownKey(Exception):
+class NotHeld(Exception):
+    """Nothing was reserved, for one of the reasons below."""
+
+
+class UnknownKey(NotHeld):
     """The key is unknown or revoked, or its account is inactive: the statement does not say which."""
 
 
-class InsufficientFunds(Exception):
+class InsufficientFunds(NotHeld):
     """Less is available than the request may cost, or than the minimum balance."""
 
 
-class RateLimited(Exception):
+class RateLimited(NotHeld):
     """The account, or (`of_key`) the key, has had all the requests that it may have in this minute."""
 
     def __init__(self, *, of_key: bool) -> None:
@@ -31,15 +35,15 @@ class RateLimited(Exception):
         self.of_key = of_key
 
 
-class TooManyAtOnce(Exception):
+class TooManyAtOnce(NotHeld):
     """The account has as many requests under way as it may have."""
 
 
-class KeyCapReached(Exception):
+class KeyCapReached(NotHeld):
     """The request may cost more than is left of what its key may spend."""
 
 
-class RepeatedRequest(Exception):
+class RepeatedRequest(NotHeld):
     """The idempotency key was used within a day, by the request named here; `same_body` tells whether it asked the same."""
 
     def __init__(self, request_id: str, *, same_body: bool) -> None:

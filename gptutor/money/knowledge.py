@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from gptutor.money.amounts import AccountId, Nano
-from gptutor.money.holds import HoldId
+from gptutor.money.holds import HoldId, Settlement
 
 
 class Price(NamedTuple):
@@ -20,6 +20,12 @@ class Price(NamedTuple):
     cost_usd: Decimal
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+
+    def settlement(self, account_id: AccountId, hold_id: HoldId, generation_id: str | None) -> Settlement:
+        """Of the hold under which it was bought."""
+        return Settlement(
+            account_id, hold_id, self.charge, self.cost_usd, generation_id, self.prompt_tokens, self.completion_tokens
+        )
 
 
 @dataclass(slots=True)

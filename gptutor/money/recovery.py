@@ -28,7 +28,7 @@ from gptutor.money import journal
 from gptutor.money.amounts import AccountId, roubles
 from gptutor.money.holds import HandOver, HoldId, Release, Settlement
 from gptutor.money.journal import JournalError, Leftover
-from gptutor.money.knowledge import Knowledge, Price
+from gptutor.money.knowledge import Knowledge
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import charge
 
@@ -120,7 +120,7 @@ class Recovery:
         """Into the database what only a journal knew: prices are settled, the rest is handed over. Whether all of it is there."""
         outcomes = await asyncio.gather(
             *(
-                self._settle(hold_id, knowledge, knowledge.price)
+                self._ledger.settle(knowledge.price.settlement(knowledge.account_id, hold_id, knowledge.generation_id))
                 if knowledge.price is not None
                 else self._ledger.hand_over(HandOver(knowledge.account_id, hold_id, knowledge.generation_id))
                 for hold_id, knowledge in known.items()
@@ -175,19 +175,6 @@ class Recovery:
             },
         )
         return True
-
-    async def _settle(self, hold_id: HoldId, knowledge: Knowledge, price: Price) -> None:
-        await self._ledger.settle(
-            Settlement(
-                knowledge.account_id,
-                hold_id,
-                price.charge,
-                price.cost_usd,
-                knowledge.generation_id,
-                price.prompt_tokens,
-                price.completion_tokens,
-            )
-        )
 
 
 def _all_went_well(outcomes: Sequence[object]) -> bool:
