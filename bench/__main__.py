@@ -158,18 +158,17 @@ def measured(
 
 def measure(rig: Path, name: str, subject: Running, kind: str, callers: int, seconds: float, database_url: str) -> Measure:
     seen(start_load(rig, subject.url, subject.keys, kind, callers, WARM_UP_S))
-    before = subject.cpu_s(), database_cpu_s(database_url), commits(database_url)
+    before = subject.cpu_s(), database_cpu_s(), commits(database_url)
     figures = seen(start_load(rig, subject.url, subject.keys, kind, callers, seconds))
     time.sleep(0.3)  # what is settled and logged behind the answers belongs to them
     own, database, committed = (
-        after - earlier
-        for after, earlier in zip((subject.cpu_s(), database_cpu_s(database_url), commits(database_url)), before, strict=True)
+        after - earlier for after, earlier in zip((subject.cpu_s(), database_cpu_s(), commits(database_url)), before, strict=True)
     )
     requests = figures.requests
     return Measure(name, kind, callers, own / requests * 1e6, database / requests * 1e6, committed / requests, figures)
 
 
-def database_cpu_s(url: str) -> float:
+def database_cpu_s() -> float:
     return cpu_s([process for process in psutil.process_iter(["name"]) if process.info["name"] == "postgres"])
 
 

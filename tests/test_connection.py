@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from gptutor.openrouter.connection import HEAD_BYTES_MAX, UNTAKEN_BYTES_MAX, Connection
+from gptutor.openrouter.answer import HEAD_BYTES_MAX
+from gptutor.openrouter.connection import UNTAKEN_BYTES_MAX, Connection
 from gptutor.openrouter.errors import Crowded, UpstreamError
 from gptutor.openrouter.pool import End, Pool, pooled
 from gptutor.openrouter.reply import Reply
@@ -55,6 +56,22 @@ def saying(*answers: bytes) -> Talk:
             writer.write(answer)
             await writer.drain()
         await asyncio.sleep(0.05)
+
+    return talk
+
+
+def torrent(pieces: int, sent: list[int] | None = None) -> Talk:
+    """So many pieces of 32 KB, as fast as they are taken; each that has gone is noted in `sent`."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(pieces):
+            writer.write(b"8000\r\n" + b"x" * 0x8000 + b"\r\n")
+            await writer.drain()
+            if sent is not None:
+                sent.append(0x8000)
+        writer.write(b"0\r\n\r\n")
 
     return talk
 
@@ -191,23 +208,12 @@ async def test_one_that_was_closed_meanwhile_is_not_used() -> None:
 
 
 async def test_whoever_does_not_take_is_waited_for_in_the_kernel_and_not_in_memory() -> None:
-    sent = 0
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal sent
-        await reader.readuntil(b"{}")
-        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for _ in range(1000):
-            writer.write(b"8000\r\n" + b"x" * 0x8000 + b"\r\n")
-            await writer.drain()
-            sent += 0x8000
-        writer.write(b"0\r\n\r\n")
-
-    async with server(talk) as port, pool_to(port) as pool:
+    sent: list[int] = []
+    async with server(torrent(1000, sent)) as port, pool_to(port) as pool:
         connection = await pool.connect()
         await connection.ask(ASK, b"{}", 2)
         await asyncio.sleep(0.3)
-        assert sent < 20_000_000
+        assert sum(sent) < 20_000_000
         assert sum(map(len, connection._untaken)) < UNTAKEN_BYTES_MAX + 300_000
         taken = 0
 
@@ -306,15 +312,7 @@ async def test_nothing_of_an_answer_stays_with_its_connection() -> None:
 
 
 async def test_a_pause_of_the_takers_lasts_until_he_ends_it() -> None:
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"{}")
-        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-        for _ in range(300):
-            writer.write(b"8000\r\n" + b"x" * 0x8000 + b"\r\n")
-            await writer.drain()
-        writer.write(b"0\r\n\r\n")
-
-    async with server(talk) as port, pool_to(port) as pool:
+    async with server(torrent(300)) as port, pool_to(port) as pool:
         connection = await pool.connect()
         await connection.ask(ASK, b"{}", 2)
         reply = Reply(connection, pool.give_back, 0.3, 0.3)

@@ -21,6 +21,7 @@ PURE = {
     "gptutor.money.knowledge": ("gptutor.money.amounts", "gptutor.money.holds"),
     "gptutor.money.keys": ("gptutor.money.amounts",),
     "gptutor.money.pricing": ("gptutor.money.amounts",),
+    "gptutor.openrouter.answer": (),
     "gptutor.openrouter.bill": (),
     "gptutor.openrouter.retry": (),
     "gptutor.openrouter.circuit": (),

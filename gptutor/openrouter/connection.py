@@ -1,11 +1,10 @@
-"""One connection to OpenRouter: a request goes out, the bytes of its answer come in. HTTP/1.1, parsed by llhttp (httptools).
+"""One connection to OpenRouter: a request goes out, the bytes of its answer come in. What they mean, `answer.py` says.
 
 Why not aiohttp's ClientSession: most of a relay's cost was its ceremony for each request, and a task woken for each chunk. Here
 the bytes of an answer go from the socket's callback to whoever takes them (`take`), in the same turn of the loop: no task, no
 queue, no copy but the one that the parser makes. What must be true all the same:
 
-- Framing is strict. What llhttp refuses, what comes when nothing was asked, and what comes after an answer's end breaks the
-  connection; a head has HEAD_BYTES_MAX at most.
+- What comes when nothing was asked, or after an answer's end, breaks the connection.
 - Whoever takes too slowly stops the reading (`pause`), so OpenRouter waits by TCP, and memory is bounded. So it is while nobody
   takes yet.
 - A connection is used again only after an answer that ended as it said, and whose head allows it.
@@ -15,25 +14,18 @@ queue, no copy but the one that the parser makes. What must be true all the same
 import asyncio
 import ssl
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import httptools
-
+from gptutor.openrouter.answer import Answer
 from gptutor.openrouter.bill import sane_generation_id
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.retry import Failure
 
-HEAD_BYTES_MAX = 64 * 1024
 UNTAKEN_BYTES_MAX = 256 * 1024
 REFUSED = 300
 """The least status of an answer that is none."""
 PIECE_BYTES = 256 * 1024
 """Requests are written in pieces of this size: one write of ten megabytes would hold up everybody else."""
-
-HEADERS_READ = frozenset(
-    b"content-type content-encoding content-length transfer-encoding x-generation-id retry-after date".split()
-)
-"""Of OpenRouter's twenty or so; the others are nobody's business here."""
 
 Ending = Literal["timeout", "broken"]
 Event = Literal["head", "body", "end"]
@@ -56,22 +48,14 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._awaited: Event = "head"
         self._drained: asyncio.Future[None] | None = None
-        self._parser: Any = None
         self._reset()
         self._is_over = True
 
     def _reset(self) -> None:
-        self.status = 0
-        self.headers: dict[str, str] = {}
-        self._head_bytes = 0
-        self._has_head = False
-        self._is_over = False
-        self._is_kept = False
+        self._answer = Answer()
+        self._is_over = False  # whole, given up, or enough of it
         self._is_sent = True
-        self._ends_at_eof = False
-        self._is_poisoned = False
         self._failure: Failure | None = None
-        self._pieces: list[bytes] = []  # of the body, of this turn
         self._untaken: list[bytes] = []
         self._untaken_bytes = 0
         self._taker: Callable[[bytes], None] | None = None
@@ -84,7 +68,6 @@ class Connection(asyncio.Protocol):
     async def ask(self, head: bytes, body: bytes, within_s: float) -> None:
         """Sends a request; returns when the head of its answer is there. Raises UpstreamError."""
         self._reset()
-        self._parser = httptools.HttpResponseParser(self)
         try:
             if len(body) <= PIECE_BYTES:
                 self._send(head + body)
@@ -92,10 +75,10 @@ class Connection(asyncio.Protocol):
             else:
                 async with asyncio.timeout(within_s):
                     await self._send_in_pieces(head, body)
-                    if not self._has_head:
+                    if not self._answer.has_head:
                         await self._wait("head", None)
         except TimeoutError:
-            if self._has_head:
+            if self._answer.has_head:
                 return  # it came, and nobody read what was still to be sent
             self.end("timeout")
             self._raise_failure()
@@ -108,7 +91,7 @@ class Connection(asyncio.Protocol):
         self._is_sent = False
         self._send(head)
         for start in range(0, len(body), PIECE_BYTES):
-            if self._failure is not None or self.status >= REFUSED:
+            if self._failure is not None or self._answer.status >= REFUSED:
                 return
             self._send(body[start : start + PIECE_BYTES])
             await (self._drained or asyncio.sleep(0))
@@ -117,7 +100,7 @@ class Connection(asyncio.Protocol):
     @property
     def is_usable(self) -> bool:
         """Whether another request may be sent on it."""
-        return self.is_open and self._is_over and self._is_kept and self._is_sent
+        return self.is_open and self._is_over and self._answer.is_kept and self._is_sent
 
     @property
     def is_open(self) -> bool:
@@ -136,6 +119,14 @@ class Connection(asyncio.Protocol):
             self._transport.write(data)
 
     # -- the answer
+
+    @property
+    def status(self) -> int:
+        return self._answer.status
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return self._answer.headers
 
     @property
     def has_ended(self) -> bool:
@@ -203,7 +194,6 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
-        self._is_kept = False
 
     # -- asyncio's side
 
@@ -213,35 +203,28 @@ class Connection(asyncio.Protocol):
     def replace_transport(self, transport: asyncio.Transport) -> None:
         """After TLS was begun inside a tunnel."""
         self._transport = transport
-        self._is_over = self._is_kept = True
+        self._is_over = True
 
     def data_received(self, data: bytes) -> None:
         if self._is_over:
             self.abort()  # nothing was asked
             return
-        if not self._has_head:
-            self._head_bytes += len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
+        answer = self._answer
+        body = answer.feed(data)
+        self._is_over = answer.is_whole
+        self._pass_on(body)
+        if answer.is_broken:
             self.end("broken")
-        except httptools.HttpParserError:
-            self._flush()  # what came before the nonsense did come
-            self.end("broken")
-        else:
-            self._flush()
-            if not self._has_head and self._head_bytes > HEAD_BYTES_MAX:
-                self.end("broken")
-        if self._is_poisoned:
+        if answer.is_poisoned:
             self.abort()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._transport = None
-        self._parser = None  # it refers to this, and this to it
+        self._answer.close()
         self.resume_writing()
         if self._is_over:
             return
-        if self._has_head and self._ends_at_eof and exc is None:
+        if self._answer.has_head and self._answer.ends_with_connection and exc is None:
             self._is_over = True
             self._wake()
         else:
@@ -256,43 +239,11 @@ class Connection(asyncio.Protocol):
                 self._drained.set_result(None)
             self._drained = None
 
-    # -- llhttp's side
-
-    def on_message_begin(self) -> None:
-        if self._is_over:
-            self._is_poisoned = True  # two answers to one question
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        if name in HEADERS_READ and not self._has_head:
-            self.headers.setdefault(name.decode(), value.decode("utf-8", "surrogateescape"))
-
-    def on_headers_complete(self) -> None:
-        if self._is_over:
-            return
-        self.status = self._parser.get_status_code()
-        if self.status < 200:
-            self.headers.clear()  # an interim answer; the real one follows
-            return
-        self._has_head = True
-        self._ends_at_eof = "content-length" not in self.headers and "transfer-encoding" not in self.headers
-
-    def on_body(self, data: bytes) -> None:
-        if not self._is_over:
-            self._pieces.append(data)
-
-    def on_message_complete(self) -> None:
-        if self.status >= 200 and not self._is_over:
-            self._is_over = True
-            self._is_kept = self._parser.should_keep_alive() and not self._ends_at_eof
-
     # -- between them
 
-    def _flush(self) -> None:
-        """What came in this turn goes to the taker, in one piece; then whoever waits is woken."""
-        if self._pieces:
-            data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-            self._pieces.clear()
+    def _pass_on(self, data: bytes) -> None:
+        """What came in this turn goes to the taker; then whoever waits is woken."""
+        if data:
             self.heard_at = self.loop.time()
             if self._taker is not None:
                 try:
@@ -308,9 +259,9 @@ class Connection(asyncio.Protocol):
                 if self._untaken_bytes > UNTAKEN_BYTES_MAX:
                     self._is_full = True
                     self._set_reading()
-        if self._is_over or (self._awaited == "head" and self._has_head) or (self._awaited == "body" and self._untaken):
+        if self._is_over or (self._awaited == "head" and self._answer.has_head) or (self._awaited == "body" and self._untaken):
             self._wake()
-        if self._drained is not None and (self._is_over or self.status >= REFUSED):
+        if self._drained is not None and (self._is_over or self._answer.status >= REFUSED):
             self.resume_writing()
 
     def _give(self) -> None:
@@ -346,7 +297,7 @@ class Connection(asyncio.Protocol):
         """Gives the answer up: whoever waits for it gets an UpstreamError."""
         if self._is_over:
             return
-        name = self.headers.get("x-generation-id") if self._has_head else None
+        name = self._answer.headers.get("x-generation-id") if self._answer.has_head else None
         self._failure = Failure(ending, generation_id=sane_generation_id(name))
         self._is_over = True
         self.abort()
