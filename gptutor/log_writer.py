@@ -1,6 +1,7 @@
 """Writing the log: JSON lines in `logs/combined-YYYY-MM-DD.log` and on standard output (contract F1, F2).
 
-The event loop only lays records down; a thread spells them and writes them out, many at once, within BATCH_S.
+A request's own lines are spelled at once: their fields are known, and a record for another thread would cost more than the line.
+All other records are laid down as they are. A thread spells those, and writes everything out, many lines at once, within BATCH_S.
 """
 
 import contextlib
@@ -8,22 +9,25 @@ import datetime
 import functools
 import itertools
 import logging
+import operator
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from gptutor.logs import AUDIT, LOGGER, Line, LoggerService
+from gptutor.logs import AUDIT, LOGGER, LoggerService, say_by_logging
 
 BATCH_S = 0.05
 """For so long records are collected before they are written."""
+LEVELS = {level: logging.getLevelName(level).lower() for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)}
 
 
 class DailyFile:
@@ -89,37 +93,41 @@ class LineFormatter(OrjsonFormatter):
         log_data["level"] = record.levelname.lower()
         super().add_fields(log_data, record, message_dict)
 
-    def line(self, record: logging.LogRecord) -> bytes:
-        """With its end."""
-        if not isinstance(record, Line):
-            return self.format(record).encode() + b"\n"
-        said = {
-            "timestamp": _second(int(record.created))[1],
-            "level": record.levelname.lower(),
-            "message": record.msg,
-            **record.fields,
-        }
-        return orjson.dumps(said, option=orjson.OPT_APPEND_NEWLINE)
-
 
 class Writer(logging.Handler):
-    """Takes records without waiting for anything; a thread of its own writes them out."""
+    """Takes lines and records without waiting for anything; a thread of its own writes them out."""
 
     def __init__(self, file: DailyFile, *, stdout: bool) -> None:
         super().__init__()
         self._file = file
         self._stdout = stdout
-        self._lines = LineFormatter()
-        self._records: deque[logging.LogRecord] = deque()
+        self._formatter = LineFormatter()
+        self._laid_down: deque[tuple[float, bytes | logging.LogRecord]] = deque()
+        """Each with the second of its making."""
         self._woken = threading.Event()
         self._hurries = threading.Event()
         self._ends = False
         self._thread = threading.Thread(target=self._work, name="log", daemon=True)
         self._thread.start()
 
+    def say(self, level: int, message: str, fields: dict[str, Any]) -> None:
+        """A line of a request; see `logs.Say`."""
+        if not LOGGER.isEnabledFor(level):
+            return
+        now = time.time()
+        said = {"timestamp": _second(int(now))[1], "level": LEVELS[level], "message": message, **fields}
+        try:
+            line = orjson.dumps(said, option=orjson.OPT_APPEND_NEWLINE)
+        except orjson.JSONEncodeError:  # half a character in a path
+            say_by_logging(level, message, fields)
+            return
+        self._laid_down.append((now, line))
+        if not self._woken.is_set():
+            self._woken.set()
+
     def handle(self, record: logging.LogRecord) -> bool:
         """A deque takes from any thread; the standard's lock would only guard it once more."""
-        self._records.append(record)
+        self._laid_down.append((record.created, record))
         if record.levelno >= logging.ERROR or record.name == AUDIT.name:
             self._hurries.set()  # what was changed by hand, and what goes wrong, is written at once
         if not self._woken.is_set():
@@ -148,12 +156,10 @@ class Writer(logging.Handler):
         spelled: list[tuple[datetime.date, bytes]] = []
         with contextlib.suppress(IndexError):
             while True:
-                record = self._records.popleft()
-                try:
-                    spelled.append((_second(int(record.created))[0], self._lines.line(record)))
-                except Exception:
-                    self.handleError(record)  # says so on standard error; the other lines must not suffer for it
-        for day, lines in itertools.groupby(spelled, key=lambda one: one[0]):
+                created, said = self._laid_down.popleft()
+                line = said if isinstance(said, bytes) else self._spelled(said)
+                spelled.append((_second(int(created))[0], line))
+        for day, lines in itertools.groupby(spelled, key=operator.itemgetter(0)):
             text = b"".join(line for _, line in lines)
             try:
                 self._file.write(day, text)
@@ -165,6 +171,13 @@ class Writer(logging.Handler):
                     sys.stdout.flush()
                 except (OSError, ValueError) as error:  # nobody reads it any more
                     _complain(error)
+
+    def _spelled(self, record: logging.LogRecord) -> bytes:
+        try:
+            return self._formatter.format(record).encode() + b"\n"
+        except Exception:
+            self.handleError(record)  # says so on standard error; the other lines must not suffer for it
+            return b""
 
 
 def _complain(error: Exception) -> None:
@@ -182,7 +195,7 @@ def logging_to(directory: Path, *, level: str, retention_days: int, stdout: bool
     root.setLevel(logging.WARNING)
     LOGGER.setLevel(level.upper())
     try:
-        yield LoggerService()
+        yield LoggerService(writer.say)
     finally:
         root.removeHandler(writer)
         writer.close()
