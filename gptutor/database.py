@@ -7,7 +7,8 @@ import asyncio
 import hashlib
 import random
 import re
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ SQL = Path(__file__).parent / "sql"
 ATTEMPTS_MAX = 8
 MIGRATION_LOCK_S = 10
 PAGE = 1000
+KEPT_S = 60.0
 NAME_LINE = re.compile(r"^-- name: ([a-z_]+)\n", re.MULTILINE)
 
 Row = asyncpg.Record
@@ -63,26 +65,74 @@ def load_statements(directory: Path = SQL / "queries") -> dict[str, str]:
 STATEMENTS = load_statements()
 
 
-class Database:
-    """A pool, and statements by name. Raises DatabaseUnavailable, DatabaseRefused and ConstraintViolated, nothing of
-    asyncpg's."""
+class Connections:
+    """asyncpg's pool, before which those connections are kept that were used last: a way through the pool costs the client more
+    than the statement itself."""
 
     def __init__(self, pool: asyncpg.Pool, *, acquire_s: float) -> None:
         self._pool = pool
         self._acquire_s = acquire_s
+        self._kept: list[tuple[Any, float]] = []
+        """Each with the time since when it is idle."""
+        self._waiting = 0
+
+    async def take(self) -> Any:
+        """Raises asyncpg's errors, and TimeoutError."""
+        while self._kept:
+            connection, since = self._kept.pop()
+            try:
+                if time.monotonic() - since < KEPT_S and not connection.is_closed():
+                    return connection
+                connection.terminate()  # what lies between may have forgotten a silent connection, and would not say so
+                await self._pool.release(connection)
+            except asyncpg.InterfaceError:
+                continue  # the server ended it, and the pool has it back
+        self._waiting += 1
+        try:
+            return await self._pool.acquire(timeout=self._acquire_s)
+        finally:
+            self._waiting -= 1
+
+    async def give_back(self, connection: Any, *, is_sound: bool) -> None:
+        """To whoever waits for one; one on which a statement did not end well is the pool's to look after."""
+        if self._waiting or not is_sound:
+            await self._pool.release(connection)
+        else:
+            self._kept.append((connection, time.monotonic()))
+
+    async def close(self) -> None:
+        while self._kept:
+            await self._pool.release(self._kept.pop()[0])
+        await self._pool.close()
+
+
+class Database:
+    """Statements by name. Raises DatabaseUnavailable, DatabaseRefused and ConstraintViolated, nothing of asyncpg's."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
 
     async def fetch(self, statement: str, *arguments: Any) -> list[Row]:
         attempt = 1
         while True:
             try:
                 with translated():
-                    async with self._pool.acquire(timeout=self._acquire_s) as connection:
-                        return await connection.fetch(STATEMENTS[statement], *arguments)
+                    return await self._fetched(STATEMENTS[statement], arguments)
             except TransactionLost:
                 if attempt == ATTEMPTS_MAX:
                     raise
             await asyncio.sleep(random.uniform(0, 0.01 * 2**attempt))  # noqa: S311 - jitter
             attempt += 1
+
+    async def _fetched(self, text: str, arguments: Sequence[Any]) -> list[Row]:
+        connection = await self._connections.take()
+        is_sound = False
+        try:
+            rows: list[Row] = await connection.fetch(text, *arguments)
+            is_sound = True
+            return rows
+        finally:
+            await self._connections.give_back(connection, is_sound=is_sound)
 
     async def fetchrow(self, statement: str, *arguments: Any) -> Row | None:
         """The first row, of statements that return at most one."""
@@ -100,11 +150,12 @@ class Database:
     async def snapshot(self) -> AsyncIterator[Any]:
         """A connection that sees one moment of the database, read-only."""
         with translated():
-            async with (
-                self._pool.acquire(timeout=self._acquire_s) as connection,
-                connection.transaction(isolation="repeatable_read", readonly=True),
-            ):
-                yield connection
+            connection = await self._connections.take()
+            try:
+                async with connection.transaction(isolation="repeatable_read", readonly=True):
+                    yield connection
+            finally:
+                await self._connections.give_back(connection, is_sound=False)
 
 
 @contextmanager
@@ -177,10 +228,11 @@ async def connected(
                 "idle_in_transaction_session_timeout": f"{idle_s * 1000:.0f}",
             },
         )
+    connections = Connections(pool, acquire_s=acquire_s)
     try:
-        yield Database(pool, acquire_s=acquire_s)
+        yield Database(connections)
     finally:
-        await pool.close()
+        await connections.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,7 +194,7 @@ async def test_a_name_that_a_dead_process_knew_is_asked_for_and_then_settled(boo
 
 async def make_due(books: Database) -> None:
     """A claim puts a hold off; here its time comes at once."""
-    async with books._pool.acquire() as connection:
+    async with books._connections._pool.acquire() as connection:
         await connection.execute(DUE)
 
 
