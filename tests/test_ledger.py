@@ -2,7 +2,10 @@
 auth-4, auth-5, auth-7, auth-8)."""
 
 import asyncio
+import hashlib
+import json
 import tempfile
+import uuid
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptutor import database
-from gptutor.database import ConstraintViolated, Database
+from gptutor.database import STATEMENTS, ConstraintViolated, Database
 from gptutor.money.amounts import AccountId, Nano, parse_roubles, roubles
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.holds import (
@@ -20,6 +23,7 @@ from gptutor.money.holds import (
     HoldRequest,
     InsufficientFunds,
     Release,
+    RepeatedRequest,
     Settlement,
     UnknownKey,
     new_id,
@@ -286,3 +290,53 @@ async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
                 open_holds.pop(which.hold_id, None)
             assert (await caller.balance(), await caller.held()) == (balance, sum(open_holds.values()))
         await assert_books_hold(books)
+
+
+async def test_two_under_one_idempotency_key_in_one_batch_are_one(books: Database) -> None:
+    caller = await make_caller(books, "100")
+    ledger, ceiling = ledger_of(books), Ceiling(most=parse_roubles("5"), least=parse_roubles("5"))
+
+    def asked(request_id: str, body: bytes) -> HoldRequest:
+        return HoldRequest(claim(caller), new_id(), ceiling, "a/b", request_id, "once", hashlib.sha256(body).digest())
+
+    first, again, other = await asyncio.gather(
+        *(ledger.hold_funds(asked(name, body)) for name, body in (("r-1", b"a"), ("r-2", b"a"), ("r-3", b"b"))),
+        return_exceptions=True,
+    )
+    assert isinstance(first, Hold)
+    assert isinstance(again, RepeatedRequest)
+    assert isinstance(other, RepeatedRequest)
+    assert (again.request_id, again.same_body, other.request_id, other.same_body) == ("r-1", True, "r-1", False)
+    assert await caller.held() == 5
+    await assert_books_hold(books)
+
+
+async def pages_read(connection: asyncpg.Connection, caller: Caller, times: int) -> int:
+    """By a hold and its settlement, the last of so many, each for nine kopecks."""
+    of, pages = claim(caller), 0
+    for _ in range(times):
+        hold_id, pages = new_id(), 0
+        for statement, arguments in (
+            (
+                "hold_funds",
+                (uuid.uuid4(), 60.0, RATE, 0, 0, [of.account_id], [of.key_hash], [hold_id], [10**8], [10**8], ["a/b"]),
+            ),
+            ("settle_holds", ([of.account_id], [hold_id], [9 * 10**7], [Decimal("0.001")], [f"gen-{hold_id}"], [1], [1])),
+        ):
+            more = ([f"r-{hold_id}"], [None], [None]) if statement == "hold_funds" else ()
+            explained = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {STATEMENTS[statement]}"
+            (plan,) = json.loads(await connection.fetchval(explained, *arguments, *more))
+            pages += plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
+    return pages
+
+
+async def test_what_an_account_has_bought_makes_its_next_request_no_dearer(books: Database, database_url: str) -> None:
+    """Planned on a table that is nearly empty, the statements go by their keys all the same, and read no more when it has grown."""
+    caller = await make_caller(books, "1000")
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("ANALYZE")
+    early = await pages_read(connection, caller, 10)
+    late = await pages_read(connection, caller, 1000)
+    await connection.close()
+    await assert_books_hold(books)
+    assert late < 1.5 * early, (early, late)
