@@ -70,12 +70,13 @@ class Door:
     def served(self) -> list[Item]:
         return [item for batch in self.batches for item in batch]
 
-    def batcher(self, lanes: int = 1, batch_max: int = 100) -> Batcher[Item, Item]:
+    def batcher(self, at_once: int = 1, batch_max: int = 100, patience_s: float = 60) -> Batcher[Item, Item]:
         return Batcher(
             self.execute,
             lambda item: item[0],
-            lanes=lanes,
+            at_once=at_once,
             batch_max=batch_max,
+            patience_s=patience_s,
             abandoned=lambda item, result: self.abandoned.append((item, result)),
         )
 
@@ -131,31 +132,57 @@ async def test_what_arrives_meanwhile_is_the_next_batch_and_no_batch_is_too_larg
     assert door.served == [(1, number) for number in range(26)]
 
 
-async def test_lanes_run_side_by_side_and_two_batches_never_meet_on_an_account() -> None:
-    """Two statements of one process must not wait for each other's row."""
+async def test_whoever_waits_behind_a_statement_for_long_goes_past_it_and_no_account_is_in_two() -> None:
+    """Two statements of one process must not wait for each other's row; one that waits for another's must hold up nobody else."""
     door = Door()
-    batcher = door.batcher(lanes=2)
-    tasks = submitted(batcher, (1, "a"), (2, "b"))
+    batcher = door.batcher(at_once=2, patience_s=0.02)
+    tasks = submitted(batcher, (1, "a"))
     await settle_down()
-    assert door.batches == [[(1, "a")], [(2, "b")]]  # both under way
-    tasks += submitted(batcher, (1, "c"), (2, "d"), (3, "e"), (4, "f"))
+    tasks += submitted(batcher, (1, "b"), (2, "c"), (1, "d"), (3, "e"))
     await settle_down()
-    assert len(door.batches) == 2
+    assert door.batches == [[(1, "a")]]  # patiently
+    await asyncio.sleep(0.05)
+    assert door.batches == [[(1, "a")], [(2, "c"), (3, "e")]]
+    tasks += submitted(batcher, (4, "f"))
+    await asyncio.sleep(0.05)
+    assert len(door.batches) == 2  # as many as there may be
     door.open.set()
     await outcomes(tasks)
-    assert door.batches[2:] == [[(1, "c"), (3, "e")], [(2, "d"), (4, "f")]]
+    assert door.batches[2:] == [[(1, "b"), (1, "d"), (4, "f")]]
     assert door.met == []
 
 
+async def test_a_statement_that_takes_its_usual_time_is_waited_for() -> None:
+    door = Door()
+    batcher = door.batcher(at_once=3, patience_s=0.05)
+    tasks = submitted(batcher, (1, 0))
+    for number in range(1, 8):
+        await asyncio.sleep(0.02)
+        tasks += submitted(batcher, (number, number))
+        await settle_down()
+        door.open.set()
+        await settle_down()
+        door.open.clear()
+        assert sum(door.running.values()) <= 1
+    door.open.set()
+    await outcomes(tasks)
+
+
 @settings(max_examples=60)
-@given(st.lists(st.integers(0, 7), max_size=60), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**32))
+@given(
+    st.lists(st.integers(0, 7), max_size=60),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from([0, 60]),
+    st.integers(0, 2**32),
+)
 def test_in_any_order_of_arrival_all_are_served_in_their_accounts_order(
-    accounts: list[int], lanes: int, batch_max: int, seed: int
+    accounts: list[int], at_once: int, batch_max: int, patience_s: float, seed: int
 ) -> None:
     async def play() -> None:
         dice = random.Random(seed)
         door = Door()
-        batcher = door.batcher(lanes, batch_max)
+        batcher = door.batcher(at_once, batch_max, patience_s)
         tasks = []
         for number, account in enumerate(accounts):
             tasks += submitted(batcher, (account, number))
@@ -232,7 +259,7 @@ async def test_a_result_that_nobody_waits_for_any_more_is_given_to_abandoned() -
 
 async def test_without_abandoned_a_result_that_nobody_waits_for_is_dropped() -> None:
     door = Door()
-    batcher: Batcher[Item, Item] = Batcher(door.execute, lambda item: item[0], lanes=1, batch_max=9)
+    batcher: Batcher[Item, Item] = Batcher(door.execute, lambda item: item[0], at_once=1, batch_max=9)
     tasks = submitted(batcher, (1, "left"), (1, "stayed"))
     await settle_down()
     tasks[0].cancel()
@@ -265,9 +292,8 @@ async def test_a_worker_that_is_cancelled_leaves_no_submitter_of_its_batch_hangi
     assert await batcher.submit((1, "after")) == (1, "after")
 
 
-def cancel_worker(batcher: Batcher[Item, Item], lane: int = 0) -> None:
-    worker = batcher._workers[lane]
-    assert worker is not None
+def cancel_worker(batcher: Batcher[Item, Item]) -> None:
+    (worker,) = batcher._workers
     worker.cancel()
 
 
@@ -295,7 +321,7 @@ async def outcomes_or_hanging(tasks: list[asyncio.Task[Item]]) -> list[Any]:
     return ["hangs" if task in hanging else result for task, result in zip(tasks, results, strict=True)]
 
 
-async def test_a_worker_that_is_cancelled_before_it_begins_does_not_close_its_lane() -> None:
+async def test_a_worker_that_is_cancelled_before_it_begins_does_not_close_the_door() -> None:
     """Row process-12."""
     door = Door()
     door.open.set()

@@ -36,7 +36,8 @@ from gptutor.money.holds import (
 from gptutor.money.journal import Journal
 
 LOGGER = logging.getLogger("gptutor.ledger")
-LANES = 2
+STATEMENTS_AT_ONCE = 3
+"""Of each kind: one, as long as none is held up by a lock."""
 BATCH_MAX = 200
 PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 
@@ -75,18 +76,18 @@ class Ledger:
         self._holds: Batcher[HoldRequest, Row] = Batcher(
             self._hold_batch,
             lambda request: request.claim.account_id,
-            lanes=LANES,
+            at_once=STATEMENTS_AT_ONCE,
             batch_max=BATCH_MAX,
             abandoned=lambda request, row: self._forsake(request),
         )
         self._settlements: Batcher[Settlement, Outcome] = Batcher(
-            self._settle_batch, lambda item: item.account_id, lanes=LANES, batch_max=BATCH_MAX
+            self._settle_batch, lambda item: item.account_id, at_once=STATEMENTS_AT_ONCE, batch_max=BATCH_MAX
         )
         self._releases: Batcher[Release, None] = Batcher(
-            self._release_batch, lambda item: item.account_id, lanes=LANES, batch_max=BATCH_MAX
+            self._release_batch, lambda item: item.account_id, at_once=STATEMENTS_AT_ONCE, batch_max=BATCH_MAX
         )
         self._hand_overs: Batcher[HandOver, None] = Batcher(
-            self._hand_over_batch, lambda item: item.account_id, lanes=1, batch_max=BATCH_MAX
+            self._hand_over_batch, lambda item: item.account_id, at_once=1, batch_max=BATCH_MAX
         )
 
     async def hold_funds(self, request: HoldRequest) -> Hold:
