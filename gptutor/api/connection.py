@@ -7,6 +7,7 @@ stops reading.
 
 import asyncio
 import logging
+import socket
 import uuid
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ class Follower(Protocol):
 class Connection(web.RequestHandler):
     """`header_s` seconds are given for the whole head of a request, from its first byte, or from the connection's beginning."""
 
-    __slots__ = ("_closes", "_follower", "_head_begun", "_header_s", "_impatience")
+    __slots__ = ("_closes", "_follower", "_gives_up", "_head_begun", "_header_s", "_impatience")
 
     def __init__(self, manager: web.Server, *, header_s: float, **limits: Any) -> None:
         super().__init__(manager, **limits)
@@ -39,12 +40,22 @@ class Connection(web.RequestHandler):
         self._follower: Follower | None = None
         self._head_begun = False
         self._closes = False
+        self._gives_up = False
 
     def follow(self, follower: "Follower | None") -> None:
         """Tells `follower`, until another call, when the socket takes no more, and when it does again."""
         self._follower = follower
         if follower is not None and self.writing_paused:
             follower.pause()
+
+    def give_up_after(self, silent_s: float) -> None:
+        """Lets the kernel break it once a peer has acknowledged nothing for so long. (Where the system knows of that.)"""
+        if self._gives_up or self.transport is None:
+            return
+        self._gives_up = True
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6) and hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(silent_s * 1000))
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -1,11 +1,11 @@
 """The caller's side of a stream: raw bytes on an `EventSourceResponse`, and a caller who may leave at any of them."""
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from gptutor.api.connection import Connection
@@ -26,6 +26,24 @@ class Patience:
 
 LEFT = (ConnectionError, TimeoutError)
 """A caller who left shows as one of these."""
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class Response(EventSourceResponse):
+    """Only the head of aiohttp-sse's. Its pings would fall into the middle of events, and its clocks are kept here."""
+
+    is_ended = False
+    """Whether the end of the body is written already."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        self._writer = await web.StreamResponse.prepare(self, request)
+        return self._writer
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        if not self.is_ended:
+            await super().write_eof(data)
+        elif self._writer is not None:
+            await self._writer.drain()
 
 
 class EventStream:
@@ -39,11 +57,7 @@ class EventStream:
     def __init__(
         self, request: web.Request, answer: asyncio.Future[web.StreamResponse], headers: Mapping[str, str], patience: Patience
     ) -> None:
-        # Its pings would fall into the middle of events, so they are put off for ever; `send_timeout` lets the kernel give up
-        # on a peer that acknowledges nothing.
-        self.response = EventSourceResponse(
-            headers=headers, allow_all_methods=True, ping_interval=float("inf"), send_timeout=patience.write_s
-        )
+        self.response = Response(headers=headers)
         if request.version < HttpVersion11:
             self.response.force_close()  # without chunks, only the end of the connection ends the body
         del self.response.headers["Connection"]  # the server says itself what is true
@@ -70,6 +84,7 @@ class EventStream:
             if transport is None or not isinstance(connection, Connection):
                 raise ConnectionResetError
             transport.set_write_buffer_limits(high=self._patience.buffer_bytes)
+            connection.give_up_after(self._patience.write_s)
             await self.response.prepare(self._request)
         except LEFT:
             self._leave()
@@ -78,14 +93,16 @@ class EventStream:
         self._is_chunked = self._request.version >= HttpVersion11
         connection.follow(self)
 
-    def write(self, chunk: bytes) -> bool:
+    def write(self, chunk: bytes, *, is_last: bool = False) -> bool:
         """Passes bytes on. False: the caller is gone, and more has been read for his bill than is worth while."""
         transport = self._transport
         if transport is None or self._gone or self._answer.cancelled() or transport.is_closing():
             self._unheard_bytes += len(chunk)
             return self._unheard_bytes <= self._patience.leaver_drain_bytes
         if chunk:
-            transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._is_chunked else chunk)
+            end = LAST_CHUNK if is_last else b""
+            transport.write(b"%x\r\n%b\r\n%b" % (len(chunk), chunk, end) if self._is_chunked else chunk)
+            self.response.is_ended = is_last and self._is_chunked
         return True
 
     def pause(self) -> None:
@@ -109,28 +126,29 @@ class EventStream:
         self._reply = None
 
     async def finish(self) -> None:
-        """The end of the body, as HTTP says it."""
-        if not self._gone and not self._answer.cancelled():
-            try:
-                async with asyncio.timeout(self._patience.write_s):
-                    if not self.response.prepared:
-                        if self._request.transport is None:
-                            raise ConnectionResetError
-                        await self.response.prepare(self._request)
-                    await self.response.write_eof()
-            except LEFT:
-                self._leave()
+        """The end of the body, as HTTP says it, once the caller has taken nearly all."""
+        if self._gone or self._answer.cancelled():
+            return
+        if self.response.is_ended and self._connection is not None and not self._connection.writing_paused:
+            return
+        try:
+            async with asyncio.timeout(self._patience.write_s):
+                if not self.response.prepared:
+                    if self._request.transport is None:
+                        raise ConnectionResetError
+                    await self.response.prepare(self._request)
+                await self.response.write_eof()
+        except LEFT:
+            self._leave()
 
     def release(self) -> None:
-        """Ends the task that waits for the first ping, and would keep request and response for ever."""
+        """Neither connection is told of the other any more."""
         if self._impatience is not None:
             self._impatience.cancel()
             self._impatience = None
         if self._connection is not None:
             self._connection.follow(None)
         self._reply = None
-        with contextlib.suppress(RuntimeError):  # it was not begun, or broke off while it was
-            self.response.stop_streaming()
 
     @property
     def has_begun(self) -> bool:

@@ -21,7 +21,7 @@ class Downstream(Protocol):
         """Sends the head. From here on the caller's slowness pauses the reply."""
         ...
 
-    def write(self, chunk: bytes) -> bool:
+    def write(self, chunk: bytes, *, is_last: bool = False) -> bool:
         """Whether reading on is worth while: for a caller who is there, always; for the bill of one who left, for so long."""
         ...
 
@@ -44,7 +44,7 @@ async def relay(
             billed(known)
         if known is not None:
             reply.expect_end(scanner.expects_end)  # a price in mid-stream is not the last word
-        if not downstream.write(chunk):
+        if not downstream.write(chunk, is_last=scanner.has_ended and reply.is_whole):
             reply.stop()
 
     def fill_silence() -> None:
