@@ -30,6 +30,9 @@ class Answer:
         self.is_poisoned = False
         self.ends_with_connection = False
         self._head_bytes = 0
+        self._fields: dict[bytes, bytes] = {}
+        self.on_header = self._fields.setdefault
+        """llhttp's call for each field, of which there are twenty; of two of one name the first counts."""
         self._pieces: list[bytes] = []
         self._parser: Any = httptools.HttpResponseParser(self)
 
@@ -45,6 +48,8 @@ class Answer:
             self.is_broken = True
         if self.is_whole or self.is_broken:
             self.close()
+        elif self.has_head:
+            self._fields.clear()  # trailers
         pieces, self._pieces = self._pieces, []
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -58,19 +63,18 @@ class Answer:
         if self.is_whole:
             self.is_poisoned = True
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        if name in HEADERS_READ and not self.has_head:
-            self.headers.setdefault(name.decode(), value.decode("utf-8", "surrogateescape"))
-
     def on_headers_complete(self) -> None:
         if self.is_whole:
             return
         self.status = self._parser.get_status_code()
-        if self.status < 200:
-            self.headers.clear()  # an interim answer; the real one follows
-            return
-        self.has_head = True
+        if self.status >= 200:
+            self.has_head = True
+            for name, value in self._fields.items():
+                if (name := name.lower()) in HEADERS_READ:
+                    self.headers.setdefault(name.decode(), value.decode("utf-8", "surrogateescape"))
+        self._fields.clear()
+        if not self.has_head:
+            return  # an interim answer; the real one follows
         self.ends_with_connection = "content-length" not in self.headers and "transfer-encoding" not in self.headers
 
     def on_body(self, data: bytes) -> None:
