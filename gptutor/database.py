@@ -75,6 +75,7 @@ class Connections:
         self._kept: list[tuple[Any, float]] = []
         """Each with the time since when it is idle."""
         self._waiting = 0
+        self._is_closing = False
 
     async def take(self) -> Any:
         """Raises asyncpg's errors, and TimeoutError."""
@@ -95,12 +96,14 @@ class Connections:
 
     async def give_back(self, connection: Any, *, is_sound: bool) -> None:
         """To whoever waits for one; one on which a statement did not end well is the pool's to look after."""
-        if self._waiting or not is_sound:
+        if self._waiting or self._is_closing or not is_sound:
             await self._pool.release(connection)
         else:
             self._kept.append((connection, time.monotonic()))
 
     async def close(self) -> None:
+        """Once all statements have ended."""
+        self._is_closing = True
         while self._kept:
             await self._pool.release(self._kept.pop()[0])
         await self._pool.close()

@@ -50,3 +50,11 @@ async def test_one_whose_statement_was_broken_off_goes_back_to_the_pool(books: d
             await connection.execute("SELECT pg_sleep(5)")
     assert not books._connections._kept
     assert (await books.fetch("ping"))[0]["alive"] == 1
+
+
+async def test_a_statement_that_ends_after_the_closing_has_begun_does_not_hold_it_up(database_url: str) -> None:
+    async with asyncio.timeout(5), database.connected(database_url) as books:
+        connection = await books._connections.take()
+        asyncio.get_running_loop().call_later(
+            0.1, lambda: asyncio.ensure_future(books._connections.give_back(connection, is_sound=True))
+        )

@@ -213,12 +213,12 @@ async def test_a_stream_that_fails_at_a_piece_is_still_billed_exactly(
     tuned = {"recovery": {"poll_s": 0.02}, "relay": {"leaver_drain_s": 0.2}}
     write, piece, point = EventStream.write, 0, 0
 
-    def failing(stream: EventStream, chunk: bytes) -> bool:
+    def failing(stream: EventStream, chunk: bytes, *, is_last: bool = False) -> bool:
         nonlocal piece
         piece += 1
         if piece == point:
             raise Injected("here")
-        return write(stream, chunk)
+        return write(stream, chunk, is_last=is_last)
 
     monkeypatch.setattr(EventStream, "write", failing)
     async with (
