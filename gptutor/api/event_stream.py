@@ -1,4 +1,4 @@
-"""The caller's side of a stream: raw bytes on an `EventSourceResponse`, and a caller who may leave at any of them."""
+"""The caller's side of a stream: raw bytes after an `EventSourceResponse`'s head, and a caller who may leave at any of them."""
 
 import asyncio
 from collections.abc import Mapping
