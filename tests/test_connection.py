@@ -13,8 +13,9 @@ import pytest
 import trustme
 
 from gptutor.openrouter.answer import HEAD_BYTES_MAX
-from gptutor.openrouter.connection import UNTAKEN_BYTES_MAX, Connection
+from gptutor.openrouter.connection import Connection
 from gptutor.openrouter.errors import Crowded, UpstreamError
+from gptutor.openrouter.intake import KEPT_BYTES_MAX
 from gptutor.openrouter.pool import End, Pool, pooled
 from gptutor.openrouter.reply import Reply
 
@@ -214,7 +215,7 @@ async def test_whoever_does_not_take_is_waited_for_in_the_kernel_and_not_in_memo
         await connection.ask(ASK, b"{}", 2)
         await asyncio.sleep(0.3)
         assert sum(sent) < 20_000_000
-        assert sum(map(len, connection._untaken)) < UNTAKEN_BYTES_MAX + 300_000
+        assert sum(map(len, connection._intake._kept)) < KEPT_BYTES_MAX + 300_000
         taken = 0
 
         def take(piece: bytes) -> None:

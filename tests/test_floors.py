@@ -22,6 +22,7 @@ PURE = {
     "gptutor.money.keys": ("gptutor.money.amounts",),
     "gptutor.money.pricing": ("gptutor.money.amounts",),
     "gptutor.openrouter.answer": (),
+    "gptutor.openrouter.intake": (),
     "gptutor.openrouter.bill": (),
     "gptutor.openrouter.retry": (),
     "gptutor.openrouter.circuit": (),

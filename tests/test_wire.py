@@ -4,12 +4,17 @@ import asyncio
 import gc
 import json
 import logging
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
+from gptutor.api.connection import Connection
+from gptutor.api.event_stream import EventStream, Patience
 from gptutor.log_writer import logging_to
 from gptutor.logs import WIRE
 from gptutor.money.amounts import AccountId
@@ -101,6 +106,39 @@ async def test_a_caller_who_stops_reading_is_dropped_and_pays(gateway: Gateway) 
     await assert_books_agree(gateway, caller)
     assert gateway.billed_usd() > 0
     del reader
+
+
+@pytest.mark.parametrize("tuned", [{"relay": {"write_s": 12.5}}])
+async def test_the_kernel_gives_up_on_a_caller_of_streams_who_acknowledges_nothing(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller, told = await gateway.caller(), []
+    give_up_after = Connection.give_up_after
+
+    def watched(connection: Connection, silent_s: float) -> None:
+        give_up_after(connection, silent_s)
+        assert connection.transport is not None
+        sock = connection.transport.get_extra_info("socket")
+        told.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+
+    monkeypatch.setattr(Connection, "give_up_after", watched)
+    for _ in range(2):
+        await gateway.chat(caller, stream=True)
+    assert told == [12_500] * 2
+
+
+async def test_a_caller_who_does_not_take_the_last_bytes_is_dropped_as_well() -> None:
+    """The end of the body is written with them; it is over once he has them."""
+    request = make_mocked_request("POST", "/")
+    patience = Patience(heartbeat_s=1, buffer_bytes=1, write_s=0.05, leaver_drain_s=1, leaver_drain_bytes=1)
+    stream = EventStream(request, asyncio.get_running_loop().create_future(), {}, patience)
+    await stream.response.prepare(request)
+    stream.response.is_ended = True
+    stream._connection = SimpleNamespace(writing_paused=True)  # type: ignore[assignment]
+    stream.response._writer = SimpleNamespace(drain=asyncio.Event().wait)  # type: ignore[assignment]
+    async with asyncio.timeout(5):
+        await stream.finish()
+    request.transport.abort.assert_called_once_with()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"leaver_drain_s": 0.05}}])

@@ -1,4 +1,5 @@
-"""One connection to OpenRouter: a request goes out, the bytes of its answer come in. What they mean, `answer.py` says.
+"""One connection to OpenRouter: a request goes out, the bytes of its answer come in. What they mean, `answer.py` says; who gets
+those of the body, `intake.py`.
 
 Why not aiohttp's ClientSession: most of a relay's cost was its ceremony for each request, and a task woken for each chunk. Here
 the bytes of an answer go from the socket's callback to whoever takes them (`take`), in the same turn of the loop: no task, no
@@ -13,15 +14,14 @@ queue, no copy but the one that the parser makes. What must be true all the same
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from typing import Literal
 
 from gptutor.openrouter.answer import Answer
 from gptutor.openrouter.bill import sane_generation_id
 from gptutor.openrouter.errors import UpstreamError
+from gptutor.openrouter.intake import Intake, Taker
 from gptutor.openrouter.retry import Failure
 
-UNTAKEN_BYTES_MAX = 256 * 1024
 REFUSED = 300
 """The least status of an answer that is none."""
 PIECE_BYTES = 256 * 1024
@@ -29,10 +29,6 @@ PIECE_BYTES = 256 * 1024
 
 Ending = Literal["timeout", "broken"]
 Event = Literal["head", "body", "end"]
-
-
-def _nobody(piece: bytes) -> None:
-    """Takes what still comes after its taker has left."""
 
 
 class Connection(asyncio.Protocol):
@@ -56,11 +52,7 @@ class Connection(asyncio.Protocol):
         self._is_over = False  # whole, given up, or enough of it
         self._is_sent = True
         self._failure: Failure | None = None
-        self._untaken: list[bytes] = []
-        self._untaken_bytes = 0
-        self._taker: Callable[[bytes], None] | None = None
-        self._is_full = False  # more has come than is kept for a taker who is not there yet
-        self._is_held = False  # the taker takes no more
+        self._intake = Intake()
         self._is_paused = False
 
     # -- asking
@@ -135,48 +127,42 @@ class Connection(asyncio.Protocol):
 
     async def heard(self, within_s: float) -> bool:
         """Waits for the first bytes of the body, or its end. False: nothing came for so long. Raises UpstreamError."""
-        if not (self._untaken or self._is_over):
+        if not (self._intake.has_any or self._is_over):
             try:
                 async with asyncio.timeout(within_s):
                     await self._wait("body", None)
             except TimeoutError:
                 pass
-        if not self._untaken:
+        if not self._intake.has_any:
             self._raise_failure()
-        return bool(self._untaken) or self._is_over
+        return self._intake.has_any or self._is_over
 
-    async def take(self, taker: Callable[[bytes], None]) -> None:
+    async def take(self, taker: Taker, within_s: float | None = None) -> None:
         """Passes the body to `taker` as it comes, until its end. What `taker` raises is raised here. Raises UpstreamError."""
-        self._taker = taker
         try:
-            self._give()
-            await self._wait("end", None)
+            self._intake.open(taker)
+            self._set_reading()
+            await self._wait("end", within_s)
         finally:
-            self._taker = _nobody
+            self._intake.close()
 
     async def read(self, within_s: float) -> bytes:
         """The whole body. Raises UpstreamError."""
         pieces: list[bytes] = []
-        self._taker = pieces.append
-        try:
-            self._give()
-            await self._wait("end", within_s)
-        finally:
-            self._taker = _nobody
+        await self.take(pieces.append, within_s)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def pause(self) -> None:
         """No more is read until `resume`."""
-        self._is_held = True
+        self._intake.is_held = True
         self._set_reading()
 
     def resume(self) -> None:
-        self._is_held = False
+        self._intake.is_held = False
         self._set_reading()
 
     def _set_reading(self) -> None:
-        """There are two reasons to wait; it goes on when neither is left."""
-        pauses = (self._is_full or self._is_held) and not self._is_over
+        pauses = self._intake.has_enough and not self._is_over
         if pauses != self._is_paused and self._transport is not None and not self._transport.is_closing():
             self._is_paused = pauses
             if pauses:
@@ -245,33 +231,20 @@ class Connection(asyncio.Protocol):
         """What came in this turn goes to the taker; then whoever waits is woken."""
         if data:
             self.heard_at = self.loop.time()
-            if self._taker is not None:
-                try:
-                    self._taker(data)
-                except Exception as error:
-                    self._is_over = True
-                    self.abort()
-                    if self._waiter is not None and not self._waiter.done():
-                        self._waiter.set_exception(error)
-            else:
-                self._untaken.append(data)
-                self._untaken_bytes += len(data)
-                if self._untaken_bytes > UNTAKEN_BYTES_MAX:
-                    self._is_full = True
-                    self._set_reading()
-        if self._is_over or (self._awaited == "head" and self._answer.has_head) or (self._awaited == "body" and self._untaken):
+            try:
+                self._intake.put(data)
+            except Exception as error:
+                self._is_over = True
+                self.abort()
+                if self._waiter is not None and not self._waiter.done():
+                    self._waiter.set_exception(error)
+            if self._intake.has_enough:
+                self._set_reading()
+        awaited = self._awaited
+        if self._is_over or (awaited == "head" and self._answer.has_head) or (awaited == "body" and self._intake.has_any):
             self._wake()
         if self._drained is not None and (self._is_over or self._answer.status >= REFUSED):
             self.resume_writing()
-
-    def _give(self) -> None:
-        if self._untaken:
-            data = b"".join(self._untaken)
-            self._untaken.clear()
-            self._untaken_bytes = 0
-            self._is_full = False
-            self._set_reading()
-            self._taker(data)  # type: ignore[misc]
 
     async def _wait(self, event: Event, within_s: float | None) -> None:
         """Raises UpstreamError."""
