@@ -129,13 +129,11 @@ async def test_the_kernel_gives_up_on_a_caller_of_streams_who_acknowledges_nothi
 
 async def test_a_caller_who_does_not_take_the_last_bytes_is_dropped_as_well() -> None:
     """The end of the body is written with them; it is over once he has them."""
-    request = make_mocked_request("POST", "/")
+    writer = SimpleNamespace(drain=asyncio.Event().wait)
+    request = make_mocked_request("POST", "/", writer=writer)
     patience = Patience(heartbeat_s=1, buffer_bytes=1, write_s=0.05, leaver_drain_s=1, leaver_drain_bytes=1)
     stream = EventStream(request, asyncio.get_running_loop().create_future(), {}, patience)
-    await stream.response.prepare(request)
-    stream.response.is_ended = True
     stream._connection = SimpleNamespace(writing_paused=True)  # type: ignore[assignment]
-    stream.response._writer = SimpleNamespace(drain=asyncio.Event().wait)  # type: ignore[assignment]
     async with asyncio.timeout(5):
         await stream.finish()
     request.transport.abort.assert_called_once_with()  # type: ignore[union-attr]

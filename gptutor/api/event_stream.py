@@ -9,6 +9,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from gptutor.api.connection import Connection
+from gptutor.api.head import Headed
 from gptutor.metrics import CALLERS_DROPPED
 from gptutor.openrouter.reply import Reply
 
@@ -29,21 +30,14 @@ LEFT = (ConnectionError, TimeoutError)
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-class Response(EventSourceResponse):
-    """Only the head of aiohttp-sse's. Its pings would fall into the middle of events, and its clocks are kept here."""
+class Response(Headed, EventSourceResponse):
+    """Only the fields of aiohttp-sse's head. Its pings would fall into the middle of events, and its clocks are kept here."""
 
-    is_ended = False
-    """Whether the end of the body is written already."""
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        self._writer = await web.StreamResponse.prepare(self, request)
-        return self._writer
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
+        return request.writer  # all is written when the server asks for it
 
     async def write_eof(self, data: bytes = b"") -> None:
-        if not self.is_ended:
-            await super().write_eof(data)
-        elif self._writer is not None:
-            await self._writer.drain()
+        """So is the end."""
 
 
 class EventStream:
@@ -58,8 +52,6 @@ class EventStream:
         self, request: web.Request, answer: asyncio.Future[web.StreamResponse], headers: Mapping[str, str], patience: Patience
     ) -> None:
         self.response = Response(headers=headers)
-        if request.version < HttpVersion11:
-            self.response.force_close()  # without chunks, only the end of the connection ends the body
         del self.response.headers["Connection"]  # the server says itself what is true
         self._request = request
         self._answer = answer
@@ -68,7 +60,10 @@ class EventStream:
         self._transport: asyncio.Transport | None = None
         self._connection: Connection | None = None
         self._reply: Reply | None = None
-        self._is_chunked = False
+        self._head = b""
+        """Until it is written, with the first bytes."""
+        self._is_chunked = request.version >= HttpVersion11
+        self._is_ended = False
         self._waits_s = patience.write_s
         self._paused_at = 0.0
         self._impatience: asyncio.TimerHandle | None = None
@@ -76,21 +71,17 @@ class EventStream:
         self._unheard_bytes = 0
 
     async def begin(self, reply: Reply) -> None:
-        """Sends the head. From here on the caller's slowness pauses the reply."""
-        if self.response.prepared or self._gone or self._answer.cancelled():
+        """Spells the head; it goes out with the first bytes. From here on the caller's slowness pauses the reply."""
+        if self._transport is not None or self._gone or self._answer.cancelled():
             return
-        transport, connection = self._request.transport, self._request.protocol
-        try:
-            if transport is None or not isinstance(connection, Connection):
-                raise ConnectionResetError
-            transport.set_write_buffer_limits(high=self._patience.buffer_bytes)
-            connection.give_up_after(self._patience.write_s)
-            await self.response.prepare(self._request)
-        except LEFT:
+        connection = self._request.protocol
+        if not isinstance(connection, Connection) or connection.transport is None:
             self._leave()
             return
-        self._transport, self._connection, self._reply = transport, connection, reply
-        self._is_chunked = self._request.version >= HttpVersion11
+        self._head = await self.response.spell(self._request)
+        self._transport, self._connection, self._reply = connection.transport, connection, reply
+        self._transport.set_write_buffer_limits(high=self._patience.buffer_bytes)
+        connection.give_up_after(self._patience.write_s)
         connection.follow(self)
 
     def write(self, chunk: bytes, *, is_last: bool = False) -> bool:
@@ -99,10 +90,16 @@ class EventStream:
         if transport is None or self._gone or self._answer.cancelled() or transport.is_closing():
             self._unheard_bytes += len(chunk)
             return self._unheard_bytes <= self._patience.leaver_drain_bytes
-        if chunk:
+        self._is_ended = is_last
+        if self._is_chunked:
             end = LAST_CHUNK if is_last else b""
-            transport.write(b"%x\r\n%b\r\n%b" % (len(chunk), chunk, end) if self._is_chunked else chunk)
-            self.response.is_ended = is_last and self._is_chunked
+            chunk = b"%x\r\n%b\r\n%b" % (len(chunk), chunk, end) if chunk else end
+        if self._head:
+            chunk, self._head = self._head + chunk, b""
+            self.response.is_written = True
+            self._request.writer.output_size = len(chunk)
+        if chunk:
+            transport.write(chunk)
         return True
 
     def pause(self) -> None:
@@ -127,17 +124,13 @@ class EventStream:
 
     async def finish(self) -> None:
         """The end of the body, as HTTP says it, once the caller has taken nearly all."""
-        if self._gone or self._answer.cancelled():
-            return
-        if self.response.is_ended and self._connection is not None and not self._connection.writing_paused:
+        if not self._is_ended:
+            self.write(b"", is_last=True)
+        if self._gone or self._connection is None or not self._connection.writing_paused:
             return
         try:
             async with asyncio.timeout(self._patience.write_s):
-                if not self.response.prepared:
-                    if self._request.transport is None:
-                        raise ConnectionResetError
-                    await self.response.prepare(self._request)
-                await self.response.write_eof()
+                await self._request.writer.drain()
         except LEFT:
             self._leave()
 
@@ -153,7 +146,7 @@ class EventStream:
     @property
     def has_begun(self) -> bool:
         """Whether anything has been sent: from then on there can be no refusal any more."""
-        return self.response.prepared
+        return self.response.is_written
 
     def abort(self) -> None:
         """Breaks the connection: a stalled caller keeps nothing of ours, and an answer that went wrong does not look complete."""

@@ -17,6 +17,7 @@ import time
 from aiohttp import web
 
 from gptutor.api.event_stream import EventStream
+from gptutor.api.head import Whole
 from gptutor.api.hold_refusals import refusal_of_hold
 from gptutor.api.middlewares import LOGGED
 from gptutor.api.order import Kit, Order
@@ -161,7 +162,7 @@ class Exchange:
         elif purchase.generation_id is None:
             purchase.name(name)
         if not self.answer.done():
-            self.answer.set_result(web.Response(body=document, status=reply.status, headers=self._headers(hold, reply)))
+            self.answer.set_result(Whole(document, status=reply.status, headers=self._headers(hold, reply)))
 
     async def _relay_stream(self, hold: Hold, purchase: Purchase, reply: Reply) -> None:
         scanner = BillScanner(reply.generation_id)

@@ -7,9 +7,9 @@ OpenRouter states a request's price once, as the `usage` object at the top level
 of one server-sent event, usually the last before `[DONE]`. The scanner is fed the stream's bytes as they pass, in whatever pieces
 they arrive, and finds the same bill for every way of cutting them.
 
-How it stays cheap: an event that holds a bill contains the seven bytes `"usage"`, quotes included. Inside a JSON string quotes
-are escaped, so a model that writes `{"usage": …}` in its text cannot produce them. A chunk that ends at an event boundary and has
-none of the marks looked for costs a search for each; only events that have one are parsed, and only their top level counts.
+How it stays cheap: an event that holds a bill contains `"usage"`, quotes included, which hardly any other does. A chunk that ends
+at an event boundary and has none of the marks looked for costs a search for each, and no copy; only events that have one are
+parsed, and only their top level counts: what a model writes in its text is inside a string.
 
 How it stays bounded: an event longer than EVENT_BYTES_MAX is skipped to its end. It cannot hold a bill of ours, and a bill that
 is missed here is asked for at `/generation`.
@@ -26,11 +26,11 @@ from typing import Any
 import msgspec
 
 EVENT_BYTES_MAX = 1024 * 1024
-MARK = b'"usage"'
+# The beginnings of `"usage"`, `[DONE]` and `"error"`: Python looks for six bytes, or more, in another way, three times as slow.
+MARK = b'"usag'
+DONE = b"[DONE"
+FAULT = b'"erro'
 DATA = b"data:"
-DONE = b"[DONE]"
-FAULT = b'"error"'
-MARKS = (MARK, DONE, FAULT)
 EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")
 EVENT_END = re.compile(b"|".join(EVENT_ENDS))
 LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -143,27 +143,19 @@ class BillScanner:
         self._at_bill = False  # no event with data has followed the bill
 
     def feed(self, chunk: bytes) -> None:
-        # Whole events, and none of them of interest: nearly every chunk of nearly every stream, so it is spelled out.
-        if (
-            MARK not in chunk
-            and DONE not in chunk
-            and FAULT not in chunk
-            and self.generation_id is not None
-            and chunk.endswith(EVENT_ENDS)
-            and not self._rest
-            and not self._skipping
-        ):
-            if self._at_bill:
-                self._pass_over(chunk)
-            return
         rest = self._rest
-        searched = max(0, len(rest) - 1)  # an end may straddle the seam
-        rest += chunk
-        end = max(rest.rfind(mark, searched) for mark in EVENT_ENDS) + 2
-        if end >= 2:
-            self._read(bytes(rest[:end]))
-            del rest[:end]
+        if not rest and not self._skipping and chunk.endswith(EVENT_ENDS):  # whole events: nearly every chunk of every stream
+            self._read(chunk)
+            return
+        end = _end_of_last(chunk)
+        if not end and bytes(rest[-1:]) + chunk[:1] in EVENT_ENDS:
+            end = 1  # it straddles the seam
+        if end:
+            self._read(bytes(rest) + chunk[:end])
+            rest[:] = chunk[end:]
             self._skipping = False
+        else:
+            rest += chunk
         if self._skipping or (len(rest) > EVENT_BYTES_MAX and len(rest.strip(b"\r\n")) > EVENT_BYTES_MAX):
             self._skipping = True
             del rest[:-1]
@@ -182,29 +174,29 @@ class BillScanner:
         """Whether all has been said: OpenRouter has ended the answer, or the price was the last thing that it stated."""
         return self.has_ended or self._at_bill
 
-    def _is_idle(self, block: bytes) -> bool:
-        return MARK not in block and DONE not in block and FAULT not in block and self.generation_id is not None
+    def _is_idle(self, event: bytes) -> bool:
+        return MARK not in event and DONE not in event and FAULT not in event and self.generation_id is not None
 
-    def _pass_over(self, block: bytes) -> None:
-        self._at_bill = self._at_bill and DATA not in block
+    def _pass_over(self, block: bytes, until: int | None = None) -> None:
+        self._at_bill = self._at_bill and block.find(DATA, 0, until) < 0
 
     def _read(self, block: bytes) -> None:
-        if self._is_idle(block):
-            self._pass_over(block)
-            return
+        """Whole events."""
         if self.generation_id is not None and not self._skipping:
-            # Mostly it is the end of the last of many events that are worth a look: those before it are passed over as one.
-            first = min(at for mark in MARKS if (at := block.find(mark)) >= 0)
-            cut = max(block.rfind(end, 0, first) for end in EVENT_ENDS)
-            if cut > 0:
-                self._pass_over(block[:cut])
+            marked = [at for at in (block.find(MARK), block.find(DONE), block.find(FAULT)) if at >= 0]
+            if not marked:
+                self._pass_over(block)
+                return
+            # Mostly it is the last of many events that is worth a look: those before it are passed over as one.
+            if cut := _end_of_last(block, until=min(marked)):
+                self._pass_over(block, until=cut)
                 block = block[cut:]
         for event in EVENT_END.split(block)[self._skipping :]:
             if DATA not in event or self._is_idle(event) or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
                 self._pass_over(event)
                 continue
             data = b"\n".join(line[5:] for line in LINE_END.split(event) if line.startswith(b"data:"))
-            if data.strip() == DONE:
+            if data.strip() == b"[DONE]":
                 self.has_ended = True
                 continue
             said = read_statement(data)
@@ -212,6 +204,13 @@ class BillScanner:
             self.bill = said.bill or self.bill
             self.generation_id = self.generation_id or said.generation_id
             self.has_ended = self.has_ended or said.is_error
+
+
+def _end_of_last(chunk: bytes, until: int | None = None) -> int:
+    """Where the last event ends that ends before `until`; 0 for none."""
+    ends = EVENT_ENDS if b"\r" in chunk else EVENT_ENDS[:1]  # one that is nowhere is looked for everywhere
+    last = max([chunk.rfind(end, 0, until) for end in ends])
+    return last + 2 if last >= 0 else 0
 
 
 def _provider_cost(details: bytes) -> Decimal | None:

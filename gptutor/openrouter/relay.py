@@ -18,7 +18,7 @@ class Downstream(Protocol):
     """The caller's side. Nothing here raises: a caller who has gone is remembered, and takes no more bytes."""
 
     async def begin(self, reply: Reply) -> None:
-        """Sends the head. From here on the caller's slowness pauses the reply."""
+        """The head goes out with the next bytes, or none. From here on the caller's slowness pauses the reply."""
         ...
 
     def write(self, chunk: bytes, *, is_last: bool = False) -> bool:
@@ -48,8 +48,7 @@ async def relay(
             reply.stop()
 
     def fill_silence() -> None:
-        if scanner.at_event_end and not reply.is_encoded:
-            downstream.write(HEARTBEAT)
+        downstream.write(HEARTBEAT if scanner.at_event_end and not reply.is_encoded else b"")
 
     try:
         while not await reply.heard(heartbeat_s):

@@ -13,6 +13,7 @@ from gptutor.openrouter.retry import Failure
 # The headers of an answer that reach the caller; all others are OpenRouter's and its edge's own affair. It is asked not to
 # compress, but if it does, the bytes are passed as they are, and the caller must know.
 PASSED_ON = {"content-type": "Content-Type", "content-encoding": "Content-Encoding", "x-generation-id": "X-Generation-Id"}
+NO_CONTENT = 204
 REFUSAL_BYTES_MAX = 64 * 1024
 REFUSAL_S = 5.0
 
@@ -39,7 +40,8 @@ class Reply:
         """By their names in small letters."""
         self.headers = {shown: headers[name] for name, shown in PASSED_ON.items() if name in headers}
         self.generation_id = sane_generation_id(headers.get("x-generation-id"))
-        self.is_event_stream = headers.get("content-type", "").partition(";")[0].strip().lower() == "text/event-stream"
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        self.is_event_stream = kind == "text/event-stream" and self.status != NO_CONTENT
         self.is_encoded = headers.get("content-encoding", "identity") != "identity"
         """Compressed against our wish: nothing can be read in it, or added to it."""
 
