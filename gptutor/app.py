@@ -12,12 +12,11 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from gptutor import database, yookassa
-from gptutor.api import accounts, completions, health, middlewares, models, payments
+from gptutor.api import accounts, completions, health, identity, middlewares, models, payments
 from gptutor.api.addresses import Counter, limit_addresses, networks
 from gptutor.api.body import BodyLimits, hold_invitation
 from gptutor.api.cors import cors, open_to_pages
 from gptutor.api.event_stream import Patience
-from gptutor.api.identity import VK_DOOR, VkDoor, identify
 from gptutor.api.inflight import InFlight
 from gptutor.api.order import Kit
 from gptutor.api.pace import Pace
@@ -52,6 +51,7 @@ LEFTOVERS = web.AppKey("leftovers", list[Leftover])
 RECOVERY = web.AppKey("recovery", Recovery)
 SECRET = web.AppKey("secret", bytes)
 VAULT = web.AppKey("vault", Vault)
+SLOW_LANE = web.AppKey("slow_lane", ThreadPoolExecutor)
 IN_FLIGHT = web.AppKey("in_flight", InFlight)
 
 
@@ -69,9 +69,8 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             middlewares.errors,  # turns every failure into an answer; all below it may raise a Refusal
             _address_limits(config),  # those without an account, before anything is done for them
             middlewares.body_limit(config.server.body_bytes_max),  # before anything reads the body
-            middlewares.authenticate(KEYED),  # nearest to the handler: a 404 or 405 needs no key
-            # one's own pages know their account before they begin
-            identify(PERSONAL, Counter(config.rate_limit.own_pages_per_minute)),
+            # nearest to the handler: a 404 or 405 needs no key
+            identity.authenticate(KEYED, PERSONAL, Counter(config.rate_limit.own_pages_per_minute)),
         ],
     )
     app.on_response_prepare.extend([middlewares.name_response, open_to_pages(config.server.allowed_origins)])
@@ -79,17 +78,13 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
     app[LOG] = log
     app[SECRET] = secrets[0]
     app[VAULT] = Vault(secrets)
-    app[VK_DOOR] = VkDoor(
+    app[identity.VK_DOOR] = identity.VkDoor(
         app_id=config.vk.app_id,
         secret=config.vk.secret_key,
         age_s_max=config.vk.launch_age_s,
         bonus=parse_roubles(f"{config.vk.bonus_rub:f}"),
     )
     app[health.READINESS] = health.Readiness()
-    app[completions.BODY_LIMITS] = BodyLimits(
-        config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s
-    )
-    app[completions.DEFAULT_MODEL] = config.openrouter.default_model
 
     # Entered in this order, left in the reverse: money under way is closed before the sessions and the pool that it needs.
     app.cleanup_ctx.extend(
@@ -141,7 +136,7 @@ async def database_context(app: web.Application) -> AsyncIterator[None]:
         statement_s=limits.statement_s,
     ) as connected:
         app[health.DATABASE] = connected
-        app[middlewares.KEYRING] = KeyRing(connected, app[VAULT])
+        app[identity.KEYRING] = KeyRing(connected, app[VAULT])
         yield
 
 
@@ -199,7 +194,7 @@ async def upstream_context(app: web.Application) -> AsyncIterator[None]:
 
 async def slow_lane_context(app: web.Application) -> AsyncIterator[None]:
     with ThreadPoolExecutor(1, thread_name_prefix="large bodies") as lane:
-        app[completions.SLOW_LANE] = lane
+        app[SLOW_LANE] = lane
         yield
 
 
@@ -221,6 +216,11 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         catalogue=app[CATALOGUE],
         log=app[LOG],
         in_flight=app[IN_FLIGHT],
+        readiness=app[health.READINESS],
+        keyring=app[identity.KEYRING],
+        slow_lane=app[SLOW_LANE],
+        body_limits=BodyLimits(config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s),
+        default_model=config.openrouter.default_model,
         pseudonym_key=derived_key(app[SECRET], b"pseudonym"),
         patience=Patience(**{name: getattr(config.relay, name) for name in config.relay.__struct_fields__}),
         pace=Pace(config.rate_limit.chat_per_minute),

@@ -93,7 +93,9 @@ async def test_an_answer_without_a_body_does_not_begin_the_next_one(scripted: An
 
     plays.append(play)
     caller = await gateway.caller()
-    answers = await raw(gateway, post(caller, extra="", stream=True) + b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    answers = await raw(
+        gateway, post(caller, extra="", stream=True) + b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
     head, _, rest = answers.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 204")
     assert not {"content-length", "transfer-encoding"} & fields_of(head)[1].keys()

@@ -8,8 +8,7 @@ from aiohttp import web
 
 from gptutor.api.envelope import amount, answer, moment
 from gptutor.api.health import DATABASE, READINESS
-from gptutor.api.identity import VK_DOOR, bearer
-from gptutor.api.middlewares import KEYRING
+from gptutor.api.identity import KEYRING, VK_DOOR, bearer
 from gptutor.errors import Refusal
 from gptutor.money.users import User, UserRepository
 from gptutor.money.vault import Unreadable

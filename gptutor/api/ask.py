@@ -22,6 +22,7 @@ from gptutor.money.pricing import Size
 MODEL_CHARACTERS_MAX = 200
 BRACKETS_MAX = 1_000_000
 """More would hold up everybody else while they are read, and mean nothing."""
+ESCAPE = b"\\u00"
 ESCAPED_LETTER = re.compile(rb"\\u00(?:5f|6[0-9a-f]|7[0-9a])", re.IGNORECASE)
 """An underscore or a small letter spelled as an escape, which nobody does without a purpose: what it spells is not looked for."""
 IMAGES = ("image_url", "input_image")
@@ -31,6 +32,7 @@ OWN_TOOLS = ("function", "custom")
 RESULTS_MAX = 1000
 RESULTS_USUAL = 5
 """So many results a search gives, and is paid for, unless it is asked for more."""
+ONLY_TEXT = frozenset({"text"})
 ORDINARY_TIERS = (None, "auto", "default", "flex")
 
 
@@ -156,26 +158,26 @@ def read_ask(body: bytes, *, default_model: str) -> Ask:
 
     images, image_bytes, files = 0, 0, 0
     for index, message in enumerate(request.messages):
-        for kind, size in _parts(message, f"messages[{index}].content"):
+        for kind, size in _parts(message, index):
             if kind in IMAGES:
                 images, image_bytes = images + 1, image_bytes + size
             elif kind != "text":
                 files += 1
-    limits = (request.max_tokens, request.max_completion_tokens)
+    limits = (request.max_tokens or 0, request.max_completion_tokens or 0)
     return Ask(
         model=request.model or default_model,
         fallbacks=tuple(request.models or ()),
         stream=bool(request.stream),
         messages=len(request.messages),
         size=Size(
-            prompt_bytes=sum(len(memoryview(member)) for member in members.values()) - image_bytes,
+            prompt_bytes=sum([len(memoryview(member)) for member in members.values()]) - image_bytes,
             images=images,
             has_files=files > 0,
             choices=request.n or 1,
-            output_tokens=max((limit for limit in limits if limit is not None), default=None),
+            output_tokens=max(limits) or None,
             paid_tools=_paid_tools(request, files),
-            caches_prompt=b'"cache_control"' in body or ESCAPED_LETTER.search(body) is not None,
-            more_than_text=any(modality != "text" for modality in request.modalities or ()),
+            caches_prompt=b'"cache_control"' in body or (ESCAPE in body and ESCAPED_LETTER.search(body) is not None),
+            more_than_text=not ONLY_TEXT.issuperset(request.modalities or ()),
             hurried=request.service_tier not in ORDINARY_TIERS,
         ),
         members=members,
@@ -198,10 +200,13 @@ def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
 
 def _paid_tools(request: ChatRequest, files: int) -> int:
     """How many things are asked for that OpenRouter does for a price of their own: searching, and reading files."""
-    tools = sum(1 + _results(_members(tool.parameters)) for tool in request.tools or () if tool.type not in OWN_TOOLS)
-    plugins = sum(1 + _results(plugin) for plugin in request.plugins or ())
-    online = any(":online" in (model or "") for model in (request.model, *(request.models or ())))
-    return tools + plugins + (request.web_search_options is not None) + online + files
+    paid = files + (request.web_search_options is not None)
+    for tool in request.tools or ():
+        if tool.type not in OWN_TOOLS:
+            paid += 1 + _results(_members(tool.parameters))
+    for plugin in request.plugins or ():
+        paid += 1 + _results(plugin)
+    return paid + (":online" in " ".join((request.model or "", *(request.models or ()))))
 
 
 def _results(options: Mapping[str, Raw]) -> int:
@@ -220,8 +225,8 @@ def _members(raw: Raw) -> Mapping[str, Raw]:
         return {}
 
 
-def _parts(message: Message, place: str) -> list[tuple[str, int]]:
-    """The message's parts, type and size in bytes. Raises Refusal if the content is not one of its forms."""
+def _parts(message: Message, index: int) -> list[tuple[str, int]]:
+    """The parts of the message of that index, type and size in bytes. Raises Refusal if the content is not one of its forms."""
     content = message.content
     view = memoryview(content)
     first = view[:1].tobytes()
@@ -229,14 +234,15 @@ def _parts(message: Message, place: str) -> list[tuple[str, int]]:
         return []
     if first in (b"", b"n") and message.role in ("assistant", "function"):
         return []  # null beside tool calls
+    place = f"messages[{index}].content"
     if first != b"[":
         raise Refusal("invalid_request", f"{place} must be {RULES['content']}")
     parts = []
-    for index, part in enumerate(_decode_parts(content)):
+    for number, part in enumerate(_decode_parts(content)):
         try:
             kind = _decode_part(part).type
         except msgspec.ValidationError as error:
-            raise Refusal("invalid_request", f"{place}[{index}] must be an object with a string `type`") from error
+            raise Refusal("invalid_request", f"{place}[{number}] must be an object with a string `type`") from error
         parts.append((kind, len(memoryview(part))))
     return parts
 

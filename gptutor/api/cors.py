@@ -30,8 +30,8 @@ def cors(allowed: frozenset[str]) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        wanted = request.headers.get("Access-Control-Request-Method")
-        if request.method != "OPTIONS" or wanted is None or not _is_allowed(request, allowed):
+        is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        if not is_preflight or not _is_allowed(request, allowed):
             return await handler(request)
         names = (name.strip().lower() for name in request.headers.get("Access-Control-Request-Headers", "").split(","))
         sent = [name for name in names if name in SENT or name.startswith(SENT_PREFIXES)]

@@ -7,6 +7,7 @@ short answer. All other answers are aiohttp's.
 import functools
 import time
 from email.utils import formatdate
+from typing import cast
 
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
@@ -63,8 +64,7 @@ class Whole(Headed):
         transport, writer = request.transport, request.writer
         if self.is_written:
             return writer
-        assert isinstance(request, web.Request)
-        head = await self.spell(request, len(self._whole))
+        head = await self.spell(cast("web.Request", request), len(self._whole))
         if transport is None or transport.is_closing():
             raise ConnectionResetError
         self.is_written = True

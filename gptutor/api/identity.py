@@ -1,6 +1,6 @@
-"""Whose account a request speaks for, on the account's own endpoints: an API key, or VK's launch parameters (contract D1, D5).
+"""Whose account a request speaks for: an API key, or on the account's own endpoints VK's launch parameters (contract D1, D5).
 
-Chat completions do not pass here: there the hold statement authenticates.
+For chat completions the key is only read here: there the hold statement authenticates.
 """
 
 import time
@@ -12,14 +12,18 @@ from aiohttp.typedefs import Middleware
 
 from gptutor.api.addresses import Counter
 from gptutor.api.health import DATABASE, READINESS
-from gptutor.api.middlewares import KEYRING, Handler
+from gptutor.api.middlewares import Handler
 from gptutor.api.pace import Pace
 from gptutor.errors import Refusal
 from gptutor.money.amounts import Nano
-from gptutor.money.keys import parse_key
+from gptutor.money.keyring import KeyRing
+from gptutor.money.keys import KeyClaim, hash_key, parse_key
 from gptutor.money.users import NoSuchUser, User, UserRepository
 from gptutor.vk import Launch, NotSigned, verify
 
+CLAIMS_MAX = 10_000
+KEYRING = web.AppKey("keyring", KeyRing)
+CLAIM = web.RequestKey("claim", KeyClaim)
 USER = web.RequestKey("user", User)
 MANAGES_KEYS = web.RequestKey("manages_keys", bool)
 """Whether the request speaks with the main key, or by a sign-in; all other keys only use the account."""
@@ -55,12 +59,20 @@ class VkDoor:
 VK_DOOR = web.AppKey("vk_door", VkDoor)
 
 
-def identify(personal: Collection[Any], own_pages: Counter) -> Middleware:
-    """For `personal` handlers: the account that the request speaks for, in USER, and with which right, in MANAGES_KEYS."""
+def authenticate(keyed: Collection[Any], personal: Collection[Any], own_pages: Counter) -> Middleware:
+    """For `keyed` handlers: what key does the caller claim, in CLAIM? Whether it is true is asked of the database by the hold.
+
+    For `personal` ones: the account that the request speaks for, in USER, and with which right, in MANAGES_KEYS. Claims that were
+    read before are remembered, by the hash of their key: reading one anew costs five times as much.
+    """
+    known: dict[bytes, KeyClaim] = {}
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.match_info.handler in personal:
+        called = request.match_info.handler
+        if called in keyed:
+            request[CLAIM] = _claimed_key(bearer(request), known)
+        elif called in personal:
             request[USER], request[MANAGES_KEYS] = await _speaker(request)
             account = str(request[USER].account_id)
             if own_pages.is_used_up(account):
@@ -69,6 +81,20 @@ def identify(personal: Collection[Any], own_pages: Counter) -> Middleware:
         return await handler(request)
 
     return middleware
+
+
+def _claimed_key(key: str, known: dict[bytes, KeyClaim]) -> KeyClaim:
+    """Raises Refusal for what cannot be a key of ours."""
+    digest = hash_key(key)
+    claim = known.get(digest)
+    if claim is None:
+        claim = parse_key(key)
+        if claim is None:
+            raise Refusal("invalid_key")
+        if len(known) >= CLAIMS_MAX:
+            known.clear()
+        known[digest] = claim
+    return claim
 
 
 async def _speaker(request: web.Request) -> tuple[User, bool]:
@@ -92,6 +118,7 @@ def bearer(request: web.Request) -> str:
     """The one credential of a request. Raises Refusal."""
     headers = request.headers.getall("Authorization", [])
     scheme, _, token = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
-    if scheme.lower() != "bearer" or not token.strip():
+    token = token.strip()
+    if not token or scheme.lower() != "bearer":
         raise Refusal("invalid_key")
-    return token.strip()
+    return token

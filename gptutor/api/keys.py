@@ -15,11 +15,10 @@ from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
 from gptutor.api.body import read_form
-from gptutor.api.completions import BODY_LIMITS
+from gptutor.api.completions import KIT
 from gptutor.api.envelope import amount, answer, moment
 from gptutor.api.form import Amount, Form, must_be
-from gptutor.api.identity import MANAGES_KEYS, USER
-from gptutor.api.middlewares import KEYRING
+from gptutor.api.identity import KEYRING, MANAGES_KEYS, USER
 from gptutor.errors import Refusal
 from gptutor.money.amounts import NANO_MAX, NANO_PER_RUB, InvalidAmount, Nano, nano_of
 from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, CapPeriod, Key, Limits, NoSuchKey, TooManyKeys
@@ -150,7 +149,7 @@ def _cap(limit: Decimal | None) -> Nano | None:
 async def _form(request: web.Request, form: type[Form]) -> Form:
     """The body of one who may change keys. Raises Refusal."""
     _require_manager(request)
-    return await read_form(request, form, replace(request.app[BODY_LIMITS], bytes_max=BODY_BYTES_MAX))
+    return await read_form(request, form, replace(request.app[KIT].body_limits, bytes_max=BODY_BYTES_MAX))
 
 
 def _require_manager(request: web.Request) -> None:

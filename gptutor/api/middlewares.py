@@ -7,8 +7,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Collection
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -18,21 +17,16 @@ from gptutor.api.refusals import as_response
 from gptutor.database import DatabaseRefused, DatabaseUnavailable
 from gptutor.errors import Refusal
 from gptutor.logs import LoggerService
-from gptutor.money.keyring import KeyRing
-from gptutor.money.keys import KeyClaim, hash_key, parse_key
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID = web.RequestKey("request_id", str)
-CLAIM = web.RequestKey("claim", KeyClaim)
-KEYRING = web.AppKey("keyring", KeyRing)
 ERROR_CODE = web.RequestKey("error_code", str)
 LOGGED = web.RequestKey("logged", bool)
 
 LOGGER = logging.getLogger("gptutor.http")
 KEY_IN_PATH = re.compile(r"sk-[A-Za-z0-9_-]+")
 """Somebody may put a key into an address; it must not get into the log."""
-CLAIMS_MAX = 10_000
 REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -131,37 +125,3 @@ def body_limit(body_bytes_max: int) -> Middleware:
         return await handler(request)
 
     return middleware
-
-
-def authenticate(keyed: Collection[Any]) -> Middleware:
-    """For `keyed` handlers: what key does the caller claim? Whether it is true is asked of the database by the hold itself.
-
-    Claims that were read before are remembered, by the hash of their key: reading one anew costs five times as much.
-    """
-    known: dict[bytes, KeyClaim] = {}
-
-    @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.match_info.handler in keyed:
-            request[CLAIM] = claimed_key(request.headers.getall("Authorization", []), known)
-        return await handler(request)
-
-    return middleware
-
-
-def claimed_key(headers: list[str], known: dict[bytes, KeyClaim]) -> KeyClaim:
-    """Raises Refusal for anything but one `Bearer` header with a key that could be ours."""
-    scheme, _, key = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
-    if scheme.lower() != "bearer":
-        raise Refusal("invalid_key")
-    key = key.strip()
-    digest = hash_key(key)
-    claim = known.get(digest)
-    if claim is None:
-        claim = parse_key(key)
-        if claim is None:
-            raise Refusal("invalid_key")
-        if len(known) >= CLAIMS_MAX:
-            known.clear()
-        known[digest] = claim
-    return claim

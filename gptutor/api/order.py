@@ -4,16 +4,20 @@ import functools
 import hashlib
 import hmac
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
 
 from gptutor.api.ask import Ask
+from gptutor.api.body import BodyLimits
 from gptutor.api.event_stream import Patience
+from gptutor.api.health import Readiness
 from gptutor.api.inflight import InFlight
 from gptutor.api.pace import Pace
 from gptutor.logs import LoggerService
 from gptutor.money.amounts import AccountId
+from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
@@ -43,6 +47,12 @@ class Kit:
     catalogue: Catalogue
     log: LoggerService
     in_flight: InFlight
+    readiness: Readiness
+    keyring: KeyRing
+    slow_lane: ThreadPoolExecutor
+    """Where large bodies are read, one at a time."""
+    body_limits: BodyLimits
+    default_model: str
     pseudonym_key: bytes
     patience: Patience
     pace: Pace

@@ -5,8 +5,9 @@ Two questions, two answers, both pure:
 - before the call, the *ceiling*: an upper bound of the cost, which the ledger holds (contract C4);
 - after it, the *charge*: OpenRouter's dollars × the rate, rounded once, half up, to a nano-rouble (contract C1).
 
-The ceiling is `fixed + tokens × per_token`. The fixed part is the prompt, bounded by its bytes (a token is never shorter than
-a byte) and by the model's context, images by count, and the per-request price. The second part is the output.
+The ceiling is `fixed + tokens × per_token`, in whole numbers, since an upper bound may be rounded up. The fixed part is the
+prompt, bounded by its bytes (a token is never shorter than a byte) and by the model's context, images by count, and the
+per-request price. The second part is the output.
 
 Where the caller sets no limit on the output, the hold covers a typical one. One request alone must still never take a balance
 below zero, so whenever the balance does not cover all that a model can write, `Ceiling.output_limit` says what it does cover,
@@ -14,14 +15,16 @@ and that is sent upstream as `max_tokens`. Where several models may answer, all 
 """
 
 from collections.abc import Sequence
-from decimal import ROUND_FLOOR, Decimal
+from decimal import Decimal
 from typing import Protocol
 
 import msgspec
 
 from gptutor.money.amounts import EXACT, Nano, nano_ceiling, nano_half_up, parse_roubles
 
-NANO = Decimal(10**9)
+GRAINS = 10**12
+"""In a nano-rouble: prices of single tokens are far below it."""
+TARIFFS_MAX = 5000
 TOKENS_UNKNOWN = 2_000_000
 """The bound of a model that lists no limit: more than the largest context on the list."""
 
@@ -77,18 +80,37 @@ class Size(msgspec.Struct, frozen=True):
     """Whether a dearer service tier is asked for."""
 
 
-class Output(msgspec.Struct, frozen=True):
-    """What one model's output costs: `fixed` before the first token, then `token_nano` each, exact; at most `tokens_max`."""
+class Tariff(msgspec.Struct, frozen=True):
+    """A model's price list in our money: whole GRAINS, each rounded up. Only for ceilings; a charge never sees them."""
 
-    fixed: Nano
-    token_nano: Decimal
+    price: Priced
+    """What it is made of."""
+    prompt: int
+    media: int
+    cache_write: int
+    cached_prompt: int
+    """Where the caller asks for his prompt to be kept."""
+    completion: int
+    rich_completion: int
+    request: int
+    image: int
+    tool: int
+    context_tokens: int
+    output_tokens: int
+
+
+class Output(msgspec.Struct, frozen=True):
+    """What one model's output costs: `fixed` grains before the first token, then `token` each; at most `tokens_max`."""
+
+    fixed: int
+    token: int
     tokens_max: int
 
     def limit(self, available: Nano) -> int | None:
         """How many tokens are covered, if not all of them."""
-        if not self.token_nano:
+        if not self.token:
             return None
-        covered = int(EXACT.divide(Decimal(available - self.fixed), self.token_nano).to_integral_value(ROUND_FLOOR))
+        covered = (available * GRAINS - self.fixed) // self.token
         return covered if covered < self.tokens_max else None
 
 
@@ -104,7 +126,8 @@ class Ceiling(msgspec.Struct, frozen=True):
 
     def output_limit(self, available: Nano) -> int | None:
         """`max_tokens` to send upstream, given what was available before the hold; None where none is needed."""
-        return min((limit for output in self.outputs if (limit := output.limit(available)) is not None), default=None)
+        limits = [limit for output in self.outputs if (limit := output.limit(available)) is not None]
+        return min(limits, default=None)
 
 
 def charge(cost_usd: Decimal, rub_per_usd: Decimal) -> Nano:
@@ -134,13 +157,15 @@ class LLMCostEvaluate:
         self._balance_min = parse_roubles(f"{balance_min_rub:f}")
         self._hold_default = parse_roubles(f"{hold_default_rub:f}")
         self._ceiling_rate = EXACT.multiply(rub_per_usd, margin)
+        self._tariffs: dict[int, Tariff] = {}
+        """By the identity of what they are made of."""
         self._output_tokens_typical = output_tokens_typical
         self._output_tokens_min = output_tokens_min
         self._worst_case = reserve == "worst_case"
         self._image_tokens = image_tokens
-        self._paid_tool_usd = paid_tool_usd
+        self._tool = self._grains(paid_tool_usd)
         self._cache_write_factor = cache_write_factor
-        self._hurry_factor = hurry_factor
+        self._hurry_factor = hurry_factor.as_integer_ratio()
 
     def ceiling(self, size: Size, prices: Sequence[Priced | None]) -> Ceiling:
         """The most that a request of this size can cost, whichever of the models with these prices answers.
@@ -148,6 +173,8 @@ class LLMCostEvaluate:
         `None` is a price that OpenRouter does not state: a default is held.
         """
         ceilings = [self._ceiling_of(size, price) for price in prices]
+        if len(ceilings) == 1:
+            return ceilings[0]
         return Ceiling(
             most=max(ceiling.most for ceiling in ceilings),
             least=max(ceiling.least for ceiling in ceilings),
@@ -156,45 +183,72 @@ class LLMCostEvaluate:
 
     def _ceiling_of(self, size: Size, price: Priced | None) -> Ceiling:
         if price is None:
-            most = Nano(self._hold_default + self._nano(EXACT.multiply(self._paid_tool_usd, size.paid_tools)))
+            most = Nano(self._hold_default + _nano(self._tool * size.paid_tools))
             return Ceiling(most=most, least=max(most, self._balance_min))
-        fixed_usd = self._prompt_usd(size, price)
-        token_usd = EXACT.multiply(price.rich_completion_usd if size.more_than_text else price.completion_usd, size.choices)
+        tariff = self._tariff(price)
+        prompt, token = self._prompt(size, tariff), tariff.rich_completion if size.more_than_text else tariff.completion
+        token *= size.choices
         if size.hurried:
-            token_usd = EXACT.multiply(token_usd, self._hurry_factor)
-        tokens_max = price.output_tokens_max or price.context_tokens or TOKENS_UNKNOWN
+            prompt, token = _times(prompt, self._hurry_factor), _times(token, self._hurry_factor)
+        fixed = prompt + tariff.request + size.images * tariff.image + size.paid_tools * tariff.tool
+        tokens_max = tariff.output_tokens
         if size.output_tokens is not None or self._worst_case:
-            most = self._nano(EXACT.fma(min(size.output_tokens or tokens_max, tokens_max), token_usd, fixed_usd))
+            most = _nano(fixed + min(size.output_tokens or tokens_max, tokens_max) * token)
             return Ceiling(most=most, least=max(most, self._balance_min))
-
-        least_usd = EXACT.fma(min(self._output_tokens_min, tokens_max), token_usd, fixed_usd)
-        most_usd = EXACT.fma(min(self._output_tokens_typical, tokens_max), token_usd, fixed_usd)
-        token_nano = EXACT.multiply(EXACT.multiply(token_usd, self._ceiling_rate), NANO)
         return Ceiling(
-            most=self._nano(most_usd),
-            least=max(self._nano(least_usd), self._balance_min),
-            outputs=(Output(self._nano(fixed_usd), token_nano, tokens_max),),
+            most=_nano(fixed + min(self._output_tokens_typical, tokens_max) * token),
+            least=max(_nano(fixed + min(self._output_tokens_min, tokens_max) * token), self._balance_min),
+            outputs=(Output(fixed, token, tokens_max),),
         )
 
-    def _prompt_usd(self, size: Size, price: Priced) -> Decimal:
-        """Everything before the first output token. No more tokens than the model's context holds can be read."""
-        tokens = size.prompt_bytes + size.images * self._image_tokens
-        context = price.context_tokens or TOKENS_UNKNOWN
-        tokens = context if size.has_files else min(tokens, context)
-        token_usd = max(price.prompt_usd, price.cache_write_usd)
+    def _prompt(self, size: Size, tariff: Tariff) -> int:
+        """No more tokens than the model's context holds can be read; each costs the dearest of what it may be."""
+        tokens, token = size.prompt_bytes + size.images * self._image_tokens, max(tariff.prompt, tariff.cache_write)
         if size.images or size.has_files:
-            token_usd = max(token_usd, price.media_usd)
+            token = max(token, tariff.media)
         if size.caches_prompt:
-            token_usd = max(token_usd, EXACT.multiply(price.prompt_usd, self._cache_write_factor))
-        if size.hurried:
-            token_usd = EXACT.multiply(token_usd, self._hurry_factor)
-        usd = EXACT.fma(size.images, price.image_usd, price.request_usd)
-        usd = EXACT.fma(size.paid_tools, max(self._paid_tool_usd, price.search_usd), usd)
-        return EXACT.fma(tokens, token_usd, usd)
+            token = max(token, tariff.cached_prompt)
+        return token * (tariff.context_tokens if size.has_files else min(tokens, tariff.context_tokens))
+
+    def _tariff(self, price: Priced) -> Tariff:
+        """Made once for each price list: the same object has the same prices."""
+        known = self._tariffs.get(id(price))
+        if known is None or known.price is not price:
+            if len(self._tariffs) >= TARIFFS_MAX:
+                self._tariffs.clear()
+            known = self._tariffs[id(price)] = self._made_of(price)
+        return known
+
+    def _made_of(self, price: Priced) -> Tariff:
+        context = price.context_tokens or TOKENS_UNKNOWN
+        return Tariff(
+            price=price,
+            prompt=self._grains(price.prompt_usd),
+            media=self._grains(price.media_usd),
+            cache_write=self._grains(price.cache_write_usd),
+            cached_prompt=self._grains(EXACT.multiply(price.prompt_usd, self._cache_write_factor)),
+            completion=self._grains(price.completion_usd),
+            rich_completion=self._grains(price.rich_completion_usd),
+            request=self._grains(price.request_usd),
+            image=self._grains(price.image_usd),
+            tool=max(self._tool, self._grains(price.search_usd)),
+            context_tokens=context,
+            output_tokens=price.output_tokens_max or context,
+        )
+
+    def _grains(self, usd: Decimal) -> int:
+        return nano_ceiling(EXACT.multiply(EXACT.multiply(usd, self._ceiling_rate), Decimal(GRAINS)))
 
     def charge(self, cost_usd: Decimal) -> Nano:
         """The cost of a finished request, at the rate of today."""
         return charge(cost_usd, self.rub_per_usd)
 
-    def _nano(self, usd: Decimal) -> Nano:
-        return nano_ceiling(EXACT.multiply(usd, self._ceiling_rate))
+
+def _nano(grains: int) -> Nano:
+    """Rounded up."""
+    return Nano(-(-grains // GRAINS))
+
+
+def _times(amount: int, factor: tuple[int, int]) -> int:
+    """Rounded up."""
+    return -(-amount * factor[0] // factor[1])
