@@ -274,4 +274,4 @@ def _with_member(raw: Raw | None, key: bytes) -> bytes:
 
 
 def _object(members: Mapping[str, bytes | Raw]) -> bytes:
-    return b"{%s}" % b",".join(b"%s:%s" % (msgspec.json.encode(name), bytes(value)) for name, value in members.items())
+    return b"{%b}" % b",".join([b"%b:%b" % (msgspec.json.encode(name), value) for name, value in members.items()])

@@ -63,6 +63,7 @@ class Exchange:
         self._downstream: EventStream | None = None
         self._purchase: Purchase | None = None
         # what is told of it
+        self._is_logged = False
         self._outcome = "internal_error"
         self._cause: str | None = None
 
@@ -74,7 +75,7 @@ class Exchange:
             self._kit.ledger.let_go(hold_id)
             if not self.answer.done():  # this task is being cut off
                 self._refuse(Refusal("not_ready", cause="cut off at the end", headers=DO_NOT_RETRY if self._is_sent else None))
-            if LOGGED in self._request:
+            if self._is_logged:
                 self._log_response()
 
     async def _trade(self, hold_id: HoldId) -> None:
@@ -239,7 +240,7 @@ class Exchange:
         self._refuse(Refusal("internal_error", cause=repr(error), headers=DO_NOT_RETRY if self._is_sent else None))
 
     def _log_request(self) -> None:
-        self._request[LOGGED] = True
+        self._request[LOGGED] = self._is_logged = True
         self._kit.log.llm_request(
             model=self._order.ask.model,
             user_id=self._order.claim.account_id,

@@ -13,7 +13,7 @@ class InFlight:
 
     def start(self, work: Coroutine[None, None, None]) -> None:
         """Runs `work` in a task of its own, kept by a strong reference until it ends."""
-        task = asyncio.create_task(work)
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -58,8 +58,11 @@ async def request_id(request: web.Request, handler: Handler) -> web.StreamRespon
 
 async def name_response(request: web.Request, response: web.StreamResponse) -> None:
     """The other half of `request_id`: a signal, because the headers of a stream are sent inside its handler."""
-    # What the server refuses by itself, such as an unknown `Expect`, has not passed the middlewares.
-    response.headers["X-Request-ID"] = request[REQUEST_ID] if REQUEST_ID in request else new_request_id()
+    try:
+        name = request[REQUEST_ID]
+    except KeyError:  # what the server refuses by itself, such as an unknown `Expect`, has not passed the middlewares
+        name = new_request_id()
+    response.headers["X-Request-ID"] = name
 
 
 def access_log(log: LoggerService) -> Middleware:
@@ -118,7 +121,7 @@ def body_limit(body_bytes_max: int) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.content_length is not None and request.content_length > body_bytes_max:
+        if (request.content_length or 0) > body_bytes_max:
             raise Refusal("body_too_large", text)
         if request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise Refusal("unsupported_encoding")

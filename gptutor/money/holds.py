@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import NewType
 
 import msgspec
+from asyncpg.pgproto.pgproto import UUID  # as rows have it: hashed, compared and spelled without Python's help
 
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.keys import KeyClaim
@@ -108,4 +109,4 @@ def new_id() -> HoldId:
     bits = milliseconds << 80 | random.getrandbits(80)  # nobody who guesses one could do anything with it
     bits = bits & ~(0xF << 76) | 0x7 << 76
     bits = bits & ~(0x3 << 62) | 0x2 << 62
-    return HoldId(uuid.UUID(int=bits))
+    return HoldId(UUID(bits.to_bytes(16)))

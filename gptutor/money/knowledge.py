@@ -83,10 +83,14 @@ def named_line(hold_id: HoldId, account_id: AccountId, generation_id: str) -> by
 def billed_line(hold_id: HoldId, knowledge: Knowledge, price: Price) -> bytes:
     generation = (knowledge.generation_id or "-").encode()
     cost = str(price.cost_usd).encode()
-    tokens = b" ".join(b"-" if count is None else b"%d" % count for count in price[2:])
+    tokens = b"%b %b" % (_count(price.prompt_tokens), _count(price.completion_tokens))
     return _line(
         b"billed %d %s %d %s %s %s" % (knowledge.account_id, hold_id.hex.encode(), price.charge, cost, generation, tokens)
     )
+
+
+def _count(tokens: int | None) -> bytes:
+    return b"-" if tokens is None else b"%d" % tokens
 
 
 def _line(payload: bytes) -> bytes:

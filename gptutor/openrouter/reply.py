@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Callable
 
 from gptutor.openrouter.bill import sane_generation_id
@@ -40,8 +41,7 @@ class Reply:
         """By their names in small letters."""
         self.headers = {shown: headers[name] for name, shown in PASSED_ON.items() if name in headers}
         self.generation_id = sane_generation_id(headers.get("x-generation-id"))
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        self.is_event_stream = kind == "text/event-stream" and self.status != NO_CONTENT
+        self.is_event_stream = _is_of_events(headers.get("content-type", "")) and self.status != NO_CONTENT
         self.is_encoded = headers.get("content-encoding", "identity") != "identity"
         """Compressed against our wish: nothing can be read in it, or added to it."""
 
@@ -143,6 +143,11 @@ class Reply:
     def _named(self, error: UpstreamError) -> UpstreamError:
         """The same failure, with the answer's name: something may have been bought."""
         return UpstreamError(Failure(error.failure.kind, generation_id=self.generation_id))
+
+
+@functools.lru_cache(maxsize=100)
+def _is_of_events(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == "text/event-stream"
 
 
 LOOK_S = 1.0
