@@ -141,7 +141,7 @@ class Exchange:
             purchase.name(error.failure.generation_id)
             raise refusal_of(error) from error
         try:
-            if reply.is_event_stream or not reply.is_whole:  # what is whole names its price in the next moment
+            if not reply.is_whole:  # what is whole names its price in the next moment
                 purchase.name(reply.generation_id)
             if reply.is_event_stream:
                 await self._relay_stream(hold, purchase, reply)
