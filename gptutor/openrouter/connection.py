@@ -14,6 +14,7 @@ queue, no copy but the one that the parser makes. What must be true all the same
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from typing import Literal
 
 from gptutor.openrouter.answer import Answer
@@ -127,14 +128,8 @@ class Connection(asyncio.Protocol):
 
     async def heard(self, within_s: float) -> bool:
         """Waits for the first bytes of the body, or its end. False: nothing came for so long. Raises UpstreamError."""
-        if not (self._intake.has_any or self._is_over):
-            try:
-                async with asyncio.timeout(within_s):
-                    await self._wait("body", None)
-            except TimeoutError:
-                pass
         if not self._intake.has_any:
-            self._raise_failure()
+            await self._wait("body", within_s, late=self._wake)
         return self._intake.has_any or self._is_over
 
     async def take(self, taker: Taker, within_s: float | None = None) -> None:
@@ -246,14 +241,14 @@ class Connection(asyncio.Protocol):
         if self._drained is not None and (self._is_over or self._answer.status >= REFUSED):
             self.resume_writing()
 
-    async def _wait(self, event: Event, within_s: float | None) -> None:
-        """Raises UpstreamError."""
+    async def _wait(self, event: Event, within_s: float | None, late: Callable[[], None] | None = None) -> None:
+        """Until it comes, or is `late`, which ends the answer unless something else is to be done. Raises UpstreamError."""
         if self._is_over:
             self._raise_failure()
             return
         self._awaited = event
         waiter = self._waiter = self.loop.create_future()
-        timer = None if within_s is None else self.loop.call_later(within_s, self.end, "timeout")
+        timer = None if within_s is None else self.loop.call_later(within_s, late or self._time_out)
         try:
             await waiter
         finally:
@@ -261,6 +256,9 @@ class Connection(asyncio.Protocol):
             if timer is not None:
                 timer.cancel()
         self._raise_failure()
+
+    def _time_out(self) -> None:
+        self.end("timeout")
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
