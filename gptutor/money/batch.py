@@ -107,6 +107,8 @@ class Batcher(Generic[Item, Result]):
             self._impatience.cancel()
             self._impatience = None
         accounts.clear()
+        if not self._waiting:
+            return []
         busy = set().union(*self._workers.values())
         batch: list[Entry[Item, Result]] = []
         held_up: list[Entry[Item, Result]] = []
