@@ -144,8 +144,12 @@ class BillScanner:
 
     def feed(self, chunk: bytes) -> None:
         rest = self._rest
-        if not rest and not self._skipping and chunk.endswith(EVENT_ENDS):  # whole events: nearly every chunk of every stream
-            self._read(chunk)
+        if not rest and not self._skipping and chunk.endswith(EVENT_ENDS):
+            # Whole events, and none of interest: nearly every chunk of every stream, so it is spelled out.
+            if MARK in chunk or DONE in chunk or FAULT in chunk or self.generation_id is None:
+                self._read(chunk)
+            elif self._at_bill:
+                self._pass_over(chunk)
             return
         end = _end_of_last(chunk)
         if not end and bytes(rest[-1:]) + chunk[:1] in EVENT_ENDS:

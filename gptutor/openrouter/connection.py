@@ -227,14 +227,13 @@ class Connection(asyncio.Protocol):
         if data:
             self.heard_at = self.loop.time()
             try:
-                self._intake.put(data)
+                if not self._intake.put(data) and self._intake.has_enough:
+                    self._set_reading()
             except Exception as error:
                 self._is_over = True
                 self.abort()
                 if self._waiter is not None and not self._waiter.done():
                     self._waiter.set_exception(error)
-            if self._intake.has_enough:
-                self._set_reading()
         awaited = self._awaited
         if self._is_over or (awaited == "head" and self._answer.has_head) or (awaited == "body" and self._intake.has_any):
             self._wake()

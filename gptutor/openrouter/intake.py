@@ -35,13 +35,14 @@ class Intake:
         """Whether no more should come for now."""
         return self.is_held or self._kept_bytes > KEPT_BYTES_MAX
 
-    def put(self, piece: bytes) -> None:
-        """Raises what the taker raises."""
+    def put(self, piece: bytes) -> bool:
+        """Whether it is passed on; else it is kept. Raises what the taker raises."""
         if self._taker is not None:
             self._taker(piece)
-        else:
-            self._kept.append(piece)
-            self._kept_bytes += len(piece)
+            return True
+        self._kept.append(piece)
+        self._kept_bytes += len(piece)
+        return False
 
     def open(self, taker: Taker) -> None:
         """Gives him what is kept, and from now on what is put. Raises what he raises."""
