@@ -34,6 +34,10 @@ class Answer:
         self.on_header = self._fields.setdefault
         """llhttp's call for each field, of which there are twenty; of two of one name the first counts."""
         self._pieces: list[bytes] = []
+        self._pieces_of_it = 0
+        """Of those, when it was whole: the others follow its end."""
+        self.on_body = self._pieces.append
+        """For each piece, of which a stream that comes at once has hundreds."""
         self._parser: Any = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> bytes:
@@ -50,8 +54,12 @@ class Answer:
             self.close()
         elif self.has_head:
             self._fields.clear()  # trailers
-        pieces, self._pieces = self._pieces, []
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces = self._pieces
+        if self.is_whole:
+            del pieces[self._pieces_of_it :]
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        return body
 
     def close(self) -> None:
         """Nothing more is fed: the parser refers to this, and this to it."""
@@ -77,11 +85,8 @@ class Answer:
             return  # an interim answer; the real one follows
         self.ends_with_connection = "content-length" not in self.headers and "transfer-encoding" not in self.headers
 
-    def on_body(self, data: bytes) -> None:
-        if not self.is_whole:
-            self._pieces.append(data)
-
     def on_message_complete(self) -> None:
         if self.status >= 200 and not self.is_whole:
             self.is_whole = True
+            self._pieces_of_it = len(self._pieces)
             self.is_kept = self._parser.should_keep_alive() and not self.ends_with_connection
