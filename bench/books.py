@@ -5,7 +5,7 @@ import os
 
 import asyncpg
 
-from gptutor import database
+from gptutor import database, migrations
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing
@@ -15,7 +15,7 @@ from gptutor.money.vault import Vault
 
 async def prepared(url: str, accounts: int) -> list[str]:
     """Migrates the database, and gives the keys of new accounts."""
-    await database.migrate(url)
+    await migrations.migrate(url)
     keys = []
     async with database.connected(url) as books:
         for _ in range(accounts):

@@ -22,7 +22,7 @@ import psutil
 
 from bench.subjects import cpu_s
 from bench.usage import fill, say
-from gptutor import database
+from gptutor import migrations
 from gptutor.database import STATEMENTS
 from gptutor.embedded import embedded_postgres
 from gptutor.money.holds import new_id
@@ -88,7 +88,7 @@ async def grow(url: str, rows: int, accounts: int) -> dict[str, Any]:
     for name, size, people in (("empty", 0, SMALL), ("grown", rows, accounts)):
         await server.execute(f"CREATE DATABASE {name}")
         own = url.replace("/postgres?", f"/{name}?")
-        await database.migrate(own)
+        await migrations.migrate(own)
         connection = await asyncpg.connect(own)
         await connection.execute("INSERT INTO accounts (name) VALUES ('largest')")
         await connection.execute("SET synchronous_commit = off")

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import asyncpg
 
-from gptutor import database
+from gptutor import migrations
 from gptutor.database import STATEMENTS
 from gptutor.embedded import embedded_postgres
 
@@ -147,9 +147,9 @@ async def fill(connection: asyncpg.Connection, rows: int, accounts: int) -> None
 
 async def before_usage(url: str) -> None:
     """The schema as it was without totals."""
-    known = [migration for migration in database.load_migrations() if migration.name < "0005"]
-    with patch.object(database, "load_migrations", lambda: known):
-        await database.migrate(url)
+    known = [migration for migration in migrations.load_migrations() if migration.name < "0005"]
+    with patch.object(migrations, "load_migrations", lambda: known):
+        await migrations.migrate(url)
 
 
 async def grow(url: str, rows: int, accounts: int) -> None:
@@ -172,7 +172,7 @@ async def grow(url: str, rows: int, accounts: int) -> None:
         await fill(connection, size, min(accounts, size))
         await connection.execute("ANALYZE")
         began = time.monotonic()
-        await database.migrate(own)
+        await migrations.migrate(own)
         say(f"the migration took {time.monotonic() - began:.1f} s")
         await connection.execute("VACUUM ANALYZE")
         count = await connection.fetchrow("SELECT count(*), count(*) FILTER (WHERE account_id = $1) FROM ledger", LARGEST)

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gptutor import database, yookassa
+from gptutor import database, migrations, yookassa
 from gptutor.api import accounts, completions, health, identity, middlewares, models, payments
 from gptutor.api.addresses import Counter, limit_addresses, networks
 from gptutor.api.body import BodyLimits, hold_invitation
@@ -248,12 +248,12 @@ async def open_for_business(app: web.Application) -> None:
     readiness = app[health.READINESS]
     while readiness.obstacle is not None:
         try:
-            if pending := await database.pending_migrations(app[CONFIG].database.url):
-                raise database.MigrationError(f"The database lacks {', '.join(pending)}: gptutor migrate")
+            if pending := await migrations.pending_migrations(app[CONFIG].database.url):
+                raise migrations.MigrationError(f"The database lacks {', '.join(pending)}: gptutor migrate")
             for leftover in app[LEFTOVERS]:
                 await app[RECOVERY].replay(leftover)
             readiness.obstacle = None
-        except (database.DatabaseUnavailable, database.DatabaseRefused, database.MigrationError) as error:
+        except (database.DatabaseUnavailable, database.DatabaseRefused, migrations.MigrationError) as error:
             readiness.obstacle = str(error)
             LOGGER.warning("Not ready yet: %s", error)
             await asyncio.sleep(DATABASE_RETRY_S)

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from gptutor import config, database
+from gptutor import config, database, migrations
 from gptutor.administration import Administration, ReasonMissing
 from gptutor.cli_export import export_app
 from gptutor.cli_keys import keys_app
@@ -49,7 +49,7 @@ app.add_typer(export_app, name="export")
 
 # Errors whose text is a sentence for the operator.
 SENTENCES = (
-    *(ConfigError, StartError, JournalError, database.MigrationError, database.DatabaseRefused),
+    *(ConfigError, StartError, JournalError, migrations.MigrationError, database.DatabaseRefused),
     *(InvalidAmount, InvalidLimit, ReasonMissing),
 )
 
@@ -99,7 +99,7 @@ def serve_command() -> None:
 def migrate() -> None:
     """Bring the database up to date."""
     with database_of(config.load()) as settings:
-        applied = asyncio.run(database.migrate(settings.database.url))
+        applied = asyncio.run(migrations.migrate(settings.database.url))
     out.print(f"Applied: {', '.join(applied)}" if applied else "The database is up to date.")
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
-from gptutor import config, database
+from gptutor import config, database, migrations
 from gptutor.administration import Administration
 from gptutor.database import Database
 from gptutor.listener import StartError
@@ -38,8 +38,8 @@ def with_books(work: Callable[[Database], Awaitable[T]], *, statement_s: float =
 
     async def run(url: str) -> T:
         if settings.embedded:
-            await database.migrate(url)
-        elif pending := await database.pending_migrations(url):
+            await migrations.migrate(url)
+        elif pending := await migrations.pending_migrations(url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
         async with database.connected(url, statement_s=statement_s, idle_s=idle_s) as books:
             return await work(books)

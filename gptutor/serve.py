@@ -17,7 +17,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
-from gptutor import database
+from gptutor import database, migrations
 from gptutor.admin.app import build_admin
 from gptutor.api.connection import Connection
 from gptutor.app import build_app
@@ -190,8 +190,8 @@ async def prepare_database(config: Config, *, embedded: bool) -> None:
     """The embedded database is brought up to date; one's own must be. If it does not answer yet, the service waits for it."""
     try:
         if embedded:
-            await database.migrate(config.database.url)
-        elif pending := await database.pending_migrations(config.database.url):
+            await migrations.migrate(config.database.url)
+        elif pending := await migrations.pending_migrations(config.database.url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
     except database.DatabaseUnavailable as error:
         if embedded:

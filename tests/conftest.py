@@ -16,7 +16,7 @@ import uvloop
 from aiohttp import web
 from hypothesis import settings as hypothesis_settings
 
-from gptutor import database, settings
+from gptutor import database, migrations, settings
 from gptutor.api.health import READINESS
 from gptutor.app import IN_FLIGHT, build_app
 from gptutor.embedded import embedded_postgres
@@ -59,7 +59,7 @@ async def _prepare(url: str) -> None:
         await server.execute(f"ALTER SYSTEM SET {setting} = off")  # a test's database need not survive a power cut
     await server.execute("SELECT pg_reload_conf()")
     await server.close()
-    await database.migrate(url)
+    await migrations.migrate(url)
 
 
 @pytest.fixture

@@ -10,10 +10,17 @@ PACKAGE = Path(__file__).parent.parent / "gptutor"
 # room → what it must never import
 FORBIDDEN = {
     "gptutor.money": ("gptutor.api", "gptutor.openrouter", "gptutor.web", "aiohttp", "aiohttp_sse"),
-    "gptutor.openrouter": ("gptutor.api", "gptutor.money", "gptutor.web", "gptutor.database", "asyncpg"),
+    "gptutor.openrouter": ("gptutor.api", "gptutor.money", "gptutor.web", "gptutor.database", "gptutor.migrations", "asyncpg"),
     "gptutor.api": ("gptutor.admin", "gptutor.cli", "gptutor.console"),
-    "gptutor.yookassa": ("gptutor.api", "gptutor.money", "gptutor.openrouter", "gptutor.database", "asyncpg"),
-    "gptutor.web": ("gptutor.money", "gptutor.openrouter", "gptutor.database"),
+    "gptutor.yookassa": (
+        "gptutor.api",
+        "gptutor.money",
+        "gptutor.openrouter",
+        "gptutor.database",
+        "gptutor.migrations",
+        "asyncpg",
+    ),
+    "gptutor.web": ("gptutor.money", "gptutor.openrouter", "gptutor.database", "gptutor.migrations"),
 }
 # pure modules → the only modules of ours that they may import
 PURE = {

@@ -18,8 +18,9 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from gptutor.database import SQL, Database, connected, load_migrations
+from gptutor.database import SQL, Database, connected
 from gptutor.log_writer import logging_to
+from gptutor.migrations import load_migrations
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import new_id

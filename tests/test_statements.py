@@ -7,8 +7,9 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from gptutor import database
-from gptutor.database import STATEMENTS, MigrationError, load_migrations, load_statements, migrate, pending_migrations
+from gptutor import migrations
+from gptutor.database import STATEMENTS, load_statements
+from gptutor.migrations import MigrationError, load_migrations, migrate, pending_migrations
 
 PACKAGE = Path(__file__).parent.parent / "gptutor"
 SOURCES = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
@@ -65,11 +66,11 @@ async def test_migrations_are_applied_once_and_their_text_is_remembered(postgres
     assert await migrate(url) == []
     assert await pending_migrations(url) == []
 
-    changed = [database.Migration(names[0], "SELECT 1"), *load_migrations()[1:]]
-    monkeypatch.setattr(database, "load_migrations", lambda: changed)
+    changed = [migrations.Migration(names[0], "SELECT 1"), *load_migrations()[1:]]
+    monkeypatch.setattr(migrations, "load_migrations", lambda: changed)
     with pytest.raises(MigrationError, match="changed after it was applied"):
         await pending_migrations(url)
-    monkeypatch.setattr(database, "load_migrations", lambda: load_migrations()[:1])
+    monkeypatch.setattr(migrations, "load_migrations", lambda: load_migrations()[:1])
     with pytest.raises(MigrationError, match="newer than this version"):
         await migrate(url)
     await server.execute("DROP DATABASE migrations WITH (FORCE)")
@@ -89,8 +90,8 @@ async def test_two_migrators_at_once_apply_each_migration_once(postgres: str) ->
 
 async def test_a_failing_migration_leaves_nothing_behind(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row operator-4: half a migration is none."""
-    broken = database.Migration("9999_broken", "CREATE TABLE half (id integer); SELECT nonsense;")
-    monkeypatch.setattr(database, "load_migrations", lambda: [*load_migrations(), broken])
+    broken = migrations.Migration("9999_broken", "CREATE TABLE half (id integer); SELECT nonsense;")
+    monkeypatch.setattr(migrations, "load_migrations", lambda: [*load_migrations(), broken])
     with pytest.raises(asyncpg.PostgresError):
         await migrate(database_url)
     connection = await asyncpg.connect(database_url)

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 import asyncpg
 import pytest
 
-from gptutor import database
+from gptutor import migrations
 from gptutor.api.query import cursor_of
 from gptutor.database import Database
 from gptutor.money.amounts import AccountId, Nano, roubles
@@ -369,15 +369,15 @@ async def test_charges_from_before_the_totals_are_in_them(postgres: str, monkeyp
     server = await asyncpg.connect(postgres)
     await server.execute("CREATE DATABASE before_usage")
     url = postgres.replace("/postgres?", "/before_usage?")
-    known = database.load_migrations()
+    known = migrations.load_migrations()
     with monkeypatch.context() as patch:
-        patch.setattr(database, "load_migrations", lambda: [migration for migration in known if migration.name < "0005"])
-        await database.migrate(url)
+        patch.setattr(migrations, "load_migrations", lambda: [migration for migration in known if migration.name < "0005"])
+        await migrations.migrate(url)
     connection = await asyncpg.connect(url)
     await connection.execute("INSERT INTO accounts (name) VALUES ('')")
     for at in (MIDNIGHT - TICK, MIDNIGHT, MIDNIGHT):
         await connection.execute(BOOK, 1, new_id(), 9 * 10**8, "a/b", Decimal("0.01"), at)
-    await database.migrate(url)
+    await migrations.migrate(url)
     await connection.execute(BOOK, 1, new_id(), 9 * 10**8, "a/b", Decimal("0.01"), MIDNIGHT)
     rows = await connection.fetch("SELECT day, requests, cost_usd, charge_nano FROM usage_days ORDER BY day")
     assert [tuple(row) for row in rows] == [
@@ -394,10 +394,10 @@ async def test_a_migration_in_the_midst_of_settlements_misses_none(postgres: str
     server = await asyncpg.connect(postgres)
     await server.execute("CREATE DATABASE while_settling")
     url = postgres.replace("/postgres?", "/while_settling?")
-    known = database.load_migrations()
+    known = migrations.load_migrations()
     with monkeypatch.context() as patch:
-        patch.setattr(database, "load_migrations", lambda: [migration for migration in known if migration.name < "0004"])
-        await database.migrate(url)
+        patch.setattr(migrations, "load_migrations", lambda: [migration for migration in known if migration.name < "0004"])
+        await migrations.migrate(url)
     connections = [await asyncpg.connect(url) for _ in range(4)]
     await connections[0].execute("INSERT INTO accounts (name) SELECT '' FROM generate_series(1, 6)")
     settled, stop = 0, asyncio.Event()
@@ -422,7 +422,7 @@ async def test_a_migration_in_the_midst_of_settlements_misses_none(postgres: str
     settling = [asyncio.create_task(settle_on(connection)) for connection in connections]
     await asyncio.sleep(0.3)
     before = settled
-    await database.migrate(url)
+    await migrations.migrate(url)
     await asyncio.sleep(0.3)
     stop.set()
     await asyncio.gather(*settling)

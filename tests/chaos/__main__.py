@@ -15,7 +15,7 @@ from pathlib import Path
 import asyncpg
 import orjson
 
-from gptutor import database
+from gptutor import database, migrations
 from gptutor.money.amounts import parse_roubles, roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing
@@ -50,7 +50,7 @@ def options() -> argparse.Namespace:
 
 
 async def make_accounts(url: str, dice: random.Random) -> list[Account]:
-    await database.migrate(url)
+    await migrations.migrate(url)
     accounts = []
     async with database.connected(url) as connected:
         users, bookings = UserRepository(connected), Bookings(connected)
