@@ -76,6 +76,7 @@ async def test_a_streams_head_leaves_with_its_first_bytes() -> None:
     assert not stream.has_begun
     stream.write(b"data: 1\n\n")
     stream.write(b"data: 2\n\n", is_last=True)
+    stream.write(b": a heartbeat\n\n")
     await stream.finish()
     assert stream.has_begun
     first, second = (call.args[0] for call in transport.write.call_args_list)

@@ -90,6 +90,8 @@ class EventStream:
         if transport is None or self._gone or self._answer.cancelled() or transport.is_closing():
             self._unheard_bytes += len(chunk)
             return self._unheard_bytes <= self._patience.leaver_drain_bytes
+        if self._is_ended:
+            return True  # a heartbeat that was due in that very moment
         self._is_ended = is_last
         if self._is_chunked:
             end = LAST_CHUNK if is_last else b""

@@ -154,6 +154,8 @@ class Exchange:
         try:
             document = await reply.read(left_s)
         except UpstreamError as error:
+            if purchase.generation_id is None:
+                purchase.name(error.failure.generation_id)
             raise refusal_of(error) from error
         said = read_statement(document)
         name = reply.generation_id or said.generation_id
@@ -178,6 +180,8 @@ class Exchange:
                     purchase.note_bill,
                     heartbeat_s=self._kit.patience.heartbeat_s,
                 )
+                if purchase.generation_id is None:  # before the caller is waited for
+                    purchase.name(scanner.generation_id)
                 downstream.forget_reply()
                 reply.close()  # however long the caller takes for the rest, others may have the connection
                 if error is not None and not downstream.has_begun:
