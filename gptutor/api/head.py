@@ -1,19 +1,18 @@
 """The head of an answer that is relayed, spelled here, so that it leaves in one write with the first bytes of its body.
 
-aiohttp writes a stream's head by itself, in a packet of its own, and spends on any head more than the relay on all the rest of a
-short answer. All other answers are aiohttp's.
+aiohttp writes a stream's head in a packet of its own, and any head by way of several coroutines. All other answers are aiohttp's.
 """
 
 import functools
 import time
 from email.utils import formatdate
+from http import HTTPStatus
 from typing import cast
 
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import SERVER_SOFTWARE
 
-NO_CONTENT = 204
 JOINED_BYTES_MAX = 64 * 1024
 """A larger body is not copied to stand behind its head."""
 
@@ -34,7 +33,7 @@ class Headed(web.StreamResponse):
         """The head, with what the application adds to every answer. Without a `length` the body is chunked, if HTTP allows."""
         await request.app.on_response_prepare.send(request, self)
         headers, version = self.headers, request.version
-        if self.status == NO_CONTENT:
+        if self.status == HTTPStatus.NO_CONTENT:
             pass  # a length would be wrong, and a chunk the beginning of the next answer
         elif length is not None:
             headers["Content-Length"] = str(length)

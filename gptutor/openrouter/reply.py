@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Callable
+from http import HTTPStatus
 
 from gptutor.openrouter.bill import sane_generation_id
 from gptutor.openrouter.connection import Connection
@@ -14,7 +15,6 @@ from gptutor.openrouter.retry import Failure
 # The headers of an answer that reach the caller; all others are OpenRouter's and its edge's own affair. It is asked not to
 # compress, but if it does, the bytes are passed as they are, and the caller must know.
 PASSED_ON = {"content-type": "Content-Type", "content-encoding": "Content-Encoding", "x-generation-id": "X-Generation-Id"}
-NO_CONTENT = 204
 REFUSAL_BYTES_MAX = 64 * 1024
 REFUSAL_S = 5.0
 
@@ -41,7 +41,7 @@ class Reply:
         """By their names in small letters."""
         self.headers = {shown: headers[name] for name, shown in PASSED_ON.items() if name in headers}
         self.generation_id = sane_generation_id(headers.get("x-generation-id"))
-        self.is_event_stream = _is_of_events(headers.get("content-type", "")) and self.status != NO_CONTENT
+        self.is_event_stream = _is_of_events(headers.get("content-type", "")) and self.status != HTTPStatus.NO_CONTENT
         self.is_encoded = headers.get("content-encoding", "identity") != "identity"
         """Compressed against our wish: nothing can be read in it, or added to it."""
 
