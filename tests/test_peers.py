@@ -19,9 +19,10 @@ from aiohttp import web
 
 from gptutor import settings
 from gptutor.api.ask import Ask
+from gptutor.api.completions import KIT
 from gptutor.api.health import DATABASE
 from gptutor.app import JOURNAL
-from gptutor.database import Database, DatabaseUnavailable
+from gptutor.database import Database
 from gptutor.money.amounts import Nano
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.invariants import check
@@ -87,7 +88,7 @@ async def test_no_database_means_no_answer(gateway: Gateway, monkeypatch: pytest
     """Complaint 2 (LiteLLM #26672): where the budget could not be read, the call was let through."""
     caller = await gateway.caller()
     books = gateway.app[DATABASE]
-    Statements(books, monkeypatch).lost_requests.append("hold_funds")
+    Statements(books, monkeypatch).lost_requests.append("settle_and_hold")
     response, _ = await gateway.chat(caller)
     assert response.status == 503
     assert not gateway.simulator.books.records
@@ -389,7 +390,7 @@ async def test_no_money_is_a_402_that_no_sdk_repeats(gateway: Gateway) -> None:
 
     async def counted(statement: str, *arguments: Any) -> Any:
         nonlocal asked
-        asked += statement == "hold_funds"
+        asked += statement == "settle_and_hold"
         return await fetch(statement, *arguments)
 
     books.fetch = counted  # type: ignore[method-assign]
@@ -413,11 +414,12 @@ async def test_what_may_have_been_bought_is_not_bought_again_by_an_sdk(gateway: 
 # -- restarts
 
 
+async def nowhere(*_: Any, **__: Any) -> Any:
+    await asyncio.Event().wait()
+
+
 def stop_hard(gateway: Gateway) -> None:
     """From now on nothing that this process does has an effect; what the kernel and PostgreSQL have, they keep."""
-
-    async def nowhere(*_: Any, **__: Any) -> Any:
-        await asyncio.Event().wait()
 
     gateway.app[DATABASE].fetch = nowhere  # type: ignore[method-assign]
     gateway.app[DATABASE].fetchrow = nowhere  # type: ignore[method-assign]
@@ -438,14 +440,7 @@ async def test_a_spend_that_was_not_settled_yet_survives_the_end_of_the_process(
         config = msgspec.structs.replace(config, server=settings.Server(port=0, shutdown_s=0.2, drain_s=0.05))
         people = [await make_caller(books, "100") for _ in range(callers)]
         async with gateway_on(config, books, simulator) as dying:
-            fetch = dying.app[DATABASE].fetch
-
-            async def unsettling(statement: str, *arguments: Any) -> Any:
-                if statement == "settle_holds":
-                    raise DatabaseUnavailable("away, just now")
-                return await fetch(statement, *arguments)
-
-            dying.app[DATABASE].fetch = unsettling  # type: ignore[method-assign]
+            dying.app[KIT].ledger.settle = nowhere  # type: ignore[method-assign]
             body = {"messages": [{"role": "user", "content": "Hello"}], "stream": stream}
 
             async def ask(caller: Caller) -> int:

@@ -326,8 +326,8 @@ async def test_a_settlement_that_is_repeated_is_counted_once(gateway: Gateway) -
     caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
     held = await hold(gateway.books, caller, "5", ledger=ledger)
     batch = [settlement(held, "0.01")] * 2
-    await ledger._settle_batch(batch)
-    await ledger._settle_batch(batch)
+    await ledger._trade_batch(batch)
+    await ledger._trade_batch(batch)
     (total,) = await data(gateway, caller, "/v1/usage/totals")
     assert (total["requests"], total["amount"]) == (1, "0.9")
 
@@ -356,9 +356,9 @@ async def test_many_settlements_at_once_lose_no_total_and_never_deadlock(books: 
     for turn, ledger in itertools.product(range(5), ledgers):
         holds = [await hold(books, caller, "1", ledger=ledger) for caller in callers]
         batch = [settlement(held, "0.01") for held in holds]
-        batches.append(ledger._settle_batch(batch if turn % 2 else batch[::-1]))
+        batches.append(ledger._trade_batch(batch if turn % 2 else batch[::-1]))
     for outcomes in await asyncio.gather(*batches):
-        assert set(outcomes) == {"settled"}
+        assert {row["outcome"] for row in outcomes} == {"settled"}
     async with books.snapshot() as connection:
         rows = await connection.fetch("SELECT requests, charge_nano FROM usage_days")
     assert [tuple(row) for row in rows] == [(20, 20 * 9 * 10**8)] * 10

@@ -1,9 +1,10 @@
 """Natural batching: what arrives while a statement is under way forms the next one.
 
 With one request at a time a batch is one item and starts at once; under load batches grow by themselves, and many requests share
-one round trip and one commit. Mostly one statement is under way. One that takes longer than PATIENCE_S may be waiting for
-somebody's lock: then those who wait behind it go past it in another statement, except items of the accounts that it has. So two
-statements of one process never wait for each other on an account's row, and an account's items keep their order of arrival.
+one round trip and one commit. An item that may wait a little goes with the next that may not. Mostly one statement is under way.
+One that takes longer than PATIENCE_S may be waiting for somebody's lock: then those who wait behind it go past it in another
+statement, except items of the accounts that it has. So two statements of one process never wait for each other on an account's
+row, and an account's items keep their order of arrival.
 """
 
 import asyncio
@@ -55,18 +56,28 @@ class Batcher(Generic[Item, Result]):
         self._workers: dict[asyncio.Task[None], set[int]] = {}
         """Each with the accounts of its statement."""
         self._impatience: asyncio.TimerHandle | None = None
+        self._is_due = False
+        """Whether somebody waits who may not wait; if not, `_patience_ends` when the first of the others may not any more."""
+        self._patience_ends: asyncio.TimerHandle | None = None
 
-    async def submit(self, item: Item) -> Result:
-        """The item's own result, or the exception of its batch."""
+    async def submit(self, item: Item, *, within_s: float = 0) -> Result:
+        """The item's own result, or the exception of its batch. It may wait for company, but begins within so many seconds."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = self._loop.create_future()
         self._waiting.append(Entry(item, self._account_of(item), future))
+        if not within_s or self._is_due:
+            self._fall_due()
+        elif self._patience_ends is None:
+            self._patience_ends = self._loop.call_later(within_s, self._fall_due)
+        return await future
+
+    def _fall_due(self) -> None:
+        self._is_due = True
         if not self._workers:
             self._start()
         elif self._impatience is None:
             self._wait_patiently()
-        return await future
 
     def _wait_patiently(self) -> None:
         if self._loop is not None and len(self._workers) < self._at_once:
@@ -74,7 +85,7 @@ class Batcher(Generic[Item, Result]):
 
     def _start_another(self) -> None:
         self._impatience = None
-        if self._waiting and len(self._workers) < self._at_once:
+        if self._is_due and len(self._workers) < self._at_once:
             self._start()
 
     def _start(self) -> None:
@@ -89,7 +100,8 @@ class Batcher(Generic[Item, Result]):
         if worker.cancelled():
             _fail(self._waiting, DatabaseUnavailable("cancelled"))
             self._waiting.clear()
-        elif self._waiting and not self._workers:
+            self._is_due = False
+        elif self._is_due and not self._workers:
             self._start()
 
     async def _work(self, accounts: set[int]) -> None:
@@ -107,8 +119,11 @@ class Batcher(Generic[Item, Result]):
             self._impatience.cancel()
             self._impatience = None
         accounts.clear()
-        if not self._waiting:
+        if not self._is_due:
             return []
+        if self._patience_ends is not None:
+            self._patience_ends.cancel()
+            self._patience_ends = None
         busy = set().union(*self._workers.values())
         batch: list[Entry[Item, Result]] = []
         held_up: list[Entry[Item, Result]] = []
@@ -116,6 +131,7 @@ class Batcher(Generic[Item, Result]):
             entry = self._waiting.popleft()
             (held_up if entry.account_id in busy else batch).append(entry)
         self._waiting.extendleft(reversed(held_up))
+        self._is_due = bool(self._waiting)
         accounts.update(entry.account_id for entry in batch)
         if self._waiting and batch:
             self._wait_patiently()

@@ -64,6 +64,10 @@ class HoldRequest(msgspec.Struct, frozen=True):
     idempotency_key: str | None = None
     body_hash: bytes | None = None
 
+    @property
+    def account_id(self) -> AccountId:
+        return self.claim.account_id
+
 
 class Hold(msgspec.Struct, frozen=True):
     account_id: AccountId

@@ -4,11 +4,15 @@ A hold is committed before anything is bought, and closed once: by a settlement 
 nothing was bought. What this process cannot find out itself it hands over to recovery. Closing is idempotent by the hold's
 id, so it is repeated until the database has it; the journal remembers it meanwhile.
 
+A settlement goes with the next holds, in one statement and one commit, or after a moment by itself. So an account's next request
+finds its last one settled, and does not wait for that.
+
 A hold whose statement failed may have been committed all the same. Nothing was sent for it, so it is released, as soon as the
 database answers.
 """
 
 import asyncio
+import functools
 import itertools
 import logging
 import random
@@ -39,6 +43,7 @@ LOGGER = logging.getLogger("gptutor.ledger")
 STATEMENTS_AT_ONCE = 3
 """Of each kind: one, as long as none is held up by a lock."""
 BATCH_MAX = 200
+SETTLE_WITHIN_S = 0.01
 PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 
 REFUSED: dict[str, type[Exception]] = {
@@ -48,6 +53,7 @@ REFUSED: dict[str, type[Exception]] = {
     "capped": KeyCapReached,
 }
 Outcome = Literal["settled", "settled_late", "already", "no_hold"]
+Trade = HoldRequest | Settlement
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -64,6 +70,7 @@ class Ledger:
         hold_ttl_s: float,
         chat_per_minute: int = 0,
         chat_at_once: int = 0,
+        settle_within_s: float = SETTLE_WITHIN_S,
     ) -> None:
         self.journal = journal
         self.active: set[HoldId] = set()
@@ -73,16 +80,18 @@ class Ledger:
         self._chat_per_minute = chat_per_minute
         self._chat_at_once = chat_at_once
         self._orphans: set[asyncio.Task[None]] = set()
-        self._holds: Batcher[HoldRequest, Row] = Batcher(
-            self._hold_batch,
-            lambda request: request.claim.account_id,
+        self._trades: Batcher[Trade, Row] = Batcher(
+            self._trade_batch,
+            lambda item: item.account_id,
             at_once=STATEMENTS_AT_ONCE,
             batch_max=BATCH_MAX,
-            abandoned=lambda request, row: self._forsake(request),
+            abandoned=lambda item, row: self._forsake(item) if isinstance(item, HoldRequest) else None,
         )
-        self._settlements: Batcher[Settlement, Outcome] = Batcher(
-            self._settle_batch, lambda item: item.account_id, at_once=STATEMENTS_AT_ONCE, batch_max=BATCH_MAX
+        self._settle_soon = functools.partial(self._trades.submit, within_s=settle_within_s)
+        self._late_settlements: Batcher[Settlement, Row] = Batcher(
+            self._trade_batch, lambda item: item.account_id, at_once=STATEMENTS_AT_ONCE, batch_max=BATCH_MAX
         )
+        """Those that failed once: whoever has their accounts' rows should not keep them from others' holds."""
         self._releases: Batcher[Release, None] = Batcher(
             self._release_batch, lambda item: item.account_id, at_once=STATEMENTS_AT_ONCE, batch_max=BATCH_MAX
         )
@@ -97,7 +106,7 @@ class Ledger:
         """
         self.active.add(request.hold_id)
         try:
-            row = await self._holds.submit(request)
+            row = await self._trades.submit(request)
         except (Exception, asyncio.CancelledError):
             self._forsake(request)
             raise
@@ -118,7 +127,8 @@ class Ledger:
 
     async def settle(self, settlement: Settlement) -> Outcome:
         """Books the charge and frees the hold; a charge above its hold is booked in full (contract C5)."""
-        outcome = await _until_done(self._settlements.submit, settlement)
+        row = await _until_done(self._settle_soon, settlement, again=self._late_settlements.submit)
+        outcome: Outcome = row["outcome"]
         if outcome == "no_hold":
             LOGGER.error("A charge has no hold: %s", settlement)  # a commit was lost: a failover to a stale replica
         return outcome
@@ -152,15 +162,24 @@ class Ledger:
 
     # -- the statements
 
-    async def _hold_batch(self, requests: list[HoldRequest]) -> list[Row]:
+    async def _trade_batch(self, items: Sequence[Trade]) -> list[Row]:
+        requests = [item for item in items if isinstance(item, HoldRequest)]
+        settlements = [item for item in items if isinstance(item, Settlement)]
         rows = await self._database.fetch(
-            "hold_funds",
+            "settle_and_hold",
+            [settlement.account_id for settlement in settlements],
+            [settlement.hold_id for settlement in settlements],
+            [settlement.charge for settlement in settlements],
+            [settlement.cost_usd for settlement in settlements],
+            [settlement.generation_id for settlement in settlements],
+            [settlement.prompt_tokens for settlement in settlements],
+            [settlement.completion_tokens for settlement in settlements],
             self.journal.owner,
             self._hold_ttl_s,
             self._rub_per_usd,
             self._chat_per_minute,
             self._chat_at_once,
-            [request.claim.account_id for request in requests],
+            [request.account_id for request in requests],
             [request.claim.key_hash for request in requests],
             [request.hold_id for request in requests],
             [request.ceiling.most for request in requests],
@@ -171,22 +190,8 @@ class Ledger:
             [request.body_hash for request in requests],
         )
         by_id = {row["hold_id"]: row for row in rows}
-        return [by_id[request.hold_id] for request in requests]
-
-    async def _settle_batch(self, settlements: list[Settlement]) -> list[Outcome]:
-        rows = await self._database.fetch(
-            "settle_holds",
-            [settlement.account_id for settlement in settlements],
-            [settlement.hold_id for settlement in settlements],
-            [settlement.charge for settlement in settlements],
-            [settlement.cost_usd for settlement in settlements],
-            [settlement.generation_id for settlement in settlements],
-            [settlement.prompt_tokens for settlement in settlements],
-            [settlement.completion_tokens for settlement in settlements],
-        )
-        outcomes = {row["hold_id"]: row["outcome"] for row in rows}
-        self.journal.closed(outcomes)
-        return [outcomes[settlement.hold_id] for settlement in settlements]
+        self.journal.closed(settlement.hold_id for settlement in settlements)
+        return [by_id[item.hold_id] for item in items]
 
     async def _release_batch(self, releases: list[Release]) -> Sequence[None]:
         await self._database.fetch(
@@ -209,8 +214,10 @@ class Ledger:
         return [None] * len(items)
 
 
-async def _until_done(submit: Callable[[Item], Awaitable[Result]], item: Item) -> Result:
-    """Submits an item that is idempotent, however often it takes while the database is away."""
+async def _until_done(
+    submit: Callable[[Item], Awaitable[Result]], item: Item, *, again: Callable[[Item], Awaitable[Result]] | None = None
+) -> Result:
+    """Submits an item that is idempotent, however often it takes while the database is away; `again`, if given, from then on."""
     pauses = itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1]))
     level = logging.WARNING  # once for each hold; then it is known that the database is away
     while True:
@@ -219,4 +226,5 @@ async def _until_done(submit: Callable[[Item], Awaitable[Result]], item: Item) -
         except DatabaseUnavailable as error:
             LOGGER.log(level, "A hold cannot be closed yet: %s", error)
             level = logging.DEBUG
+            submit = again or submit
             await asyncio.sleep(next(pauses) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter

@@ -1,9 +1,10 @@
--- name: hold_funds
--- Authenticates and reserves. $1 the process, $2 seconds until recovery looks at a hold, $3 roubles per dollar, $4 requests per
--- minute and $5 at once of an account (0: no limit); arrays: $6 accounts, $7 SHA-256 of the keys, $8 holds, $9 the most to hold,
--- $10 the least that must be available, $11 models, $12 request ids, $13 idempotency keys or NULL, $14 SHA-256 of the bodies or
--- NULL.
--- One row for each hold: see the function for its outcomes.
+-- name: settle_and_hold
+-- Books charges, each once; then authenticates and reserves. Of the charges, arrays: $1 accounts, $2 holds, $3 charges in
+-- nano-roubles, $4 costs in dollars, $5 generation ids, $6 tokens of the prompts and $7 of the outputs, or NULL. Of the holds:
+-- $8 the process, $9 seconds until recovery looks at one, $10 roubles per dollar, $11 requests per minute and $12 at once of an
+-- account (0: no limit); arrays: $13 accounts, $14 SHA-256 of the keys, $15 holds, $16 the most to hold, $17 the least that must
+-- be available, $18 models, $19 request ids, $20 idempotency keys or NULL, $21 SHA-256 of the bodies or NULL.
+-- One row for each charge: settled, settled_late, already, no_hold; and one for each hold: see take_holds for its outcomes.
 SELECT
     hold_id,
     outcome,
@@ -11,20 +12,10 @@ SELECT
     available_nano,
     earlier_request_id,
     minute_requests
-FROM hold_funds(
-    $1::uuid, $2::double precision, $3::numeric, $4::integer, $5::integer,
-    $6::bigint[], $7::bytea[], $8::uuid[], $9::bigint[], $10::bigint[], $11::text[], $12::text[], $13::text[], $14::bytea[]
-);
-
--- name: settle_holds
--- Books charges, each once. Arrays: $1 accounts, $2 holds, $3 charges in nano-roubles, $4 costs in dollars, $5 generation ids,
--- $6 tokens of the prompts and $7 of the outputs, or NULL.
--- One row for each hold with its outcome: settled, settled_late, already, no_hold.
-SELECT
-    hold_id,
-    outcome
-FROM settle_holds(
-    $1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[], $6::bigint[], $7::bigint[]
+FROM settle_and_hold(
+    $1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[], $6::bigint[], $7::bigint[],
+    $8::uuid, $9::double precision, $10::numeric, $11::integer, $12::integer,
+    $13::bigint[], $14::bytea[], $15::uuid[], $16::bigint[], $17::bigint[], $18::text[], $19::text[], $20::text[], $21::bytea[]
 );
 
 -- name: release_holds
