@@ -108,7 +108,7 @@ func (own *caller) ask(client *http.Client, url, key, prompt string, stream bool
 	}
 	whole := bytes.HasSuffix(tail, []byte("}")) && size > plainBytes/2
 	if stream {
-		whole = bytes.HasSuffix(tail, []byte("data: [DONE]\n\n")) && size > chunks*200
+		whole = bytes.HasSuffix(tail, []byte("data: [DONE]\n\n")) && size > chunks*100
 	}
 	if answer.StatusCode != http.StatusOK || !whole {
 		own.fail(fmt.Sprintf("status %d, %d bytes, …%s", answer.StatusCode, size, tail))

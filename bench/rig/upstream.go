@@ -25,8 +25,9 @@ var (
 	mark    = []byte("pause=") // a prompt may say how many milliseconds lie between chunks
 	streams = regexp.MustCompile(`"stream": ?true`)
 	filler  = bytes.Repeat([]byte("The quick brown fox. "), plainBytes/21)
-	word    = []byte(`","object":"chat.completion.chunk","created":1760000000,"model":"google/gemini-2.5-flash-lite","choices":[{"index":0,` +
-		`"delta":{"role":"assistant","content":" fox jumps"},"finish_reason":null,"native_finish_reason":null,"logprobs":null}]}` + "\n\n")
+	chunk   = `","object":"chat.completion.chunk","created":1760000000,"model":"google/gemini-2.5-flash-lite","choices":`
+	word    = []byte(chunk + `[{"index":0,"delta":{"role":"assistant","content":" fox jumps"},"finish_reason":null,` +
+		`"native_finish_reason":null,"logprobs":null}]}` + "\n\n")
 	usage = `,"usage":{"prompt_tokens":12,"completion_tokens":100,"total_tokens":112,"cost":` + cost + `,"is_byok":false}}`
 )
 
@@ -104,18 +105,18 @@ func plain(answer http.ResponseWriter, name string) {
 func stream(answer http.ResponseWriter, name string, pause time.Duration) {
 	answer.Header().Set("Content-Type", "text/event-stream")
 	flush := answer.(http.Flusher).Flush
-	chunk := append([]byte(`data: {"id":"`+name), word...)
+	event := append([]byte(`data: {"id":"`+name), word...)
 	flush()
 	for number := 0; number < chunks; number++ {
 		if pause > 0 {
 			time.Sleep(pause)
 		}
-		if _, err := answer.Write(chunk); err != nil {
+		if _, err := answer.Write(event); err != nil {
 			return
 		}
 		flush()
 	}
-	fmt.Fprintf(answer, `data: {"id":"%s","object":"chat.completion.chunk","choices":[]%s`+"\n\n", name, usage)
+	fmt.Fprintf(answer, `data: {"id":"%s%s[]%s`+"\n\n", name, chunk, usage)
 	flush()
 	io.WriteString(answer, "data: [DONE]\n\n")
 }
