@@ -60,6 +60,7 @@ class Trader:
         names = [f"gen-{int(time.time())}-{random.getrandbits(64):016x}" for _ in self.held]
         rows = await self.connection.fetch(
             STATEMENTS["settle_and_hold"],
+            False,
             *(list(self.held.values()), list(self.held), [1_350_000] * charged, [Decimal("0.000015")] * charged, names),
             *([12] * charged, [100] * charged),
             *(

@@ -6,13 +6,13 @@ import asyncio
 import hashlib
 import logging
 import random
-import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import asyncpg
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,12 +30,10 @@ from gptutor.money.holds import (
     UnknownKey,
     new_id,
 )
-from gptutor.money.journal import Journal
 from gptutor.money.keys import KeyClaim, make_key, parse_key
-from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
 from tests.conftest import Caller, make_caller
-from tests.test_ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
+from tests.test_ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
 
 Item = tuple[int, Any]
 """An account, and what is asked for it."""
@@ -74,13 +72,16 @@ class Door:
     def served(self) -> list[Item]:
         return [item for batch in self.batches for item in batch]
 
-    def batcher(self, at_once: int = 1, batch_max: int = 100, patience_s: float = 60) -> Batcher[Item, Item]:
+    def batcher(
+        self, at_once: int = 1, batch_max: int = 100, patience_s: float = 60, *, apart: bool = False
+    ) -> Batcher[Item, Item]:
         return Batcher(
             self.execute,
             lambda item: item[0],
             at_once=at_once,
             batch_max=batch_max,
             patience_s=patience_s,
+            apart=apart,
             abandoned=lambda item, result: self.abandoned.append((item, result)),
         )
 
@@ -172,87 +173,66 @@ async def test_a_statement_that_takes_its_usual_time_is_waited_for() -> None:
     await outcomes(tasks)
 
 
-async def test_an_item_that_may_wait_goes_with_the_next_that_may_not_and_before_it() -> None:
+async def test_apart_each_account_has_a_statement_of_its_own_and_none_waits_for_another() -> None:
     door = Door()
-    door.open.set()
-    batcher = door.batcher()
-    patient = [asyncio.create_task(batcher.submit((1, number), within_s=60)) for number in range(2)]
-    await settle_down()
-    assert door.batches == []
-    assert await batcher.submit((1, "hasty")) == (1, "hasty")
-    assert door.batches == [[(1, 0), (1, 1), (1, "hasty")]]
-    assert await outcomes(patient) == [(1, 0), (1, 1)]
-
-
-async def test_an_item_that_may_wait_waits_no_longer_than_it_may() -> None:
-    door = Door()
-    door.open.set()
-    batcher = door.batcher()
-    began = asyncio.get_running_loop().time()
-    for number in range(3):  # each with a patience of its own
-        assert await batcher.submit((1, number), within_s=0.02) == (1, number)
-    assert asyncio.get_running_loop().time() - began + 0.001 >= 0.06
-
-
-async def test_what_may_wait_is_not_begun_because_a_statement_has_ended() -> None:
-    door = Door()
-    batcher = door.batcher()
-    tasks = submitted(batcher, (1, "first"))
-    await settle_down()
-    tasks.append(asyncio.create_task(batcher.submit((1, "patient"), within_s=60)))
+    batcher = door.batcher(at_once=3, patience_s=0, apart=True)
+    tasks = submitted(batcher, (1, "a"), (2, "b"), (1, "c"), (3, "d"), (4, "e"))
+    await asyncio.sleep(0.01)
+    assert door.batches == [[(1, "a"), (1, "c")], [(2, "b")], [(3, "d")]]
+    tasks += submitted(batcher, (1, "f"))
     await settle_down()
     door.open.set()
-    await settle_down()
-    assert door.batches == [[(1, "first")]]
-    tasks += submitted(batcher, (1, "hasty"))
     await outcomes(tasks)
-    assert door.batches == [[(1, "first")], [(1, "patient"), (1, "hasty")]]
-
-
-async def test_what_may_wait_goes_past_a_statement_that_is_held_up_when_its_time_has_come() -> None:
-    door = Door(gates={"locked": asyncio.Event()})
-    door.open.set()
-    batcher = door.batcher(at_once=2, patience_s=0.02)
-    tasks = submitted(batcher, (1, "locked"))
-    await settle_down()
-    assert await batcher.submit((2, "patient"), within_s=0.02) == (2, "patient")
-    door.gates["locked"].set()
-    await outcomes(tasks)
+    assert door.batches[3:] in ([[(4, "e")], [(1, "f")]], [[(1, "f")], [(4, "e")]])
     assert door.met == []
 
 
-async def test_one_who_may_wait_and_left_is_not_served() -> None:
-    door = Door()
+async def test_one_who_comes_while_a_place_is_being_left_is_not_forgotten() -> None:
+    """All places were taken when he came, and the one that is free now has not been told of him."""
+    door = Door(gates={"stuck": asyncio.Event()})
     door.open.set()
-    batcher = door.batcher()
-    task = asyncio.create_task(batcher.submit((1, "left"), within_s=0.01))
+    batcher = door.batcher(at_once=2, patience_s=0.01)
+    tasks = submitted(batcher, (1, "stuck"))
     await settle_down()
-    task.cancel()
-    await asyncio.sleep(0.03)
-    assert door.batches == []
-    assert await batcher.submit((1, "after")) == (1, "after")
+    async with asyncio.timeout(2):
+        for number in range(5):  # each comes when the one before has his answer
+            assert await batcher.submit((2, number)) == (2, number)
+    door.gates["stuck"].set()
+    await outcomes(tasks)
+
+
+async def test_whoever_can_only_wait_does_it_quietly() -> None:
+    door = Door()
+    batcher = door.batcher(at_once=3, patience_s=0, apart=True)
+    tasks = submitted(batcher, (1, "a"))
+    await settle_down()
+    with patch.object(batcher, "_start", wraps=batcher._start) as start:
+        tasks += submitted(batcher, (1, "b"))
+        await asyncio.sleep(0.02)
+    assert start.call_count <= 1
+    door.open.set()
+    await outcomes(tasks)
 
 
 @settings(max_examples=60)
 @given(
-    st.lists(st.tuples(st.integers(0, 7), st.sampled_from([0, 0, 0.001])), max_size=60),
+    st.lists(st.integers(0, 7), max_size=60),
     st.integers(1, 4),
     st.integers(1, 6),
     st.sampled_from([0, 60]),
     st.integers(0, 2**32),
 )
 def test_in_any_order_of_arrival_all_are_served_in_their_accounts_order(
-    asked: list[tuple[int, float]], at_once: int, batch_max: int, patience_s: float, seed: int
+    accounts: list[int], at_once: int, batch_max: int, patience_s: float, seed: int
 ) -> None:
-    accounts = [account for account, _ in asked]
 
     async def play() -> None:
         dice = random.Random(seed)
         door = Door()
         batcher = door.batcher(at_once, batch_max, patience_s)
         tasks = []
-        for number, (account, within_s) in enumerate(asked):
-            tasks.append(asyncio.create_task(batcher.submit((account, number), within_s=within_s)))
+        for number, account in enumerate(accounts):
+            tasks += submitted(batcher, (account, number))
             if dice.random() < 0.3:
                 door.open.set() if dice.random() < 0.5 else door.open.clear()
                 await asyncio.sleep(0)
@@ -604,62 +584,47 @@ async def test_settlements_and_releases_at_once_share_statements_and_close_each_
     await assert_books_hold(books)
 
 
-def patient_ledger(books: Database, settle_within_s: float) -> Ledger:
-    journal = Journal(Path(tempfile.mkdtemp()), 1 << 20, 1 << 30)
-    return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60, settle_within_s=settle_within_s)
-
-
-async def test_the_next_request_of_an_account_finds_the_last_one_settled_in_the_same_statement(
-    books: Database, statements: Statements
-) -> None:
-    """Contract C2: money for one at a time is enough for many in a row, and each costs one commit."""
-    caller = await make_caller(books, "1.5")
-    ledger = patient_ledger(books, 60)
-    closings = []
-    for _ in range(10):
-        held = await hold(books, caller, "1", ledger=ledger)
-        closings.append(asyncio.create_task(ledger.settle(settlement(held, "0.0001"))))
-        await settle_down()
-    assert statements.count("settle_and_hold") == 10
-    assert await asyncio.gather(*closings[:9]) == ["settled"] * 9
-    assert (await caller.balance(), await caller.held()) == (Decimal("1.5") - 9 * Decimal("0.009"), 1)
-    await hold(books, await make_caller(books, "1"), "1", ledger=ledger)  # another's takes it along as well
-    assert await closings[9] == "settled"
+async def test_who_has_one_accounts_row_keeps_nobody_else_waiting(books: Database, database_url: str) -> None:
+    """Row db-6: an operator's hand, or another process. What belongs to that account waits, in its order, and is not lost."""
+    caller, other = await make_caller(books, "10"), await make_caller(books, "10")
+    ledger = ledger_of(books)
+    held = await hold(books, caller, "1", ledger=ledger)
+    ledger.journal.sent(held.account_id, held.hold_id)
+    hand = await asyncpg.connect(database_url)
+    transaction = hand.transaction()
+    await transaction.start()
+    await hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", caller.account_id)
+    waiting = [asyncio.create_task(ledger.settle(settlement(held, "0.01")))]
+    waiting += [asyncio.create_task(hold(books, caller, "1", ledger=ledger)) for _ in range(3)]
+    for _ in range(20):
+        async with asyncio.timeout(0.5):
+            later = await hold(books, other, "0.1", ledger=ledger)
+            assert await ledger.settle(settlement(later, "0.0001")) == "settled"
+    assert [task.done() for task in waiting] == [False] * 4
+    assert list(ledger.journal.known) == [held.hold_id]
+    await transaction.rollback()
+    await hand.close()
+    outcome, *holds = await asyncio.gather(*waiting)
+    assert outcome == "settled"
+    assert all(isinstance(each, Hold) for each in holds)
+    assert ledger.journal.known == {}
+    assert (await caller.balance(), await caller.held()) == (Decimal("9.1"), 3)
     await assert_books_hold(books)
 
 
-async def test_a_settlement_without_company_is_booked_in_a_moment(books: Database) -> None:
-    caller = await make_caller(books, "10")
-    ledger = patient_ledger(books, 0.01)
-    async with asyncio.timeout(2):
-        assert await ledger.settle(settlement(await hold(books, caller, "1", ledger=ledger), "0.01")) == "settled"
-
-
-async def test_a_settlement_that_failed_once_keeps_nobody_from_his_hold(books: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row db-6: somebody has its account's row for long; whoever shares its statement would wait for him as well."""
+async def test_only_the_account_itself_is_refused_when_its_row_does_not_come_free(books: Database, database_url: str) -> None:
     caller, other = await make_caller(books, "10"), await make_caller(books, "10")
-    ledger = patient_ledger(books, 0)
-    held = await hold(books, caller, "1", ledger=ledger)
-    statements, fetch, free = [], books.fetch, asyncio.Event()
-
-    async def locked(statement: str, *arguments: Any) -> Any:
-        settled, taken = len(arguments[0]), len(arguments[12])
-        statements.append((settled, taken))
-        if settled and not free.is_set():
-            raise DatabaseUnavailable("somebody has the row")
-        return await fetch(statement, *arguments)
-
-    monkeypatch.setattr(books, "fetch", locked)
-    closing = asyncio.create_task(ledger.settle(settlement(held, "0.01")))
-    await settle_down()
-    assert statements == [(1, 0)]
-    for _ in range(20):
-        await hold(books, other, "0.1", ledger=ledger)
-        await asyncio.sleep(0.01)
-    assert statements.count((1, 0)) > 1
-    assert statements.count((0, 1)) == 20
-    free.set()
-    assert await closing == "settled"
+    ledger = ledger_of(books)
+    hand = await asyncpg.connect(database_url)
+    async with hand.transaction():
+        await hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", caller.account_id)
+        results = await asyncio.gather(
+            *(hold(books, each, "1", ledger=ledger) for each in (caller, other, caller, other)), return_exceptions=True
+        )
+    await hand.close()
+    assert [type(result) for result in results] == [DatabaseUnavailable, Hold, DatabaseUnavailable, Hold]
+    await ledger.drain(5)
+    assert [await each.held() for each in (caller, other)] == [0, 2]
 
 
 async def test_a_caller_who_is_cancelled_in_the_queue_asks_for_no_hold(books: Database, statements: Statements) -> None:

@@ -48,7 +48,7 @@ def claim(caller: Caller) -> KeyClaim:
 
 def ledger_of(books: Database, journal: Journal | None = None) -> Ledger:
     journal = journal or Journal(Path(tempfile.mkdtemp()), 1 << 20, 1 << 30)
-    return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60, settle_within_s=0)
+    return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60)
 
 
 async def hold(books: Database, caller: Caller, most: str, least: str | None = None, ledger: Ledger | None = None) -> Hold:
@@ -332,7 +332,7 @@ async def pages_read(connection: asyncpg.Connection, caller: Caller, times: int)
         hold_id = new_id()
         holds = ([of.account_id], [of.key_hash], [hold_id], [10**8], [10**8], ["a/b"], [f"r-{hold_id}"], [None], [None])
         explained = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {STATEMENTS['settle_and_hold']}"
-        (plan,) = json.loads(await connection.fetchval(explained, *charges, uuid.uuid4(), 60.0, RATE, 0, 0, *holds))
+        (plan,) = json.loads(await connection.fetchval(explained, False, *charges, uuid.uuid4(), 60.0, RATE, 0, 0, *holds))
         pages = plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
     return pages
 

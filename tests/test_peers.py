@@ -19,10 +19,9 @@ from aiohttp import web
 
 from gptutor import settings
 from gptutor.api.ask import Ask
-from gptutor.api.completions import KIT
 from gptutor.api.health import DATABASE
 from gptutor.app import JOURNAL
-from gptutor.database import Database
+from gptutor.database import Database, DatabaseUnavailable
 from gptutor.money.amounts import Nano
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.invariants import check
@@ -414,12 +413,11 @@ async def test_what_may_have_been_bought_is_not_bought_again_by_an_sdk(gateway: 
 # -- restarts
 
 
-async def nowhere(*_: Any, **__: Any) -> Any:
-    await asyncio.Event().wait()
-
-
 def stop_hard(gateway: Gateway) -> None:
     """From now on nothing that this process does has an effect; what the kernel and PostgreSQL have, they keep."""
+
+    async def nowhere(*_: Any, **__: Any) -> Any:
+        await asyncio.Event().wait()
 
     gateway.app[DATABASE].fetch = nowhere  # type: ignore[method-assign]
     gateway.app[DATABASE].fetchrow = nowhere  # type: ignore[method-assign]
@@ -440,7 +438,18 @@ async def test_a_spend_that_was_not_settled_yet_survives_the_end_of_the_process(
         config = msgspec.structs.replace(config, server=settings.Server(port=0, shutdown_s=0.2, drain_s=0.05))
         people = [await make_caller(books, "100") for _ in range(callers)]
         async with gateway_on(config, books, simulator) as dying:
-            dying.app[KIT].ledger.settle = nowhere  # type: ignore[method-assign]
+            fetch = dying.app[DATABASE].fetch
+
+            async def unsettling(statement: str, *arguments: Any) -> Any:
+                if statement != "settle_and_hold" or not arguments[1]:
+                    return await fetch(statement, *arguments)
+                waits, holds = arguments[0], arguments[2]
+                if waits:
+                    raise DatabaseUnavailable("away, just now")
+                rows = await fetch(statement, waits, *([] for _ in range(7)), *arguments[8:])
+                return [*rows, *({"hold_id": hold_id, "outcome": "locked"} for hold_id in holds)]
+
+            dying.app[DATABASE].fetch = unsettling  # type: ignore[method-assign]
             body = {"messages": [{"role": "user", "content": "Hello"}], "stream": stream}
 
             async def ask(caller: Caller) -> int:

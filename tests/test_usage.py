@@ -356,7 +356,7 @@ async def test_many_settlements_at_once_lose_no_total_and_never_deadlock(books: 
     for turn, ledger in itertools.product(range(5), ledgers):
         holds = [await hold(books, caller, "1", ledger=ledger) for caller in callers]
         batch = [settlement(held, "0.01") for held in holds]
-        batches.append(ledger._trade_batch(batch if turn % 2 else batch[::-1]))
+        batches.append(ledger._trade_batch(batch if turn % 2 else batch[::-1], waits=True))
     for outcomes in await asyncio.gather(*batches):
         assert {row["outcome"] for row in outcomes} == {"settled"}
     async with books.snapshot() as connection:
@@ -410,7 +410,7 @@ async def test_a_migration_in_the_midst_of_settlements_misses_none(postgres: str
             async with connection.transaction():
                 await connection.execute(
                     "SELECT FROM accounts ORDER BY account_id FOR NO KEY UPDATE"
-                )  # first, as hold_funds does
+                )  # first, as all who hold do
                 await connection.execute(HOLD_OF_BEFORE, accounts, holds)
             amounts, costs, names = [9 * 10**8] * 6, [Decimal("0.01")] * 6, [str(name) for name in holds]
             rows = await connection.fetch(

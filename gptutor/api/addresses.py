@@ -1,7 +1,7 @@
 """Limits for those who have no account yet: requests per minute and address, kept in the memory of each process (contract A8).
 
 They hold off whoever guesses keys, signs in over and over, or reads the model list all day, before any SQL. Whoever has a key is
-limited by his account, exactly and everywhere; see `sql/migrations`, `hold_funds`.
+limited by his account, exactly and everywhere; see `sql/migrations`, `take_holds`.
 
 The address is the connection's own, unless that is a trusted proxy's: then it is the last in X-Forwarded-For that is not one.
 """

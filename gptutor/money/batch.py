@@ -1,10 +1,9 @@
 """Natural batching: what arrives while a statement is under way forms the next one.
 
 With one request at a time a batch is one item and starts at once; under load batches grow by themselves, and many requests share
-one round trip and one commit. An item that may wait a little goes with the next that may not. Mostly one statement is under way.
-One that takes longer than PATIENCE_S may be waiting for somebody's lock: then those who wait behind it go past it in another
-statement, except items of the accounts that it has. So two statements of one process never wait for each other on an account's
-row, and an account's items keep their order of arrival.
+one round trip and one commit. Mostly one statement is under way. One that takes longer than PATIENCE_S may be waiting for
+somebody's lock: then those who wait behind it go past it in another statement, except items of the accounts that it has. So two
+statements of one batcher never wait for each other on an account's row, and an account's items keep their order of arrival.
 """
 
 import asyncio
@@ -31,8 +30,8 @@ class Entry(Generic[Item, Result]):
 class Batcher(Generic[Item, Result]):
     """`execute` carries out a batch and gives its results in order; `account_of` is the same number for what must not meet.
 
-    `at_once` is how many statements there may be. `abandoned` is called with an item and its result where the submitter was
-    cancelled meanwhile: nobody else will see it.
+    `at_once` is how many statements there may be; `apart` keeps each of them to one account's items. `abandoned` is called
+    with an item and its result where the submitter was cancelled meanwhile: nobody else will see it.
     """
 
     def __init__(
@@ -43,6 +42,7 @@ class Batcher(Generic[Item, Result]):
         at_once: int,
         batch_max: int,
         patience_s: float = PATIENCE_S,
+        apart: bool = False,
         abandoned: Callable[[Item, Result], None] | None = None,
     ) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -51,33 +51,24 @@ class Batcher(Generic[Item, Result]):
         self._at_once = at_once
         self._batch_max = batch_max
         self._patience_s = patience_s
+        self._apart = apart
         self._abandoned = abandoned
         self._waiting: deque[Entry[Item, Result]] = deque()
         self._workers: dict[asyncio.Task[None], set[int]] = {}
         """Each with the accounts of its statement."""
         self._impatience: asyncio.TimerHandle | None = None
-        self._is_due = False
-        """Whether somebody waits who may not wait; if not, `_patience_ends` when the first of the others may not any more."""
-        self._patience_ends: asyncio.TimerHandle | None = None
 
-    async def submit(self, item: Item, *, within_s: float = 0) -> Result:
-        """The item's own result, or the exception of its batch. It may wait for company, but begins within so many seconds."""
+    async def submit(self, item: Item) -> Result:
+        """The item's own result, or the exception of its batch."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = self._loop.create_future()
         self._waiting.append(Entry(item, self._account_of(item), future))
-        if not within_s or self._is_due:
-            self._fall_due()
-        elif self._patience_ends is None:
-            self._patience_ends = self._loop.call_later(within_s, self._fall_due)
-        return await future
-
-    def _fall_due(self) -> None:
-        self._is_due = True
         if not self._workers:
             self._start()
         elif self._impatience is None:
             self._wait_patiently()
+        return await future
 
     def _wait_patiently(self) -> None:
         if self._loop is not None and len(self._workers) < self._at_once:
@@ -85,7 +76,7 @@ class Batcher(Generic[Item, Result]):
 
     def _start_another(self) -> None:
         self._impatience = None
-        if self._is_due and len(self._workers) < self._at_once:
+        if self._waiting and len(self._workers) < self._at_once:
             self._start()
 
     def _start(self) -> None:
@@ -100,9 +91,10 @@ class Batcher(Generic[Item, Result]):
         if worker.cancelled():
             _fail(self._waiting, DatabaseUnavailable("cancelled"))
             self._waiting.clear()
-            self._is_due = False
-        elif self._is_due and not self._workers:
+        elif self._waiting and not self._workers:
             self._start()
+        elif self._impatience is None and any(entry.account_id not in self._busy() for entry in self._waiting):
+            self._wait_patiently()  # it found all places taken, while this one was being left
 
     async def _work(self, accounts: set[int]) -> None:
         """`accounts` are those of the statement that is under way."""
@@ -119,23 +111,24 @@ class Batcher(Generic[Item, Result]):
             self._impatience.cancel()
             self._impatience = None
         accounts.clear()
-        if not self._is_due:
+        if not self._waiting:
             return []
-        if self._patience_ends is not None:
-            self._patience_ends.cancel()
-            self._patience_ends = None
-        busy = set().union(*self._workers.values())
+        busy = self._busy()
         batch: list[Entry[Item, Result]] = []
         held_up: list[Entry[Item, Result]] = []
         while self._waiting and len(batch) < self._batch_max:
             entry = self._waiting.popleft()
-            (held_up if entry.account_id in busy else batch).append(entry)
+            waits = entry.account_id in busy or (self._apart and batch and entry.account_id != batch[0].account_id)
+            (held_up if waits else batch).append(entry)
         self._waiting.extendleft(reversed(held_up))
-        self._is_due = bool(self._waiting)
         accounts.update(entry.account_id for entry in batch)
         if self._waiting and batch:
             self._wait_patiently()
         return batch
+
+    def _busy(self) -> set[int]:
+        """The accounts of all statements that are under way."""
+        return set().union(*self._workers.values())
 
     async def _carry_out(self, batch: list[Entry[Item, Result]]) -> None:
         batch = [entry for entry in batch if not entry.future.done()]  # whose submitter was cancelled is not served

@@ -4,8 +4,8 @@ A hold is committed before anything is bought, and closed once: by a settlement 
 nothing was bought. What this process cannot find out itself it hands over to recovery. Closing is idempotent by the hold's
 id, so it is repeated until the database has it; the journal remembers it meanwhile.
 
-A settlement goes with the next holds, in one statement and one commit, or after a moment by itself. So an account's next request
-finds its last one settled, and does not wait for that.
+What one request ends with and another begins with share statements and commits. No statement waits for an account's row that
+another process has, or somebody's hand: what belongs to that account is asked for again, by itself, and waits alone.
 
 A hold whose statement failed may have been committed all the same. Nothing was sent for it, so it is released, as soon as the
 database answers.
@@ -18,7 +18,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from decimal import Decimal
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from gptutor.database import Database, DatabaseUnavailable, Row
 from gptutor.money.amounts import Nano
@@ -41,9 +41,8 @@ from gptutor.money.journal import Journal
 
 LOGGER = logging.getLogger("gptutor.ledger")
 STATEMENTS_AT_ONCE = 3
-"""Of each kind: one, as long as none is held up by a lock."""
+"""Of each kind: mostly one."""
 BATCH_MAX = 200
-SETTLE_WITHIN_S = 0.01
 PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 
 REFUSED: dict[str, type[Exception]] = {
@@ -70,7 +69,6 @@ class Ledger:
         hold_ttl_s: float,
         chat_per_minute: int = 0,
         chat_at_once: int = 0,
-        settle_within_s: float = SETTLE_WITHIN_S,
     ) -> None:
         self.journal = journal
         self.active: set[HoldId] = set()
@@ -85,13 +83,18 @@ class Ledger:
             lambda item: item.account_id,
             at_once=STATEMENTS_AT_ONCE,
             batch_max=BATCH_MAX,
-            abandoned=lambda item, row: self._forsake(item) if isinstance(item, HoldRequest) else None,
+            abandoned=self._abandon,
         )
-        self._settle_soon = functools.partial(self._trades.submit, within_s=settle_within_s)
-        self._late_settlements: Batcher[Settlement, Row] = Batcher(
-            self._trade_batch, lambda item: item.account_id, at_once=STATEMENTS_AT_ONCE, batch_max=BATCH_MAX
+        self._locked: Batcher[Trade, Row] = Batcher(
+            functools.partial(self._trade_batch, waits=True),
+            lambda item: item.account_id,
+            at_once=STATEMENTS_AT_ONCE,
+            batch_max=BATCH_MAX,
+            patience_s=0,
+            apart=True,
+            abandoned=self._abandon,
         )
-        """Those that failed once: whoever has their accounts' rows should not keep them from others' holds."""
+        """Those whose account's row somebody had: each account's wait for it in a statement of their own."""
         self._releases: Batcher[Release, None] = Batcher(
             self._release_batch, lambda item: item.account_id, at_once=STATEMENTS_AT_ONCE, batch_max=BATCH_MAX
         )
@@ -106,7 +109,7 @@ class Ledger:
         """
         self.active.add(request.hold_id)
         try:
-            row = await self._trades.submit(request)
+            row = await self._trade(request)
         except (Exception, asyncio.CancelledError):
             self._forsake(request)
             raise
@@ -127,7 +130,7 @@ class Ledger:
 
     async def settle(self, settlement: Settlement) -> Outcome:
         """Books the charge and frees the hold; a charge above its hold is booked in full (contract C5)."""
-        row = await _until_done(self._settle_soon, settlement, again=self._late_settlements.submit)
+        row = await _until_done(self._trade, settlement)
         outcome: Outcome = row["outcome"]
         if outcome == "no_hold":
             LOGGER.error("A charge has no hold: %s", settlement)  # a commit was lost: a failover to a stale replica
@@ -160,37 +163,32 @@ class Ledger:
         self._orphans.add(task)
         task.add_done_callback(self._orphans.discard)
 
+    def _abandon(self, item: Trade, row: Row) -> None:
+        if isinstance(item, HoldRequest):
+            self._forsake(item)
+
+    async def _trade(self, item: Trade) -> Row:
+        row = await self._trades.submit(item)
+        return await self._locked.submit(item) if row["outcome"] == "locked" else row
+
     # -- the statements
 
-    async def _trade_batch(self, items: Sequence[Trade]) -> list[Row]:
+    async def _trade_batch(self, items: Sequence[Trade], *, waits: bool = False) -> list[Row]:
         requests = [item for item in items if isinstance(item, HoldRequest)]
         settlements = [item for item in items if isinstance(item, Settlement)]
         rows = await self._database.fetch(
             "settle_and_hold",
-            [settlement.account_id for settlement in settlements],
-            [settlement.hold_id for settlement in settlements],
-            [settlement.charge for settlement in settlements],
-            [settlement.cost_usd for settlement in settlements],
-            [settlement.generation_id for settlement in settlements],
-            [settlement.prompt_tokens for settlement in settlements],
-            [settlement.completion_tokens for settlement in settlements],
+            waits,
+            *_columns_of_charges(settlements),
             self.journal.owner,
             self._hold_ttl_s,
             self._rub_per_usd,
             self._chat_per_minute,
             self._chat_at_once,
-            [request.account_id for request in requests],
-            [request.claim.key_hash for request in requests],
-            [request.hold_id for request in requests],
-            [request.ceiling.most for request in requests],
-            [request.ceiling.least for request in requests],
-            [request.model for request in requests],
-            [request.request_id for request in requests],
-            [request.idempotency_key for request in requests],
-            [request.body_hash for request in requests],
+            *_columns_of_holds(requests),
         )
         by_id = {row["hold_id"]: row for row in rows}
-        self.journal.closed(settlement.hold_id for settlement in settlements)
+        self.journal.closed(item.hold_id for item in settlements if by_id[item.hold_id]["outcome"] != "locked")
         return [by_id[item.hold_id] for item in items]
 
     async def _release_batch(self, releases: list[Release]) -> Sequence[None]:
@@ -214,10 +212,40 @@ class Ledger:
         return [None] * len(items)
 
 
-async def _until_done(
-    submit: Callable[[Item], Awaitable[Result]], item: Item, *, again: Callable[[Item], Awaitable[Result]] | None = None
-) -> Result:
-    """Submits an item that is idempotent, however often it takes while the database is away; `again`, if given, from then on."""
+def _columns_of_charges(settlements: Sequence[Settlement]) -> Sequence[list[Any]]:
+    """In the order of `settle_and_hold`."""
+    if not settlements:
+        return [[]] * 7
+    return [
+        [settlement.account_id for settlement in settlements],
+        [settlement.hold_id for settlement in settlements],
+        [settlement.charge for settlement in settlements],
+        [settlement.cost_usd for settlement in settlements],
+        [settlement.generation_id for settlement in settlements],
+        [settlement.prompt_tokens for settlement in settlements],
+        [settlement.completion_tokens for settlement in settlements],
+    ]
+
+
+def _columns_of_holds(requests: Sequence[HoldRequest]) -> Sequence[list[Any]]:
+    """In the order of `settle_and_hold`."""
+    if not requests:
+        return [[]] * 9
+    return [
+        [request.claim.account_id for request in requests],
+        [request.claim.key_hash for request in requests],
+        [request.hold_id for request in requests],
+        [request.ceiling.most for request in requests],
+        [request.ceiling.least for request in requests],
+        [request.model for request in requests],
+        [request.request_id for request in requests],
+        [request.idempotency_key for request in requests],
+        [request.body_hash for request in requests],
+    ]
+
+
+async def _until_done(submit: Callable[[Item], Awaitable[Result]], item: Item) -> Result:
+    """Submits an item that is idempotent, however often it takes while the database is away."""
     pauses = itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1]))
     level = logging.WARNING  # once for each hold; then it is known that the database is away
     while True:
@@ -226,5 +254,4 @@ async def _until_done(
         except DatabaseUnavailable as error:
             LOGGER.log(level, "A hold cannot be closed yet: %s", error)
             level = logging.DEBUG
-            submit = again or submit
             await asyncio.sleep(next(pauses) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter

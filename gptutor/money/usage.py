@@ -1,6 +1,6 @@
 """What an account spent, to the last digit: the typed doors of `sql/queries/usage.sql` (contract D5).
 
-Every statement takes the account first, and none adds up the ledger: each takes the same time at any length of it.
+Every statement is about one account, and none adds up the ledger: each takes the same time at any length of it.
 """
 
 import datetime

@@ -4,10 +4,12 @@
 -- them, to be found, read and logged for one row; with the id first, whose beginning is its time, all accounts' new rows share
 -- the page at the end. The account stays a part of every key, so the tables can still be split by it.
 --
--- And what one request ends with and the next begins with is one statement and one commit, under one lock on all their accounts.
--- Functions of the same names and outcomes as before stay, and a process of the version before goes on working.
+-- And what one request ends with and another begins with is one statement and one commit. It does not wait for an account's row
+-- that somebody has: whoever shares the statement with that account must not suffer for it. Functions of the same names and
+-- outcomes as before stay, and a process of the version before goes on working.
 
--- In the order of all who settle, and at once: whoever has a look at holds may want to change them next.
+-- In the order of all who settle, and at once: whoever has a look at holds may want to change them next. (A booking looks at the
+-- ledger first. One that comes in this very moment may be ended as a deadlock after a second, and is repeated by the service.)
 LOCK TABLE accounts IN EXCLUSIVE MODE;
 LOCK TABLE holds, ledger IN ACCESS EXCLUSIVE MODE;
 
@@ -18,9 +20,10 @@ ALTER TABLE ledger DROP CONSTRAINT ledger_pkey, ADD PRIMARY KEY (entry_id, accou
 CREATE INDEX holds_by_generation_id ON holds (generation_id, account_id) WHERE generation_id IS NOT NULL;
 DROP INDEX holds_by_generation;
 
--- What hold_funds was, but for the lock, which its caller has, and for the settings that plan it. Outcomes: granted, unknown_key,
--- rate_limited, too_many, insufficient, capped, repeated, mismatched.
+-- What hold_funds was, but for the locks, which its caller has, and for the settings that plan it. Outcomes: granted,
+-- unknown_key, rate_limited, too_many, insufficient, capped, repeated, mismatched; and locked, for accounts that are not ours.
 CREATE FUNCTION take_holds(
+    locked bigint[],
     owner uuid, ttl_s double precision, rub_per_usd numeric, per_minute integer, at_once integer,
     account_ids bigint[], key_hashes bytea[], hold_ids uuid[], most_nano bigint[], least_nano bigint[],
     models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]
@@ -74,6 +77,11 @@ BEGIN
         earlier_request_id := NULL;
         minute_requests := requests;
         room := available;
+        IF account = ANY(locked) THEN
+            outcome := 'locked';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
         IF item.is_known IS NOT TRUE THEN
             outcome := 'unknown_key';
             RETURN NEXT;
@@ -160,8 +168,10 @@ BEGIN
     END IF;
 END $$;
 
--- What settle_holds was, in the same way; each hold is looked up once, but for those that cannot be settled.
+-- What settle_holds was, in the same way; each hold is looked up once, but for those that cannot be settled. Outcomes: settled,
+-- settled_late, already, no_hold, locked.
 CREATE FUNCTION book_charges(
+    locked bigint[],
     account_ids bigint[], hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[],
     prompt_tokens bigint[], completion_tokens bigint[]
 ) RETURNS TABLE (hold_id uuid, outcome text)
@@ -176,6 +186,7 @@ BEGIN
             SELECT DISTINCT ON (account_id, hold_id) *
             FROM unnest(account_ids, hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens, completion_tokens)
                 AS i (account_id, hold_id, charge_nano, cost_usd, generation_id, prompt_tokens, completion_tokens)
+            WHERE account_id <> ALL(locked)
         ),
         settled AS (
             UPDATE holds
@@ -227,15 +238,21 @@ BEGIN
 
     IF cardinality(done) < cardinality(hold_ids) THEN
         RETURN QUERY
-        SELECT DISTINCT i.hold_id, CASE WHEN holds.hold_id IS NULL THEN 'no_hold' ELSE 'already' END
+        SELECT DISTINCT i.hold_id, CASE
+            WHEN i.account_id = ANY(locked) THEN 'locked'
+            WHEN holds.hold_id IS NULL THEN 'no_hold'
+            ELSE 'already'
+        END
         FROM unnest(account_ids, hold_ids) AS i (account_id, hold_id)
         LEFT JOIN holds ON i.hold_id = holds.hold_id AND i.account_id = holds.account_id
         WHERE i.hold_id <> ALL(done);
     END IF;
 END $$;
 
--- The charges first: what they free is there for the holds.
+-- The charges first: what they free is there for the holds. Of accounts whose rows somebody has it waits for them, or tells that
+-- they are locked.
 CREATE FUNCTION settle_and_hold(
+    waits boolean,
     settled_account_ids bigint[], settled_hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[],
     prompt_tokens bigint[], completion_tokens bigint[],
     owner uuid, ttl_s double precision, rub_per_usd numeric, per_minute integer, at_once integer,
@@ -251,18 +268,32 @@ SET enable_hashjoin = off
 SET enable_mergejoin = off
 AS $$
 #variable_conflict use_column
+DECLARE
+    wanted bigint[] := settled_account_ids || account_ids;
+    ours bigint[];
+    locked bigint[] := '{}';
 BEGIN
-    PERFORM FROM accounts WHERE account_id = ANY(settled_account_ids || account_ids) ORDER BY account_id FOR NO KEY UPDATE;
+    IF waits THEN
+        PERFORM FROM accounts WHERE account_id = ANY(wanted) ORDER BY account_id FOR NO KEY UPDATE;
+    ELSE
+        ours := ARRAY(
+            SELECT account_id FROM accounts WHERE account_id = ANY(wanted) ORDER BY account_id FOR NO KEY UPDATE SKIP LOCKED
+        );
+        IF cardinality(ours) < (SELECT count(DISTINCT account_id) FROM unnest(wanted) AS i (account_id)) THEN
+            locked := ARRAY(SELECT account_id FROM accounts WHERE account_id = ANY(wanted) AND account_id <> ALL(ours));
+        END IF;
+    END IF;
     IF cardinality(settled_hold_ids) > 0 THEN
         RETURN QUERY
         SELECT hold_id, outcome, NULL::bigint, NULL::bigint, NULL::text, NULL::integer FROM book_charges(
-            settled_account_ids, settled_hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens, completion_tokens
+            locked, settled_account_ids, settled_hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens,
+            completion_tokens
         );
     END IF;
     IF cardinality(hold_ids) > 0 THEN
         RETURN QUERY
         SELECT * FROM take_holds(
-            owner, ttl_s, rub_per_usd, per_minute, at_once, account_ids, key_hashes, hold_ids, most_nano, least_nano,
+            locked, owner, ttl_s, rub_per_usd, per_minute, at_once, account_ids, key_hashes, hold_ids, most_nano, least_nano,
             models, request_ids, idempotency_keys, body_hashes
         );
     END IF;
@@ -287,7 +318,7 @@ BEGIN
     PERFORM FROM accounts WHERE account_id = ANY(account_ids) ORDER BY account_id FOR NO KEY UPDATE;
     RETURN QUERY
     SELECT * FROM take_holds(
-        owner, ttl_s, rub_per_usd, per_minute, at_once, account_ids, key_hashes, hold_ids, most_nano, least_nano,
+        '{}', owner, ttl_s, rub_per_usd, per_minute, at_once, account_ids, key_hashes, hold_ids, most_nano, least_nano,
         models, request_ids, idempotency_keys, body_hashes
     );
 END $$;
@@ -307,6 +338,6 @@ BEGIN
     PERFORM FROM accounts WHERE account_id = ANY(account_ids) ORDER BY account_id FOR NO KEY UPDATE;
     RETURN QUERY
     SELECT * FROM book_charges(
-        account_ids, hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens, completion_tokens
+        '{}', account_ids, hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens, completion_tokens
     );
 END $$;

@@ -1,10 +1,11 @@
 -- name: settle_and_hold
--- Books charges, each once; then authenticates and reserves. Of the charges, arrays: $1 accounts, $2 holds, $3 charges in
--- nano-roubles, $4 costs in dollars, $5 generation ids, $6 tokens of the prompts and $7 of the outputs, or NULL. Of the holds:
--- $8 the process, $9 seconds until recovery looks at one, $10 roubles per dollar, $11 requests per minute and $12 at once of an
--- account (0: no limit); arrays: $13 accounts, $14 SHA-256 of the keys, $15 holds, $16 the most to hold, $17 the least that must
--- be available, $18 models, $19 request ids, $20 idempotency keys or NULL, $21 SHA-256 of the bodies or NULL.
--- One row for each charge: settled, settled_late, already, no_hold; and one for each hold: see take_holds for its outcomes.
+-- Books charges, each once; then authenticates and reserves. $1 whether it waits for accounts whose rows somebody has. Of the
+-- charges, arrays: $2 accounts, $3 holds, $4 charges in nano-roubles, $5 costs in dollars, $6 generation ids, $7 tokens of the
+-- prompts and $8 of the outputs, or NULL. Of the holds: $9 the process, $10 seconds until recovery looks at one, $11 roubles per
+-- dollar, $12 requests per minute and $13 at once of an account (0: no limit); arrays: $14 accounts, $15 SHA-256 of the keys,
+-- $16 holds, $17 the most to hold, $18 the least that must be available, $19 models, $20 request ids, $21 idempotency keys or
+-- NULL, $22 SHA-256 of the bodies or NULL.
+-- One row for each charge: settled, settled_late, already, no_hold, locked; and one for each hold: see take_holds for them.
 SELECT
     hold_id,
     outcome,
@@ -13,9 +14,10 @@ SELECT
     earlier_request_id,
     minute_requests
 FROM settle_and_hold(
-    $1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[], $6::bigint[], $7::bigint[],
-    $8::uuid, $9::double precision, $10::numeric, $11::integer, $12::integer,
-    $13::bigint[], $14::bytea[], $15::uuid[], $16::bigint[], $17::bigint[], $18::text[], $19::text[], $20::text[], $21::bytea[]
+    $1::boolean,
+    $2::bigint[], $3::uuid[], $4::bigint[], $5::numeric[], $6::text[], $7::bigint[], $8::bigint[],
+    $9::uuid, $10::double precision, $11::numeric, $12::integer, $13::integer,
+    $14::bigint[], $15::bytea[], $16::uuid[], $17::bigint[], $18::bigint[], $19::text[], $20::text[], $21::text[], $22::bytea[]
 );
 
 -- name: release_holds
