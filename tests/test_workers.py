@@ -18,7 +18,12 @@ import pytest
 
 from tests.service import RunningSimulator, Service, environment, run, start, start_simulator
 
-ASK = orjson.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+
+def asking(text: str) -> bytes:
+    return orjson.dumps({"messages": [{"role": "user", "content": text}]})
+
+
+ASK, ASK_SLOWLY = asking("Hello"), asking("fault:slow=1.5")
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +79,11 @@ def new_key(service: Service) -> tuple[int, str]:
     return user["id"], user["apiKey"]
 
 
-def ask(service: Service, key: str) -> int:
+def ask(service: Service, key: str, body: bytes = ASK) -> int:
     """On a connection of its own, so that any worker may take it."""
     request = urllib.request.Request(
         f"{service.url}/v1/chat/completions",
-        data=ASK,
+        data=body,
         headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json", "Connection": "close"},
     )
     with urllib.request.urlopen(request, timeout=30) as response:
@@ -162,6 +167,24 @@ def test_all_are_replaced_under_load_and_no_request_is_lost(workers: Service) ->
         time.sleep(0.2)
     else:
         raise AssertionError("not all is charged")
+
+
+@pytest.mark.parametrize(("number", "everybody"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_at_the_end_of_all_what_is_under_way_is_finished_and_charged(
+    workers: Service, number: signal.Signals, everybody: bool
+) -> None:
+    """A service manager tells the first process, a terminal every one of them."""
+    user, key = new_key(workers)
+    told = [workers.process.pid, *(children(workers) if everybody else ())]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        going = [pool.submit(ask, workers, key, ASK_SLOWLY) for _ in range(8)]
+        time.sleep(0.7)
+        assert not any(one.done() for one in going)
+        for pid in told:
+            os.kill(pid, number)
+        assert [one.result() for one in going] == [200] * 8
+    assert workers.process.wait(30) == 0
+    assert len(workers.command("user", "ledger", str(user), "--limit", "100")) == 9
 
 
 def test_settings_that_are_none_leave_those_of_before_in_force(workers: Service) -> None:
