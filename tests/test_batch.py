@@ -586,16 +586,18 @@ async def test_settlements_and_releases_at_once_share_statements_and_close_each_
 
 async def test_who_has_one_accounts_row_keeps_nobody_else_waiting(books: Database, database_url: str) -> None:
     """Row db-6: an operator's hand, or another process. What belongs to that account waits, in its order, and is not lost."""
-    caller, other = await make_caller(books, "10"), await make_caller(books, "10")
+    other, caller = await make_caller(books, "10"), await make_caller(books, "10")
     ledger = ledger_of(books)
     held = await hold(books, caller, "1", ledger=ledger)
     ledger.journal.sent(held.account_id, held.hold_id)
+    given_up = [await hold(books, each, "1", ledger=ledger) for each in (other, caller)]
     hand = await asyncpg.connect(database_url)
     transaction = hand.transaction()
     await transaction.start()
     await hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", caller.account_id)
     waiting = [asyncio.create_task(ledger.settle(settlement(held, "0.01")))]
     waiting += [asyncio.create_task(hold(books, caller, "1", ledger=ledger)) for _ in range(3)]
+    releases = [asyncio.create_task(ledger.release(release(each))) for each in given_up]  # which begin with the other's row
     for _ in range(20):
         async with asyncio.timeout(0.5):
             later = await hold(books, other, "0.1", ledger=ledger)
@@ -607,6 +609,7 @@ async def test_who_has_one_accounts_row_keeps_nobody_else_waiting(books: Databas
     outcome, *holds = await asyncio.gather(*waiting)
     assert outcome == "settled"
     assert all(isinstance(each, Hold) for each in holds)
+    await asyncio.gather(*releases)
     assert ledger.journal.known == {}
     assert (await caller.balance(), await caller.held()) == (Decimal("9.1"), 3)
     await assert_books_hold(books)

@@ -93,8 +93,10 @@ class Batcher(Generic[Item, Result]):
             self._waiting.clear()
         elif self._waiting and not self._workers:
             self._start()
-        elif self._impatience is None and any(entry.account_id not in self._busy() for entry in self._waiting):
-            self._wait_patiently()  # it found all places taken, while this one was being left
+        elif self._waiting and self._impatience is None:
+            busy = self._busy()
+            if any(entry.account_id not in busy for entry in self._waiting):
+                self._wait_patiently()  # he found all places taken, while this one was being left
 
     async def _work(self, accounts: set[int]) -> None:
         """`accounts` are those of the statement that is under way."""

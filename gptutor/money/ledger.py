@@ -4,8 +4,9 @@ A hold is committed before anything is bought, and closed once: by a settlement 
 nothing was bought. What this process cannot find out itself it hands over to recovery. Closing is idempotent by the hold's
 id, so it is repeated until the database has it; the journal remembers it meanwhile.
 
-What one request ends with and another begins with share statements and commits. No statement waits for an account's row that
-another process has, or somebody's hand: what belongs to that account is asked for again, by itself, and waits alone.
+What one request ends with and another begins with share statements and commits. These do not wait for an account's row that
+another process has, or somebody's hand: what belongs to that account is asked for again, by itself, and waits alone. Releases
+give up soon, and come again.
 
 A hold whose statement failed may have been committed all the same. Nothing was sent for it, so it is released, as soon as the
 database answers.
@@ -42,6 +43,8 @@ from gptutor.money.journal import Journal
 LOGGER = logging.getLogger("gptutor.ledger")
 STATEMENTS_AT_ONCE = 3
 """Of each kind: mostly one."""
+LOCKED_AT_ONCE = 4
+"""So many accounts may be held by somebody; another would wait behind them."""
 BATCH_MAX = 200
 PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 
@@ -88,7 +91,7 @@ class Ledger:
         self._locked: Batcher[Trade, Row] = Batcher(
             functools.partial(self._trade_batch, waits=True),
             lambda item: item.account_id,
-            at_once=STATEMENTS_AT_ONCE,
+            at_once=LOCKED_AT_ONCE,
             batch_max=BATCH_MAX,
             patience_s=0,
             apart=True,
@@ -164,7 +167,7 @@ class Ledger:
         task.add_done_callback(self._orphans.discard)
 
     def _abandon(self, item: Trade, row: Row) -> None:
-        if isinstance(item, HoldRequest):
+        if isinstance(item, HoldRequest) and row["outcome"] == "granted":
             self._forsake(item)
 
     async def _trade(self, item: Trade) -> Row:

@@ -299,6 +299,10 @@ BEGIN
     END IF;
 END $$;
 
+-- These wait for all their accounts at once, and have some while they wait for others: not for long. They come again.
+ALTER FUNCTION release_holds(bigint[], uuid[], boolean[]) SET lock_timeout = '100ms';
+ALTER FUNCTION hand_over_holds(bigint[], uuid[], text[]) SET lock_timeout = '100ms';
+
 -- For processes of the version before.
 CREATE OR REPLACE FUNCTION hold_funds(
     owner uuid, ttl_s double precision, rub_per_usd numeric, per_minute integer, at_once integer,
