@@ -225,7 +225,6 @@ async def test_whoever_can_only_wait_does_it_quietly() -> None:
 def test_in_any_order_of_arrival_all_are_served_in_their_accounts_order(
     accounts: list[int], at_once: int, batch_max: int, patience_s: float, seed: int
 ) -> None:
-
     async def play() -> None:
         dice = random.Random(seed)
         door = Door()

@@ -303,7 +303,7 @@ END $$;
 ALTER FUNCTION release_holds(bigint[], uuid[], boolean[]) SET lock_timeout = '100ms';
 ALTER FUNCTION hand_over_holds(bigint[], uuid[], text[]) SET lock_timeout = '100ms';
 
--- For processes of the version before.
+-- For processes of the version before: the same, of one kind alone.
 CREATE OR REPLACE FUNCTION hold_funds(
     owner uuid, ttl_s double precision, rub_per_usd numeric, per_minute integer, at_once integer,
     account_ids bigint[], key_hashes bytea[], hold_ids uuid[], most_nano bigint[], least_nano bigint[],
@@ -311,37 +311,21 @@ CREATE OR REPLACE FUNCTION hold_funds(
 ) RETURNS TABLE (
     hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text, minute_requests integer
 )
-LANGUAGE plpgsql
-SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off
-SET enable_hashjoin = off
-SET enable_mergejoin = off
-AS $$
-#variable_conflict use_column
-BEGIN
-    PERFORM FROM accounts WHERE account_id = ANY(account_ids) ORDER BY account_id FOR NO KEY UPDATE;
-    RETURN QUERY
-    SELECT * FROM take_holds(
-        '{}', owner, ttl_s, rub_per_usd, per_minute, at_once, account_ids, key_hashes, hold_ids, most_nano, least_nano,
+LANGUAGE sql AS $$
+    SELECT * FROM settle_and_hold(
+        TRUE, '{}', '{}', '{}', '{}', '{}', '{}', '{}',
+        owner, ttl_s, rub_per_usd, per_minute, at_once, account_ids, key_hashes, hold_ids, most_nano, least_nano,
         models, request_ids, idempotency_keys, body_hashes
     );
-END $$;
+$$;
 
 CREATE OR REPLACE FUNCTION settle_holds(
     account_ids bigint[], hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[],
     prompt_tokens bigint[], completion_tokens bigint[]
 ) RETURNS TABLE (hold_id uuid, outcome text)
-LANGUAGE plpgsql
-SET plan_cache_mode = force_generic_plan
-SET enable_seqscan = off
-SET enable_hashjoin = off
-SET enable_mergejoin = off
-AS $$
-#variable_conflict use_column
-BEGIN
-    PERFORM FROM accounts WHERE account_id = ANY(account_ids) ORDER BY account_id FOR NO KEY UPDATE;
-    RETURN QUERY
-    SELECT * FROM book_charges(
-        '{}', account_ids, hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens, completion_tokens
+LANGUAGE sql AS $$
+    SELECT hold_id, outcome FROM settle_and_hold(
+        TRUE, account_ids, hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens, completion_tokens,
+        NULL, NULL, NULL, NULL, NULL, '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}', '{}'
     );
-END $$;
+$$;
