@@ -312,6 +312,23 @@ async def test_nothing_of_an_answer_stays_with_its_connection() -> None:
         pool.give_back(connection)
 
 
+async def test_an_answer_that_is_closed_stops_nobody_elses() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na"
+    async with server(saying(answer, answer)) as port, pool_to(port) as pool:
+        connection = await pool.connect()
+        await connection.ask(ASK, b"{}", 2)
+        reply = Reply(connection, pool.give_back, 5, 5)
+        assert await reply.read(2) == b"a"
+        reply.close()
+        assert pool.free() is connection
+        asking = asyncio.create_task(connection.ask(ASK, b"{}", 2))
+        await asyncio.sleep(0)
+        reply.stop()
+        await asking
+        assert await connection.read(2) == b"a"
+        pool.give_back(connection)
+
+
 async def test_a_pause_of_the_takers_lasts_until_he_ends_it() -> None:
     async with server(torrent(300)) as port, pool_to(port) as pool:
         connection = await pool.connect()

@@ -9,7 +9,6 @@ the hold is closed by that.
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
 import time
@@ -62,6 +61,7 @@ class Exchange:
         self._started = time.monotonic()
         self._downstream: EventStream | None = None
         self._purchase: Purchase | None = None
+        self._hurries: asyncio.TimerHandle | None = None
         # what is told of it
         self._is_logged = False
         self._outcome = "internal_error"
@@ -170,32 +170,31 @@ class Exchange:
     async def _relay_stream(self, hold: Hold, purchase: Purchase, reply: Reply) -> None:
         scanner = BillScanner(reply.generation_id)
         downstream = self._downstream = EventStream(self._request, self.answer, self._headers(hold, reply), self._kit.patience)
+        self.answer.add_done_callback(lambda _: self._hurry(reply))
         try:
-            async with asyncio.timeout(None) as limit:
-                self.answer.add_done_callback(lambda _: self._hurry(limit))
-                error = await relay(
-                    reply,
-                    downstream,
-                    scanner,
-                    purchase.note_bill,
-                    heartbeat_s=self._kit.patience.heartbeat_s,
-                )
-                if purchase.generation_id is None:  # before the caller is waited for
-                    purchase.name(scanner.generation_id)
-                downstream.forget_reply()
-                reply.close()  # however long the caller takes for the rest, others may have the connection
-                if error is not None and not downstream.has_begun:
-                    raise refusal_of(error) from error
-                if reply.is_encoded and error is not None:
-                    self._cause = f"upstream, in mid-stream: {error}"
-                    downstream.abort()
-                elif not (reply.is_encoded or scanner.has_ended or self._caller_left()):
-                    self._cause = f"upstream, in mid-stream: {error or 'the end came too early'}"
-                    downstream.write(TRUNCATED if scanner.at_event_end else b"\n\n" + TRUNCATED)
-                await downstream.finish()
-        except TimeoutError:
-            self._cause = f"the caller left, and upstream went on for more than {self._kit.patience.leaver_drain_s} s"
+            error = await relay(
+                reply,
+                downstream,
+                scanner,
+                purchase.note_bill,
+                heartbeat_s=self._kit.patience.heartbeat_s,
+            )
+            if purchase.generation_id is None:  # before the caller is waited for
+                purchase.name(scanner.generation_id)
+            downstream.forget_reply()
+            reply.close()  # however long the caller takes for the rest, others may have the connection
+            if error is not None and not downstream.has_begun:
+                raise refusal_of(error) from error
+            if reply.is_encoded and error is not None:
+                self._cause = f"upstream, in mid-stream: {error}"
+                downstream.abort()
+            elif not (reply.is_encoded or scanner.has_ended or self._caller_left()):
+                self._cause = f"upstream, in mid-stream: {error or 'the end came too early'}"
+                downstream.write(TRUNCATED if scanner.at_event_end else b"\n\n" + TRUNCATED)
+            await downstream.finish()
         finally:
+            if self._hurries is not None:
+                self._hurries.cancel()
             if purchase.generation_id is None:
                 purchase.name(scanner.generation_id)
             downstream.release()
@@ -205,12 +204,14 @@ class Exchange:
     def _headers(self, hold: Hold, reply: Reply) -> dict[str, str]:
         return {**reply.headers, **self._kit.pace.headers(hold.minute_requests)}
 
-    def _hurry(self, limit: asyncio.Timeout) -> None:
+    def _hurry(self, reply: Reply) -> None:
         """Once the caller has left, the rest of the stream is read for its bill, but not for ever."""
-        if not self._caller_left():
-            return
-        with contextlib.suppress(RuntimeError):  # the stream has ended meanwhile
-            limit.reschedule(asyncio.get_running_loop().time() + self._kit.patience.leaver_drain_s)
+        if self._caller_left() and not reply.is_closed:
+            self._hurries = self.answer.get_loop().call_later(self._kit.patience.leaver_drain_s, self._give_up, reply)
+
+    def _give_up(self, reply: Reply) -> None:
+        self._cause = f"the caller left, and upstream went on for more than {self._kit.patience.leaver_drain_s} s"
+        reply.stop()
 
     # -- what is said of it
 

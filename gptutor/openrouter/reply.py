@@ -46,6 +46,11 @@ class Reply:
         """Compressed against our wish: nothing can be read in it, or added to it."""
 
     @property
+    def is_closed(self) -> bool:
+        """Whether its connection is another's affair by now."""
+        return self._done is None
+
+    @property
     def is_whole(self) -> bool:
         """Whether all of it has come already."""
         return self._connection.has_ended
@@ -128,7 +133,8 @@ class Reply:
 
     def stop(self) -> None:
         """Enough has been read."""
-        self._connection.stop()
+        if not self.is_closed:
+            self._connection.stop()
 
     def expect_end(self, expected: bool = True) -> None:
         """All that matters has been said, or (False) not yet: how long silence is worth waiting for."""
