@@ -1,7 +1,12 @@
 -- The rights of the service, for an installation in which it does not own its tables (optional): the owner migrates, the service
--- reads and writes. Run by the owner, in the database, after every `gptutor migrate`:  psql -f sql/roles.sql
--- Then, once:  CREATE ROLE gptutor LOGIN PASSWORD '…' IN ROLE gptutor_app;  and DATABASE_URL of the service names that role.
--- What it cannot do: change or delete an entry of the ledger, delete anything, or change the schema.
+-- reads and writes. Run it as a superuser, or as an owner who may create roles (CREATEROLE), after every `gptutor migrate`:
+--   psql -v ON_ERROR_STOP=1 -d gptutor -f sql/roles.sql
+-- Then, once and in the same way, make the service's own role:
+--   CREATE ROLE gptutor_service LOGIN PASSWORD '…' IN ROLE gptutor_app;
+-- DATABASE_URL of the service names gptutor_service; `gptutor migrate` is run with the owner's.
+-- What the service's role cannot do: change or delete an entry of the ledger, delete anything, or change the schema.
+
+BEGIN; -- all of it or nothing
 
 DO $$
 BEGIN
@@ -16,3 +21,5 @@ GRANT USAGE ON SCHEMA public TO gptutor_app;
 GRANT SELECT ON schema_migrations TO gptutor_app;
 GRANT SELECT, INSERT ON ledger, identities TO gptutor_app;
 GRANT SELECT, INSERT, UPDATE ON accounts, api_keys, holds, usage_days TO gptutor_app;
+
+COMMIT;
