@@ -2,6 +2,7 @@
 SHELL := /bin/sh
 VENV := .venv
 SYSTEMD_RUN ?= systemd-run
+SYSTEMCTL ?= systemctl
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The first Python that is new enough; PYTHON=… overrides.
@@ -77,10 +78,14 @@ docs: install ## the documentation at http://localhost:8080
 migrate: install ## bring the database of DATABASE_URL up to date
 	@$(BIN)/gptutor migrate
 
-service: install ## run as a systemd service, with restart; settings from gptutor.env
+# One that ends at once is started again after RestartSec (2), and a single look could find it running: so there are three.
+service: install ## run as a systemd service, with restart, until the next reboot; settings from gptutor.env
 	@command -v systemd-run >/dev/null || { echo "There is no systemd here. Run it with: make run"; exit 1; }
 	@test -f gptutor.env || { echo "Write gptutor.env first: DATABASE_URL, OPENROUTER_API_KEY and GPTUTOR_SECRET_KEY, a line each (README, Going live)."; exit 1; }
-	@$(SYSTEMD_RUN) --unit=gptutor --collect --working-directory=$(CURDIR) \
-		$$(sed -n -E 's/^((Restart|TimeoutStop|Kill|UMask|Limit|NoNew|Runtime)[A-Za-z]*=.*)/-p \1/p' deploy/gptutor.service) \
-		-p EnvironmentFile=$(CURDIR)/gptutor.env $(CURDIR)/$(BIN)/gptutor serve
+	@$(SYSTEMD_RUN) --unit=gptutor --collect --working-directory=$(CURDIR) -p User=$$(stat -c %U .) \
+		$$(sed -n -E 's/^((Restart|TimeoutStop|Kill|UMask|Limit|NoNew|PrivateTmp|Runtime)[A-Za-z]*=.*)/-p \1/p' deploy/gptutor.service) \
+		-p "$$(grep '^ExecReload=' deploy/gptutor.service)" $(CURDIR)/$(BIN)/gptutor serve
+	@for second in 1 2 3; do sleep 1; $(SYSTEMCTL) is-active --quiet gptutor || \
+		{ echo "It did not stay up: journalctl -u gptutor"; exit 1; }; done
 	@echo "Running. See it with: systemctl status gptutor; journalctl -u gptutor -f. Stop it with: systemctl stop gptutor"
+	@echo "This unit lasts until the next reboot; deploy/gptutor.service is for good."

@@ -1,5 +1,6 @@
 """What `gptutor serve` says when it is up: what answers, where things are, and what to type next."""
 
+from gptutor.listener import authority
 from gptutor.settings import Config
 
 
@@ -10,13 +11,14 @@ def banner(config: Config, *, url: str, demo_key: str | None) -> str:
         else config.openrouter.base_url
     )
     data = f"embedded PostgreSQL in {(config.paths.data / 'postgres').resolve()}" if config.embedded else "DATABASE_URL"
+    docs = authority(config.docs.host.replace("127.0.0.1", "localhost"), config.docs.port)
     lines = [
         "",
         f"  GPTutor            {url}/v1",
         f"  Answers come from  {upstream}",
         f"  Data               {data}",
         f"  Logs               {config.paths.logs.resolve()}/combined-YYYY-MM-DD.log",
-        f"  Documentation      make docs → http://{config.docs.host.replace('127.0.0.1', 'localhost')}:{config.docs.port}",
+        f"  Documentation      make docs → http://{docs}",
     ]
     if config.admin.is_open:
         lines.append(

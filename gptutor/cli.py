@@ -15,7 +15,7 @@ from gptutor.administration import Administration, ReasonMissing
 from gptutor.cli_export import export_app
 from gptutor.cli_keys import keys_app
 from gptutor.cli_users import user_app
-from gptutor.console import Json, fail, out, print_json, progress, with_administration, with_books
+from gptutor.console import Json, embedded_place, fail, out, print_json, progress, with_administration, with_books
 from gptutor.database import Database
 from gptutor.listener import StartError
 from gptutor.money.amounts import InvalidAmount, roubles
@@ -98,9 +98,13 @@ def serve_command() -> None:
 @app.command()
 def migrate() -> None:
     """Bring the database up to date."""
-    with database_of(config.load()) as settings:
-        applied = asyncio.run(migrations.migrate(settings.database.url))
-    out.print(f"Applied: {', '.join(applied)}" if applied else "The database is up to date.")
+    settings = config.load()
+    with database_of(settings) as grounded:
+        applied = asyncio.run(migrations.migrate(grounded.database.url))
+    embedded = f"embedded PostgreSQL in {embedded_place(settings)}" if settings.embedded else ""
+    done = f"Applied to the {embedded}: " if embedded else "Applied: "
+    rest = f"The {embedded or 'database'} is up to date."
+    out.print(done + ", ".join(applied) if applied else rest, highlight=False, markup=False)
 
 
 @app.command()
@@ -198,7 +202,11 @@ def rekey_command(json: Json = False) -> None:
     if json:
         print_json({"done": done, "unreadable": unreadable})
         return
-    out.print(f"{done} copies are sealed with today's secret.")
+    if done or unreadable:
+        none_left = "" if unreadable else "; none is left under an old one"
+        out.print(f"{done} copies were sealed anew with today's secret{none_left}.")
+    else:
+        out.print("No copy is under an old secret.")
     if unreadable:
         out.print(
             f"{unreadable} copies are opened by no known secret: is one missing in security.old_secret_keys? Their keys go on "

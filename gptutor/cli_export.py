@@ -9,10 +9,11 @@ from typing import Annotated, TextIO
 
 import typer
 
-from gptutor.console import err, progress, with_books
+from gptutor.console import err, fail, progress, with_books
 from gptutor.database import Database
 from gptutor.money.amounts import AccountId
 from gptutor.money.bookings import Bookings
+from gptutor.money.users import UserRepository
 from gptutor.records import csv_head, csv_lines
 
 DAY = ["%Y-%m-%d"]
@@ -37,12 +38,15 @@ def export_ledger(
     ] = None,
 ) -> None:
     """Write the ledger as CSV, by user and time, from one snapshot of the database."""
+    if first and last and first > last:
+        fail("--from must not be later than --to.")
+    account = None if user is None else AccountId(user)
 
     async def run(books: Database) -> int:
         count = 0
-        pages = Bookings(books).export(
-            first.date() if first else None, last.date() if last else None, None if user is None else AccountId(user)
-        )
+        if account is not None:
+            await UserRepository(books).find(account)
+        pages = Bookings(books).export(first.date() if first else None, last.date() if last else None, account)
         with _opened(file) as target, progress() as bar:
             task = bar.add_task("entries", total=None)
             target.write(csv_head())

@@ -36,7 +36,7 @@ def user_create(
 ) -> None:
     """Create a user with an API key. The key is shown once."""
     amount = parse_positive(balance, or_zero=True)
-    user, key = with_administration(lambda administration: administration.create_user(name, amount))
+    user, key = with_administration(lambda administration: administration.create_user(name, amount), begins=True)
     if json:
         print_json(user_json(user) | {"apiKey": key})
     else:

@@ -6,6 +6,7 @@ import pwd
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import orjson
@@ -32,9 +33,14 @@ out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, soft_wrap=True)
 
 
-def with_books(work: Callable[[Database], Awaitable[T]], *, statement_s: float = 60, idle_s: float = 10) -> T:
-    """Runs `work` on the service's database; the embedded one is started and brought up to date if need be."""
+def with_books(
+    work: Callable[[Database], Awaitable[T]], *, begins: bool = False, statement_s: float = 60, idle_s: float = 10
+) -> T:
+    """Runs `work` on the service's database; the embedded one is started and brought up to date if need be. Where there is none
+    yet, only a command that `begins` something makes it. Raises StartError."""
     settings = config.load()
+    if not begins:
+        _require_database(settings)
 
     async def run(url: str) -> T:
         if settings.embedded:
@@ -48,14 +54,31 @@ def with_books(work: Callable[[Database], Awaitable[T]], *, statement_s: float =
         return asyncio.run(run(grounded.database.url))
 
 
-def with_administration(work: Callable[[Administration], Awaitable[T]], *, changes: bool = True) -> T:
+def with_administration(work: Callable[[Administration], Awaitable[T]], *, changes: bool = True, begins: bool = False) -> T:
     """Runs `work` for the one at the keyboard. Where it `changes` something, its audit lines are in the service's own log when
-    this returns. Raises ConfigError."""
+    this returns. Raises ConfigError, and as `with_books`."""
     settings = config.load()
+    if not begins:
+        _require_database(settings)  # before a secret or a log is made in the wrong folder
     vault = _vault_of(settings)
     lines = logging_to(settings.paths.logs, level="warning", retention_days=settings.logs.retention_days, stdout=False)
     with lines if changes else nullcontext():
-        return with_books(lambda books: work(Administration(books, vault, f"cli:{os_user()}")))
+        return with_books(lambda books: work(Administration(books, vault, f"cli:{os_user()}")), begins=begins)
+
+
+def _require_database(settings: Config) -> None:
+    """A command in the wrong folder would find empty books, and believe them. Raises StartError."""
+    beginning = embedded_place(settings) / "PG_VERSION"
+    if settings.embedded and not beginning.exists():
+        raise StartError(
+            f"There is no database here: DATABASE_URL is not set, and {beginning} does not exist. Run this in the folder of the "
+            "service, where its gptutor.env or its data is; `gptutor serve` and `gptutor user create` begin a new one."
+        )
+
+
+def embedded_place(settings: Config) -> Path:
+    """Where the data of the embedded PostgreSQL is, or would be."""
+    return (settings.paths.data / "postgres").resolve()
 
 
 def _vault_of(settings: Config) -> Vault:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import fasteners
 import psutil
@@ -54,7 +55,8 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
             "a PostgreSQL of your own can be named in DATABASE_URL."
         ) from error
     try:
-        yield server.get_uri()
+        before, mark, socket_folder = server.get_uri().partition("?host=")
+        yield before + mark + quote(socket_folder)
     finally:
         server.cleanup()
         atexit.unregister(server._cleanup)

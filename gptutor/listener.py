@@ -54,22 +54,29 @@ Connecting = Callable[[web.Server], web.RequestHandler]
 """Makes the protocol of a connection; by default aiohttp's own."""
 
 
+def authority(host: str, port: int) -> str:
+    """As it stands in a URL, where an IPv6 address has brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 @asynccontextmanager
 async def listening_on(
-    runner: web.AppRunner, host: str, port: int, connection: Connecting = web.Server.__call__
+    runner: web.AppRunner, host: str, port: int, connection: Connecting = web.Server.__call__, *, setting: str = ""
 ) -> AsyncIterator[str]:
     """Sets the runner's application up and listens; gives the address. Cleans up at the end, and after a failed start as well.
 
-    Port 0 takes any free one. Raises StartError.
+    Port 0 takes any free one. `setting` is what the operator changes for another one. Raises StartError.
     """
     async with _set_up(runner, connection) as protocol:
         try:
             listener = await asyncio.get_running_loop().create_server(protocol, host, port, reuse_address=True, backlog=BACKLOG)
         except OSError as error:
-            raise StartError(f"Cannot listen on {host}:{port}: {error.strerror}. Is something else running there?") from error
+            taken = " Is something else running there?" if error.errno == errno.EADDRINUSE else ""
+            advice = f" The port is set by {setting}." if setting else ""
+            raise StartError(f"Cannot listen on {authority(host, port)}: {error.strerror}.{taken}{advice}") from error
         try:
-            shown = {"127.0.0.1": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
-            yield f"http://{shown}:{listener.sockets[0].getsockname()[1]}"
+            shown = {"127.0.0.1": "localhost"}.get(host, host)
+            yield f"http://{authority(shown, listener.sockets[0].getsockname()[1])}"
         finally:
             listener.close()
 

@@ -1,6 +1,7 @@
 """The settings: their names, types, ranges and defaults, as one frozen `Config`.
 
-What each means, with unit and reason, is written in `config.yaml`; how they are read, in `config.py`.
+What each means, with unit and reason, is written in `config.yaml`; how they are read, in `config.py`. The description of a type
+completes the sentence "<setting> must be …".
 """
 
 import ipaddress
@@ -8,7 +9,7 @@ import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
@@ -16,7 +17,11 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
-Secret = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*\Z")]
+Secret = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*\Z", description="printable ASCII without spaces")]
+Secrets = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*( [!-~]+)*\Z", description="keys separated by one space")]
+HeaderText = Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z", description="printable ASCII")]
+BaseUrl = Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z", description="an address such as https://host/path")]
+ReturnUrl = Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z", description="an address such as https://example.com/paid")]
 
 NAMED_FORM = r"(?:(?P<name>[a-z][a-z0-9_-]{0,31}):)?(?P<secret>[!-9;-~]{32,256})"
 
@@ -91,7 +96,8 @@ class Admin(Section, frozen=True):
         forms = [re.fullmatch(NAMED_FORM, text) for text in self.token.split()]
         if not all(forms):
             raise ValueError(
-                "admin.token must be tokens of at least 32 characters, each alone or as name:token (openssl rand -hex 32)"
+                "admin.token must be tokens of at least 32 characters (openssl rand -hex 32), each alone or as name:token, "
+                "where a name is made of small Latin letters, digits, - and _"
             )
         if len(self.tokens) < len(forms):
             raise ValueError("admin.token must be tokens with a name each, if there are several")
@@ -113,16 +119,51 @@ class Database(Section, frozen=True):
     acquire_s: Seconds = 2
     statement_s: Seconds = 5
 
+    def __post_init__(self) -> None:
+        if self.url and not is_database(self.url):
+            raise ValueError(
+                "database.url must be such as postgresql://user:password@host:5432/name; in its password write % as %25, "
+                "/ as %2F, # as %23, ? as %3F, @ as %40, [ as %5B"
+            )
+
+
+DATABASE_HOST = re.compile(r"/.*|(?:\[[0-9A-Fa-f:.]+\]|[^/\[\]:@\s]+)(?::([^:]*))?")
+
+
+def is_database(url: str) -> bool:
+    """Whether a URL of PostgreSQL is one by asyncpg's reading, in which several hosts may stand, or none.
+
+    A password with characters that mean something else moves the rest of the URL into a port, a path or a query: what could only
+    have come there so is refused, before it is taken for the name of a host and printed.
+    """
+    try:
+        parts = urlsplit(url)
+        more = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+    except ValueError:
+        return False
+    _, _, hosts = parts.netloc.rpartition("@")
+    named = [DATABASE_HOST.fullmatch(host) for some in (hosts, more.get("host")) if some for host in some.split(",")]
+    ports = [host[1] for host in named if host and host[1] is not None] + more.get("port", "1").split(",")
+    return (
+        url.lower().startswith(("postgresql://", "postgres://"))
+        and parts.netloc.count("@") <= 1
+        and all(named)
+        and all(re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65_535 for port in ports)
+        and not re.search(r"[@\[\]\s]", parts.path + parts.query)
+        and not parts.fragment
+        and not re.search(r"[\t\r\n]|\s\Z", url)  # urlsplit would leave them out
+    )
+
 
 class OpenRouter(Section, frozen=True):
     api_key: Secret = ""
-    old_api_keys: Annotated[str, msgspec.Meta(pattern=r"^[!-~]*( [!-~]+)*\Z")] = ""
+    old_api_keys: Secrets = ""
     proxy: str = ""
-    base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z")] = "https://openrouter.ai/api/v1"
+    base_url: BaseUrl = "https://openrouter.ai/api/v1"
     management_key: Secret = ""
     default_model: Name = "google/gemini-2.5-flash-lite"
-    referer: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z")] = ""
-    title: Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z")] = "GPTutor"
+    referer: HeaderText = ""
+    title: HeaderText = "GPTutor"
     connect_s: Seconds = 10
     total_s: Seconds = 60
     first_byte_s: Seconds = 60
@@ -225,10 +266,10 @@ class Vk(Section, frozen=True):
 class Yookassa(Section, frozen=True):
     shop_id: Secret = ""
     secret_key: Secret = ""
-    return_url: Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z")] = ""
+    return_url: ReturnUrl = ""
     payment_min_rub: Decimal = Decimal(10)
     payment_max_rub: Decimal = Decimal(100_000)
-    base_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z")] = "https://api.yookassa.ru/v3"
+    base_url: BaseUrl = "https://api.yookassa.ru/v3"
     timeout_s: Seconds = 10
     at_once: Count = 8
 

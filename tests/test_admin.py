@@ -190,7 +190,11 @@ async def test_a_payment_is_credited_once_with_the_same_answer(admin: Admin, dat
     other = await make_caller(admin.books, "0")
     elsewhere = {**payment, "vkId": None, "userId": other.account_id}
     assert await admin.ask("POST", "/admin/payments", elsewhere) == (409, "already_booked")
-    assert await admin.ask("POST", "/admin/payments", {**payment, "vkId": 1}) == (404, "not_found")
+    assert await admin.ask("POST", "/admin/payments", {**payment, "vkId": "494075"}) == (200, later)
+    for number in (1, "1"):
+        assert await admin.ask("POST", "/admin/payments", {**payment, "vkId": number}) == (404, "not_found")
+    for number in (0, "0", "0494075", "", "x", "49407٥", " 494075", "1" * 19, 1.5, True):
+        assert await admin.ask("POST", "/admin/payments", {**payment, "vkId": number}) == (400, "invalid_request")
     assert await admin.ask("POST", "/admin/payments", {**payment, "userId": 1}) == (400, "invalid_request")
     assert (await UserRepository(admin.books).find(user.account_id)).balance == parse_roubles("99.9")
     assert [line["reference"] for line in admin.audit()] == ["bank:17"]
@@ -213,6 +217,9 @@ async def test_users_are_found_by_id_by_vks_id_and_by_the_beginning_of_a_key(adm
         assert await found(query) == []
     assert {user["id"] for user in (await admin.ask("GET", "/admin/users"))[1]} == {caller.account_id, other.account_id}
     assert len((await admin.ask("GET", f"/admin/users?limit=1&after={caller.account_id}"))[1]) == 1
+    assert (await admin.ask("GET", f"/admin/users?after={10**18 - 1}"))[1] == []
+    for query in ("limit=0", "limit=x", "after=-1", f"after={10**18}", "search=1", "query=1&query=2"):
+        assert await admin.ask("GET", f"/admin/users?{query}") == (400, "invalid_request")
 
 
 async def test_a_ledger_is_read_in_pages(admin: Admin) -> None:
@@ -229,7 +236,7 @@ async def test_a_ledger_is_read_in_pages(admin: Admin) -> None:
         amounts.append([entry["amount"] for entry in document["data"]])
         before = f"&before={document['next']}" if document["next"] else None  # type: ignore[assignment]
     assert amounts == [["7", "6", "5"], ["4", "3", "2"], ["1"]]
-    for query in ("limit=0", "limit=1001", "limit=x", "before=x"):
+    for query in ("limit=0", "limit=1001", "limit=x", "before=x", "before=", "limit=1&limit=2", "after=5"):
         assert await admin.ask("GET", f"{path}?{query}") == (400, "invalid_request")
     assert await admin.ask("GET", "/admin/users/999/ledger") == (404, "not_found")
 
@@ -260,6 +267,11 @@ async def test_the_export_is_the_whole_ledger_and_harmless_in_a_spreadsheet(admi
     assert await rows(f"?from={today}&to={today}") == whole
     assert await rows(f"?to={yesterday}") == []
     assert await rows(f"?user={other.account_id}") == whole[3:]
+    assert await rows(f"?from={yesterday}&user={other.account_id}") == whole[3:]
+    assert await admin.ask("GET", f"/admin/export/ledger?from={today}&to={yesterday}") == (400, "invalid_request")
+    assert await admin.ask("GET", f"/admin/export/ledger?user={'9' * 18}") == (404, "not_found")
+    for query in ("user=0", "user=x", "users=1", "from=20260131"):
+        assert await admin.ask("GET", f"/admin/export/ledger?{query}") == (400, "invalid_request")
     assert await admin.ask("GET", "/admin/export/ledger?from=yesterday") == (400, "invalid_request")
 
 
@@ -290,6 +302,44 @@ async def test_what_waits_for_evidence_is_listed(admin: Admin) -> None:
     assert (status, [(one["userId"], one["atMost"], one["generationId"]) for one in holds]) == (
         200, [(caller.account_id, "2.5", "gen-1")],
     )  # fmt: skip
+    assert await admin.ask("GET", "/admin/holds?user=1") == (400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "words"),
+    [
+        ("POST", "ID/bookings", {"kind": "charge", "amount": "1"}, "kind must be one of topup, refund, adjustment, bonus"),
+        ("POST", "ID/bookings", {"amount": "1"}, "kind must be one of topup, refund, adjustment, bonus"),
+        ("POST", "ID/keys", {"cap": "1", "capPeriod": "week"}, "capPeriod must be one of day, total"),
+        (
+            "POST",
+            "ID/keys",
+            {"cap_period": "day"},
+            "'cap_period' is not a field of this request; it has cap, capPeriod, expires, ",
+        ),
+        (
+            "POST",
+            "/admin/payments",
+            {"amount": 1, "reference": "1", "provider": "x", "vkId": "x"},
+            "vkId must be VK's number of the",
+        ),
+        (
+            "GET",
+            "/admin/export/ledger?from=2026-02-01&to=2026-01-31",
+            None,
+            "from must not be later than to: 2026-02-01 is later",
+        ),
+        ("GET", "/admin/export/ledger?user=999", None, "There is no such user"),
+        ("GET", "/admin/users?search=1", None, "'search' is not a parameter here; known are query, after, limit"),
+        ("GET", "/admin/holds?user=1", None, "'user' is not a parameter here; there are none"),
+    ],
+)
+async def test_what_is_wrong_and_what_is_allowed_is_said(admin: Admin, method: str, path: str, body: Any, words: str) -> None:
+    caller = await make_caller(admin.books, "0")
+    address = "http://admin" + path.replace("ID", f"/admin/users/{caller.account_id}")
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with admin.session.request(method, address, json=body, headers=headers) as response:
+        assert (await response.json())["error"].startswith(words)
 
 
 @pytest.mark.parametrize(

@@ -189,18 +189,22 @@ async def test_copies_are_sealed_with_the_secret_of_today(books: Database, datab
         keys.append((user.account_id, (await KeyRing(books, Vault([secret])).issue(user.account_id))[0]))
     environ = own(tmp_path, database_url, today, GPTUTOR_SECURITY__OLD_SECRET_KEYS=base64.b64encode(before).decode())
     assert orjson.loads(run(environ, "rekey", "--json").stdout) == {"done": 2, "unreadable": 1}
-    said = run(environ, "rekey").stdout
-    assert "0 copies are sealed" in said
-    assert "1 copies are opened by no known secret" in said
+    told = run(environ, "rekey").stdout
+    assert "0 copies were sealed anew with today's secret.\n1 copies are opened by no known secret" in told
     ring = KeyRing(books, Vault([today]))
-    assert [await ring.main(account_id) == key for account_id, key in keys[:2]] == [True, True]
     with pytest.raises(Unreadable):
         await ring.main(keys[2][0])
+    knowing = f"{environ['GPTUTOR_SECURITY__OLD_SECRET_KEYS']} {base64.b64encode(lost).decode()}"
+    environ["GPTUTOR_SECURITY__OLD_SECRET_KEYS"] = knowing
+    assert run(environ, "rekey").stdout == "1 copies were sealed anew with today's secret; none is left under an old one.\n"
+    assert run(environ, "rekey").stdout == "No copy is under an old secret.\n"
+    assert [await ring.main(account_id) == key for account_id, key in keys] == [True, True, True]
 
 
 def test_a_log_that_cannot_be_written_lets_nothing_be_changed(tmp_path: Path) -> None:
     """A change without its audit line is not made."""
     environ = environment(tmp_path)
+    run(environ, "migrate")
     (tmp_path / "logs").write_text("a file where the folder should be")
     ended = run(environ, "user", "create", check=False)
     assert ended.returncode == 1

@@ -83,6 +83,8 @@ def test_the_same_for_people(service: Service) -> None:
         (("user", "topup", "1", "0.0000000001"), "more than nine decimal places"),
         (("user", "topup", "1", "99999999999"), "more than 1000000000 roubles"),
         (("user", "create", "--balance", "NaN"), "not an amount in roubles"),
+        (("export", "ledger", "--from", "2026-02-01", "--to", "2026-01-31"), "--from must not be later than --to."),
+        (("export", "ledger", "--user", "999999999"), "There is no user with this id"),
     ],
 )
 def test_a_mistake_gets_a_sentence(service: Service, arguments: tuple[str, ...], words: str) -> None:
@@ -110,12 +112,36 @@ def test_a_wrong_setting_or_a_silent_database_is_one_sentence(service: Service) 
     assert "GPTUTOR_SECRET_KEY is missing" in refused({**away, "GPTUTOR_SECRET_KEY": ""}, "serve")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            ("user", "list"),
+            ("user", "show", "1"),
+            ("user", "find", "1"),
+            ("user", "topup", "1", "5"),
+            ("user", "issue-key", "1"),
+        ),
+        *(("verify",), ("holds",), ("rekey",), ("export", "ledger")),
+    ],
+)
+def test_in_a_wrong_folder_no_database_is_begun(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Empty books would be believed to be the service's."""
+    sentence = refused(environment(tmp_path), *command)
+    beginning = tmp_path / "var" / "postgres" / "PG_VERSION"
+    assert f"There is no database here: DATABASE_URL is not set, and {beginning} does not exist. Run this in" in sentence
+    assert "`gptutor serve` and `gptutor user create` begin a new one." in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_works_alone_on_a_bare_directory(tmp_path: Path) -> None:
     environ = environment(tmp_path)
+    place = tmp_path / "var" / "postgres"
+    assert f"Applied to the embedded PostgreSQL in {place}: 0001_accounts" in run(environ, "migrate").stdout
+    assert f"The embedded PostgreSQL in {place} is up to date." in run(environ, "migrate").stdout
     assert "There are no users yet" in run(environ, "user", "list").stdout
     assert orjson.loads(run(environ, "user", "create", "--balance", "1", "--json").stdout)["balance"] == "1"
     assert f"All {len(load_invariants())} invariants hold" in run(environ, "verify").stdout
-    assert "up to date" in run(environ, "migrate").stdout
     assert running_with(str(tmp_path)) == [], "the embedded PostgreSQL was left running"
 
 
@@ -148,6 +174,7 @@ def test_our_totals_are_compared_with_openrouters(service: Service, tmp_path: Pa
             OPENROUTER_API_KEY="sk-or-x",
             GPTUTOR_OPENROUTER__MANAGEMENT_KEY="sk-or-m",
         )
+        run(environ, "migrate")
         today, yesterday = orjson.loads(run(environ, "reconcile", "--json").stdout)["days"]
         assert (today["oursUsd"], today["openrouterUsd"], today["differenceUsd"]) == ("0", "0", "0")
         assert yesterday["openrouterUsd"] == "0"

@@ -1,6 +1,9 @@
 """Settings (contract F8; row operator-1): environment over file over defaults, and a sentence for every mistake."""
 
+import os
 import re
+import subprocess
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -47,9 +50,26 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_defaults(tmp_p
     ("environ", "words"),
     [
         ({"PORT": "70000"}, ["PORT", "70000", "65535"]),
-        ({"PORT": "many"}, ["PORT", "many", "int"]),
+        ({"PORT": "many"}, ["PORT must be a whole number (it is 'many')."]),
+        ({"GPTUTOR_SERVER__HEADER_S": "soon"}, ["GPTUTOR_SERVER__HEADER_S must be a number (it is 'soon')."]),
+        ({"GPTUTOR_BILLING__MARGIN": "1,1"}, ["GPTUTOR_BILLING__MARGIN must be a number such as 92.5 (it is '1,1')."]),
+        ({"GPTUTOR_LOGS__STDOUT": "on"}, ["GPTUTOR_LOGS__STDOUT must be true or false (it is 'on')."]),
+        (
+            {"GPTUTOR_LOGS__LEVEL": "loud"},
+            ["GPTUTOR_LOGS__LEVEL must be one of debug, info, warning, error (it is 'loud')."],
+        ),
+        (
+            {"OPENROUTER_API_KEY": "x", "OPENROUTER_BASE_URL": "openrouter.ai"},
+            ["OPENROUTER_BASE_URL must be an address such as https://host/path (it is 'openrouter.ai')."],
+        ),
+        ({"GPTUTOR_OPENROUTER__TITLE": "Мой"}, ["GPTUTOR_OPENROUTER__TITLE must be printable ASCII (it is 'Мой')."]),
+        ({"GPTUTOR_YOOKASSA__SHOP_ID": "1 2"}, ["must be printable ASCII without spaces (it is '1 2')."]),
+        ({"GPTUTOR_YOOKASSA__RETURN_URL": "example.com"}, ["must be an address such as https://example.com/paid (it is"]),
+        ({"GPTUTOR_ADMIN__TOKEN": f"Anna:{'x' * 32}"}, ["GPTUTOR_ADMIN__TOKEN", "small Latin letters, digits, - and _"]),
+        ({"HOST": ""}, ["HOST is wrong (it is ''): expected `str` of length >= 1."]),
         ({"GPTUTOR_SERVER__PROT": "1"}, ["GPTUTOR_SERVER__PROT", "not a setting"]),
-        ({"GPTUTOR_SEVER__PORT": "1"}, ["sever", "not a setting"]),
+        ({"GPTUTOR_SEVER__PORT": "1"}, ["GPTUTOR_SEVER__PORT is not a setting"]),
+        ({"GPTUTOR_SERVER__": "1", "HOST": "h"}, ["GPTUTOR_SERVER__ is not a setting"]),
         ({"GPTUTOR_DEBUG": "1"}, ["GPTUTOR_DEBUG", "not a setting"]),
         ({"GPTUTOR_BILLING__RUB_PER_USD": "0"}, ["GPTUTOR_BILLING__RUB_PER_USD", "0.0001", "100000"]),
         ({"GPTUTOR_BILLING__RUB_PER_USD": "-90"}, ["GPTUTOR_BILLING__RUB_PER_USD", "0.0001"]),
@@ -72,6 +92,182 @@ def test_a_mistake_stops_the_start_with_a_sentence_that_names_it(environ: dict[s
 def test_a_wrong_file_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"my\.yaml"):
         load(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("server: sk-or-1", "must hold sections of `name: value` lines, as the shipped config.yaml does: server is none."),
+        ("logs: [sk-or-1]", "logs is none."),
+        ("server:\n  port: 1\nlogs:\n  level: info\nserver:\n  host: h\n", "names server in line 5 for the second time."),
+        ("server:\n  port: 1\n  port: 2\n", "names port in line 3 for the second time."),
+        ("server: {port: [1]}", "server.port must be a whole number (it is ['1'])."),
+        ("server: {host: {a: b}}", "server.host must be a text (it is {'a': 'b'})."),
+    ],
+)
+def test_a_wrong_file_is_told_what_and_where(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        load(written(tmp_path, text))
+    assert str(told.value).endswith(words)
+    assert "my.yaml" in str(told.value)
+    assert "sk-or-1" not in str(told.value)
+
+
+def test_a_section_without_lines_is_an_empty_one(tmp_path: Path) -> None:
+    environ = written(tmp_path, "server:\nlogs:\n  level: debug\n")
+    assert load({**environ, "PORT": "5000"}).server.port == 5000
+    assert load(environ).server == Config().server
+
+
+@pytest.mark.parametrize("name", ["OPENROUTER_API_KEY", "VK_SECRET_KEY", "GPTUTOR_OPENROUTER__OLD_API_KEYS"])
+def test_a_secret_that_cannot_be_is_told_and_not_shown(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} must be (printable ASCII without spaces|keys separated by one space)\.$"):
+        load({"OPENROUTER_API_KEY": "x", name: " ключ"})
+
+
+# -- the address of the database
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(f"postgresql://ivan:s3cret{mark}w@h:5432/name" for mark in "/#?[]@"),
+        *(f"postgresql://ivan:12{mark}s3cret@h:5432/name" for mark in "/#?"),
+        "postgresql://ivan:12?a=s3cret@h/name",
+        *(f"postgresql://ivan:s3cret@h:{port}/name" for port in ("abc", "99999", "0", "", "-1", "५")),
+        *("foo", "mysql://ivan:s3cret@h/name", '"postgresql://ivan:s3cret@h/name"', "'postgresql://ivan:s3cret@h/name'"),
+        *("postgresql:h/name", "postgresql://h/na me", "postgresql://h/name ", " postgresql://h/name", "postgresql://h\n/name"),
+        *("postgresql://[::1/name", "postgresql://::1/name", "postgresql://h1,,h2/name", "postgresql://h1:1,h2:x/name"),
+        *(
+            "postgresql://h/name?sslmode",
+            "postgresql:///name?host=/tmp&port=abc",
+            "postgresql:///name?host=h:abc",
+            "postgresql://h/name#more",
+        ),
+    ],
+)
+def test_an_address_of_a_database_that_cannot_be_is_told_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        load({"DATABASE_URL": url})
+    assert str(told.value) == (
+        "DATABASE_URL must be such as postgresql://user:password@host:5432/name; in its password write % as %25, / as %2F, "
+        "# as %23, ? as %3F, @ as %40, [ as %5B."
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://h/name",
+        "postgres://ivan@h",
+        "postgresql://ivan:s3c%2Fr%40t!$&*()-_=+;,.%5B%23%3F%25@db.example.com:5432/name?sslmode=require",
+        "postgresql://ivan:p@h1:5432,h2:5433,[::1]:65535/name?target_session_attrs=read-write",
+        "postgresql://[2001:db8::1]/name",
+        "postgresql:///name?host=/tmp&port=5433",
+        "postgresql:///name?host=h1:5432,/tmp,h2",
+        "postgresql://postgres:@/postgres?host=/var/lib/gptutor/postgres",
+        "postgresql://ivan:p@%2Fvar%2Frun%2Fpostgresql/name",
+    ],
+)
+def test_an_address_that_asyncpg_reads_is_taken(url: str) -> None:
+    assert load({"DATABASE_URL": url}).database.url == url
+
+
+# -- gptutor.env
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a service, and an environment without its settings."""
+    for name in list(os.environ):
+        if name.startswith(("GPTUTOR_", "OPENROUTER_")) or name.upper() in ("DATABASE_URL", "PORT", "HTTPS_PROXY", "NO_PROXY"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_folders_own_file_stands_between_the_environment_and_the_settings_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "config.yaml").write_text("server: {port: 1, host: h, workers: 3}\nlogs: {level: debug}\n")
+    (folder / "gptutor.env").write_bytes(
+        b"# a comment\n; another\n\n  export PORT=2\r\nHOST='a b'\nGPTUTOR_OPENROUTER__TITLE=\"$HOME # `x`\"\n"
+        b"OPENROUTER_API_KEY=sk\"or'\nPATH=/nowhere\nGPTUTOR_SERVER__WORKERS=5"
+    )
+    monkeypatch.setenv("GPTUTOR_WORKERS", "4")  # the short name of what the file calls by the long one
+    config = load()
+    assert (config.server.port, config.server.host, config.server.workers, config.logs.level) == (2, "a b", 4, "debug")
+    assert (config.openrouter.title, config.openrouter.api_key) == ("$HOME # `x`", "sk\"or'")
+    (folder / "gptutor.env").write_text("PORT=7\n")
+    assert load().server.port == 7, "a reload reads it anew"
+    monkeypatch.setenv("PORT", "8")
+    assert load().server.port == 8
+    assert load({}).server.port == 1, "a mapping is all that there is"
+
+
+def test_it_is_looked_for_beside_the_settings_file_that_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "my.yaml").write_text("logs: {level: debug}\n")
+    (elsewhere / "gptutor.env").write_text("PORT=2\n")
+    (folder / "gptutor.env").write_text(f"PORT=3\nGPTUTOR_CONFIG={elsewhere / 'my.yaml'}\n")
+    assert (load().server.port, load().logs.level) == (3, "debug")
+    monkeypatch.setenv("GPTUTOR_CONFIG", str(elsewhere / "my.yaml"))
+    assert (load().server.port, load().logs.level) == (2, "debug")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"\nPORT 3001 s3cret\n", "line 2, is not a setting: write NAME=value"),
+        (b"PORT = s3cret", "line 1, is not a setting"),
+        (b"s3cret", "line 1, is not a setting"),
+        (b"4PORT=s3cret", "line 1, is not a setting"),
+        (b"PORT=s3\0cret", "line 1, is not a setting"),
+        (b"A=1\nGPTUTOR_SECRET_KEY=$(cat s3cret)", "line 2: no command is run here; write what it prints"),
+        (b'GPTUTOR_SECRET_KEY="$(cat s3cret)"', "line 1: no command is run here"),
+        (b"GPTUTOR_SECRET_KEY=`cat s3cret`", "line 1: no command is run here"),
+        (b"#\n#\nHOST=s3cret\xff", "line 3, is not UTF-8"),
+        (b"PORT=many", "PORT in gptutor.env must be a whole number (it is 'many')."),
+        (b"DATABASE_URL=mysql://ivan:s3cret@h/x", "DATABASE_URL in gptutor.env must be such as postgresql://"),
+        (b"GPTUTOR_DEBUG=s3cret", "GPTUTOR_DEBUG in gptutor.env is not a setting"),
+        (b"GPTUTOR_SEVER__PORT=s3cret", "GPTUTOR_SEVER__PORT in gptutor.env is not a setting"),
+        (b"OPENROUTER_API_KEY=x\nHTTPS_PROXY=http://ivan:s3cret@h:99999", "HTTPS_PROXY in gptutor.env must be an address"),
+    ],
+)
+def test_a_mistake_in_it_is_told_by_its_line_without_its_value(folder: Path, text: bytes, words: str) -> None:
+    (folder / "gptutor.env").write_bytes(text)
+    with pytest.raises(ConfigError) as told:
+        load()
+    assert words in str(told.value)
+    assert "gptutor.env" in str(told.value)
+    assert "s3cret" not in str(told.value)
+
+
+def test_one_that_cannot_be_read_is_named(folder: Path) -> None:
+    (folder / "gptutor.env").mkdir()
+    with pytest.raises(ConfigError, match=r"^gptutor\.env cannot be read: Is a directory\. Run this as the user"):
+        load()
+
+
+def test_its_proxy_counts_below_that_of_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "gptutor.env").write_text("OPENROUTER_API_KEY=x\nHTTPS_PROXY=file:1\n")
+    assert load().openrouter.proxy == "http://file:1"
+    monkeypatch.setenv("https_proxy", "http://own:1")
+    assert load().openrouter.proxy == "http://own:1"
+    monkeypatch.setenv("https_proxy", "")
+    assert load().openrouter.proxy == ""
+    monkeypatch.delenv("https_proxy")
+    monkeypatch.setenv("NO_PROXY", "openrouter.ai")
+    assert load().openrouter.proxy == ""
+
+
+def test_tests_do_not_run_with_the_settings_of_a_living_service(folder: Path) -> None:
+    (folder / "gptutor.env").write_text("DATABASE_URL=postgresql://h/living\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent / "test_retry.py")]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "gptutor.env has the settings of a living service: run the tests in another folder." in ended.stdout + ended.stderr
 
 
 def test_secrets_are_not_printed() -> None:

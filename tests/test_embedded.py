@@ -5,9 +5,11 @@ import stat
 import subprocess
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from gptutor.embedded import EmbeddedPostgresError, embedded_postgres
+from gptutor.settings import is_database
 from tests.service import environment, run
 
 
@@ -26,10 +28,18 @@ def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> No
         bystander.wait()
 
 
+async def test_a_path_may_have_what_means_something_in_a_url(tmp_path: Path) -> None:
+    with embedded_postgres(tmp_path / "a@b+[c]" / "postgres") as url:
+        assert is_database(url)
+        server = await asyncpg.connect(url)
+        assert await server.fetchval("SELECT 1") == 1
+        await server.close()
+
+
 def test_a_path_with_a_space_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(EmbeddedPostgresError, match="has a space"), embedded_postgres(tmp_path / "my data" / "postgres"):
         pass
-    ended = run(environment(tmp_path / "my data"), "user", "list", check=False)
+    ended = run(environment(tmp_path / "my data"), "user", "create", check=False)
     assert ended.returncode == 1
     assert "GPTUTOR_PATHS__DATA" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pwd
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,11 +16,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from gptutor import settings
+from gptutor.listener import StartError, listening_on
+from gptutor.openrouter.simulator.server import Simulator
+from gptutor.serve import administering, simulated_openrouter
+from gptutor.web.site import documentation
 from tests.service import Service, environment, run, running_with, start
 
 ROOT = Path(__file__).parent.parent
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 def postgres_of(directory: Path) -> list[int]:
@@ -77,8 +85,55 @@ def test_a_busy_port_is_a_sentence(service: Service, tmp_path: Path) -> None:
     ended = run(environment(tmp_path, PORT=port), "serve", check=False)
     assert ended.returncode == 1
     assert f"Cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "Is something else running there? The port is set by PORT." in " ".join(ended.stderr.split())
     assert "Traceback" not in ended.stderr
     assert postgres_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "setting", "words"),
+    [
+        ("127.0.0.1", None, "", r"Cannot listen on 127\.0\.0\.1:\d+: .*\. Is something else running there\?$"),
+        ("::1", None, "PORT", r"Cannot listen on \[::1\]:\d+: .*\. Is something else running there\? The port is set by PORT\.$"),
+        ("192.0.2.1", 0, "PORT", r"Cannot listen on 192\.0\.2\.1:0: [^?]*\. The port is set by PORT\.$"),
+        ("192.0.2.1", 0, "", r"Cannot listen on 192\.0\.2\.1:0: [^?]*\.$"),
+    ],
+)
+async def test_what_cannot_be_listened_on_is_told_with_what_to_change(
+    host: str, port: int | None, setting: str, words: str
+) -> None:
+    """Only where the port is taken is somebody else suspected."""
+    with socket.create_server((host if port is None else "127.0.0.1", 0), family=FAMILIES[":" in host and port is None]) as taken:
+        where = taken.getsockname()[1] if port is None else port
+        with pytest.raises(StartError, match=words):
+            async with listening_on(web.AppRunner(web.Application()), host, where, setting=setting):
+                pass
+
+
+async def test_every_port_is_told_by_its_setting(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = settings.Config(
+            simulator=settings.Simulator(port=port),
+            docs=settings.Docs(port=port),
+            admin=settings.Admin(port=port, token="x" * 32),
+            paths=settings.Paths(data=tmp_path),
+        )
+        for listening, setting in (
+            (simulated_openrouter(Simulator(), config.simulator), "GPTUTOR_SIMULATOR__PORT"),
+            (documentation(config), "GPTUTOR_DOCS__PORT"),
+            (administering(web.Application(), config), "GPTUTOR_ADMIN__PORT"),
+        ):
+            with pytest.raises(StartError, match=rf"The port is set by {setting}\.$"):
+                async with listening:
+                    pass
+
+
+def test_the_port_of_the_metrics_is_told_by_its_setting(service: Service, tmp_path: Path) -> None:
+    port = service.url.rpartition(":")[2]
+    ended = run(environment(tmp_path, GPTUTOR_METRICS__PORT=port), "serve", check=False)
+    assert ended.returncode == 1
+    assert "The port is set by GPTUTOR_METRICS__PORT." in " ".join(ended.stderr.split())
 
 
 def test_a_database_of_ones_own_must_be_migrated_by_hand(tmp_path: Path, postgres: str) -> None:
@@ -111,7 +166,7 @@ def test_the_wheel_has_all_it_needs(tmp_path: Path) -> None:
         cwd=tmp_path, env=environ, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert str(installed) in ran.stdout
-    assert "Applied: 0001_accounts_holds_ledger" in ran.stdout
+    assert f"Applied to the embedded PostgreSQL in {tmp_path / 'var' / 'postgres'}: 0001_accounts_holds_ledger" in ran.stdout
 
 
 def test_the_unit_is_valid_and_its_stop_fits_the_drain(tmp_path: Path) -> None:
@@ -119,6 +174,9 @@ def test_the_unit_is_valid_and_its_stop_fits_the_drain(tmp_path: Path) -> None:
     server = settings.Server()
     stop_s = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])  # type: ignore[index]
     assert stop_s > server.shutdown_s + server.drain_s
+    for line in ("User=gptutor", "ProtectSystem=strict", "ReadWritePaths=/opt/gptutor/var /opt/gptutor/logs", "ProtectHome=yes"):
+        assert line in unit.splitlines()
+    assert "EnvironmentFile" not in unit, "the service reads gptutor.env itself, so that a reload takes it anew"
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd-analyze is not installed: the unit's text is not checked by systemd")
     here = unit.replace("/opt/gptutor/.venv/bin/gptutor", sys.executable).replace("/opt/gptutor", str(tmp_path))
@@ -135,15 +193,30 @@ def test_make_service_passes_the_units_own_properties(tmp_path: Path) -> None:
     for name in ("Makefile", "setup.cfg", "pyproject.toml", "deploy"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
     (source / ".venv" / ".installed").touch()
-    environ = {**os.environ, "SYSTEMD_RUN": "echo systemd-run", "MAKEFLAGS": ""}
-    make = ["make", "service", "SYSTEMD_RUN=echo systemd-run"]
+    environ = {**os.environ, "MAKEFLAGS": ""}
+    make = ["make", "service", "SYSTEMD_RUN=printf '<%s>\\n'", "SYSTEMCTL=echo systemctl"]
     refused = subprocess.run(make, cwd=source, env=environ, check=False, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "gptutor.env" in refused.stdout
     (source / "gptutor.env").touch()
     said = subprocess.run(make, cwd=source, env=environ, check=True, capture_output=True, text=True).stdout
-    for property_ in ("Restart=always", "TimeoutStopSec=100", f"EnvironmentFile={source}/gptutor.env"):
-        assert f"-p {property_}" in said
+    owner = pwd.getpwuid(source.stat().st_uid).pw_name
+    for property_ in (
+        "Restart=always",
+        "TimeoutStopSec=100",
+        "PrivateTmp=yes",
+        f"User={owner}",
+        "ExecReload=/bin/kill -HUP $MAINPID",
+    ):
+        assert f"<-p>\n<{property_}>\n" in said
+    assert "EnvironmentFile" not in said
+    assert said.count("systemctl is-active --quiet gptutor") == 3
+    assert "This unit lasts until the next reboot; deploy/gptutor.service is for good." in said
+    make[-1] = "SYSTEMCTL=false"
+    ended = subprocess.run(make, cwd=source, env=environ, check=False, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert "It did not stay up: journalctl -u gptutor\n" in ended.stdout
+    assert "Running" not in ended.stdout
 
 
 def test_without_a_place_for_its_journal_the_service_does_not_start(tmp_path: Path, postgres: str) -> None:

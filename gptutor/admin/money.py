@@ -9,12 +9,13 @@ import msgspec
 from aiohttp import web
 
 from gptutor.admin.answers import data
-from gptutor.admin.asked import account, day, number
+from gptutor.admin.asked import ID_MAX, account
 from gptutor.admin.door import hands
 from gptutor.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.api.body import read_form
 from gptutor.api.form import Amount
 from gptutor.api.health import DATABASE
+from gptutor.api.query import Query
 from gptutor.errors import Refusal
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
 from gptutor.money.reconciliation import sum_of, waiting_holds
@@ -45,7 +46,10 @@ class NewPayment(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
     reference: Reference
     provider: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,32}\Z")]
     user_id: Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | None = None
-    vk_id: Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | None = None
+    vk_id: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,17}\Z")] | None,
+        msgspec.Meta(description="VK's number of the user, such as 494075"),
+    ] = None
 
 
 async def book(request: web.Request) -> web.Response:
@@ -74,8 +78,9 @@ async def pay(request: web.Request) -> web.Response:
 
 async def ledger(request: web.Request) -> web.Response:
     """Newest first; `next` is the `before` of the next page, null on the last one."""
-    limit = number(request, "limit", PAGE, most=PAGE_MAX)
-    before = request.query.get("before")
+    asked = Query(request, ("limit", "before"))
+    limit = asked.whole("limit", least=1, most=PAGE_MAX, default=PAGE)
+    before = asked.text("before")
     try:
         last = None if before is None else uuid.UUID(before)
     except ValueError as error:
@@ -89,15 +94,20 @@ async def ledger(request: web.Request) -> web.Response:
 
 
 async def holds(request: web.Request) -> web.Response:
+    Query(request, ())
     waiting = await waiting_holds(request.app[DATABASE])
     return data([hold.as_json() for hold in waiting], atMost=roubles(sum_of(waiting)))
 
 
 async def export_ledger(request: web.Request) -> web.StreamResponse:
     """CSV, as it is read from one snapshot: `?from=&to=&user=`. What breaks off does so without a proper end."""
-    first, last = day(request, "from"), day(request, "to")
-    user = number(request, "user", 0)
-    pages = hands(request).bookings.export(first, last, AccountId(user) if user else None)
+    asked = Query(request, ("from", "to", "user"))
+    period = asked.period(days_max=None)
+    user = AccountId(asked.whole("user", least=1, most=ID_MAX, default=0))
+    administration = hands(request)
+    if user:
+        await administration.users.find(user)
+    pages = administration.bookings.export(period.first, period.last, user or None)
     response = web.StreamResponse(headers={"Content-Disposition": 'attachment; filename="ledger.csv"'})
     response.content_type = "text/csv"
     response.charset = "utf-8"

@@ -6,10 +6,11 @@ import msgspec
 from aiohttp import web
 
 from gptutor.admin.answers import data
-from gptutor.admin.asked import account, number
+from gptutor.admin.asked import ID_MAX, account
 from gptutor.admin.door import hands
 from gptutor.api.body import read_form
 from gptutor.api.form import Line
+from gptutor.api.query import Query
 from gptutor.money.amounts import parse_positive
 from gptutor.money.keyring import NO_LIMITS
 from gptutor.money.limits import NAME_MAX, Changes, changed
@@ -54,16 +55,18 @@ class NewKey(KeyForm, forbid_unknown_fields=True, rename="camel"):
 
 async def list_users(request: web.Request) -> web.Response:
     """`?query=` finds by id, VK's id, or the beginning of a key; without it pages by id: `?after=&limit=`."""
+    asked = Query(request, ("query", "after", "limit"))
     users = hands(request).users
-    query = request.query.get("query", "").strip()
-    if query:
-        found = await users.search(query)
+    if wanted := (asked.text("query") or "").strip():
+        found = await users.search(wanted)
     else:
-        found = await users.page(number(request, "after", 0, least=0), number(request, "limit", PAGE, most=PAGE_MAX))
+        after = asked.whole("after", least=0, most=ID_MAX, default=0)
+        found = await users.page(after, asked.whole("limit", least=1, most=PAGE_MAX, default=PAGE))
     return data([user_json(user) for user in found])
 
 
 async def show_user(request: web.Request) -> web.Response:
+    Query(request, ())
     return data(person_json(await hands(request).person(account(request))))
 
 
@@ -82,6 +85,7 @@ async def deactivate_user(request: web.Request) -> web.Response:
 
 
 async def list_keys(request: web.Request) -> web.Response:
+    Query(request, ())
     person = await hands(request).person(account(request))
     return data([key_json(key) for key in person.keys])
 

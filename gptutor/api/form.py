@@ -1,13 +1,13 @@
 """A small JSON body that is described by a Struct: all of it is checked, and what the Struct does not name is refused. No I/O.
 
-The descriptions of the Struct's fields complete the sentence "<field> must be …", as those of the ask do; where there is none,
-the checker's own words must do.
+The descriptions of the Struct's fields complete the sentence "<field> must be …", as those of the ask do, or the words that may
+be chosen from; where there is neither, the checker's own words must do.
 """
 
 import functools
 import re
 from decimal import Decimal
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -61,15 +61,17 @@ def must_be(form: type[msgspec.Struct], field: str) -> str:
 
 
 def _description(form: type[msgspec.Struct], field: str) -> str | None:
-    hint = get_type_hints(form, include_extras=True).get(field)
-    return next((said.description for said in reversed(getattr(hint, "__metadata__", ())) if said.description), None)
+    """Of a field by its name in JSON: what its declaration says; of a choice, what there is to choose from."""
+    hint = next((known.type for known in msgspec.structs.fields(form) if known.encode_name == field), None)
+    said = next((meta.description for meta in reversed(getattr(hint, "__metadata__", ())) if meta.description), None)
+    choices = [choice for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal for choice in get_args(kind)]
+    return said or (f"one of {', '.join(choices)}" if choices else None)
 
 
 def _told(fault: str, form: type[msgspec.Struct]) -> str:
     if unknown := UNKNOWN.search(fault):
-        return (
-            f"{unknown[1][:NAME_CHARACTERS_SHOWN]!r} is not a field of this request; it has {', '.join(form.__struct_fields__)}"
-        )
+        known = ", ".join(form.__struct_encode_fields__)
+        return f"{unknown[1][:NAME_CHARACTERS_SHOWN]!r} is not a field of this request; it has {known}"
     found = MISSING.search(fault) or PLACE.search(fault)
     if found is None:
         return "Request body must be a JSON object"

@@ -66,7 +66,7 @@ class Query:
         value = self._values.get(name)
         if value is None:
             return default
-        if not re.fullmatch(r"[0-9]{1,9}", value) or not least <= int(value) <= most:
+        if not re.fullmatch(r"[0-9]{1,18}", value) or not least <= int(value) <= most:
             raise Refusal("invalid_request", f"{name} must be a whole number from {least} to {most}")
         return int(value)
 

@@ -55,7 +55,7 @@ def build_site() -> web.Application:
 async def documentation(config: Config) -> AsyncIterator[str]:
     """The site on its port; gives its address. Raises StartError."""
     runner = web.AppRunner(build_site(), access_log=None, shutdown_timeout=1)
-    async with listening_on(runner, config.docs.host, config.docs.port) as url:
+    async with listening_on(runner, config.docs.host, config.docs.port, setting="GPTUTOR_DOCS__PORT") as url:
         yield url
 
 
