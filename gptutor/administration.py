@@ -53,9 +53,9 @@ class Bookkeeper:
         if kind == "adjustment" and not reason.strip():
             raise ReasonMissing("An adjustment needs a reason.")
         signed = Nano(-amount) if kind == "refund" else amount
-        user = await self.bookings.book(account_id, kind, signed, reason=reason, reference=reference, covered=kind == "refund")
+        await self.bookings.book(account_id, kind, signed, reason=reason, reference=reference, covered=kind == "refund")
         self._audit_booking(kind, account_id, signed, reference, reason)
-        return user
+        return await self.bookings.user(account_id)
 
     async def pay(self, account_id: AccountId, amount: Nano, reference: str, reason: str) -> Booking:
         """Credits a payment, once however often it is told of. Raises NoSuchUser, InvalidAmount, AlreadyBooked."""

@@ -236,29 +236,35 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
     )
     opening = asyncio.create_task(open_for_business(app), name="open for business")
     yield
-    if late := await app[IN_FLIGHT].drain(config.server.drain_s):
+    late = await app[IN_FLIGHT].drain(config.server.drain_s)
+    if late:
         LOGGER.error("%d requests were cut off before their money was closed; the journal has what is known of them", late)
     opening.cancel()
     await asyncio.gather(opening, return_exceptions=True)
-    await ledger.drain(ORPHANS_DRAIN_S)
+    unfreed = await ledger.drain(ORPHANS_DRAIN_S)
+    app[JOURNAL].proves_something = bool(late or unfreed)
 
 
 async def open_for_business(app: web.Application) -> None:
     """Waits for a migrated database, replays what dead processes left, opens the door, and goes on recovering and watching."""
     readiness = app[health.READINESS]
+    left: list[Leftover] = []
     while readiness.obstacle is not None:
         try:
             if pending := await migrations.pending_migrations(app[CONFIG].database.url):
                 raise migrations.MigrationError(f"The database lacks {', '.join(pending)}: gptutor migrate")
-            for leftover in app[LEFTOVERS]:
-                await app[RECOVERY].replay(leftover)
+            left = [leftover for leftover in app[LEFTOVERS] if not await app[RECOVERY].replay(leftover)]
             readiness.obstacle = None
         except (database.DatabaseUnavailable, database.DatabaseRefused, migrations.MigrationError) as error:
             readiness.obstacle = str(error)
             LOGGER.warning("Not ready yet: %s", error)
             await asyncio.sleep(DATABASE_RETRY_S)
+        except Exception as error:
+            readiness.obstacle = type(error).__name__
+            LOGGER.exception("Not ready yet, by a fault of ours")
+            await asyncio.sleep(DATABASE_RETRY_S)
     async with asyncio.TaskGroup() as for_ever:
-        for_ever.create_task(app[RECOVERY].run(), name="recovery")
+        for_ever.create_task(app[RECOVERY].run(left), name="recovery")
         for_ever.create_task(Watch(app[health.DATABASE], app[CONFIG].recovery.watch_s).run(), name="watch over the books")
 
 

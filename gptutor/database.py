@@ -31,6 +31,10 @@ class TransactionLost(DatabaseUnavailable):
     """A deadlock or a serialisation failure: the statement was certainly not carried out, and may be repeated."""
 
 
+class RowsLocked(DatabaseUnavailable):
+    """Somebody has rows that were needed, for longer than they were waited for."""
+
+
 class DatabaseRefused(Exception):
     """PostgreSQL answers, and lets us not in, or has not our tables; the text is a sentence for the operator."""
 
@@ -165,10 +169,23 @@ def translated(*, migrating: bool = False) -> Iterator[None]:
         raise TransactionLost(type(error).__name__) from error
     except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
         raise DatabaseRefused(f"PostgreSQL refuses DATABASE_URL: {error}") from error
+    except asyncpg.UndefinedObjectError as error:
+        if migrating and "configuration parameter" not in str(error):
+            raise
+        raise DatabaseRefused(f"PostgreSQL does not know what DATABASE_URL asks for: {error}") from error
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError) as error:
         if migrating:
             raise
         raise DatabaseRefused(f"The database lacks what this version needs ({error}): gptutor migrate") from error
+    except asyncpg.LockNotAvailableError as error:
+        raise RowsLocked(type(error).__name__) from error
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise DatabaseRefused(
+            f"The role of DATABASE_URL has not the rights for this ({error}). The owner of the database grants them: see "
+            "sql/roles.sql; migrations are the owner's to apply."
+        ) from error
+    except asyncpg.ClientConfigurationError as error:
+        raise DatabaseRefused(f"DATABASE_URL is wrong: {error}.") from error
     except UNAVAILABLE as error:
         raise DatabaseUnavailable(type(error).__name__) from error
 
@@ -178,10 +195,10 @@ UNAVAILABLE = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a connection that the server has ended, before asyncpg knows
     asyncpg.PostgresConnectionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.OperatorInterventionError,
-    asyncpg.LockNotAvailableError,
     asyncpg.ReadOnlySQLTransactionError,
 )
 

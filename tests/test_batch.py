@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptutor.database import ConstraintViolated, Database, DatabaseUnavailable
+from gptutor.database import ConstraintViolated, Database, DatabaseUnavailable, RowsLocked
 from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.batch import Batcher
 from gptutor.money.holds import (
@@ -274,6 +274,20 @@ async def test_a_database_that_is_away_is_everybodys_and_nothing_is_tried_one_by
     assert [type(error) for error in others] == [DatabaseUnavailable] * 3
     assert [len(batch) for batch in door.batches] == [1, 3]
     assert await batcher.submit((1, "after")) == (1, "after")
+
+
+async def test_a_row_that_somebody_has_is_one_accounts_affair() -> None:
+    """Row db-11: also where it is not the account's own row, which a statement goes round."""
+    door = Door(failures={"locked": RowsLocked("gone")})
+    batcher = door.batcher()
+    tasks = submitted(batcher, (1, "first"))
+    await settle_down()
+    tasks += submitted(batcher, (1, "a"), (2, "locked"), (3, "c"))
+    await settle_down()
+    door.open.set()
+    first, *others = await outcomes(tasks)
+    assert first == (1, "first")
+    assert [type(result) for result in others] == [tuple, RowsLocked, tuple]
 
 
 async def test_a_submitter_who_is_cancelled_in_the_queue_is_not_served() -> None:
@@ -624,7 +638,7 @@ async def test_only_the_account_itself_is_refused_when_its_row_does_not_come_fre
             *(hold(books, each, "1", ledger=ledger) for each in (caller, other, caller, other)), return_exceptions=True
         )
     await hand.close()
-    assert [type(result) for result in results] == [DatabaseUnavailable, Hold, DatabaseUnavailable, Hold]
+    assert [type(result) for result in results] == [RowsLocked, Hold, RowsLocked, Hold]
     await ledger.drain(5)
     assert [await each.held() for each in (caller, other)] == [0, 2]
 

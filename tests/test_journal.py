@@ -181,6 +181,14 @@ def test_an_orderly_end_leaves_a_file_only_if_something_is_open(tmp_path: Path) 
         assert [leftover.known for leftover in leftovers] == [{hold_id(2): Knowledge(ACCOUNT)}]
 
 
+def test_a_journal_that_proves_something_stays_even_if_it_knows_nothing(tmp_path: Path) -> None:
+    """Row process-7: of holds that could not be freed at the end it says that their requests were never sent."""
+    with journal.opened(tmp_path) as (own, _):
+        own.proves_something = True
+    with journal.opened(tmp_path) as (_, leftovers):
+        assert [(leftover.known, leftover.complete) for leftover in leftovers] == [({}, True)]
+
+
 def test_a_leftover_stays_until_it_is_discarded_however_many_die_over_it(tmp_path: Path) -> None:
     """Row process-6: a process that dies before it has replayed leaves two."""
     (tmp_path / "0").mkdir()

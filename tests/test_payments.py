@@ -312,7 +312,7 @@ async def test_one_reference_is_one_payment_across_accounts_and_at_once(gateway:
     )
     assert sum(not isinstance(result, BaseException) for result in results) == 1
     assert sum([await caller.balance() for caller in callers]) == 5
-    assert {type(result).__name__ for result in results} == {"User", "AlreadyBooked"}
+    assert {type(result).__name__ for result in results} == {"Booking", "AlreadyBooked"}
 
 
 async def test_a_balance_that_cannot_be_kept_is_refused(books: Database, gateway: Gateway) -> None:

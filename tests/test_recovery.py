@@ -227,6 +227,35 @@ async def test_what_a_complete_journal_does_not_know_was_never_sent_and_is_relea
     assert (await caller.balance(), await caller.held()) == (100, 0)
 
 
+async def test_an_account_that_cannot_be_closed_keeps_no_other_waiting(
+    books: Database, database_url: str, directory: Path, change: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows db-11, process-11: one was changed by hand, of another somebody has the row; what is left is brought later."""
+    monkeypatch.setattr("gptutor.money.recovery.CLOSING_S", 0.5)
+    broken, locked, other = [await make_caller(books, "100") for _ in range(3)]
+    dead = mortal(books, directory)
+    for caller in (broken, locked, other):
+        await hold(books, caller, "5", ledger=dead)
+    learn(dead.journal, await hold(books, other, "5", ledger=dead), "billed")
+    await change("UPDATE accounts SET held_nano = 0 WHERE account_id = $1", broken.account_id)
+    hand = await asyncpg.connect(database_url)
+    with process(books, directory) as heir:
+        (leftover,) = leftovers_in(directory)
+        async with hand.transaction():
+            await hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", locked.account_id)
+            assert not await heir.recovery.replay(leftover)
+            assert (await other.balance(), await other.held()) == (Decimal("99.1"), 0)
+            assert leftovers_in(directory) != []
+        running = asyncio.create_task(heir.recovery.run([leftover]))
+        await until_held(locked, 0)
+        await change("UPDATE accounts SET held_nano = 5000000000 WHERE account_id = $1", broken.account_id)
+        await until(lambda: leftovers_in(directory) == [])
+        await stopped(running)
+    await hand.close()
+    assert await broken.held() == 0
+    await assert_books_hold(books)
+
+
 async def test_what_an_incomplete_journal_does_not_know_may_have_been_sent_and_waits(books: Database, directory: Path) -> None:
     """Contract C6; row process-11: a line that was lost may have said that the request went upstream."""
     caller, dead = await make_caller(books, "100"), mortal(books, directory)
@@ -344,11 +373,21 @@ async def stopped(task: asyncio.Task[None]) -> None:
 # -- looking
 
 
-async def test_the_pause_between_looks_doubles_up_to_its_bound(books: Database, database_url: str) -> None:
+@pytest.mark.parametrize(
+    ("is_sent", "expected"),
+    [
+        (True, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 600, 600, 600]),
+        (False, [1, 2, 4, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8]),  # its own process alone may free it, and must get its turn
+    ],
+)
+async def test_the_pause_between_looks_doubles_up_to_its_bound(
+    books: Database, database_url: str, is_sent: bool, expected: list[int]
+) -> None:
     """Contract C6; row upstream-19. In one transaction time stands still, so the pauses are exact."""
     caller = await make_caller(books, "100")
     await hold(books, caller, "5")
     connection = await asyncpg.connect(database_url)
+    await connection.execute("UPDATE holds SET is_sent = $1", is_sent)
     pauses = []
     for count in range(1, 14):
         async with connection.transaction():
@@ -356,7 +395,7 @@ async def test_the_pause_between_looks_doubles_up_to_its_bound(books: Database, 
             assert len(await connection.fetch(STATEMENTS["claim_due_holds"], 50, 600.0)) == 1
             assert await connection.fetchval("SELECT looks FROM holds") == count
             pauses.append(await connection.fetchval("SELECT extract(EPOCH FROM due_at - now()) FROM holds"))
-    assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 600, 600, 600]
+    assert pauses == expected
     await connection.execute("UPDATE holds SET looks = 2000000000, due_at = now()")  # it never overflows
     assert len(await connection.fetch(STATEMENTS["claim_due_holds"], 50, 600.0)) == 1
     await connection.close()
@@ -543,6 +582,7 @@ async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence
         held = await hold(books, caller, "5")
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, name))
         await change(OLD)
+        await change("UPDATE holds SET looks = 10")
         with caplog.at_level(logging.ERROR, "gptutor.recovery"):
             assert await living.recovery.look() == 1
         (record,) = caplog.records
@@ -562,6 +602,21 @@ async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence
         assert await living.recovery.look() == 0
         assert await books.fetch("list_waiting_holds") == []
     await assert_books_hold(books)
+
+
+async def test_a_name_is_asked_for_more_than_once_however_old_it_is(books: Database, directory: Path, change: Change) -> None:
+    """Contract C6; row db-4: after an outage of a day OpenRouter may be as far away as before, for a while."""
+    caller = await make_caller(books, "100")
+    with process(books, directory) as living:
+        held = await hold(books, caller, "5")
+        await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
+        await change(OLD)
+        await living.recovery.look()
+        await assert_books_hold(books)
+        living.generations.says["gen-1"] = Decimal("0.01")
+        await make_due(books)
+        await living.recovery.look()
+    assert await caller.balance() == Decimal("99.1")
 
 
 async def test_a_name_is_asked_for_at_least_once_however_old_it_is(books: Database, directory: Path, change: Change) -> None:

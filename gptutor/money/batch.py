@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from gptutor.database import DatabaseUnavailable
+from gptutor.database import DatabaseUnavailable, RowsLocked
 
 PATIENCE_S = 0.05
 
@@ -138,6 +138,13 @@ class Batcher(Generic[Item, Result]):
             return
         try:
             results = await self._execute([entry.item for entry in batch])
+        except RowsLocked as error:
+            accounts = {entry.account_id for entry in batch}
+            if len(accounts) == 1:
+                _fail(batch, error)
+                return
+            for account in accounts:  # of one of them somebody has a row; the others must not suffer for it
+                await self._carry_out([entry for entry in batch if entry.account_id == account])
         except DatabaseUnavailable as error:
             _fail(batch, error)
         except Exception as error:

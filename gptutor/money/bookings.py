@@ -4,10 +4,10 @@ entries."""
 import asyncio
 import datetime
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, TypeVar
 
 from gptutor.database import ConstraintViolated, Database, DatabaseUnavailable, Row
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano
@@ -15,6 +15,7 @@ from gptutor.money.holds import new_id
 from gptutor.money.users import NoSuchUser, User, UserRepository
 
 PAUSES_S = (0.2, 1.0)
+Answer = TypeVar("Answer")
 EntryKind = Literal["charge", "topup", "refund", "adjustment", "bonus"]
 
 # The other leg of each booking: whose money moved into or out of the account.
@@ -27,10 +28,6 @@ class AlreadyBooked(Exception):
 
 class Uncovered(Exception):
     """Less is available than would be taken."""
-
-
-class _BookedBefore(Exception):
-    """By this very call: its first reply was lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +70,20 @@ class Bookings:
         reason: str = "",
         reference: str | None = None,
         covered: bool = False,
-    ) -> User:
-        """The account after it. `covered`: what is taken must be available.
+    ) -> Booking:
+        """`covered`: what is taken must be available.
 
         Raises NoSuchUser, Uncovered, InvalidAmount, and AlreadyBooked: a reference names one payment, whoever's account it was
         booked on.
         """
-        _, is_new = await self._book(account_id, kind, amount, reason=reason, reference=reference, covered=covered)
+        booking, is_new = await self._book(account_id, kind, amount, reason=reason, reference=reference, covered=covered)
         if not is_new:
             raise AlreadyBooked(reference)
-        return await self._users.find(account_id)
+        return booking
+
+    async def user(self, account_id: AccountId) -> User:
+        """As he is after a booking; asked for again as that is, so that what is booked does not look as if it were not."""
+        return await _until_known(lambda: self._users.find(account_id))
 
     async def book_once(
         self, account_id: AccountId, kind: EntryKind, amount: Nano, *, reference: str, reason: str = ""
@@ -109,9 +110,11 @@ class Bookings:
     ) -> tuple[Booking, bool]:
         entry_id = new_id()
         try:
-            row = await self._until_known(entry_id, account_id, kind, amount, CONTRA[kind], reason, reference, covered)
-        except _BookedBefore:
-            return Booking(account_id, entry_id, kind, amount, datetime.datetime.now(datetime.UTC)), True
+            row = await _until_known(
+                lambda: self._database.fetchrow(
+                    "book_entry", account_id, entry_id, kind, amount, CONTRA[kind], reason, reference, covered
+                )
+            )
         except ConstraintViolated as violation:
             if violation.name == "ledger_reference_is_booked_once":  # by a process of the version before
                 raise AlreadyBooked(reference) from violation
@@ -124,21 +127,6 @@ class Bookings:
             raise Uncovered
         booking = booking_of(row)
         return booking, row["outcome"] == "booked" or booking.entry_id == entry_id
-
-    async def _until_known(self, entry_id: uuid.UUID, account_id: AccountId, *entry: object) -> Row | None:
-        """Asks again under the same id where the reply was lost: whoever is told of a failure books a second time by hand."""
-        for pause_s in (*PAUSES_S, None):
-            try:
-                return await self._database.fetchrow("book_entry", account_id, entry_id, *entry)
-            except ConstraintViolated as violation:
-                if violation.name == "ledger_pkey":
-                    raise _BookedBefore from violation
-                raise
-            except DatabaseUnavailable:
-                if pause_s is None:
-                    raise
-                await asyncio.sleep(pause_s)
-        raise AssertionError
 
     async def find(self, reference: str) -> Booking | None:
         """The entry that has the reference."""
@@ -156,6 +144,16 @@ class Bookings:
         """The entries of these UTC days, both included, by account and time, in pieces of one snapshot."""
         async for rows in self._database.pages("export_entries", first, last, account_id):
             yield [(AccountId(row["account_id"]), entry_of(row)) for row in rows]
+
+
+async def _until_known(ask: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Asks again where the reply was lost: whoever is told of a failure books a second time by hand."""
+    for pause_s in PAUSES_S:
+        try:
+            return await ask()
+        except DatabaseUnavailable:
+            await asyncio.sleep(pause_s)
+    return await ask()
 
 
 def booking_of(row: Row) -> Booking:

@@ -80,6 +80,8 @@ class Journal:
     def __init__(self, slot: Path, segment_bytes_max: int, bytes_max: int) -> None:
         self.owner = uuid.uuid4()
         self.known: dict[HoldId, Knowledge] = {}
+        self.proves_something = False
+        """Holds may be open that it does not know: so their requests were never sent, and the next process may free them."""
         self._slot = slot
         self._segment_bytes_max = segment_bytes_max
         self._bytes_max = bytes_max
@@ -126,10 +128,10 @@ class Journal:
                 LOGGER.error("%s", error)  # the old file goes on
 
     def close(self) -> None:
-        """At an orderly end; a journal that knows nothing any more leaves no file."""
+        """At an orderly end; a journal that knows nothing any more leaves no file, unless it `proves_something`."""
         os.close(self._file)
         self._file = CLOSED
-        if not self.known:
+        if not self.known and not self.proves_something:
             self._path.unlink(missing_ok=True)
 
     @property

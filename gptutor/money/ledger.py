@@ -151,13 +151,15 @@ class Ledger:
         """The exchange has ended, however: if its hold is not closed, recovery may look at it."""
         self.active.discard(hold_id)
 
-    async def drain(self, within_s: float) -> None:
-        """Waits for the releases that were begun on nobody's behalf; what is left then, recovery finds."""
-        if self._orphans:
-            _, late = await asyncio.wait(self._orphans, timeout=within_s)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+    async def drain(self, within_s: float) -> int:
+        """Waits for the releases that were begun on nobody's behalf; what is left then, recovery finds. How many are left."""
+        if not self._orphans:
+            return 0
+        _, late = await asyncio.wait(self._orphans, timeout=within_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        return len(late)
 
     def _forsake(self, request: HoldRequest) -> None:
         """Nobody waits for this hold any more, and it may exist: it is released, having bought nothing."""

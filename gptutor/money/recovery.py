@@ -18,10 +18,10 @@ exchange handed over; and open holds whose time is up. Any process does it; a cl
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gptutor.database import Database, DatabaseUnavailable, Row
 from gptutor.money import journal
@@ -36,6 +36,9 @@ LOGGER = logging.getLogger("gptutor.recovery")
 MACHINE_LOST_S = 3600
 """So old a hold of another process, which nobody has left to recovery: no stream is so long, and its machine is gone."""
 CLAIM_MAX = 50
+CLOSING_S = 5
+LOOKS_MIN = 10
+"""So often, at least, is a name asked for: for a quarter of an hour."""
 
 Decision = Literal["settle", "look_up", "wait", "release", "give_up"]
 
@@ -78,10 +81,11 @@ class Recovery:
         self._look_max_s = look_max_s
         self._give_up_s = give_up_s
 
-    async def run(self) -> None:
-        """For ever: adopt the dead, then look at what is due."""
+    async def run(self, left: Sequence[Leftover] = ()) -> None:
+        """For ever: adopt the dead, then look at what is due. `left` is what this process found at its start, and still has."""
         while True:
             try:
+                left = [leftover for leftover in left if not await self.replay(leftover)]
                 with journal.adopted(self._journals) as leftovers:
                     for leftover in leftovers:
                         await self.replay(leftover)
@@ -92,42 +96,45 @@ class Recovery:
                 LOGGER.exception("Recovery failed, and goes on")
             await asyncio.sleep(self._poll_s)
 
-    async def replay(self, leftover: Leftover) -> None:
-        """Brings what a dead process knew into the database, and forgets it here. Raises DatabaseUnavailable."""
+    async def replay(self, leftover: Leftover) -> bool:
+        """Brings what a dead process knew into the database, and forgets it here if that went well: otherwise it comes again.
+
+        Raises DatabaseUnavailable.
+        """
         # A statement of the dead may still be under way, and commit a hold after this look. Without a connection it cannot.
         await self._database.fetch("end_connections", connection_name(leftover.owner))
         rows = await self._database.fetch("list_open_holds_of", leftover.owner)
         unknown = [row for row in rows if row["hold_id"] not in leftover.known]
         never_sent = decide(None, never_sent=leftover.complete, too_old=False) == "release"
-        for row in unknown:
-            if never_sent:
-                await self._ledger.release(Release(row["account_id"], row["hold_id"]))
-            else:
-                await self._ledger.hand_over(HandOver(row["account_id"], row["hold_id"], None))
-        if await self._bring(leftover.known):
-            leftover.discard()
-        LOGGER.info("A process that had died left %d holds known and %d unknown", len(leftover.known), len(unknown))
+        freed = await _all_closed(
+            self._ledger.release(Release(row["account_id"], row["hold_id"]))
+            if never_sent
+            else self._ledger.hand_over(HandOver(row["account_id"], row["hold_id"], None))
+            for row in unknown
+        )
+        if not await self._bring(leftover.known) or not freed:
+            return False
+        leftover.discard()
+        if leftover.known or unknown:
+            LOGGER.info("A process that has ended left %d holds known and %d unknown", len(leftover.known), len(unknown))
+        return True
 
     async def look(self) -> int:
         """Looks once at every hold that was broken off here or is due; gives the number of these. Raises DatabaseUnavailable."""
         own = self._ledger.journal.known
         await self._bring({hold_id: own[hold_id] for hold_id in own.keys() - self._ledger.active})
         rows = await self._database.fetch("claim_due_holds", CLAIM_MAX, self._look_max_s)
-        _all_went_well(await asyncio.gather(*map(self._look_at, rows), return_exceptions=True))
+        await _all_closed(map(self._look_at, rows))
         return len(rows)
 
     async def _bring(self, known: Mapping[HoldId, Knowledge]) -> bool:
         """Into the database what only a journal knew: prices are settled, the rest is handed over. Whether all of it is there."""
-        outcomes = await asyncio.gather(
-            *(
-                self._ledger.settle(knowledge.price.settlement(knowledge.account_id, hold_id, knowledge.generation_id))
-                if knowledge.price is not None
-                else self._ledger.hand_over(HandOver(knowledge.account_id, hold_id, knowledge.generation_id))
-                for hold_id, knowledge in known.items()
-            ),
-            return_exceptions=True,
+        return await _all_closed(
+            self._ledger.settle(knowledge.price.settlement(knowledge.account_id, hold_id, knowledge.generation_id))
+            if knowledge.price is not None
+            else self._ledger.hand_over(HandOver(knowledge.account_id, hold_id, knowledge.generation_id))
+            for hold_id, knowledge in known.items()
         )
-        return _all_went_well(outcomes)
 
     async def _look_at(self, row: Row) -> None:
         account_id, hold_id = AccountId(row["account_id"]), HoldId(row["hold_id"])
@@ -135,7 +142,8 @@ class Recovery:
         if hold_id in self._ledger.active or hold_id in own.known:
             return  # a long answer, still running here; or one that was broken off just now
         knowledge = Knowledge(account_id, row["generation_id"]) if row["is_sent"] else None
-        too_old = row["age_s"] > self._give_up_s
+        # Who has a name is asked for a while, however old: nobody could be asked while OpenRouter, or this service, was away.
+        too_old = row["age_s"] > self._give_up_s and (row["generation_id"] is None or row["looks"] > LOOKS_MIN)
         decision = decide(knowledge, never_sent=row["owner"] == own.owner, too_old=too_old)
         if decision == "look_up" and await self._look_up(row):
             return
@@ -177,9 +185,20 @@ class Recovery:
         return True
 
 
-def _all_went_well(outcomes: Sequence[object]) -> bool:
-    """Says of each that did not; one hold's trouble is not another's."""
+async def _all_closed(closings: Iterable[Coroutine[Any, Any, object]]) -> bool:
+    """Whether all of them went well, side by side: one hold's trouble is not another's. What is held up, by somebody's lock or by
+    the database, is given up for now; all of them can be asked for again."""
+    outcomes = await asyncio.gather(*map(_in_time, closings), return_exceptions=True)
     errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    late = sum(isinstance(error, TimeoutError) for error in errors)
+    if late:
+        LOGGER.warning("%d holds could not be closed within %d s; they are tried again", late, CLOSING_S)
     for error in errors:
-        LOGGER.error("A hold could not be closed: %r", error)
+        if not isinstance(error, TimeoutError):
+            LOGGER.error("A hold could not be closed: %r", error)
     return not errors
+
+
+async def _in_time(closing: Coroutine[Any, Any, object]) -> None:
+    async with asyncio.timeout(CLOSING_S):
+        await closing

@@ -32,10 +32,13 @@ SELECT hold_id
 FROM hand_over_holds($1::bigint[], $2::uuid[], $3::text[]);
 
 -- name: claim_due_holds
--- Open holds whose time has come, at most $1 of them, each for one claimant: the next look is put off by 1, 2, 4 … $2 seconds.
+-- Open holds whose time has come, at most $1 of them, each for one claimant: the next look is put off by 1, 2, 4 … $2 seconds. Of
+-- one that is not left to recovery, only its own process knows whether it was sent: that one's turn must not be far.
 UPDATE holds
 SET
-    due_at = now() + make_interval(secs => least(power(2, least(looks, 30)), $2::double precision)),
+    due_at = now() + make_interval(
+        secs => least(power(2, least(looks, CASE WHEN is_sent THEN 30 ELSE 3 END)), $2::double precision)
+    ),
     looks = looks + 1
 WHERE (account_id, hold_id) IN (
     SELECT
@@ -56,6 +59,7 @@ RETURNING
     request_id,
     generation_id,
     rub_per_usd,
+    looks,
     extract(EPOCH FROM now() - created_at)::double precision AS age_s;
 
 -- name: list_open_holds_of
