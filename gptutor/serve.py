@@ -89,10 +89,11 @@ async def serve(config: Config) -> None:
                 base_url = await stack.enter_async_context(simulated_openrouter(simulator, config.simulator))
                 grounded = with_upstream(grounded, base_url)
             app = build_app(grounded, log=log, secrets=secrets)
-            url = await stack.enter_async_context(listening(app, grounded.server))
+            url = await stack.enter_async_context(listening(app, grounded))
             if config.metrics.port:
                 runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
-                await stack.enter_async_context(listening_on(runner, config.metrics.host, config.metrics.port))
+                metrics = listening_on(runner, config.metrics.host, config.metrics.port, setting="GPTUTOR_METRICS__PORT")
+                await stack.enter_async_context(metrics)
             if config.admin.is_open:
                 admin = build_admin(grounded, log=log, secrets=secrets)
                 await stack.enter_async_context(administering(admin, grounded))
@@ -117,10 +118,11 @@ def collect_seldom() -> None:
 
 
 @asynccontextmanager
-async def listening(app: web.Application, server: Server) -> AsyncIterator[str]:
+async def listening(app: web.Application, config: Config) -> AsyncIterator[str]:
     """The service on its port; gives its address. At the end it stops listening, finishes and settles. Raises StartError."""
     require_c_parser()
-    async with listening_on(service(app, server), server.host, server.port, connection_of(server)) as url:
+    server = config.server
+    async with listening_on(service(app, server), server.host, server.port, connection_of(config), setting="PORT") as url:
         yield url
 
 
@@ -147,12 +149,14 @@ def administrator(app: web.Application) -> web.AppRunner:
     return web.AppRunner(app, shutdown_timeout=1)
 
 
-def connection_of(server: Server) -> Connecting:
+def connection_of(config: Config) -> Connecting:
     """Makes a caller's connection, with its limits."""
+    server = config.server
     return functools.partial(
         Connection,
         loop=asyncio.get_running_loop(),
         header_s=server.header_s,
+        silent_s=config.relay.write_s,
         keepalive_timeout=server.keepalive_s,
         lingering_time=server.linger_s,
         max_line_size=LINE_BYTES_MAX,
@@ -168,11 +172,11 @@ def connection_of(server: Server) -> Connecting:
 async def administering(app: web.Application, config: Config) -> AsyncIterator[None]:
     """The administrator's listener, on its socket or its port of this machine. Raises StartError."""
     runner = administrator(app)
-    connection = connection_of(config.server)
+    connection = connection_of(config)
     listener: AbstractAsyncContextManager[Any] = (
         listening_at(runner, Path(config.admin.socket), connection)
         if config.admin.socket
-        else listening_on(runner, "127.0.0.1", config.admin.port, connection)
+        else listening_on(runner, "127.0.0.1", config.admin.port, connection, setting="GPTUTOR_ADMIN__PORT")
     )
     async with listener:
         yield
@@ -182,7 +186,7 @@ async def administering(app: web.Application, config: Config) -> AsyncIterator[N
 async def simulated_openrouter(simulator: Simulator, place: SimulatorPlace) -> AsyncIterator[str]:
     """The simulator on its port; gives the base URL of its API. Raises StartError."""
     runner = web.AppRunner(simulator.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1)
-    async with listening_on(runner, place.host, place.port) as url:
+    async with listening_on(runner, place.host, place.port, setting="GPTUTOR_SIMULATOR__PORT") as url:
         yield url + "/api/v1"
 
 

@@ -10,8 +10,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -25,7 +25,7 @@ from gptutor.admin.app import build_admin
 from gptutor.api.health import READINESS
 from gptutor.app import JOURNAL, build_app
 from gptutor.banner import banner
-from gptutor.listener import StartError, complain_calmly, listening_by, listening_on
+from gptutor.listener import StartError, authority, complain_calmly, listening_by, listening_on
 from gptutor.log_writer import logging_to
 from gptutor.metrics import build_metrics
 from gptutor.secret_keys import secret_keys
@@ -60,7 +60,7 @@ def serve(config: Config) -> None:
     secrets = secret_keys(config)
     with database_of(config) as grounded:
         asyncio.run(prepare_database(grounded, embedded=config.embedded))
-        print(banner(config, url=f"http://{config.server.host}:{config.server.port}", demo_key=None), flush=True)
+        print(banner(config, url=f"http://{authority(config.server.host, config.server.port)}", demo_key=None), flush=True)
         Arbiter(Master(grounded, secrets)).run()
 
 
@@ -74,7 +74,7 @@ class Master(BaseApplication):  # type: ignore[misc]
 
     def load_config(self) -> None:
         server, admin = self.config.server, self.config.admin
-        addresses = [f"{server.host}:{server.port}"]
+        addresses = [authority(server.host, server.port)]
         if admin.is_open:
             addresses.append(f"unix:{admin.socket}" if admin.socket else f"127.0.0.1:{admin.port}")
         for name, value in {
@@ -126,34 +126,45 @@ class Worker(GunicornWorker):  # type: ignore[misc]
     async def _serve(self, config: Config, secrets: Sequence[bytes]) -> None:
         loop = asyncio.get_running_loop()
         complain_calmly(loop)
-        heartbeat = loop.create_task(self._notify())
         public, *private = self.sockets
-        async with AsyncExitStack() as stack:
+        async with self._alive_to_the_end(), AsyncExitStack() as stack:
             logs = config.logs
             log = stack.enter_context(
                 logging_to(config.paths.logs, level=logs.level, retention_days=logs.retention_days, stdout=logs.stdout)
             )
             app = build_app(config, log=log, secrets=secrets)
             await stack.enter_async_context(
-                listening_by(service(app, config.server), public.sock, connection_of(config.server), lambda: _ready(app))
+                listening_by(service(app, config.server), public.sock, connection_of(config), lambda: _ready(app))
             )
             if config.metrics.port:
                 runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
                 port = config.metrics.port + app[JOURNAL].slot_number
+                metrics = listening_on(runner, config.metrics.host, port, setting="GPTUTOR_METRICS__PORT")
                 try:
-                    await stack.enter_async_context(listening_on(runner, config.metrics.host, port))
+                    await stack.enter_async_context(metrics)
                 except StartError as error:  # a worker that does not start ends the service, and figures are not worth that
                     LOGGER.error("There are no metrics of this process: %s", error)
             for one in private:
                 admin = administrator(build_admin(config, log=log, secrets=secrets))
-                await stack.enter_async_context(listening_by(admin, one.sock, connection_of(config.server)))
+                await stack.enter_async_context(listening_by(admin, one.sock, connection_of(config)))
             collect_seldom()
-            await heartbeat
+            while self.alive and self.ppid == os.getppid():  # noqa: ASYNC110 - a signal's handler changes it
+                await asyncio.sleep(NOTIFY_S)
 
-    async def _notify(self) -> None:
-        while self.alive and self.ppid == os.getppid():
-            self.notify()
-            await asyncio.sleep(NOTIFY_S)
+    @asynccontextmanager
+    async def _alive_to_the_end(self) -> AsyncIterator[None]:
+        """Lets the master know that the loop turns, also while the last answers are being finished."""
+
+        async def notify() -> None:
+            while True:
+                self.notify()
+                await asyncio.sleep(NOTIFY_S)
+
+        notifying = asyncio.get_running_loop().create_task(notify())
+        try:
+            yield
+        finally:
+            notifying.cancel()
 
 
 async def _ready(app: web.Application) -> None:

@@ -19,6 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from gptutor import database, migrations, settings
 from gptutor.api.health import READINESS
 from gptutor.app import IN_FLIGHT, build_app
+from gptutor.config_files import ENV_FILE
 from gptutor.embedded import embedded_postgres
 from gptutor.logs import LoggerService
 from gptutor.money.amounts import AccountId, parse_roubles, roubles
@@ -35,6 +36,12 @@ hypothesis_settings.load_profile("tests")
 
 SECRET = bytes(range(32))
 VAULT = Vault([SECRET])
+
+
+def pytest_sessionstart() -> None:
+    """The services that tests start read the `gptutor.env` of their folder, as every service does."""
+    if Path(ENV_FILE).exists():
+        pytest.exit(f"{Path(ENV_FILE).absolute()} has the settings of a living service: run the tests in another folder.", 1)
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -186,7 +193,7 @@ async def gateway_on(config: settings.Config, books: database.Database, simulato
     """A gateway with these settings, ready. Only one at a time may have a database whose OpenRouter is not the other's: recovery
     looks up whatever is due, and would ask the wrong one."""
     app = build_app(config, log=LoggerService(), secrets=[SECRET])
-    async with listening(app, config.server) as url, aiohttp.ClientSession(auto_decompress=False) as session:
+    async with listening(app, config) as url, aiohttp.ClientSession(auto_decompress=False) as session:
         running = Gateway(url, app, simulator, books, session)
         await running.ready()
         yield running

@@ -73,3 +73,18 @@ async def test_a_house_that_is_full_says_nothing_of_openrouter(gateway: Gateway)
     await long
     assert (await gateway.chat(caller))[0].status == 200
     assert await caller.held() == 0
+
+
+async def test_a_connection_closes_the_circuit_and_not_only_an_answer(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row upstream-20: OpenRouter is back, and takes its time for the first answer."""
+    circuit = gateway.app[UPSTREAM]._circuit
+    circuit.failures, circuit.next_try_at = FAILURES_MAX, 0
+    monkeypatch.setattr(gateway.app[UPSTREAM]._pool, "free", lambda: None)  # none is kept from before the outage
+    gateway.simulator.first_word_s = 2
+    caller = await gateway.caller()
+    asking = asyncio.create_task(gateway.chat(caller))
+    async with asyncio.timeout(1.5):
+        while circuit.failures:
+            await asyncio.sleep(0.01)
+    assert not asking.done()
+    assert (await asking)[0].status == 200

@@ -312,6 +312,21 @@ async def test_nothing_of_an_answer_stays_with_its_connection() -> None:
         pool.give_back(connection)
 
 
+async def test_what_came_before_the_framing_broke_passes_before_that_is_told() -> None:
+    """Row upstream-16: the bill may be in it, however the bytes were cut."""
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n"
+    async with server(saying(answer)) as port, pool_to(port) as pool:
+        connection = await pool.connect()
+        await connection.ask(ASK, b"{}", 2)
+        assert connection.status == 200
+        assert await connection.heard(2)
+        taken = bytearray()
+        with pytest.raises(UpstreamError, match="broken"):
+            await connection.take(taken.extend, 2)
+        assert taken == b"abc"
+        pool.give_back(connection)
+
+
 async def test_an_answer_that_is_closed_stops_nobody_elses() -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na"
     async with server(saying(answer, answer)) as port, pool_to(port) as pool:

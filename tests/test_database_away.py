@@ -20,7 +20,7 @@ import pytest
 from gptutor import settings
 from gptutor.api.health import READINESS
 from gptutor.app import JOURNAL, build_app
-from gptutor.database import Database, DatabaseUnavailable, connected
+from gptutor.database import Database, DatabaseRefused, DatabaseUnavailable, RowsLocked, connected, translated
 from gptutor.logs import LoggerService
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening, simulated_openrouter
@@ -97,7 +97,7 @@ async def gateway_behind(door: Door, books: Database, directory: Path) -> AsyncI
     async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url:
         config = config_for(door.url, base_url, directory)
         app = build_app(config, log=LoggerService(), secrets=[SECRET])
-        async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
+        async with listening(app, config) as url, aiohttp.ClientSession() as session:
             yield Gateway(url, app, simulator, books, session)
 
 
@@ -299,3 +299,19 @@ def test_the_process_waits_for_the_database_and_dies_politely(tmp_path: Path) ->
 async def test_stopping_is_not_ready(gateway: Gateway) -> None:
     gateway.app[READINESS].obstacle = "the service is stopping"
     assert (await status_of(gateway, "/health"), await status_of(gateway, "/ready")) == (200, 503)
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        (asyncpg.InternalClientError("cannot switch to state 12; another operation (2) is in progress"), DatabaseUnavailable),
+        (asyncpg.LockNotAvailableError("canceling statement due to lock timeout"), RowsLocked),
+        (asyncpg.InsufficientPrivilegeError("permission denied for schema public"), DatabaseRefused),
+        (asyncpg.ClientConfigurationError("invalid sslmode"), DatabaseRefused),
+        (asyncpg.UndefinedObjectError('unrecognized configuration parameter "foo"'), DatabaseRefused),
+    ],
+)
+def test_what_asyncpg_says_is_told_in_our_words(error: Exception, meaning: type[Exception]) -> None:
+    with pytest.raises(Exception) as caught, translated(migrating=True):  # noqa: PT011
+        raise error
+    assert type(caught.value) is meaning

@@ -94,7 +94,7 @@ class Strike(InFlight):
 async def process(config: settings.Config, books: Database, simulator: Simulator) -> AsyncIterator[tuple[Gateway, Strike]]:
     """A gateway whose exchanges can be struck; it can die before its end."""
     app = build_app(config, log=LoggerService(), secrets=[SECRET])
-    async with listening(app, config.server) as url, aiohttp.ClientSession() as session:
+    async with listening(app, config) as url, aiohttp.ClientSession() as session:
         gateway = Gateway(url, app, simulator, books, session)
         await gateway.ready()
         strike = Strike()

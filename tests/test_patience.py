@@ -6,23 +6,29 @@ import gzip
 import io
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
 
+from gptutor import settings
 from gptutor.api import completions
 from gptutor.api.ask import Ask, read_ask
+from gptutor.database import Database
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import make_key
 from gptutor.openrouter.relay import HEARTBEAT
-from tests.conftest import Gateway
+from gptutor.openrouter.simulator.server import Simulator
+from gptutor.serve import simulated_openrouter
+from tests.conftest import Gateway, config_for, gateway_on, make_caller
 from tests.test_relay import assert_books_agree
 from tests.test_wire import post, raw
 
@@ -80,6 +86,52 @@ async def test_a_head_that_does_not_come_in_time_closes_the_connection(gateway: 
             assert await reader.read() == b""
         assert time.monotonic() - began >= 0.29
     await assert_serves(gateway)
+
+
+@pytest.mark.parametrize("tuned", [{"server": {"header_s": 0.3, "keepalive_s": 20}}])
+async def test_a_head_that_begins_together_with_its_connection_has_no_more_time(gateway: Gateway) -> None:
+    """Row client-5: the bytes are there before the server looks for them."""
+    parts = urlsplit(gateway.url)
+    with socket.create_connection((parts.hostname, parts.port)) as caller:  # while the loop waits for us
+        caller.send(b"GET /heal")
+        caller.setblocking(False)
+        async with asyncio.timeout(5):
+            assert await asyncio.get_running_loop().sock_recv(caller, 100) == b""
+
+
+@pytest.mark.parametrize("cut", [20, -5])
+async def test_a_request_that_is_arriving_at_the_end_is_answered(
+    database_url: str, books: Database, simulator: Simulator, tmp_path: Path, cut: int
+) -> None:
+    """Row process-7: its head or its body has begun when the service is told to stop."""
+    caller = await make_caller(books, "10")
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n"
+    wire = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url, AsyncExitStack() as stack:
+        config = config_for(database_url, base_url, tmp_path, {"server": {"shutdown_s": 4}})
+        gateway = await stack.enter_async_context(gateway_on(config, books, simulator))
+        async with dialled(gateway) as (reader, writer):
+            writer.write(wire[:cut])
+            await asyncio.sleep(0.1)
+            ending = asyncio.create_task(stack.aclose())
+            await asyncio.sleep(0.3)
+            writer.write(wire[cut:])
+            async with asyncio.timeout(10):
+                answer = await reader.read()
+                await ending
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"X-Error-Code: not_ready" in answer
+
+
+async def test_a_caller_of_http_1_0_is_not_invited(gateway: Gateway) -> None:
+    """RFC 9110, 10.1.1: it knows of no answer before the answer."""
+    async with dialled(gateway) as (reader, writer):
+        writer.write(b"POST /v1/chat/completions HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}")
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+    assert answer.count(b"HTTP/1.") == 1
+    assert b" 401 " in answer
 
 
 @pytest.mark.parametrize("tuned", [{"server": {"header_s": 0.3}}])

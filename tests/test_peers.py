@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 
 from gptutor import settings
+from gptutor.administration import Bookkeeper
 from gptutor.api.ask import Ask
 from gptutor.api.health import DATABASE
 from gptutor.app import JOURNAL
@@ -305,7 +306,7 @@ async def scripted(
     app = web.Application()
     app.add_routes([web.post("/chat/completions", answer), web.get("/models", models)])
     async with (
-        listening(app, settings.Server(port=0, shutdown_s=1)) as base_url,
+        listening(app, settings.Config(server=settings.Server(port=0, shutdown_s=1))) as base_url,
         gateway_on(config_for(database_url, base_url, tmp_path / "scripted"), books, simulator) as running,
     ):
 
@@ -496,12 +497,34 @@ async def test_a_process_that_ends_in_order_settles_what_is_under_way(database_u
         await assert_books_hold(books)
 
 
+async def test_a_refund_whose_reply_is_lost_is_not_measured_against_itself(
+    books: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = await make_caller(books, "60")
+    Statements(books, monkeypatch).lost_replies.append("book_entry")
+    await Bookings(books).book(caller.account_id, "refund", Nano(-50 * 10**9), covered=True)
+    assert await caller.balance() == 10
+    await assert_books_hold(books)
+
+
+async def test_what_is_booked_has_its_audit_line_and_does_not_look_as_if_it_were_not(
+    books: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caller = await make_caller(books, "0")
+    Statements(books, monkeypatch).lost_requests.append("find_account")
+    with caplog.at_level("INFO", "gptutor.audit"):
+        user = await Bookkeeper(books, "cli:me").book(caller.account_id, "topup", Nano(10**9))
+    assert user.balance == 10**9
+    assert [record.getMessage() for record in caplog.records if record.name == "gptutor.audit"] == ["Audit: topup"]
+
+
 @pytest.mark.parametrize("reference", [None, "pay-1"])
 async def test_a_booking_whose_reply_is_lost_is_made_once_and_said_to_be_made(
     books: Database, monkeypatch: pytest.MonkeyPatch, reference: str | None
 ) -> None:
     caller = await make_caller(books, "0")
     Statements(books, monkeypatch).lost_replies.append("book_entry")
-    user = await Bookings(books).book(caller.account_id, "topup", Nano(10**9), reference=reference)
-    assert user.balance == 10**9
+    booking = await Bookings(books).book(caller.account_id, "topup", Nano(10**9), reference=reference)
+    assert booking.amount == 10**9
+    assert (await Bookings(books).user(caller.account_id)).balance == 10**9
     assert [entry.amount for entry in await Bookings(books).entries(caller.account_id, 10)] == [10**9]

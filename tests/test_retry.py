@@ -2,6 +2,7 @@
 
 import pytest
 
+from gptutor.openrouter.errors import refusal
 from gptutor.openrouter.retry import Failure, pause_before_retry
 
 
@@ -46,3 +47,8 @@ def test_pauses_differ_and_are_bounded() -> None:
     assert len(pauses) > 10
     assert all(0.25 <= pause <= 0.5 for pause in pauses if pause is not None)
     assert pause_before_retry(failure, attempt=20, attempts_max=99, left_s=60, dice=1.0) == 8
+
+
+def test_a_sentence_about_our_key_does_not_show_it() -> None:
+    error = refusal(401, {}, b'{"error": {"message": "Incorrect API key provided: sk-or-v1-abc_DEF. See our site."}}')
+    assert error.message == "Incorrect API key provided: sk-…. See our site."

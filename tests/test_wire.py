@@ -109,22 +109,40 @@ async def test_a_caller_who_stops_reading_is_dropped_and_pays(gateway: Gateway) 
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"write_s": 12.5}}])
-async def test_the_kernel_gives_up_on_a_caller_of_streams_who_acknowledges_nothing(
+async def test_the_kernel_gives_up_on_every_caller_who_acknowledges_nothing(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caller, told = await gateway.caller(), []
-    give_up_after = Connection.give_up_after
+    """Row client-4, whatever is sent to him."""
+    told = []
+    connection_made = Connection.connection_made
 
-    def watched(connection: Connection, silent_s: float) -> None:
-        give_up_after(connection, silent_s)
-        assert connection.transport is not None
-        sock = connection.transport.get_extra_info("socket")
+    def watched(connection: Connection, transport: asyncio.Transport) -> None:
+        connection_made(connection, transport)
+        sock = transport.get_extra_info("socket")
         told.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
 
-    monkeypatch.setattr(Connection, "give_up_after", watched)
-    for _ in range(2):
-        await gateway.chat(caller, stream=True)
-    assert told == [12_500] * 2
+    monkeypatch.setattr(Connection, "connection_made", watched)
+    await gateway.session.get(f"{gateway.url}/nothing")
+    assert told == [12_500]
+
+
+@pytest.mark.parametrize("tuned", [{"relay": {"write_s": 1}}])
+async def test_who_reads_no_answer_of_any_kind_is_dropped(gateway: Gateway) -> None:
+    """Row client-4: refusals are answers too, and need no key."""
+    parts = urlsplit(gateway.url)
+    asked = b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n" * 200
+    with socket.socket() as caller:
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        caller.connect((parts.hostname, parts.port))
+        caller.setblocking(False)
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    caller.send(asked)
+                except BlockingIOError:
+                    await asyncio.sleep(0.05)
+                except ConnectionError:
+                    return
 
 
 async def test_a_caller_who_does_not_take_the_last_bytes_is_dropped_as_well() -> None:

@@ -1,5 +1,6 @@
 """Several processes on one port (`server.workers`), and their replacement under load."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,10 @@ import orjson
 import psutil
 import pytest
 
+from gptutor.banner import banner
+from gptutor.listener import authority
+from gptutor.settings import Config, Docs, Server
+from gptutor.workers import Master, Worker
 from tests.service import RunningSimulator, Service, environment, run, start, start_simulator
 
 
@@ -212,7 +218,40 @@ def test_settings_that_are_none_leave_those_of_before_in_force(workers: Service)
     settings.write_text(sound)
 
 
+def test_a_reload_takes_what_stands_in_the_folders_own_file_by_then(workers: Service) -> None:
+    _, key = new_key(workers)
+    assert ask(workers, key) == 200
+    file = Path(workers.environ["GPTUTOR_CONFIG"]).with_name("gptutor.env")
+    file.write_text("GPTUTOR_BILLING__BALANCE_MIN_RUB=100000\n")
+    before = children(workers)
+    workers.process.send_signal(signal.SIGHUP)
+    wait_for_others(workers, before)
+    with pytest.raises(urllib.error.HTTPError, match="402"):
+        ask(workers, key)
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
+def test_an_address_of_either_kind_is_bound_and_shown(host: str, shown: str) -> None:
+    config = Config(server=Server(host=host, port=3001), docs=Docs(host=host))
+    assert Master(config, [bytes(32)]).cfg.address == [(host, 3001)]
+    assert authority(host, 3001) == f"{shown}:3001"
+    assert f"http://{shown.replace('127.0.0.1', 'localhost')}:8080" in banner(config, url="", demo_key=None)
+
+
 def test_the_simulator_of_a_trial_has_one_process(tmp_path: Path) -> None:
     ended = run(environment(tmp_path, GPTUTOR_WORKERS="2"), "serve", check=False)
     assert ended.returncode == 1
     assert "needs OPENROUTER_API_KEY" in " ".join(ended.stderr.split())
+
+
+async def test_a_worker_that_finishes_its_answers_is_not_taken_for_a_hung_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptutor.workers.NOTIFY_S", 0.01)
+    worker, told = Worker.__new__(Worker), []
+    worker.alive = False  # it was told to end
+    worker.notify = lambda: told.append(1)
+    async with worker._alive_to_the_end():
+        await asyncio.sleep(0.1)
+    assert len(told) > 3
+    count = len(told)
+    await asyncio.sleep(0.05)
+    assert len(told) == count

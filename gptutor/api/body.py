@@ -8,7 +8,7 @@ one that drips is not waited for.
 import asyncio
 from dataclasses import dataclass
 
-from aiohttp import StreamReader, web
+from aiohttp import HttpVersion11, StreamReader, web
 
 from gptutor.api.form import Form, parse_form
 from gptutor.api.refusals import as_response
@@ -32,7 +32,7 @@ FORM_LIMITS = BodyLimits(64 * 1024, idle_s=10, total_s=30)
 async def hold_invitation(request: web.Request) -> web.Response | None:
     """Takes the place of aiohttp's answer to `Expect`, which comes before any check."""
     if request.headers["Expect"].lower() == "100-continue":
-        request[WAITS_TO_BE_INVITED] = True
+        request[WAITS_TO_BE_INVITED] = request.version >= HttpVersion11  # HTTP/1.0 knows no answer before the answer
         return None
     return as_response(Refusal("expectation_failed"))
 

@@ -11,13 +11,14 @@ import socket
 import uuid
 from typing import Any, Protocol
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from gptutor.api.refusals import as_response
 from gptutor.errors import Refusal
 from gptutor.metrics import MALFORMED_REQUESTS, SLOW_HEADS
 
 LOGGER = logging.getLogger("gptutor.wire")
+LOOK_S = 0.05
 
 
 class Follower(Protocol):
@@ -29,33 +30,29 @@ class Follower(Protocol):
 
 
 class Connection(web.RequestHandler):
-    """`header_s` seconds are given for the whole head of a request, from its first byte, or from the connection's beginning."""
+    """`header_s` seconds are given for the whole head of a request, from its first byte, or from the connection's beginning.
 
-    __slots__ = ("_closes", "_follower", "_gives_up", "_head_begun", "_header_s", "_impatience")
+    A peer who acknowledges nothing for `silent_s` seconds, whatever is being sent to him, is given up by the kernel.
+    """
 
-    def __init__(self, manager: web.Server, *, header_s: float, **limits: Any) -> None:
+    __slots__ = ("_closes", "_follower", "_head_begun", "_header_s", "_impatience", "_newest", "_silent_s")
+
+    def __init__(self, manager: web.Server, *, header_s: float, silent_s: float, **limits: Any) -> None:
         super().__init__(manager, **limits)
         self._header_s = header_s
+        self._silent_s = silent_s
         self._impatience: asyncio.TimerHandle | None = None
         self._follower: Follower | None = None
         self._head_begun = False
+        self._newest: StreamReader | None = None
+        """The body of the last request whose head has come."""
         self._closes = False
-        self._gives_up = False
 
     def follow(self, follower: "Follower | None") -> None:
         """Tells `follower`, until another call, when the socket takes no more, and when it does again."""
         self._follower = follower
         if follower is not None and self.writing_paused:
             follower.pause()
-
-    def give_up_after(self, silent_s: float) -> None:
-        """Lets the kernel break it once a peer has acknowledged nothing for so long. (Where the system knows of that.)"""
-        if self._gives_up or self.transport is None:
-            return
-        self._gives_up = True
-        sock = self.transport.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6) and hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(silent_s * 1000))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -69,19 +66,27 @@ class Connection(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6) and hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._silent_s * 1000))
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
+        in_body, before = self._is_in_body, self._request_count
         super().data_received(data)
-        self._head_begun = self._waits() and bool(data)
+        if self._request_count > before:
+            self._head_begun = False
+            if self._messages:
+                self._newest = self._messages[-1][1]
+            if self._impatience is not None:
+                self._impatience.cancel()
+                self._impatience = None
+        elif data and not in_body:
+            self._head_begun = True
+            if self._impatience is None and self._waits():
+                self._wait_for_head()
         if self._closes and not self._is_arriving:
             super().close()
-        if self._waits():
-            if self._impatience is None and data:
-                self._wait_for_head()
-        elif self._impatience is not None:
-            self._impatience.cancel()
-            self._impatience = None
 
     def close(self) -> None:
         """At the end of the service. From then on aiohttp hears nothing more: a request that is arriving comes in first."""
@@ -93,12 +98,20 @@ class Connection(web.RequestHandler):
     @property
     def _is_arriving(self) -> bool:
         """Whether a request has begun to come, and has not come wholly."""
-        request = self._current_request
-        return (
-            self._head_begun
-            or (request is not None and not request.content.is_eof())
-            or any(not payload.is_eof() for _, payload in self._messages)
-        )
+        return self._head_begun or self._is_in_body
+
+    @property
+    def _is_in_body(self) -> bool:
+        """Whether what comes next belongs to a request whose head has come, and which nobody has answered without it."""
+        return self._newest is not None and not self._newest.is_eof() and self._newest.exception() is None
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
+        """From here on aiohttp hears nothing more, so a request that is arriving is waited for, and answered."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + (timeout or 0)
+        while self.transport is not None and self._is_arriving and loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_S)
+        await super().shutdown(timeout)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._impatience is not None:

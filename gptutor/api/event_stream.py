@@ -81,7 +81,6 @@ class EventStream:
         self._head = await self.response.spell(self._request)
         self._transport, self._connection, self._reply = connection.transport, connection, reply
         self._transport.set_write_buffer_limits(high=self._patience.buffer_bytes)
-        connection.give_up_after(self._patience.write_s)
         connection.follow(self)
 
     def write(self, chunk: bytes, *, is_last: bool = False) -> bool:

@@ -158,12 +158,10 @@ class Exchange:
                 purchase.name(error.failure.generation_id)
             raise refusal_of(error) from error
         said = read_statement(document)
-        name = reply.generation_id or said.generation_id
         if said.bill is not None:
-            purchase.generation_id = name
-            purchase.note_bill(said.bill)
+            purchase.note_bill(said.bill, reply.generation_id)
         elif purchase.generation_id is None:
-            purchase.name(name)
+            purchase.name(reply.generation_id or said.generation_id)
         if not self.answer.done():
             self.answer.set_result(Whole(document, status=reply.status, headers=self._headers(hold, reply)))
 
@@ -176,7 +174,7 @@ class Exchange:
                 reply,
                 downstream,
                 scanner,
-                purchase.note_bill,
+                lambda bill: purchase.note_bill(bill, reply.generation_id),
                 heartbeat_s=self._kit.patience.heartbeat_s,
             )
             if purchase.generation_id is None:  # before the caller is waited for

@@ -35,8 +35,9 @@ class Purchase:
             self.generation_id = generation_id
             self._ledger.journal.named(self._hold.hold_id, generation_id)
 
-    def note_bill(self, bill: Bill) -> None:
-        self.generation_id = self.generation_id or bill.generation_id
+    def note_bill(self, bill: Bill, name: str | None) -> None:
+        """`name` is the answer's own, by its head; one whose bill comes at once was not named before."""
+        self.generation_id = self.generation_id or name or bill.generation_id
         self.price = Price(self._evaluate.charge(bill.cost_usd), bill.cost_usd, bill.prompt_tokens, bill.completion_tokens)
         self._ledger.journal.billed(self._hold.hold_id, self.price, self.generation_id)
 

@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
             if self._answer.has_head:
                 return  # it came, and nobody read what was still to be sent
             self.end("timeout")
-            self._raise_failure()
+            self._raise_failure("head")
         except BaseException:
             self.abort()
             raise
@@ -243,7 +243,7 @@ class Connection(asyncio.Protocol):
     async def _wait(self, event: Event, within_s: float | None, late: Callable[[], None] | None = None) -> None:
         """Until it comes, or is `late`, which ends the answer unless something else is to be done. Raises UpstreamError."""
         if self._is_over:
-            self._raise_failure()
+            self._raise_failure(event)
             return
         self._awaited = event
         waiter = self._waiter = self.loop.create_future()
@@ -254,7 +254,7 @@ class Connection(asyncio.Protocol):
             self._waiter = None
             if timer is not None:
                 timer.cancel()
-        self._raise_failure()
+        self._raise_failure(event)
 
     def _time_out(self) -> None:
         self.end("timeout")
@@ -274,6 +274,8 @@ class Connection(asyncio.Protocol):
         self._wake()
         self.resume_writing()
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
+    def _raise_failure(self, awaited: Event) -> None:
+        """Not while what is waited for has come: what was sent before a failure passes before it is told."""
+        has_come = (awaited == "head" and self._answer.has_head) or (awaited == "body" and self._intake.has_any)
+        if self._failure is not None and not has_come:
             raise UpstreamError(self._failure)

@@ -1,5 +1,6 @@
 """How OpenRouter fails us: `UpstreamError`, and what an answer of refusal says. No I/O."""
 
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -8,6 +9,8 @@ from gptutor.openrouter.bill import sane_generation_id
 from gptutor.openrouter.retry import Failure
 
 MESSAGE_CHARACTERS_MAX = 1000
+KEY = re.compile(r"sk-[A-Za-z0-9_-]+")
+"""A sentence about our key may quote it; it must get neither into the log nor to a caller."""
 
 
 class UpstreamError(Exception):
@@ -58,4 +61,4 @@ def _read_error(document: bytes) -> tuple[bool, str | None]:
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return False, None
     message = error.message if isinstance(error, _Error) else error
-    return error is not None, message[:MESSAGE_CHARACTERS_MAX] if message else None
+    return error is not None, KEY.sub("sk-…", message)[:MESSAGE_CHARACTERS_MAX] if message else None

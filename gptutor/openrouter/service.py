@@ -108,7 +108,10 @@ class OpenRouterService:
 
     async def _attempt(self, body: bytes, headers: Mapping[str, str], within_s: float) -> Reply:
         try:
-            connection = self._pool.free() or await self._pool.connect()
+            connection = self._pool.free()
+            if connection is None:
+                connection = await self._pool.connect()
+                self._circuit.reached()  # that is what it is about; an answer may take its time
         except Crowded:
             raise
         except UpstreamError:
