@@ -604,6 +604,26 @@ async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence
     await assert_books_hold(books)
 
 
+async def test_openrouter_may_take_its_time_to_say_a_price(
+    books: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the closing has little time, for it can be held up; a question has its own."""
+    monkeypatch.setattr("gptutor.money.recovery.CLOSING_S", 0.5)
+    caller, generations = await make_caller(books, "100"), Generations({"gen-1": Decimal("0.01")})
+    answered = generations.cost_of
+
+    async def slowly(generation_id: str) -> Decimal | None:
+        await asyncio.sleep(0.8)
+        return await answered(generation_id)
+
+    monkeypatch.setattr(generations, "cost_of", slowly)
+    with process(books, directory, generations=generations) as living:
+        held = await hold(books, caller, "5")
+        await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
+        assert await living.recovery.look() == 1
+    assert await caller.balance() == Decimal("99.1")
+
+
 async def test_a_name_is_asked_for_more_than_once_however_old_it_is(books: Database, directory: Path, change: Change) -> None:
     """Contract C6; row db-4: after an outage of a day OpenRouter may be as far away as before, for a while."""
     caller = await make_caller(books, "100")

@@ -18,10 +18,10 @@ exchange handed over; and open holds whose time is up. Any process does it; a cl
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from gptutor.database import Database, DatabaseUnavailable, Row
 from gptutor.money import journal
@@ -40,6 +40,7 @@ CLOSING_S = 5
 LOOKS_MIN = 10
 """So often, at least, is a name asked for: for a quarter of an hour."""
 
+Result = TypeVar("Result")
 Decision = Literal["settle", "look_up", "wait", "release", "give_up"]
 
 
@@ -106,10 +107,12 @@ class Recovery:
         rows = await self._database.fetch("list_open_holds_of", leftover.owner)
         unknown = [row for row in rows if row["hold_id"] not in leftover.known]
         never_sent = decide(None, never_sent=leftover.complete, too_old=False) == "release"
-        freed = await _all_closed(
-            self._ledger.release(Release(row["account_id"], row["hold_id"]))
-            if never_sent
-            else self._ledger.hand_over(HandOver(row["account_id"], row["hold_id"], None))
+        freed = await _all_went_well(
+            _in_time(
+                self._ledger.release(Release(row["account_id"], row["hold_id"]))
+                if never_sent
+                else self._ledger.hand_over(HandOver(row["account_id"], row["hold_id"], None))
+            )
             for row in unknown
         )
         if not await self._bring(leftover.known) or not freed:
@@ -124,15 +127,17 @@ class Recovery:
         own = self._ledger.journal.known
         await self._bring({hold_id: own[hold_id] for hold_id in own.keys() - self._ledger.active})
         rows = await self._database.fetch("claim_due_holds", CLAIM_MAX, self._look_max_s)
-        await _all_closed(map(self._look_at, rows))
+        await _all_went_well(map(self._look_at, rows))
         return len(rows)
 
     async def _bring(self, known: Mapping[HoldId, Knowledge]) -> bool:
         """Into the database what only a journal knew: prices are settled, the rest is handed over. Whether all of it is there."""
-        return await _all_closed(
-            self._ledger.settle(knowledge.price.settlement(knowledge.account_id, hold_id, knowledge.generation_id))
-            if knowledge.price is not None
-            else self._ledger.hand_over(HandOver(knowledge.account_id, hold_id, knowledge.generation_id))
+        return await _all_went_well(
+            _in_time(
+                self._ledger.settle(knowledge.price.settlement(knowledge.account_id, hold_id, knowledge.generation_id))
+                if knowledge.price is not None
+                else self._ledger.hand_over(HandOver(knowledge.account_id, hold_id, knowledge.generation_id))
+            )
             for hold_id, knowledge in known.items()
         )
 
@@ -149,11 +154,11 @@ class Recovery:
             return
         if knowledge is None and row["owner"] != own.owner and row["age_s"] > MACHINE_LOST_S and not too_old:
             # Its journal will not come: it waits for evidence like others, and its account's request does not run any more.
-            await self._ledger.hand_over(HandOver(account_id, hold_id, row["generation_id"]))
+            await _in_time(self._ledger.hand_over(HandOver(account_id, hold_id, row["generation_id"])))
         if decision == "release":
-            await self._ledger.release(Release(account_id, hold_id))
+            await _in_time(self._ledger.release(Release(account_id, hold_id)))
         elif too_old:
-            await self._ledger.release(Release(account_id, hold_id, unresolved=True))
+            await _in_time(self._ledger.release(Release(account_id, hold_id, unresolved=True)))
             LOGGER.error(
                 "A hold is given up: nobody learnt what it bought",
                 extra={"type": "recovery", "userId": str(account_id), "requestId": row["request_id"]},
@@ -167,7 +172,7 @@ class Recovery:
             return False
         due = charge(cost_usd, row["rub_per_usd"])
         settlement = Settlement(AccountId(row["account_id"]), HoldId(row["hold_id"]), due, cost_usd, generation_id)
-        outcome = await self._ledger.settle(settlement)
+        outcome = await _in_time(self._ledger.settle(settlement))
         LOGGER.info(
             "LLM Recovered: %s",
             row["model"],
@@ -185,10 +190,9 @@ class Recovery:
         return True
 
 
-async def _all_closed(closings: Iterable[Coroutine[Any, Any, object]]) -> bool:
-    """Whether all of them went well, side by side: one hold's trouble is not another's. What is held up, by somebody's lock or by
-    the database, is given up for now; all of them can be asked for again."""
-    outcomes = await asyncio.gather(*map(_in_time, closings), return_exceptions=True)
+async def _all_went_well(closings: Iterable[Awaitable[object]]) -> bool:
+    """Side by side; says of each that did not: one hold's trouble is not another's."""
+    outcomes = await asyncio.gather(*closings, return_exceptions=True)
     errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     late = sum(isinstance(error, TimeoutError) for error in errors)
     if late:
@@ -199,6 +203,7 @@ async def _all_closed(closings: Iterable[Coroutine[Any, Any, object]]) -> bool:
     return not errors
 
 
-async def _in_time(closing: Coroutine[Any, Any, object]) -> None:
+async def _in_time(closing: Awaitable[Result]) -> Result:
+    """What is held up, by somebody's lock or by the database, is given up for now: all closings can be asked for again."""
     async with asyncio.timeout(CLOSING_S):
-        await closing
+        return await closing
