@@ -11,11 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
 import pytest
 
+from gptutor.api.purchase import Purchase
 from gptutor.database import STATEMENTS, Database, DatabaseUnavailable
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, Nano
@@ -26,6 +28,7 @@ from gptutor.money.keyring import KeyRing
 from gptutor.money.knowledge import Knowledge, Price
 from gptutor.money.ledger import Ledger
 from gptutor.money.recovery import Recovery, decide
+from gptutor.openrouter.bill import Bill
 from tests.conftest import VAULT, Caller, Gateway, make_caller
 from tests.test_ledger import RATE, assert_books_hold, hold, ledger_of, settlement
 
@@ -897,3 +900,18 @@ async def test_a_key_tells_nothing_to_somebody_whose_api_key_is_dead(gateway: Ga
     status, headers, answer = await ask(gateway, caller, "order 66")
     assert (status, headers["X-Error-Code"]) == (401, "invalid_key")
     assert "Idempotency" not in answer["error"]
+
+
+@pytest.mark.parametrize(("head", "name"), [("gen-head", "gen-head"), (None, "gen-event")])
+async def test_an_answer_has_the_name_in_its_head_however_it_comes(
+    books: Database, directory: Path, head: str | None, name: str
+) -> None:
+    """Contract D5: by that one the caller looks it up. One whose bill comes with its head was not named before."""
+    caller = await make_caller(books, "100")
+    with process(books, directory) as living:
+        purchase = Purchase(living.ledger, SimpleNamespace(charge=lambda cost: Nano(9 * 10**8)), await hold(books, caller, "5"))  # type: ignore[arg-type]
+        purchase.send()
+        purchase.note_bill(Bill(Decimal("0.01"), generation_id="gen-event"), head)
+        assert await purchase.close() == "settled"
+    entry, _ = await Bookings(books).entries(caller.account_id, 10)
+    assert entry.generation_id == name
