@@ -507,6 +507,15 @@ async def test_a_refund_whose_reply_is_lost_is_not_measured_against_itself(
     await assert_books_hold(books)
 
 
+async def test_a_booking_that_could_not_be_made_is_said_not_to_be(books: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptutor.money.bookings.PAUSES_S", (0, 0))
+    caller = await make_caller(books, "0")
+    Statements(books, monkeypatch).lost_requests.extend(["book_entry"] * 3)
+    with pytest.raises(DatabaseUnavailable):
+        await Bookings(books).book(caller.account_id, "topup", Nano(10**9))
+    assert await caller.balance() == 0
+
+
 async def test_what_is_booked_has_its_audit_line_and_does_not_look_as_if_it_were_not(
     books: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
