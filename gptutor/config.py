@@ -13,7 +13,8 @@ import msgspec
 
 from gptutor.config_faults import sentence
 from gptutor.config_files import ENV_FILE, read_env_file, read_settings
-from gptutor.settings import Config, ConfigError, OpenRouter, is_address
+from gptutor.settings import Config, ConfigError, OpenRouter
+from gptutor.urls import is_address
 
 # Contract F8: names without the GPTUTOR_<SECTION>__ form.
 SHORT_NAMES = {

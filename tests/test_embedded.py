@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from gptutor.embedded import EmbeddedPostgresError, embedded_postgres
-from gptutor.settings import is_database
+from gptutor.urls import is_database
 from tests.service import environment, run
 
 

@@ -24,6 +24,7 @@ FORBIDDEN = {
 }
 # pure modules → the only modules of ours that they may import
 PURE = {
+    "gptutor.urls": (),
     "gptutor.money.amounts": (),
     "gptutor.money.knowledge": ("gptutor.money.amounts", "gptutor.money.holds"),
     "gptutor.money.keys": ("gptutor.money.amounts",),

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 
 from gptutor.metrics import IN_FLIGHT
+from gptutor.tasks import finish
 
 
 class InFlight:
@@ -22,10 +23,4 @@ class InFlight:
 
     async def drain(self, within_s: float) -> int:
         """Waits for all of it, at most so long; then cancels the rest. Returns how many were cut off."""
-        if not self._tasks:
-            return 0
-        _, late = await asyncio.wait(self._tasks, timeout=within_s)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
-        return len(late)
+        return await finish(self._tasks, within_s)

@@ -39,6 +39,7 @@ from gptutor.money.holds import (
     UnknownKey,
 )
 from gptutor.money.journal import Journal
+from gptutor.tasks import finish
 
 LOGGER = logging.getLogger("gptutor.ledger")
 STATEMENTS_AT_ONCE = 3
@@ -153,13 +154,7 @@ class Ledger:
 
     async def drain(self, within_s: float) -> int:
         """Waits for the releases that were begun on nobody's behalf; what is left then, recovery finds. How many are left."""
-        if not self._orphans:
-            return 0
-        _, late = await asyncio.wait(self._orphans, timeout=within_s)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
-        return len(late)
+        return await finish(self._orphans, within_s)
 
     def _forsake(self, request: HoldRequest) -> None:
         """Nobody waits for this hold any more, and it may exist: it is released, having bought nothing."""
