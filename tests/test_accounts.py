@@ -15,7 +15,6 @@ from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 from urllib.request import Request, urlopen
 
 import asyncpg
@@ -31,57 +30,17 @@ from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import hash_key, make_key
 from gptutor.money.users import NoSuchUser, UserRepository
 from gptutor.money.vault import Sealed, Unreadable, Vault
-from gptutor.vk import signature
-from tests.conftest import SECRET, VAULT, Caller, Gateway, make_caller
-from tests.service import Service, start
-from tests.test_batch import Statements
-from tests.test_ledger import assert_books_hold
-from tests.test_relay import assert_books_agree
+from tests.support.books import assert_books_agree
+from tests.support.gateway import SECRET, VAULT, Caller, Gateway, make_caller
+from tests.support.ledger import assert_books_hold
+from tests.support.service import Service, start
+from tests.support.statements import Statements
+from tests.support.vk import APP_ID, VK, VK_SECRET, bearer, launch, send, sign_in, with_vk
 
-APP_ID = 6736218
-VK_SECRET = "wvl68m4dR1UpLrVRli"
-VK = {"vk": {"app_id": APP_ID, "secret_key": VK_SECRET}}
 GIFT = {"vk": {**VK["vk"], "bonus_rub": Decimal("10.5")}}
 UNAUTHORIZED = (401, "invalid_key", {"error": "Invalid API key or inactive user"})
 
-with_vk = pytest.mark.parametrize("tuned", [VK])
 with_gift = pytest.mark.parametrize("tuned", [GIFT])
-
-
-def launch(
-    user_id: object = 494075, *, secret: str = VK_SECRET, beside: str = "", sign: str | None = None, **changed: Any
-) -> str:
-    """Launch parameters as VK makes them. What is changed to None is left out."""
-    given = {
-        "vk_user_id": user_id, "vk_app_id": APP_ID, "vk_is_app_user": 1, "vk_language": "ru",
-        "vk_access_token_settings": "", "vk_platform": "mobile_web", "vk_ts": int(time.time()), **changed,
-    }  # fmt: skip
-    signed = {name: str(value) for name, value in given.items() if value is not None}
-    return urlencode(signed) + beside + f"&sign={signature(signed, secret) if sign is None else sign}"
-
-
-def bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
-
-
-async def send(gateway: Gateway, method: str, path: str, headers: Any) -> tuple[int, str, Any]:
-    async with gateway.session.request(method, gateway.url + path, headers=headers) as response:
-        document = json.loads(await response.read(), parse_float=Decimal)
-        if response.status == 401:
-            # beside the request's name and the time there is nothing by which one refusal differs from another
-            assert {**response.headers, "X-Request-ID": "", "Date": "", "Server": ""} == {
-                "WWW-Authenticate": "Bearer", "X-Error-Code": "invalid_key", "X-Request-ID": "", "Date": "", "Server": "",
-                "Content-Type": "application/json; charset=utf-8", "Content-Length": "45",
-            }  # fmt: skip
-        else:
-            assert response.headers["Cache-Control"] == "no-store"
-        return response.status, response.headers.get("X-Error-Code", ""), document
-
-
-async def sign_in(gateway: Gateway, token: str | None = None) -> dict[str, Any]:
-    status, _, document = await send(gateway, "GET", "/vk-test", bearer(token or launch()))
-    assert status == 200
-    return dict(document)
 
 
 # -- the way of the document

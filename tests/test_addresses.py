@@ -10,7 +10,7 @@ from gptutor.api.addresses import Counter, address_of, networks
 from gptutor.config import load
 from gptutor.money.keys import make_key
 from gptutor.settings import ConfigError
-from tests.conftest import Gateway
+from tests.support.gateway import Gateway
 
 
 @pytest.fixture

@@ -31,9 +31,9 @@ from gptutor.money.holds import HandOver
 from gptutor.money.users import UserRepository
 from gptutor.serve import administering
 from gptutor.settings import ConfigError
-from tests.conftest import SECRET, Gateway, config_for, make_caller
-from tests.service import start
-from tests.test_ledger import hold, ledger_of, settlement
+from tests.support.gateway import SECRET, Gateway, config_for, make_caller
+from tests.support.ledger import hold, ledger_of, settlement
+from tests.support.service import start
 
 TOKEN = "a-token-of-thirty-two-characters-or-more"
 ANNAS = "annas-token-of-thirty-two-characters-or-more"

@@ -26,10 +26,9 @@ from gptutor.money.keyring import KeyRing, Limits, NoSuchKey
 from gptutor.money.limits import InvalidLimit, changed, end_of
 from gptutor.money.users import UserRepository
 from gptutor.money.vault import Unreadable, Vault
-from tests.conftest import SECRET, make_caller
-from tests.service import Service, environment, run
-from tests.test_command_line import refused, said
-from tests.test_ledger import hold, ledger_of
+from tests.support.gateway import SECRET, make_caller
+from tests.support.ledger import hold, ledger_of
+from tests.support.service import Service, environment, refused, run, said
 
 
 def new_user(service: Service, balance: str = "100") -> tuple[str, str]:

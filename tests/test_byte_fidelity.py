@@ -27,7 +27,7 @@ from gptutor.money.invariants import check
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.service import Limits, connected
 from gptutor.openrouter.simulator.server import Simulator
-from tests.conftest import Gateway, config_for, gateway_on
+from tests.support.gateway import Gateway, config_for, gateway_on
 
 EXAMPLES = 200
 RATE = Decimal(90)

@@ -9,7 +9,7 @@ from gptutor.app import UPSTREAM
 from gptutor.openrouter.circuit import FAILURES_MAX, PAUSE_S, Circuit
 from gptutor.openrouter.connection import Connection
 from gptutor.openrouter.pool import End
-from tests.conftest import Gateway
+from tests.support.gateway import Gateway
 
 
 def test_it_opens_after_failures_in_a_row_and_lets_one_try_at_a_time() -> None:

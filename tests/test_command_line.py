@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from gptutor.money.invariants import load_invariants
-from tests.service import Service, environment, run, running_with, start_simulator
+from tests.support.service import Service, environment, refused, run, running_with, said, start_simulator
 
 
 def test_an_argument_that_is_no_text_gets_a_sentence(service: Service) -> None:
@@ -18,19 +18,6 @@ def test_an_argument_that_is_no_text_gets_a_sentence(service: Service) -> None:
 
 def test_a_place_that_is_not_there_gets_a_sentence(service: Service, tmp_path: Path) -> None:
     assert "cannot be used" in refused(service.environ, "export", "ledger", "--out", str(tmp_path / "none" / "ledger.csv"))
-
-
-def said(service: Service, *arguments: str) -> str:
-    return run(service.environ, *arguments).stdout
-
-
-def refused(environ: dict[str, str], *arguments: str) -> str:
-    """The one line that a mistake gets."""
-    ended = run(environ, *arguments, check=False)
-    assert ended.returncode != 0
-    assert ended.stdout == ""
-    assert "Traceback" not in ended.stderr
-    return " ".join(ended.stderr.split())
 
 
 def test_the_first_sight_explains_itself(service: Service) -> None:

@@ -12,18 +12,8 @@ from pathlib import Path
 import pytest
 
 from gptutor.money.invariants import load_invariants
-from tests.service import Service
-
-READMES = sorted(Path(__file__).parent.parent.glob("README*.md"))
-
-
-def examples(path: Path, language: str) -> list[str]:
-    return [block for block in re.findall(rf"```{language}\n(.*?)```", path.read_text(), re.DOTALL) if "localhost:3001" in block]
-
-
-def here(example: str, service: Service) -> str:
-    """The example, pointed at the running gateway and with a key that exists."""
-    return example.replace("http://localhost:3001", service.url).replace("sk-user-your-api-key", service.demo_key)
+from tests.support.readme import READMES, examples, here
+from tests.support.service import Service
 
 
 def curl(command: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 from gptutor import database
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.settings import Config
-from tests.conftest import Gateway, config_for, gateway_on
+from tests.support.gateway import Gateway, config_for, gateway_on
 
 
 @asynccontextmanager

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Caller, Gateway
-from tests.test_relay import MODEL, assert_books_agree
+from tests.support.books import assert_books_agree
+from tests.support.gateway import MODEL, Caller, Gateway
 
 CORPUS = Path(__file__).parent / "corpus"
 CASES = {

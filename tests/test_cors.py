@@ -6,7 +6,7 @@ import pytest
 
 from gptutor.config import load
 from gptutor.settings import ConfigError
-from tests.conftest import Gateway
+from tests.support.gateway import Gateway
 
 PAGE = "https://shop.example"
 # What OpenAI's SDK for JavaScript 7 sends beside its key.

@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 import gptutor
-from tests.conftest import Caller, Gateway
+from tests.support.gateway import Caller, Gateway
 
 OURS = str(Path(gptutor.__file__).parent)
 SIMULATOR = f"{OURS}/openrouter/simulator"

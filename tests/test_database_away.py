@@ -24,9 +24,9 @@ from gptutor.database import Database, DatabaseRefused, DatabaseUnavailable, Row
 from gptutor.logs import LoggerService
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening, simulated_openrouter
-from tests.conftest import SECRET, Gateway, config_for, make_caller
-from tests.service import environment
-from tests.test_relay import assert_books_agree
+from tests.support.books import assert_books_agree
+from tests.support.gateway import SECRET, Gateway, config_for, make_caller
+from tests.support.service import environment
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}]}
 

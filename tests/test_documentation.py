@@ -27,7 +27,7 @@ from gptutor.serve import StartError
 from gptutor.settings import Config, Docs
 from gptutor.web import openapi, page
 from gptutor.web.site import build_site, documentation, preferred_language
-from tests.conftest import Gateway
+from tests.support.gateway import Gateway
 
 PAGES = [(language, name) for language in page.LANGUAGES for name in page.NAMES]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -10,7 +10,7 @@ import pytest
 
 from gptutor.embedded import EmbeddedPostgresError, embedded_postgres
 from gptutor.urls import is_database
-from tests.service import environment, run
+from tests.support.service import environment, run
 
 
 def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ from gptutor.logs import LoggerService
 from gptutor.money.invariants import check
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening, simulated_openrouter
-from tests.conftest import SECRET, Caller, Gateway, config_for, gateway_on, make_caller
-from tests.test_relay import charged_usd
+from tests.support.books import charged_usd
+from tests.support.gateway import SECRET, Caller, Gateway, config_for, gateway_on, make_caller
 
 GRAVEYARD: list[Any] = []
 """The coroutines of the dead: kept, because collecting them would run their `finally`."""

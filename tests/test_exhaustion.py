@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from tests.service import start
+from tests.support.service import start
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -13,8 +13,8 @@ from gptutor.api.connection import Connection
 from gptutor.api.event_stream import EventStream, Patience
 from gptutor.api.head import JOINED_BYTES_MAX, Whole
 from gptutor.openrouter.reply import Reply
-from tests.conftest import Gateway
-from tests.test_wire import post, raw
+from tests.support.gateway import Gateway
+from tests.support.wire import post, raw
 
 
 def fields_of(answer: bytes) -> tuple[bytes, dict[str, str]]:

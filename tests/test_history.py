@@ -36,8 +36,8 @@ from gptutor.money.knowledge import Price
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
 from gptutor.money.recovery import Recovery
-from tests.conftest import Caller, make_caller
-from tests.test_ledger import RATE, claim
+from tests.support.gateway import Caller, make_caller
+from tests.support.ledger import RATE, claim
 
 ACCOUNTS = 2
 COSTS = st.integers(0, 60).map(lambda cents: Decimal(cents) / 100)

@@ -5,8 +5,8 @@ import pytest
 
 from gptutor.database import Database
 from gptutor.money.invariants import check, load_invariants
-from tests.conftest import make_caller
-from tests.test_ledger import hold, ledger_of, release, settlement
+from tests.support.gateway import make_caller
+from tests.support.ledger import hold, ledger_of, release, settlement
 
 # Which law a corruption breaks, besides others that it may break as well. Run with triggers and constraints asleep.
 CORRUPTIONS = {

@@ -35,9 +35,9 @@ from gptutor.money.journal import Journal
 from gptutor.money.keyring import CapPeriod, Key, KeyRing, Limits, NoSuchKey
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
-from tests.conftest import VAULT, Caller, Gateway, config_for, gateway_on, make_caller
-from tests.test_ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
-from tests.test_relay import assert_books_agree
+from tests.support.books import assert_books_agree
+from tests.support.gateway import VAULT, Caller, Gateway, config_for, gateway_on, make_caller
+from tests.support.ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
 
 SMALL = "openai/gpt-4o-mini"
 DEAR = {"model": SMALL, "max_tokens": 16_384}

@@ -5,10 +5,8 @@ import asyncio
 import hashlib
 import json
 import statistics
-import tempfile
 import uuid
 from decimal import Decimal
-from pathlib import Path
 
 import asyncpg
 import pytest
@@ -23,51 +21,16 @@ from gptutor.money.holds import (
     Hold,
     HoldRequest,
     InsufficientFunds,
-    Release,
     RepeatedRequest,
-    Settlement,
     UnknownKey,
     new_id,
 )
-from gptutor.money.invariants import check
-from gptutor.money.journal import Journal
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim, make_key, parse_key
-from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
 from gptutor.money.users import NoSuchUser, UserRepository
-from tests.conftest import VAULT, Caller, make_caller
-
-RATE = Decimal(90)
-
-
-def claim(caller: Caller) -> KeyClaim:
-    read = parse_key(caller.key)
-    assert read is not None
-    return read
-
-
-def ledger_of(books: Database, journal: Journal | None = None) -> Ledger:
-    journal = journal or Journal(Path(tempfile.mkdtemp()), 1 << 20, 1 << 30)
-    return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60)
-
-
-async def hold(books: Database, caller: Caller, most: str, least: str | None = None, ledger: Ledger | None = None) -> Hold:
-    ceiling = Ceiling(most=parse_roubles(most), least=parse_roubles(least or most))
-    return await (ledger or ledger_of(books)).hold_funds(HoldRequest(claim(caller), new_id(), ceiling, "a/b", "r"))
-
-
-def release(of: Hold) -> Release:
-    return Release(of.account_id, of.hold_id)
-
-
-def settlement(of: Hold, cost: str) -> Settlement:
-    charge = Nano(int(Decimal(cost) * RATE * 10**9))
-    return Settlement(of.account_id, of.hold_id, charge, Decimal(cost), f"gen-{of.hold_id}")
-
-
-async def assert_books_hold(books: Database) -> None:
-    assert [finding.invariant.name for finding in [finding async for finding in check(books)] if finding.rows] == []
+from tests.support.gateway import VAULT, Caller, make_caller
+from tests.support.ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
 
 
 async def test_a_hold_reserves_and_a_settlement_charges(books: Database) -> None:

@@ -12,8 +12,8 @@ from prometheus_client import REGISTRY
 
 from gptutor.metrics import CLOCK_SKEW, build_metrics
 from gptutor.openrouter.service import Limits, connected
-from tests.conftest import Gateway
-from tests.service import start
+from tests.support.gateway import Gateway
+from tests.support.service import start
 
 PAGES = sorted((Path(__file__).parent.parent / "gptutor" / "web" / "pages").glob("operation.*.md"))
 

@@ -15,7 +15,7 @@ from gptutor.app import CATALOGUE
 from gptutor.openrouter.catalogue import Catalogue, Price, refreshed
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.retry import Failure
-from tests.conftest import Gateway
+from tests.support.gateway import Gateway
 
 MODEL = "google/gemini-2.5-flash-lite"
 

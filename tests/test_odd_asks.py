@@ -13,8 +13,8 @@ import pytest
 
 from gptutor.log_writer import logging_to
 from gptutor.openrouter.connection import Connection
-from tests.conftest import Caller, Gateway
-from tests.test_relay import assert_books_agree
+from tests.support.books import assert_books_agree
+from tests.support.gateway import Caller, Gateway
 
 PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 TEXT = {"type": "text", "text": "Hello"}

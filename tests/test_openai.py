@@ -18,8 +18,8 @@ from openai import AsyncOpenAI, OpenAI
 from openai.lib.streaming.chat import ChatCompletionStreamEvent
 from pydantic import BaseModel
 
-from tests.service import Service
-from tests.test_completion import READMES, examples, here
+from tests.support.readme import READMES, examples, here
+from tests.support.service import Service
 
 JAVASCRIPT = Path(__file__).parent / "js"
 MODEL = "google/gemini-2.5-flash-lite"

@@ -20,8 +20,8 @@ from schemathesis.checks import CHECKS, load_all_checks, not_a_server_error
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import make_key
 from gptutor.web import openapi
-from tests.conftest import Gateway
-from tests.test_relay import assert_books_agree
+from tests.support.books import assert_books_agree
+from tests.support.gateway import Gateway
 
 CHAT = "POST /v1/chat/completions"
 load_all_checks()

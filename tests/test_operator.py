@@ -33,8 +33,8 @@ from gptutor.serve import simulated_openrouter
 from gptutor.settings import Simulator as Place
 from gptutor.settings import Vk
 from gptutor.vk import signature
-from tests.conftest import VAULT, Gateway, config_for, gateway_on, make_caller
-from tests.test_ledger import hold, ledger_of, settlement
+from tests.support.gateway import VAULT, Gateway, config_for, gateway_on, make_caller
+from tests.support.ledger import hold, ledger_of, settlement
 
 CANARY = "canary-7391"
 

@@ -16,9 +16,9 @@ from gptutor.money.amounts import parse_roubles
 from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, KeyRing, Limits, TooManyKeys
 from gptutor.money.users import UserRepository
 from gptutor.web import openapi
-from tests.conftest import VAULT, Caller, Gateway, make_caller
-from tests.test_accounts import bearer, launch, sign_in, with_vk
-from tests.test_ledger import assert_books_hold
+from tests.support.gateway import VAULT, Caller, Gateway, make_caller
+from tests.support.ledger import assert_books_hold
+from tests.support.vk import bearer, launch, sign_in, with_vk
 
 NOON = datetime.datetime(2030, 1, 31, 12, tzinfo=datetime.UTC)
 

@@ -28,9 +28,9 @@ from gptutor.money.keys import make_key
 from gptutor.openrouter.relay import HEARTBEAT
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import simulated_openrouter
-from tests.conftest import Gateway, config_for, gateway_on, make_caller
-from tests.test_relay import assert_books_agree
-from tests.test_wire import post, raw
+from tests.support.books import assert_books_agree
+from tests.support.gateway import Gateway, config_for, gateway_on, make_caller
+from tests.support.wire import post, raw
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}]}
 

@@ -22,8 +22,8 @@ from gptutor.money.holds import new_id
 from gptutor.money.invariants import check
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.settings import ConfigError
-from tests.conftest import Caller, Gateway, config_for, gateway_on, make_caller
-from tests.yookassa import SECRET_KEY, SHOP_ID, YooKassaStandIn, notification
+from tests.support.gateway import Caller, Gateway, config_for, gateway_on, make_caller
+from tests.support.yookassa import SECRET_KEY, SHOP_ID, YooKassaStandIn, notification
 
 
 @dataclass

@@ -31,10 +31,10 @@ from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.openrouter.service import OpenRouterService
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import listening, simulated_openrouter
-from tests.conftest import Caller, Gateway, config_for, gateway_on, make_caller
-from tests.test_batch import Statements
-from tests.test_ledger import assert_books_hold, hold, ledger_of, release, settlement
-from tests.test_relay import assert_books_agree
+from tests.support.books import assert_books_agree
+from tests.support.gateway import Caller, Gateway, config_for, gateway_on, make_caller
+from tests.support.ledger import assert_books_hold, hold, ledger_of, release, settlement
+from tests.support.statements import Statements
 
 ROUTER = "openrouter/auto"
 SMALL = "openai/gpt-4o-mini"

@@ -19,8 +19,8 @@ from aiohttp import web
 from gptutor import config, database
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.settings import ConfigError
-from tests.conftest import Gateway, config_for, gateway_on
-from tests.test_relay import assert_books_agree
+from tests.support.books import assert_books_agree
+from tests.support.gateway import Gateway, config_for, gateway_on
 
 
 @pytest.fixture(scope="module")

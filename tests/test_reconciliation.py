@@ -13,8 +13,8 @@ from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, Release
 from gptutor.money.reconciliation import reconcile
-from tests.conftest import make_caller
-from tests.test_ledger import hold, ledger_of, settlement
+from tests.support.gateway import make_caller
+from tests.support.ledger import hold, ledger_of, settlement
 
 UTC = datetime.UTC
 DAY = datetime.timedelta(days=1)

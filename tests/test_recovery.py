@@ -3,12 +3,10 @@ rows upstream-14, upstream-19, process-2 to process-6, -11, -12, db-5, operator-
 Idempotency-Key (contract C10, B8; rows money-4, money-5)."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,11 +24,11 @@ from gptutor.money.holds import HandOver, Hold
 from gptutor.money.journal import Journal, JournalError
 from gptutor.money.keyring import KeyRing
 from gptutor.money.knowledge import Knowledge, Price
-from gptutor.money.ledger import Ledger
 from gptutor.money.recovery import Recovery, decide
 from gptutor.openrouter.bill import Bill
-from tests.conftest import VAULT, Caller, Gateway, make_caller
-from tests.test_ledger import RATE, assert_books_hold, hold, ledger_of, settlement
+from tests.support.gateway import VAULT, Caller, Gateway, make_caller
+from tests.support.ledger import assert_books_hold, hold, settlement
+from tests.support.recovery import Generations, leftovers_in, mortal, process
 
 PRICE = Price(Nano(9 * 10**8), Decimal("0.01"))  # 0.01 dollars × 90 = 0.9 roubles
 
@@ -75,58 +73,9 @@ def test_the_decision(knowledge: Knowledge | None, never_sent: bool, too_old: bo
 # -- a process of the test's own
 
 
-@dataclass
-class Generations:
-    """OpenRouter's `/generation`: what it says of a name, and what it was asked."""
-
-    says: dict[str, Decimal | Exception | None] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
-
-    async def cost_of(self, generation_id: str) -> Decimal | None:
-        self.asked.append(generation_id)
-        await asyncio.sleep(0)
-        answer = self.says.get(generation_id)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-@dataclass
-class Process:
-    ledger: Ledger
-    recovery: Recovery
-    generations: Generations
-
-    @property
-    def journal(self) -> Journal:
-        return self.ledger.journal
-
-
-@contextlib.contextmanager
-def process(
-    books: Database, directory: Path, *, generations: Generations | None = None, rate: Decimal = RATE, poll_s: float = 0.01
-) -> Iterator[Process]:
-    """A living process: its journal is locked, and its recovery can be asked to look."""
-    generations = generations or Generations()
-    with journal.opened(directory) as (own, _):
-        ledger = Ledger(books, own, rub_per_usd=rate, hold_ttl_s=60)
-        recovery = Recovery(books, ledger, directory, generations.cost_of, poll_s=poll_s, look_max_s=600, give_up_s=86_400)
-        yield Process(ledger, recovery, generations)
-
-
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "journal"
-
-
-def mortal(books: Database, directory: Path, slot: int = 50) -> Ledger:
-    """The ledger of a process that will die: nothing locks its slot, and nobody closes its journal."""
-    (directory / str(slot)).mkdir(parents=True, exist_ok=True)
-    return ledger_of(books, Journal(directory / str(slot), 1 << 20, 1 << 30))
-
-
-def leftovers_in(directory: Path, slot: int = 50) -> list[journal.Leftover]:
-    return journal.read_slot(directory / str(slot))
 
 
 async def row_of(books: Database, which: Hold) -> asyncpg.Record:

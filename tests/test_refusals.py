@@ -20,7 +20,7 @@ from gptutor.money.amounts import AccountId
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import make_key
 from gptutor.money.users import UserRepository
-from tests.conftest import VAULT, Gateway
+from tests.support.gateway import VAULT, Gateway
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}]}
 

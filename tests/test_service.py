@@ -23,7 +23,7 @@ from gptutor.listener import StartError, listening_on
 from gptutor.openrouter.simulator.server import Simulator
 from gptutor.serve import administering, simulated_openrouter
 from gptutor.web.site import documentation
-from tests.service import Service, environment, run, running_with, start
+from tests.support.service import Service, environment, run, running_with, start
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = (socket.AF_INET, socket.AF_INET6)

@@ -22,8 +22,8 @@ import pytest
 
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import make_key
-from tests.conftest import Caller, Gateway
-from tests.test_relay import assert_books_agree
+from tests.support.books import assert_books_agree
+from tests.support.gateway import Caller, Gateway
 
 KEY = b"<key>"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\nX-Request-ID: smuggled\r\n\r\n"

@@ -9,8 +9,8 @@ import pytest
 from aiohttp import web
 
 from gptutor.api.exchange import TRUNCATED
-from tests.conftest import Gateway
-from tests.test_relay import assert_books_agree
+from tests.support.books import assert_books_agree
+from tests.support.gateway import Gateway
 
 WHOLE = b"data: [DONE]\n\n"
 

@@ -25,9 +25,9 @@ from gptutor.money.pricing import Ceiling, charge
 from gptutor.money.usage import Place, Usage
 from gptutor.money.users import NoSuchUser
 from gptutor.vk import signature
-from tests.conftest import Caller, Gateway, make_caller
-from tests.test_ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
-from tests.test_recovery import leftovers_in, mortal, process
+from tests.support.gateway import Caller, Gateway, make_caller
+from tests.support.ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
+from tests.support.recovery import leftovers_in, mortal, process
 
 MODELS = ("google/gemini-2.5-flash-lite", "openai/gpt-4o-mini", "anthropic/claude-3-haiku")
 PATHS = ("/v1/credits", "/v1/usage", "/v1/usage/totals", "/v1/generation?id=x")

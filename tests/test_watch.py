@@ -9,8 +9,8 @@ from prometheus_client import REGISTRY
 
 from gptutor.database import Database
 from gptutor.money.watch import Watch
-from tests.conftest import Gateway, make_caller
-from tests.test_ledger import hold, ledger_of, release, settlement
+from tests.support.gateway import Gateway, make_caller
+from tests.support.ledger import hold, ledger_of, release, settlement
 
 FORGERIES = [
     "UPDATE accounts SET balance_nano = balance_nano + 1 WHERE account_id = $1",

@@ -21,26 +21,9 @@ from gptutor.money.amounts import AccountId
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import make_key
 from gptutor.money.users import UserRepository
-from tests.conftest import VAULT, Caller, Gateway
-from tests.test_relay import assert_books_agree
-
-
-async def raw(gateway: Gateway, request: bytes, *, until_close_s: float = 5) -> bytes:
-    """Sends bytes, and gives all that comes until the server closes. Raises TimeoutError if it does not."""
-    parts = urlsplit(gateway.url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    try:
-        writer.write(request)
-        async with asyncio.timeout(until_close_s):
-            return await reader.read()
-    finally:
-        writer.transport.abort()
-
-
-def post(caller: Caller, *, version: str = "1.1", extra: str = "Connection: close\r\n", stream: bool = False) -> bytes:
-    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": stream}).encode()
-    head = f"POST /v1/chat/completions HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n"
-    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n".encode() + body
+from tests.support.books import assert_books_agree
+from tests.support.gateway import VAULT, Gateway
+from tests.support.wire import post, raw
 
 
 @pytest.mark.parametrize(

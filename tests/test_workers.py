@@ -23,7 +23,7 @@ from gptutor.banner import banner
 from gptutor.listener import authority
 from gptutor.settings import Config, Docs, Server
 from gptutor.workers import Master, Worker
-from tests.service import RunningSimulator, Service, environment, run, start, start_simulator
+from tests.support.service import RunningSimulator, Service, environment, run, start, start_simulator
 
 
 def asking(text: str) -> bytes:

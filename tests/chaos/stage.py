@@ -17,7 +17,7 @@ from pathlib import Path
 import aiohttp
 
 from gptutor.embedded import PostgresServer, embedded_postgres
-from tests.service import environment
+from tests.support.service import environment
 
 ROOT = Path(__file__).parent.parent.parent
 SECRET = bytes(range(32))

@@ -135,3 +135,16 @@ def start_simulator(directory: Path) -> RunningSimulator:
     )
     assert process.stdout is not None
     return RunningSimulator(process, re.search(r"http://\S+/api/v1", process.stdout.readline())[0])  # type: ignore[index]
+
+
+def said(service: Service, *arguments: str) -> str:
+    return run(service.environ, *arguments).stdout
+
+
+def refused(environ: dict[str, str], *arguments: str) -> str:
+    """The one line that a mistake gets."""
+    ended = run(environ, *arguments, check=False)
+    assert ended.returncode != 0
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    return " ".join(ended.stderr.split())

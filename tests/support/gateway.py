@@ -1,0 +1,133 @@
+"""The gateway on a real socket with the simulator behind it, and its callers."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+from gptutor import database, settings
+from gptutor.api.health import READINESS
+from gptutor.app import IN_FLIGHT, build_app
+from gptutor.logs import LoggerService
+from gptutor.money.amounts import AccountId, parse_roubles, roubles
+from gptutor.money.bookings import Bookings
+from gptutor.money.keyring import KeyRing
+from gptutor.money.users import User, UserRepository
+from gptutor.money.vault import Vault
+from gptutor.openrouter.simulator.server import Simulator
+from gptutor.serve import listening
+
+SECRET = bytes(range(32))
+VAULT = Vault([SECRET])
+MODEL = "google/gemini-2.5-flash-lite"
+
+
+@dataclass
+class Caller:
+    """A user with a key, seen from both sides of the counter."""
+
+    key: str
+    account_id: AccountId
+    books: database.Database
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    async def user(self) -> User:
+        return await UserRepository(self.books).find(self.account_id)
+
+    async def balance(self) -> Decimal:
+        return Decimal(roubles((await self.user()).balance))
+
+    async def held(self) -> Decimal:
+        return Decimal(roubles((await self.user()).held))
+
+
+async def make_caller(books: database.Database, balance: str) -> Caller:
+    users = UserRepository(books)
+    user = await users.create()
+    if Decimal(balance):
+        await Bookings(books).book(user.account_id, "topup", parse_roubles(balance))
+    key, _ = await KeyRing(books, VAULT).issue(user.account_id)
+    return Caller(key, user.account_id, books)
+
+
+@dataclass
+class Gateway:
+    """The service on a socket, with the simulator behind it."""
+
+    url: str
+    app: web.Application
+    simulator: Simulator
+    books: database.Database
+    session: aiohttp.ClientSession
+    chat_url: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.chat_url = f"{self.url}/v1/chat/completions"
+
+    async def caller(self, balance: str = "100") -> Caller:
+        return await make_caller(self.books, balance)
+
+    async def chat(self, caller: Caller, text: str = "Hello", **members: Any) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Asks, and waits until the money is closed too."""
+        body = {"messages": [{"role": "user", "content": text}], **members}
+        async with self.session.post(self.chat_url, json=body, headers=caller.headers) as response:
+            document = await response.read()
+        await self.idle()
+        return response, document
+
+    async def idle(self) -> None:
+        """Waits until no request's money is under way."""
+        async with asyncio.timeout(20):
+            while len(self.app[IN_FLIGHT]):
+                await asyncio.sleep(0.005)
+
+    async def recovered(self, caller: Caller) -> None:
+        """Waits until recovery has closed all that the caller's requests left open."""
+        await self.idle()
+        async with asyncio.timeout(20):
+            while await caller.held():
+                await asyncio.sleep(0.02)
+
+    async def ready(self) -> None:
+        async with asyncio.timeout(20):
+            while self.app[READINESS].obstacle is not None:
+                await asyncio.sleep(0.005)
+
+    def billed_usd(self) -> Decimal:
+        return self.simulator.books.total_usd()
+
+
+def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[str, Any] | None = None) -> settings.Config:
+    """The settings of a gateway under test: all defaults, but for its ends, its patience at the end, and what a test tunes."""
+    changed = tuned or {}
+    return settings.Config(
+        server=settings.Server(**{"port": 0, "shutdown_s": 1, "drain_s": 5, **changed.get("server", {})}),
+        paths=settings.Paths(data=directory / "var", logs=directory / "logs"),
+        database=settings.Database(url=database_url),
+        openrouter=settings.OpenRouter(base_url=base_url, api_key="sk-or-test", **changed.get("openrouter", {})),
+        billing=settings.Billing(**changed.get("billing", {})),
+        rate_limit=settings.RateLimit(**changed.get("rate_limit", {})),
+        vk=settings.Vk(**changed.get("vk", {})),
+        relay=settings.Relay(**changed.get("relay", {})),
+        recovery=settings.Recovery(**{"poll_s": 0.05, **changed.get("recovery", {})}),
+    )
+
+
+@asynccontextmanager
+async def gateway_on(config: settings.Config, books: database.Database, simulator: Simulator) -> AsyncIterator[Gateway]:
+    """A gateway with these settings, ready. Only one at a time may have a database whose OpenRouter is not the other's: recovery
+    looks up whatever is due, and would ask the wrong one."""
+    app = build_app(config, log=LoggerService(), secrets=[SECRET])
+    async with listening(app, config) as url, aiohttp.ClientSession(auto_decompress=False) as session:
+        running = Gateway(url, app, simulator, books, session)
+        await running.ready()
+        yield running

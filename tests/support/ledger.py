@@ -1,0 +1,46 @@
+"""Holds, settlements and releases, put to a ledger directly."""
+
+import tempfile
+from decimal import Decimal
+from pathlib import Path
+
+from gptutor.database import Database
+from gptutor.money.amounts import Nano, parse_roubles
+from gptutor.money.holds import Hold, HoldRequest, Release, Settlement, new_id
+from gptutor.money.invariants import check
+from gptutor.money.journal import Journal
+from gptutor.money.keys import KeyClaim, parse_key
+from gptutor.money.ledger import Ledger
+from gptutor.money.pricing import Ceiling
+from tests.support.gateway import Caller
+
+RATE = Decimal(90)
+
+
+def claim(caller: Caller) -> KeyClaim:
+    read = parse_key(caller.key)
+    assert read is not None
+    return read
+
+
+def ledger_of(books: Database, journal: Journal | None = None) -> Ledger:
+    journal = journal or Journal(Path(tempfile.mkdtemp()), 1 << 20, 1 << 30)
+    return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60)
+
+
+async def hold(books: Database, caller: Caller, most: str, least: str | None = None, ledger: Ledger | None = None) -> Hold:
+    ceiling = Ceiling(most=parse_roubles(most), least=parse_roubles(least or most))
+    return await (ledger or ledger_of(books)).hold_funds(HoldRequest(claim(caller), new_id(), ceiling, "a/b", "r"))
+
+
+def release(of: Hold) -> Release:
+    return Release(of.account_id, of.hold_id)
+
+
+def settlement(of: Hold, cost: str) -> Settlement:
+    charge = Nano(int(Decimal(cost) * RATE * 10**9))
+    return Settlement(of.account_id, of.hold_id, charge, Decimal(cost), f"gen-{of.hold_id}")
+
+
+async def assert_books_hold(books: Database) -> None:
+    assert [finding.invariant.name for finding in [finding async for finding in check(books)] if finding.rows] == []
