@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "gptutor"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "gptutor"
 
 # room → what it must never import
 FORBIDDEN = {
@@ -93,6 +94,16 @@ def test_the_floors_test_can_fail(tmp_path: Path) -> None:
     assert {"asyncio", "gptutor.api", "gptutor.api.ask"} <= imports(module)
     assert within("gptutor.api.ask", "gptutor.api")
     assert not within("gptutor.apiary", "gptutor.api")
+
+
+def test_what_tests_share_is_in_their_support() -> None:
+    assert not {
+        (str(path.relative_to(TESTS)), imported)
+        for path in TESTS.rglob("*.py")
+        if "node_modules" not in path.parts
+        for imported in imports(path)
+        if imported.startswith("tests.test_") or within(imported, "tests.conftest")
+    }
 
 
 def test_modules_are_short_enough_to_read() -> None:
