@@ -23,8 +23,8 @@ from rich.table import Table
 from bench.books import commits, prepared
 from bench.rig import Authority, Seen, built, seen, start_load, upstream
 from bench.subjects import SUBJECTS, Place, Running, cpu_s
-from gptutor.embedded import embedded_postgres
-from gptutor.openrouter.simulator.server import Simulator
+from gptutor.database.embedded import embedded_postgres
+from gptutor.simulator.server import Simulator
 
 WARM_UP_S = 1.0
 BASE = "bare relay"

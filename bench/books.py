@@ -5,7 +5,7 @@ import os
 
 import asyncpg
 
-from gptutor import database, migrations
+from gptutor.database import migrations, pool
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing
@@ -17,7 +17,7 @@ async def prepared(url: str, accounts: int) -> list[str]:
     """Migrates the database, and gives the keys of new accounts."""
     await migrations.migrate(url)
     keys = []
-    async with database.connected(url) as books:
+    async with pool.connected(url) as books:
         for _ in range(accounts):
             user = await UserRepository(books).create("bench")
             await Bookings(books).book(user.account_id, "topup", parse_roubles("1000000"))

@@ -24,9 +24,9 @@ import psutil
 
 from bench.subjects import cpu_s
 from bench.usage import fill, say
-from gptutor import migrations
-from gptutor.database import STATEMENTS
-from gptutor.embedded import embedded_postgres
+from gptutor.database import migrations
+from gptutor.database.embedded import embedded_postgres
+from gptutor.database.pool import STATEMENTS
 from gptutor.money.holds import new_id
 
 BATCH = 50

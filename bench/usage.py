@@ -18,9 +18,9 @@ from unittest.mock import patch
 
 import asyncpg
 
-from gptutor import migrations
-from gptutor.database import STATEMENTS
-from gptutor.embedded import embedded_postgres
+from gptutor.database import migrations
+from gptutor.database.embedded import embedded_postgres
+from gptutor.database.pool import STATEMENTS
 
 LARGEST = 1
 SHARE = 20

@@ -1,6 +1,6 @@
 """`gptutor` and `python -m gptutor`."""
 
-from gptutor.cli import main
+from gptutor.cli.main import main
 
 if __name__ == "__main__":
     main()

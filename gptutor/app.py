@@ -11,28 +11,31 @@ from contextlib import AsyncExitStack
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gptutor import database, migrations, yookassa
-from gptutor.api import accounts, completions, health, identity, middlewares, models, payments
-from gptutor.api.addresses import Counter, limit_addresses, networks
-from gptutor.api.body import BodyLimits, hold_invitation
-from gptutor.api.cors import cors, open_to_pages
-from gptutor.api.event_stream import Patience
-from gptutor.api.inflight import InFlight
-from gptutor.api.order import Kit
-from gptutor.api.pace import Pace
-from gptutor.logs import LoggerService
+from gptutor.api import auth, models, payments, sign_in
+from gptutor.api.chat import completions
+from gptutor.api.chat.context import Services
+from gptutor.api.chat.event_stream import StreamLimits
+from gptutor.api.chat.in_flight import InFlight
+from gptutor.config.schema import Config
+from gptutor.database import migrations, pool
+from gptutor.http import health, middlewares
+from gptutor.http.address_limits import RequestCounter, limit_by_address, networks
+from gptutor.http.body import BodyLimits, defer_continue
+from gptutor.http.cors import cors, open_to_pages
+from gptutor.http.rate_limit import RateLimit
+from gptutor.integrations import yookassa
 from gptutor.money import journal
 from gptutor.money.amounts import parse_roubles
+from gptutor.money.balance_auditor import BalanceAuditor
 from gptutor.money.journal import Journal, Leftover
 from gptutor.money.keyring import KeyRing
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.money.recovery import Recovery, connection_name
 from gptutor.money.vault import Vault
-from gptutor.money.watch import Watch
 from gptutor.openrouter import catalogue, service
 from gptutor.routes import KEYED, PERSONAL, ROUTES
-from gptutor.settings import Config
+from gptutor.telemetry.logs import LoggerService
 
 LOGGER = logging.getLogger("gptutor.app")
 HOLD_SLACK_S = 60
@@ -51,7 +54,7 @@ LEFTOVERS = web.AppKey("leftovers", list[Leftover])
 RECOVERY = web.AppKey("recovery", Recovery)
 SECRET = web.AppKey("secret", bytes)
 VAULT = web.AppKey("vault", Vault)
-SLOW_LANE = web.AppKey("slow_lane", ThreadPoolExecutor)
+PARSER_THREAD = web.AppKey("slow_lane", ThreadPoolExecutor)
 IN_FLIGHT = web.AppKey("in_flight", InFlight)
 
 
@@ -70,7 +73,7 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             _address_limits(config),  # those without an account, before anything is done for them
             middlewares.body_limit(config.server.body_bytes_max),  # before anything reads the body
             # nearest to the handler: a 404 or 405 needs no key
-            identity.authenticate(KEYED, PERSONAL, Counter(config.rate_limit.own_pages_per_minute)),
+            auth.authenticate(KEYED, PERSONAL, RequestCounter(config.rate_limit.own_pages_per_minute)),
         ],
     )
     app.on_response_prepare.extend([middlewares.name_response, open_to_pages(config.server.allowed_origins)])
@@ -78,7 +81,7 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
     app[LOG] = log
     app[SECRET] = secrets[0]
     app[VAULT] = Vault(secrets)
-    app[identity.VK_DOOR] = identity.VkDoor(
+    app[auth.VK_SIGN_IN] = auth.VkSignIn(
         app_id=config.vk.app_id,
         secret=config.vk.secret_key,
         age_s_max=config.vk.launch_age_s,
@@ -94,26 +97,26 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
 
     for method, path, handler in ROUTES:
         if method == "GET":
-            app.router.add_get(path, handler, expect_handler=hold_invitation)  # and HEAD
+            app.router.add_get(path, handler, expect_handler=defer_continue)  # and HEAD
         else:
-            app.router.add_route(method, path, handler, expect_handler=hold_invitation)
+            app.router.add_route(method, path, handler, expect_handler=defer_continue)
     return app
 
 
 def _address_limits(config: Config) -> Middleware:
     limits = config.rate_limit
-    models_read, sign_ins = Counter(limits.models_per_minute), Counter(limits.sign_ins_per_minute)
+    models_read, sign_ins = RequestCounter(limits.models_per_minute), RequestCounter(limits.sign_ins_per_minute)
     arrivals = {
         models.list_models: models_read,
         models.show_model: models_read,
-        accounts.vk_test: sign_ins,
-        accounts.update_token: sign_ins,
-        payments.notified: Counter(limits.notifications_per_minute),
+        sign_in.vk_test: sign_ins,
+        sign_in.update_token: sign_ins,
+        payments.notified: RequestCounter(limits.notifications_per_minute),
     }
-    return limit_addresses(
+    return limit_by_address(
         arrivals,
-        Counter(limits.strangers_per_minute),
-        KEYED | PERSONAL | {accounts.vk_test, accounts.update_token},
+        RequestCounter(limits.strangers_per_minute),
+        KEYED | PERSONAL | {sign_in.vk_test, sign_in.update_token},
         networks(config.server.trusted_proxies),
     )
 
@@ -127,7 +130,7 @@ async def journal_context(app: web.Application) -> AsyncIterator[None]:
 
 async def database_context(app: web.Application) -> AsyncIterator[None]:
     limits = app[CONFIG].database
-    async with database.connected(
+    async with pool.connected(
         limits.url,
         name=connection_name(app[JOURNAL].owner),
         connections_min=0,  # the service starts, and says so, before PostgreSQL answers
@@ -136,7 +139,7 @@ async def database_context(app: web.Application) -> AsyncIterator[None]:
         statement_s=limits.statement_s,
     ) as connected:
         app[health.DATABASE] = connected
-        app[identity.KEYRING] = KeyRing(connected, app[VAULT])
+        app[auth.KEYRING] = KeyRing(connected, app[VAULT])
         yield
 
 
@@ -155,17 +158,17 @@ async def payments_context(app: web.Application) -> AsyncIterator[None]:
                     timeout_s=shop.timeout_s,
                 )
             )
-        app[payments.CASHIER] = payments.Cashier(
+        app[payments.PAYMENTS] = payments.PaymentService(
             client, least_rub=shop.payment_min_rub, most_rub=shop.payment_max_rub, at_once=shop.at_once
         )
         yield
-        await app[payments.CASHIER].drain()
+        await app[payments.PAYMENTS].drain()
 
 
 async def upstream_context(app: web.Application) -> AsyncIterator[None]:
     config = app[CONFIG]
     openrouter = config.openrouter
-    limits = service.Limits(
+    limits = service.UpstreamLimits(
         connect_s=openrouter.connect_s,
         total_s=openrouter.total_s,
         first_byte_s=openrouter.first_byte_s,
@@ -194,7 +197,7 @@ async def upstream_context(app: web.Application) -> AsyncIterator[None]:
 
 async def slow_lane_context(app: web.Application) -> AsyncIterator[None]:
     with ThreadPoolExecutor(1, thread_name_prefix="large bodies") as lane:
-        app[SLOW_LANE] = lane
+        app[PARSER_THREAD] = lane
         yield
 
 
@@ -209,7 +212,7 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         chat_at_once=config.rate_limit.chat_at_once,
     )
     app[IN_FLIGHT] = InFlight()
-    app[completions.KIT] = Kit(
+    app[completions.SERVICES] = Services(
         ledger=ledger,
         evaluate=LLMCostEvaluate(**{name: getattr(config.billing, name) for name in config.billing.__struct_fields__}),
         upstream=app[UPSTREAM],
@@ -217,13 +220,13 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         log=app[LOG],
         in_flight=app[IN_FLIGHT],
         readiness=app[health.READINESS],
-        keyring=app[identity.KEYRING],
-        slow_lane=app[SLOW_LANE],
+        keyring=app[auth.KEYRING],
+        slow_lane=app[PARSER_THREAD],
         body_limits=BodyLimits(config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s),
         default_model=config.openrouter.default_model,
         pseudonym_key=derived_key(app[SECRET], b"pseudonym"),
-        patience=Patience(**{name: getattr(config.relay, name) for name in config.relay.__struct_fields__}),
-        pace=Pace(config.rate_limit.chat_per_minute),
+        patience=StreamLimits(**{name: getattr(config.relay, name) for name in config.relay.__struct_fields__}),
+        pace=RateLimit(config.rate_limit.chat_per_minute),
     )
     app[RECOVERY] = Recovery(
         app[health.DATABASE],
@@ -255,7 +258,7 @@ async def open_for_business(app: web.Application) -> None:
                 raise migrations.MigrationError(f"The database lacks {', '.join(pending)}: gptutor migrate")
             left = [leftover for leftover in app[LEFTOVERS] if not await app[RECOVERY].replay(leftover)]
             readiness.obstacle = None
-        except (database.DatabaseUnavailable, database.DatabaseRefused, migrations.MigrationError) as error:
+        except (pool.DatabaseUnavailable, pool.DatabaseRefused, migrations.MigrationError) as error:
             readiness.obstacle = str(error)
             LOGGER.warning("Not ready yet: %s", error)
             await asyncio.sleep(DATABASE_RETRY_S)
@@ -265,7 +268,9 @@ async def open_for_business(app: web.Application) -> None:
             await asyncio.sleep(DATABASE_RETRY_S)
     async with asyncio.TaskGroup() as for_ever:
         for_ever.create_task(app[RECOVERY].run(left), name="recovery")
-        for_ever.create_task(Watch(app[health.DATABASE], app[CONFIG].recovery.watch_s).run(), name="watch over the books")
+        for_ever.create_task(
+            BalanceAuditor(app[health.DATABASE], app[CONFIG].recovery.watch_s).run(), name="watch over the books"
+        )
 
 
 async def close_the_door(app: web.Application) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ErrorKind:
     """One row of the list: HTTP status, default text, and whether a second attempt could be charged twice."""
 
     status: int
@@ -20,52 +20,52 @@ class Kind:
 DO_NOT_RETRY = {"x-should-retry": "false"}
 """Obeyed by the OpenAI SDKs, which otherwise repeat every 409, 429 and 5xx."""
 
-SOON = {"Retry-After": "1"}
+RETRY_SOON = {"Retry-After": "1"}
 
-KINDS: dict[str, Kind] = {
+ERRORS: dict[str, ErrorKind] = {
     # the ask
-    "malformed_request": Kind(400, "Malformed HTTP request"),
-    "invalid_json": Kind(400, "Request body is not valid JSON"),
-    "duplicate_key": Kind(400, "A key stands twice in one JSON object"),
-    "invalid_request": Kind(400, "Invalid request"),
-    "model_not_found": Kind(400, "Unknown model"),
-    "upstream_rejected": Kind(400, "OpenRouter rejected the request"),
-    "body_too_large": Kind(413, "Request body is too large"),
-    "body_too_slow": Kind(408, "Request body did not arrive in time"),
-    "unsupported_encoding": Kind(415, "Request body must not be compressed"),
-    "unsupported_media_type": Kind(415, "Content-Type must be application/json"),
+    "malformed_request": ErrorKind(400, "Malformed HTTP request"),
+    "invalid_json": ErrorKind(400, "Request body is not valid JSON"),
+    "duplicate_key": ErrorKind(400, "A key stands twice in one JSON object"),
+    "invalid_request": ErrorKind(400, "Invalid request"),
+    "model_not_found": ErrorKind(400, "Unknown model"),
+    "upstream_rejected": ErrorKind(400, "OpenRouter rejected the request"),
+    "body_too_large": ErrorKind(413, "Request body is too large"),
+    "body_too_slow": ErrorKind(408, "Request body did not arrive in time"),
+    "unsupported_encoding": ErrorKind(415, "Request body must not be compressed"),
+    "unsupported_media_type": ErrorKind(415, "Content-Type must be application/json"),
     # the caller
-    "invalid_key": Kind(401, "Invalid API key or inactive user", {"WWW-Authenticate": "Bearer"}),
-    "insufficient_balance": Kind(402, "Insufficient balance", DO_NOT_RETRY),
-    "key_cap_reached": Kind(402, "The spending cap of this API key is reached", DO_NOT_RETRY),
-    "too_many_keys": Kind(409, "The account has as many API keys as it may have", DO_NOT_RETRY),
-    "main_key_required": Kind(403, "Only the main API key or a sign-in may change keys"),
-    "repeated_request": Kind(409, "A request with this Idempotency-Key was made before", DO_NOT_RETRY),
-    "mismatched_request": Kind(422, "This Idempotency-Key was used for a different request", DO_NOT_RETRY),
-    "already_booked": Kind(409, "This reference was booked before", DO_NOT_RETRY),
-    "moderated": Kind(403, "OpenRouter's moderation refused the request"),
-    "rate_limited": Kind(429, "Too Many Requests"),
-    "too_many_at_once": Kind(429, "Too many requests at the same time", SOON),
-    "rate_limited_upstream": Kind(429, "The model is overloaded, try again later", {"Retry-After": "5"}),
+    "invalid_key": ErrorKind(401, "Invalid API key or inactive user", {"WWW-Authenticate": "Bearer"}),
+    "insufficient_balance": ErrorKind(402, "Insufficient balance", DO_NOT_RETRY),
+    "key_cap_reached": ErrorKind(402, "The spending cap of this API key is reached", DO_NOT_RETRY),
+    "too_many_keys": ErrorKind(409, "The account has as many API keys as it may have", DO_NOT_RETRY),
+    "main_key_required": ErrorKind(403, "Only the main API key or a sign-in may change keys"),
+    "repeated_request": ErrorKind(409, "A request with this Idempotency-Key was made before", DO_NOT_RETRY),
+    "mismatched_request": ErrorKind(422, "This Idempotency-Key was used for a different request", DO_NOT_RETRY),
+    "already_booked": ErrorKind(409, "This reference was booked before", DO_NOT_RETRY),
+    "moderated": ErrorKind(403, "OpenRouter's moderation refused the request"),
+    "rate_limited": ErrorKind(429, "Too Many Requests"),
+    "too_many_at_once": ErrorKind(429, "Too many requests at the same time", RETRY_SOON),
+    "rate_limited_upstream": ErrorKind(429, "The model is overloaded, try again later", {"Retry-After": "5"}),
     # the route
-    "not_found": Kind(404, "Not found"),
-    "method_not_allowed": Kind(405, "Method not allowed"),
-    "expectation_failed": Kind(417, "The only expectation that is met is 100-continue"),
+    "not_found": ErrorKind(404, "Not found"),
+    "method_not_allowed": ErrorKind(405, "Method not allowed"),
+    "expectation_failed": ErrorKind(417, "The only expectation that is met is 100-continue"),
     # us and upstream
-    "internal_error": Kind(500, "Internal server error"),
-    "upstream_error": Kind(500, "Internal server error"),
-    "upstream_unreachable": Kind(500, "Internal server error"),
-    "upstream_account": Kind(500, "Internal server error", DO_NOT_RETRY),
-    "upstream_outcome_unknown": Kind(500, "Internal server error", DO_NOT_RETRY),
-    "upstream_timeout": Kind(504, "OpenRouter did not answer in time", DO_NOT_RETRY),
-    "database_unavailable": Kind(503, "Service temporarily unavailable", SOON),
-    "not_ready": Kind(503, "Service is starting or stopping", SOON),
-    "journal_unavailable": Kind(503, "Service temporarily unavailable", SOON),
-    "payments_unavailable": Kind(503, "The payment provider does not answer, try again later", SOON),
+    "internal_error": ErrorKind(500, "Internal server error"),
+    "upstream_error": ErrorKind(500, "Internal server error"),
+    "upstream_unreachable": ErrorKind(500, "Internal server error"),
+    "upstream_account": ErrorKind(500, "Internal server error", DO_NOT_RETRY),
+    "upstream_outcome_unknown": ErrorKind(500, "Internal server error", DO_NOT_RETRY),
+    "upstream_timeout": ErrorKind(504, "OpenRouter did not answer in time", DO_NOT_RETRY),
+    "database_unavailable": ErrorKind(503, "Service temporarily unavailable", RETRY_SOON),
+    "not_ready": ErrorKind(503, "Service is starting or stopping", RETRY_SOON),
+    "journal_unavailable": ErrorKind(503, "Service temporarily unavailable", RETRY_SOON),
+    "payments_unavailable": ErrorKind(503, "The payment provider does not answer, try again later", RETRY_SOON),
 }
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """A refusal of one request. `more` stands beside the text in its body; `cause` is for the log, and never leaves the house."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Refusal(Exception):
         more: Mapping[str, str | int] | None = None,
         cause: str | None = None,
     ) -> None:
-        kind = KINDS[code]
+        kind = ERRORS[code]
         self.code = code
         self.status = kind.status
         self.text = text or kind.text

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from gptutor.api import accounts, completions, health, keys, models, payments, usage
-from gptutor.api.middlewares import Handler
+from gptutor.api import keys, models, payments, sign_in, usage
+from gptutor.api.chat import completions
+from gptutor.http import health
+from gptutor.http.middlewares import Handler
 
 KEYED = frozenset({completions.complete})
 """The handlers that need an API key."""
@@ -26,8 +28,8 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/chat/completions", completions.complete),
     ("GET", "/v1/models", models.list_models),
     ("GET", "/v1/models/{model_id:.+}", models.show_model),
-    ("GET", "/vk-test", accounts.vk_test),
-    ("POST", "/update-token", accounts.update_token),
+    ("GET", "/vk-test", sign_in.vk_test),
+    ("POST", "/update-token", sign_in.update_token),
     ("GET", "/v1/keys", keys.list_keys),
     ("POST", "/v1/keys", keys.create_key),
     ("PATCH", "/v1/keys/{key_id:[1-9][0-9]{0,17}}", keys.limit_key),

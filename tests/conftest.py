@@ -12,11 +12,12 @@ import uvloop
 from aiohttp import web
 from hypothesis import settings as hypothesis_settings
 
-from gptutor import database, migrations, settings
-from gptutor.config_files import ENV_FILE
-from gptutor.embedded import embedded_postgres
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import simulated_openrouter
+from gptutor.config import schema
+from gptutor.config.files import ENV_FILE
+from gptutor.database import migrations, pool
+from gptutor.database.embedded import embedded_postgres
+from gptutor.server.serve import simulated_openrouter
+from gptutor.simulator.server import Simulator
 from tests.support.books import overruns
 from tests.support.gateway import Gateway, config_for, gateway_on
 from tests.support.service import Service, start
@@ -70,8 +71,8 @@ async def database_url(postgres: str) -> str:
 
 
 @pytest.fixture
-async def books(database_url: str) -> AsyncIterator[database.Database]:
-    async with database.connected(database_url, connections_max=8) as connected:
+async def books(database_url: str) -> AsyncIterator[pool.Database]:
+    async with pool.connected(database_url, connections_max=8) as connected:
         yield connected
 
 
@@ -88,10 +89,10 @@ async def simulator() -> Simulator:
 
 @pytest.fixture
 async def gateway(
-    database_url: str, books: database.Database, simulator: Simulator, tuned: dict[str, Any], tmp_path: Path
+    database_url: str, books: pool.Database, simulator: Simulator, tuned: dict[str, Any], tmp_path: Path
 ) -> AsyncIterator[Gateway]:
     async with (
-        simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url,
+        simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url,
         gateway_on(config_for(database_url, base_url, tmp_path, tuned), books, simulator) as running,
     ):
         yield running
@@ -101,7 +102,7 @@ async def gateway(
 
 @pytest.fixture
 async def scripted(
-    database_url: str, books: database.Database, simulator: Simulator, aiohttp_server: Any, tmp_path: Path, tuned: dict[str, Any]
+    database_url: str, books: pool.Database, simulator: Simulator, aiohttp_server: Any, tmp_path: Path, tuned: dict[str, Any]
 ) -> AsyncIterator[Any]:
     """A gateway whose OpenRouter is a function of the test's; gives (set the function, the gateway)."""
     plays: list[Any] = []

@@ -22,8 +22,8 @@ import openai
 import psutil
 import pytest
 
-from gptutor.api.health import DATABASE, READINESS
-from gptutor.database import Database
+from gptutor.database.pool import Database
+from gptutor.http.health import DATABASE, READINESS
 from gptutor.money.amounts import AccountId, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing

@@ -18,19 +18,19 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from gptutor import settings
 from gptutor.admin.app import build_admin
-from gptutor.config import load
-from gptutor.database import Database
-from gptutor.listener import StartError
-from gptutor.log_writer import logging_to
-from gptutor.logs import LoggerService
+from gptutor.config import schema
+from gptutor.config.load import load
+from gptutor.config.schema import ConfigError
+from gptutor.database.pool import Database
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver
 from gptutor.money.users import UserRepository
-from gptutor.serve import administering
-from gptutor.settings import ConfigError
+from gptutor.server.listener import StartError
+from gptutor.server.serve import administering
+from gptutor.telemetry.log_writer import logging_to
+from gptutor.telemetry.logs import LoggerService
 from tests.support.gateway import SECRET, Gateway, config_for, make_caller
 from tests.support.ledger import hold, ledger_of, settlement
 from tests.support.service import start
@@ -71,7 +71,7 @@ class Admin:
 async def admin(database_url: str, books: Database, tmp_path: Path) -> AsyncIterator[Admin]:
     socket = tmp_path / "admin.socket"
     plain = config_for(database_url, "http://127.0.0.1:9", tmp_path)
-    config = msgspec.structs.replace(plain, admin=settings.Admin(socket=str(socket), token=f"{TOKEN} anna:{ANNAS}"))
+    config = msgspec.structs.replace(plain, admin=schema.AdminSettings(socket=str(socket), token=f"{TOKEN} anna:{ANNAS}"))
     with logging_to(tmp_path / "lines", level="error", retention_days=1, stdout=False):
         async with (
             administering(build_admin(config, log=LoggerService(), secrets=[SECRET]), config),
@@ -385,7 +385,7 @@ async def test_nobody_comes_in_without_the_token(admin: Admin, path: str) -> Non
 
 
 async def test_it_is_never_on_the_public_side(gateway: Gateway) -> None:
-    app = build_admin(settings.Config(), log=LoggerService(), secrets=[SECRET])
+    app = build_admin(schema.Config(), log=LoggerService(), secrets=[SECRET])
     paths = {route.resource.canonical for route in app.router.routes() if route.resource is not None}
     assert len(paths) == 12
     for path in paths:
@@ -424,7 +424,7 @@ def test_it_is_off_by_default() -> None:
 
 
 async def test_a_socket_that_cannot_be_is_told_in_a_sentence(tmp_path: Path) -> None:
-    config = settings.Config(admin=settings.Admin(socket=str(tmp_path / "no" / "where"), token=TOKEN))
+    config = schema.Config(admin=schema.AdminSettings(socket=str(tmp_path / "no" / "where"), token=TOKEN))
     with pytest.raises(StartError, match="Cannot listen on the socket"):
         async with administering(web.Application(), config):
             pass

@@ -15,17 +15,18 @@ import asyncpg
 import orjson
 import pytest
 
-from gptutor import console, logs
-from gptutor.administration import Administration
-from gptutor.database import Database
-from gptutor.log_writer import logging_to
+from gptutor.cli import console
+from gptutor.database.pool import Database
+from gptutor.money.administration import Administration
 from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver
-from gptutor.money.keyring import KeyRing, Limits, NoSuchKey
-from gptutor.money.limits import InvalidLimit, changed, end_of
+from gptutor.money.key_limits import InvalidLimit, changed, end_of
+from gptutor.money.keyring import KeyLimits, KeyRing, NoSuchKey
 from gptutor.money.users import UserRepository
 from gptutor.money.vault import Unreadable, Vault
+from gptutor.telemetry import logs
+from gptutor.telemetry.log_writer import logging_to
 from tests.support.gateway import SECRET, make_caller
 from tests.support.ledger import hold, ledger_of
 from tests.support.service import Service, environment, refused, run, said
@@ -221,11 +222,11 @@ def test_audit_lines_are_written_at_every_level(tmp_path: Path) -> None:
 
 
 def test_limits_are_changed_one_by_one() -> None:
-    whole = Limits(end_of("2999-12-31"), parse_roubles("5"), "day", 7)
+    whole = KeyLimits(end_of("2999-12-31"), parse_roubles("5"), "day", 7)
     assert changed(whole, {}) == whole
-    assert changed(whole, {"cap": None}) == Limits(whole.expires_at, None, None, 7)
-    assert changed(whole, {"cap_period": "total"}) == Limits(whole.expires_at, whole.cap, "total", 7)
-    assert changed(Limits(), {"cap": "0"}) == Limits(cap=Nano(0), cap_period="total")
+    assert changed(whole, {"cap": None}) == KeyLimits(whole.expires_at, None, None, 7)
+    assert changed(whole, {"cap_period": "total"}) == KeyLimits(whole.expires_at, whole.cap, "total", 7)
+    assert changed(KeyLimits(), {"cap": "0"}) == KeyLimits(cap=Nano(0), cap_period="total")
     assert end_of("2999-12-31T18:00:00+03:00") == datetime.datetime(2999, 12, 31, 15, tzinfo=datetime.UTC)
     for text in ("", "9999-12-31", "2999-13-01", "2999-12-31T18:00:00", "tomorrow"):
         with pytest.raises(InvalidLimit):

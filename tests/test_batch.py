@@ -17,19 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptutor.database import ConstraintViolated, Database, DatabaseUnavailable, RowsLocked
+from gptutor.database.pool import ConstraintViolated, Database, DatabaseUnavailable, RowsLocked
 from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.batch import Batcher
-from gptutor.money.holds import (
-    Hold,
-    HoldRequest,
-    InsufficientFunds,
-    Release,
-    RepeatedRequest,
-    Settlement,
-    UnknownKey,
-    new_id,
-)
+from gptutor.money.holds import Hold, HoldRequest, InsufficientFunds, Release, RepeatedRequest, Settlement, UnknownKey, new_id
 from gptutor.money.keys import KeyClaim, make_key, parse_key
 from gptutor.money.pricing import Ceiling
 from tests.support.gateway import Caller, make_caller

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner, parse_usd, read_statement
+from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner, parse_usd, read_usage_report
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "cost": 9.3e-05, "is_byok": False}
 FINAL = b"data: " + json.dumps({"id": "gen-1", "choices": [], "usage": USAGE}).encode()
@@ -166,7 +166,7 @@ def test_it_knows_where_an_event_ends() -> None:
     ],
 )
 def test_a_plain_answer(document: bytes, cost: str | None) -> None:
-    bill = read_statement(document).bill
+    bill = read_usage_report(document).bill
     assert (str(bill.cost_usd) if bill else None) == cost
 
 

@@ -21,12 +21,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gptutor import database
+from gptutor.database import pool
 from gptutor.money.bookings import Bookings
 from gptutor.money.invariants import check
 from gptutor.openrouter.errors import UpstreamError
-from gptutor.openrouter.service import Limits, connected
-from gptutor.openrouter.simulator.server import Simulator
+from gptutor.openrouter.service import UpstreamLimits, connected
+from gptutor.simulator.server import Simulator
 from tests.support.gateway import Gateway, config_for, gateway_on
 
 EXAMPLES = 200
@@ -289,7 +289,7 @@ async def stage(database_url: str, directory: Path) -> AsyncIterator[tuple[Upstr
     config = config_for(database_url, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", directory, tuned)
     try:
         async with (
-            database.connected(database_url, connections_max=4) as books,
+            pool.connected(database_url, connections_max=4) as books,
             gateway_on(config, books, Simulator()) as gateway,
         ):
             yield upstream, gateway
@@ -377,7 +377,7 @@ async def test_what_arrived_before_a_break_is_passed_on_although_the_caller_was_
 
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    limits = Limits(connect_s=5, total_s=5, first_byte_s=5, idle_s=5, end_s=5, attempts_max=1)
+    limits = UpstreamLimits(connect_s=5, total_s=5, first_byte_s=5, idle_s=5, end_s=5, attempts_max=1)
     received = bytearray()
 
     def take(piece: bytes) -> None:

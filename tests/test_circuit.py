@@ -6,14 +6,14 @@ import time
 import pytest
 
 from gptutor.app import UPSTREAM
-from gptutor.openrouter.circuit import FAILURES_MAX, PAUSE_S, Circuit
-from gptutor.openrouter.connection import Connection
-from gptutor.openrouter.pool import End
+from gptutor.openrouter.circuit import FAILURES_MAX, PAUSE_S, CircuitBreaker
+from gptutor.openrouter.connection import UpstreamConnection
+from gptutor.openrouter.connection_pool import Endpoint
 from tests.support.gateway import Gateway
 
 
 def test_it_opens_after_failures_in_a_row_and_lets_one_try_at_a_time() -> None:
-    circuit = Circuit()
+    circuit = CircuitBreaker()
     for _ in range(FAILURES_MAX - 1):
         circuit.missed(now=100)
     circuit.reached()
@@ -37,12 +37,12 @@ async def test_while_openrouter_is_away_callers_learn_it_at_once_and_when_it_is_
     caller = await gateway.caller()
     upstream = gateway.app[UPSTREAM]
     pool = upstream._pool
-    real, pool._end = pool._end, End.of("http://127.0.0.1:1/api/v1")
+    real, pool._end = pool._end, Endpoint.of("http://127.0.0.1:1/api/v1")
     pool.close()
     asked = 0
     real_connect = pool.connect
 
-    async def counted() -> Connection:
+    async def counted() -> UpstreamConnection:
         nonlocal asked
         asked += 1
         return await real_connect()

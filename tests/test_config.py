@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptutor.config import DEFAULT_FILE, load
-from gptutor.secret_keys import secret_key
-from gptutor.settings import Config, ConfigError, OpenRouter
+from gptutor.config.load import DEFAULT_FILE, load
+from gptutor.config.schema import Config, ConfigError, OpenRouterSettings
+from gptutor.config.secrets import secret_key
 
 SHIPPED = yaml.safe_load(DEFAULT_FILE.read_text())
 
@@ -273,7 +273,7 @@ def test_tests_do_not_run_with_the_settings_of_a_living_service(folder: Path) ->
 def test_secrets_are_not_printed() -> None:
     config = load({"OPENROUTER_API_KEY": "sk-or-secret", "GPTUTOR_SECRET_KEY": "hush", "DATABASE_URL": "postgresql://u:pw@h/d"})
     assert not re.search("secret|hush|pw", repr(config) + repr(config.openrouter) + str(config.database))
-    assert repr(OpenRouter(api_key="sk-or-secret")) == "<OpenRouter settings>"
+    assert repr(OpenRouterSettings(api_key="sk-or-secret")) == "<OpenRouterSettings settings>"
 
 
 def test_without_a_secret_key_an_own_database_is_refused_and_the_embedded_one_gets_one(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from gptutor import database
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.settings import Config
+from gptutor.config.schema import Config
+from gptutor.database import pool
+from gptutor.simulator.server import Simulator
 from tests.support.gateway import Gateway, config_for, gateway_on
 
 
 @asynccontextmanager
-async def gateway_of(config: Config, books: database.Database) -> AsyncIterator[Gateway]:
+async def gateway_of(config: Config, books: pool.Database) -> AsyncIterator[Gateway]:
     """A gateway that knows its models from before: its OpenRouter is not to be reached."""
     config.paths.data.mkdir(parents=True)
     (config.paths.data / "models.json").write_bytes(Simulator()._models)
@@ -37,9 +37,7 @@ async def assert_nothing_bought(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("answer", [b"", b"garbage\r\n\r\n", b"HTTP/1.1 502 Bad Gateway\r\n\r\n"])
-async def test_a_proxy_that_does_not_lead_there(
-    books: database.Database, database_url: str, tmp_path: Path, answer: bytes
-) -> None:
+async def test_a_proxy_that_does_not_lead_there(books: pool.Database, database_url: str, tmp_path: Path, answer: bytes) -> None:
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer)
@@ -57,7 +55,7 @@ async def test_a_proxy_that_does_not_lead_there(
     "limits", [{"total_s": 0.3, "first_byte_s": 0.3}, {"connect_s": 0.3, "total_s": 1.5, "first_byte_s": 1.5}]
 )
 async def test_a_connection_that_is_never_made(
-    books: database.Database, database_url: str, tmp_path: Path, limits: dict[str, Any]
+    books: pool.Database, database_url: str, tmp_path: Path, limits: dict[str, Any]
 ) -> None:
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.socket())
@@ -73,7 +71,7 @@ async def test_a_connection_that_is_never_made(
             await assert_nothing_bought(gateway)
 
 
-async def test_a_request_that_cannot_even_be_written(books: database.Database, database_url: str, tmp_path: Path) -> None:
+async def test_a_request_that_cannot_even_be_written(books: pool.Database, database_url: str, tmp_path: Path) -> None:
     config = config_for(database_url, "http://127.0.0.1:1/api/v1", tmp_path, {"openrouter": {"attempts_max": 1}})
     broken = msgspec.structs.replace(config.openrouter, api_key="sk-or-1\n")  # as no reading of settings lets it through
     async with gateway_of(msgspec.structs.replace(config, openrouter=broken), books) as gateway:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import trustme
 
-from gptutor.openrouter.answer import HEAD_BYTES_MAX
-from gptutor.openrouter.connection import Connection
-from gptutor.openrouter.errors import Crowded, UpstreamError
-from gptutor.openrouter.intake import KEPT_BYTES_MAX
-from gptutor.openrouter.pool import End, Pool, pooled
-from gptutor.openrouter.reply import Reply
+from gptutor.openrouter.body_buffer import KEPT_BYTES_MAX
+from gptutor.openrouter.connection import UpstreamConnection
+from gptutor.openrouter.connection_pool import ConnectionPool, Endpoint, pooled
+from gptutor.openrouter.errors import PoolExhausted, UpstreamError
+from gptutor.openrouter.response import UpstreamResponse
+from gptutor.openrouter.response_parser import HEAD_BYTES_MAX
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ASK = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
@@ -78,12 +78,14 @@ def torrent(pieces: int, sent: list[int] | None = None) -> Talk:
 
 
 @asynccontextmanager
-async def pool_to(port: int, *, scheme: str = "http", connections_max: int = 2, connect_s: float = 2) -> AsyncIterator[Pool]:
+async def pool_to(
+    port: int, *, scheme: str = "http", connections_max: int = 2, connect_s: float = 2
+) -> AsyncIterator[ConnectionPool]:
     async with pooled(f"{scheme}://localhost:{port}/v1", "", connections_max=connections_max, connect_s=connect_s) as (pool, _):
         yield pool
 
 
-async def asked(pool: Pool, within_s: float = 2) -> tuple[Connection, bytes]:
+async def asked(pool: ConnectionPool, within_s: float = 2) -> tuple[UpstreamConnection, bytes]:
     connection = pool.free() or await pool.connect()
     try:
         await connection.ask(ASK, b"{}", within_s)
@@ -299,7 +301,7 @@ async def test_nothing_of_an_answer_stays_with_its_connection() -> None:
         try:
             connection = await pool.connect()
             await connection.ask(ASK, b"{}", 2)
-            reply = Reply(connection, pool.give_back, 5, 5)
+            reply = UpstreamResponse(connection, pool.give_back, 5, 5)
             await reply.pump(lambda piece, known=known: None, lambda known=known: None, 60)
             reply.close()
             reply.close()
@@ -332,7 +334,7 @@ async def test_an_answer_that_is_closed_stops_nobody_elses() -> None:
     async with server(saying(answer, answer)) as port, pool_to(port) as pool:
         connection = await pool.connect()
         await connection.ask(ASK, b"{}", 2)
-        reply = Reply(connection, pool.give_back, 5, 5)
+        reply = UpstreamResponse(connection, pool.give_back, 5, 5)
         assert await reply.read(2) == b"a"
         reply.close()
         assert pool.free() is connection
@@ -348,7 +350,7 @@ async def test_a_pause_of_the_takers_lasts_until_he_ends_it() -> None:
     async with server(torrent(300)) as port, pool_to(port) as pool:
         connection = await pool.connect()
         await connection.ask(ASK, b"{}", 2)
-        reply = Reply(connection, pool.give_back, 0.3, 0.3)
+        reply = UpstreamResponse(connection, pool.give_back, 0.3, 0.3)
         assert await reply.heard(1)
         reply.pause()
         taken = bytearray()
@@ -394,7 +396,7 @@ async def test_whoever_waits_in_line_too_long_or_leaves_it_takes_nobodys_place()
         first = asyncio.create_task(asked(pool))
         await asyncio.sleep(0.05)
         leaver = asyncio.create_task(asked(pool))
-        with pytest.raises(Crowded):
+        with pytest.raises(PoolExhausted):
             await asked(pool)
         leaver.cancel()
         await asyncio.gather(leaver, return_exceptions=True)
@@ -436,11 +438,11 @@ async def test_a_handshake_begins_with_the_session_before_it(tmp_path: Path, mon
     ],
 )
 def test_an_end_has_its_names(url: str, named: str, with_port: str, path: str) -> None:
-    end = End.of(url)
+    end = Endpoint.of(url)
     assert (end.named, end.with_port, end.path) == (named, with_port, path)
 
 
 @pytest.mark.parametrize("url", ["openrouter.ai", "ftp://x", "http://", "http://x:99999"])
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        End.of(url)
+        Endpoint.of(url)

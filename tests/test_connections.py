@@ -5,8 +5,8 @@ import asyncio
 import asyncpg
 import pytest
 
-from gptutor import database
-from gptutor.database import Connections, DatabaseUnavailable
+from gptutor.database import pool
+from gptutor.database.pool import Connections, DatabaseUnavailable
 
 WHO = "SELECT pg_backend_pid() AS pid"
 
@@ -18,24 +18,24 @@ async def who(connections: Connections) -> int:
     return pid
 
 
-async def test_the_same_connection_serves_again(books: database.Database) -> None:
+async def test_the_same_connection_serves_again(books: pool.Database) -> None:
     connections = books._connections
     assert await who(connections) == await who(connections)
 
 
 async def test_who_waits_for_the_pool_gets_a_connection_that_another_would_keep(database_url: str) -> None:
-    async with database.connected(database_url, connections_max=1, acquire_s=5) as books:
+    async with pool.connected(database_url, connections_max=1, acquire_s=5) as books:
         rows = await asyncio.gather(*(books.fetch("ping") for _ in range(20)))
     assert [row[0]["alive"] for row in rows] == [1] * 20
 
 
-async def test_one_that_was_idle_for_long_is_not_trusted(books: database.Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_was_idle_for_long_is_not_trusted(books: pool.Database, monkeypatch: pytest.MonkeyPatch) -> None:
     first = await who(books._connections)
-    monkeypatch.setattr("gptutor.database.KEPT_S", 0)
+    monkeypatch.setattr("gptutor.database.pool.KEPT_S", 0)
     assert await who(books._connections) != first
 
 
-async def test_one_that_the_server_has_ended_is_not_used(books: database.Database, database_url: str) -> None:
+async def test_one_that_the_server_has_ended_is_not_used(books: pool.Database, database_url: str) -> None:
     first = await who(books._connections)
     server = await asyncpg.connect(database_url)
     await server.execute("SELECT pg_terminate_backend($1)", first)
@@ -44,7 +44,7 @@ async def test_one_that_the_server_has_ended_is_not_used(books: database.Databas
     assert await who(books._connections) != first
 
 
-async def test_one_whose_statement_was_broken_off_goes_back_to_the_pool(books: database.Database) -> None:
+async def test_one_whose_statement_was_broken_off_goes_back_to_the_pool(books: pool.Database) -> None:
     with pytest.raises((DatabaseUnavailable, TimeoutError)):
         async with asyncio.timeout(0.1), books.snapshot() as connection:
             await connection.execute("SELECT pg_sleep(5)")
@@ -53,7 +53,7 @@ async def test_one_whose_statement_was_broken_off_goes_back_to_the_pool(books: d
 
 
 async def test_a_statement_that_ends_after_the_closing_has_begun_does_not_hold_it_up(database_url: str) -> None:
-    async with asyncio.timeout(5), database.connected(database_url) as books:
+    async with asyncio.timeout(5), pool.connected(database_url) as books:
         connection = await books._connections.take()
         asyncio.get_running_loop().call_later(
             0.1, lambda: asyncio.ensure_future(books._connections.give_back(connection, is_sound=True))

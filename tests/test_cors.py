@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from gptutor.config import load
-from gptutor.settings import ConfigError
+from gptutor.config.load import load
+from gptutor.config.schema import ConfigError
 from tests.support.gateway import Gateway
 
 PAGE = "https://shop.example"

@@ -17,13 +17,13 @@ import aiohttp
 import asyncpg
 import pytest
 
-from gptutor import settings
-from gptutor.api.health import READINESS
 from gptutor.app import JOURNAL, build_app
-from gptutor.database import Database, DatabaseRefused, DatabaseUnavailable, RowsLocked, connected, translated
-from gptutor.logs import LoggerService
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import listening, simulated_openrouter
+from gptutor.config import schema
+from gptutor.database.pool import Database, DatabaseRefused, DatabaseUnavailable, RowsLocked, connected, translated
+from gptutor.http.health import READINESS
+from gptutor.server.serve import listening, simulated_openrouter
+from gptutor.simulator.server import Simulator
+from gptutor.telemetry.logs import LoggerService
 from tests.support.books import assert_books_agree
 from tests.support.gateway import SECRET, Gateway, config_for, make_caller
 from tests.support.service import environment
@@ -94,7 +94,7 @@ async def door(database_url: str) -> AsyncIterator[Door]:
 @asynccontextmanager
 async def gateway_behind(door: Door, books: Database, directory: Path) -> AsyncIterator[Gateway]:
     simulator = Simulator()
-    async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url:
+    async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(door.url, base_url, directory)
         app = build_app(config, log=LoggerService(), secrets=[SECRET])
         async with listening(app, config) as url, aiohttp.ClientSession() as session:

@@ -18,13 +18,13 @@ import pytest
 import yaml
 from openapi_spec_validator import validate
 
-from gptutor.api.ask import ChatRequest, Message, Tool, read_ask
+from gptutor.api.chat.request import ChatRequest, Message, Tool, parse_request
 from gptutor.app import build_app
-from gptutor.config import DEFAULT_FILE
-from gptutor.errors import KINDS, Refusal
-from gptutor.logs import LoggerService
-from gptutor.serve import StartError
-from gptutor.settings import Config, Docs
+from gptutor.config.load import DEFAULT_FILE
+from gptutor.config.schema import Config, DocsSettings
+from gptutor.errors import ERRORS, ApiError
+from gptutor.server.serve import StartError
+from gptutor.telemetry.logs import LoggerService
 from gptutor.web import openapi, page
 from gptutor.web.site import build_site, documentation, preferred_language
 from tests.support.gateway import Gateway
@@ -78,8 +78,8 @@ def test_description_is_valid_openapi() -> None:
 
 def test_description_lists_every_error_code() -> None:
     components = openapi.describe()["components"]
-    assert components["schemas"]["ErrorCode"]["enum"] == list(KINDS)
-    for code, kind in KINDS.items():
+    assert components["schemas"]["ErrorCode"]["enum"] == list(ERRORS)
+    for code, kind in ERRORS.items():
         response = components["responses"][f"Refused{kind.status}"]
         assert code in response["headers"]["X-Error-Code"]["schema"]["enum"]
         assert set(kind.headers) <= set(response["headers"])
@@ -109,7 +109,7 @@ def test_described_requests_are_accepted() -> None:
     operation = openapi.describe()["paths"]["/v1/chat/completions"]["post"]
     examples = operation["requestBody"]["content"]["application/json"]["examples"]
     for example in examples.values():
-        assert read_ask(json.dumps(example["value"]).encode(), default_model="some/model")
+        assert parse_request(json.dumps(example["value"]).encode(), default_model="some/model")
 
 
 def test_vendored_viewer_is_the_file_that_its_readme_names() -> None:
@@ -134,7 +134,7 @@ def test_viewer_knows_every_option_that_is_set() -> None:
 @pytest.mark.parametrize("language", page.LANGUAGES)
 def test_errors_page_has_every_code_with_its_status(language: str) -> None:
     rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", source(language, "errors"), re.MULTILINE)
-    assert sorted(rows) == sorted((str(kind.status), code) for code, kind in KINDS.items())
+    assert sorted(rows) == sorted((str(kind.status), code) for code, kind in ERRORS.items())
 
 
 def test_every_setting_is_in_the_settings_file() -> None:
@@ -168,13 +168,13 @@ def test_examples_are_requests_that_the_gateway_accepts(language: str, name: str
     for example in fences(text, "json"):
         json.loads(example)
     for body in re.findall(r"-d '(\{.*?\})'$", text, re.MULTILINE | re.DOTALL):
-        assert read_ask(body.encode(), default_model="some/model")
+        assert parse_request(body.encode(), default_model="some/model")
 
 
 @pytest.mark.parametrize("language", page.LANGUAGES)
 def test_quoted_refusal_is_what_the_gateway_says(language: str) -> None:
-    with pytest.raises(Refusal) as refused:
-        read_ask(b'{"messages": [{"role": "user", "content": "?"}], "temperature": 3}', default_model="some/model")
+    with pytest.raises(ApiError) as refused:
+        parse_request(b'{"messages": [{"role": "user", "content": "?"}], "temperature": 3}', default_model="some/model")
     assert f"`{refused.value.text}`" in source(language, "request")
 
 
@@ -240,7 +240,7 @@ async def test_busy_port_is_told_in_a_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(StartError, match=f"127.0.0.1:{port}"):
-            async with documentation(Config(docs=Docs(port=port))):
+            async with documentation(Config(docs=DocsSettings(port=port))):
                 pass
 
 
@@ -309,7 +309,7 @@ async def browse(url: str, directory: Path) -> tuple[str, list[str]]:
 
 @pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed (Debian: apt install chromium)")
 async def test_reference_renders_in_a_browser_and_asks_no_other_host(tmp_path: Path) -> None:
-    async with documentation(Config(docs=Docs(port=0))) as url:
+    async with documentation(Config(docs=DocsSettings(port=0))) as url:
         text, console = await browse(f"{url}/reference", tmp_path)
     for path in openapi.describe()["paths"].values():
         for operation in path.values():

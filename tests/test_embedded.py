@@ -8,8 +8,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from gptutor.embedded import EmbeddedPostgresError, embedded_postgres
-from gptutor.urls import is_database
+from gptutor.config.urls import is_database
+from gptutor.database.embedded import EmbeddedPostgresError, embedded_postgres
 from tests.support.service import environment, run
 
 

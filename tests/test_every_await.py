@@ -21,17 +21,17 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gptutor import settings
-from gptutor.api.completions import KIT
-from gptutor.api.event_stream import EventStream
-from gptutor.api.health import DATABASE
-from gptutor.api.inflight import InFlight
+from gptutor.api.chat.completions import SERVICES
+from gptutor.api.chat.event_stream import EventStream
+from gptutor.api.chat.in_flight import InFlight
 from gptutor.app import JOURNAL, UPSTREAM, build_app
-from gptutor.database import Database
-from gptutor.logs import LoggerService
+from gptutor.config import schema
+from gptutor.database.pool import Database
+from gptutor.http.health import DATABASE
 from gptutor.money.invariants import check
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import listening, simulated_openrouter
+from gptutor.server.serve import listening, simulated_openrouter
+from gptutor.simulator.server import Simulator
+from gptutor.telemetry.logs import LoggerService
 from tests.support.books import charged_usd
 from tests.support.gateway import SECRET, Caller, Gateway, config_for, gateway_on, make_caller
 
@@ -91,14 +91,14 @@ class Strike(InFlight):
 
 
 @asynccontextmanager
-async def process(config: settings.Config, books: Database, simulator: Simulator) -> AsyncIterator[tuple[Gateway, Strike]]:
+async def process(config: schema.Config, books: Database, simulator: Simulator) -> AsyncIterator[tuple[Gateway, Strike]]:
     """A gateway whose exchanges can be struck; it can die before its end."""
     app = build_app(config, log=LoggerService(), secrets=[SECRET])
     async with listening(app, config) as url, aiohttp.ClientSession() as session:
         gateway = Gateway(url, app, simulator, books, session)
         await gateway.ready()
         strike = Strike()
-        object.__setattr__(app[KIT], "in_flight", strike)
+        object.__setattr__(app[SERVICES], "in_flight", strike)
         yield gateway, strike
 
 
@@ -171,7 +171,7 @@ async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
 ) -> None:
     simulator = Simulator(word_s=0.002, first_word_s=0.002)  # so that a stream comes in pieces
     tuned = {"recovery": {"poll_s": 0.02}, "relay": {"leaver_drain_s": 0.2}}
-    async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url:
+    async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(database_url, base_url, tmp_path, tuned)
         point, settled, refused = 0, 0, 0
         while True:
@@ -222,7 +222,7 @@ async def test_a_stream_that_fails_at_a_piece_is_still_billed_exactly(
 
     monkeypatch.setattr(EventStream, "write", failing)
     async with (
-        simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url,
+        simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url,
         gateway_on(config_for(database_url, base_url, tmp_path, tuned), books, simulator) as gateway,
     ):
         for point in (1, 2, 5):

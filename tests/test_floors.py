@@ -10,36 +10,37 @@ PACKAGE = TESTS.parent / "gptutor"
 
 # room → what it must never import
 FORBIDDEN = {
-    "gptutor.money": ("gptutor.api", "gptutor.openrouter", "gptutor.web", "aiohttp", "aiohttp_sse"),
-    "gptutor.openrouter": ("gptutor.api", "gptutor.money", "gptutor.web", "gptutor.database", "gptutor.migrations", "asyncpg"),
-    "gptutor.api": ("gptutor.admin", "gptutor.cli", "gptutor.console"),
-    "gptutor.yookassa": (
-        "gptutor.api",
-        "gptutor.money",
-        "gptutor.openrouter",
-        "gptutor.database",
-        "gptutor.migrations",
-        "asyncpg",
-    ),
-    "gptutor.web": ("gptutor.money", "gptutor.openrouter", "gptutor.database", "gptutor.migrations"),
+    "gptutor.money": ("gptutor.api", "gptutor.http", "gptutor.openrouter", "gptutor.web", "aiohttp", "aiohttp_sse"),
+    "gptutor.openrouter": ("gptutor.api", "gptutor.http", "gptutor.money", "gptutor.simulator", "gptutor.database", "asyncpg"),
+    "gptutor.simulator": ("gptutor.api", "gptutor.http", "gptutor.money", "gptutor.openrouter", "gptutor.database"),
+    "gptutor.http": ("gptutor.admin", "gptutor.cli", "gptutor.server"),
+    "gptutor.api": ("gptutor.admin", "gptutor.cli", "gptutor.server"),
+    "gptutor.integrations": ("gptutor.api", "gptutor.http", "gptutor.money", "gptutor.openrouter", "gptutor.database", "asyncpg"),
+    "gptutor.database": ("gptutor.api", "gptutor.http", "gptutor.money", "gptutor.openrouter", "gptutor.server"),
+    "gptutor.web": ("gptutor.money", "gptutor.openrouter", "gptutor.database"),
 }
 # pure modules → the only modules of ours that they may import
 PURE = {
-    "gptutor.urls": (),
+    "gptutor.config.urls": (),
     "gptutor.money.amounts": (),
-    "gptutor.money.knowledge": ("gptutor.money.amounts", "gptutor.money.holds"),
+    "gptutor.money.journal_records": ("gptutor.money.amounts", "gptutor.money.holds"),
     "gptutor.money.keys": ("gptutor.money.amounts",),
     "gptutor.money.pricing": ("gptutor.money.amounts",),
-    "gptutor.openrouter.answer": (),
-    "gptutor.openrouter.intake": (),
+    "gptutor.openrouter.response_parser": (),
+    "gptutor.openrouter.body_buffer": (),
     "gptutor.openrouter.bill": (),
     "gptutor.openrouter.retry": (),
     "gptutor.openrouter.circuit": (),
-    "gptutor.api.ambiguity": ("gptutor.errors",),
-    "gptutor.api.ask": ("gptutor.api.ambiguity", "gptutor.api.surrogates", "gptutor.errors", "gptutor.money.pricing"),
-    "gptutor.api.form": ("gptutor.api.ambiguity", "gptutor.api.ask", "gptutor.errors", "gptutor.money.amounts"),
-    "gptutor.vk": (),
-    "gptutor.api.surrogates": (),
+    "gptutor.http.strict_json": ("gptutor.errors",),
+    "gptutor.api.chat.request": (
+        "gptutor.http.strict_json",
+        "gptutor.api.chat.surrogates",
+        "gptutor.errors",
+        "gptutor.money.pricing",
+    ),
+    "gptutor.http.json_body": ("gptutor.http.strict_json", "gptutor.api.chat.request", "gptutor.errors", "gptutor.money.amounts"),
+    "gptutor.integrations.vk": (),
+    "gptutor.api.chat.surrogates": (),
     "gptutor.errors": (),
 }
 DOES_IO = {"aiohttp", "aiohttp_sse", "asyncio", "asyncpg", "logging", "os", "pathlib", "socket", "subprocess", "threading"}
@@ -90,9 +91,9 @@ def test_pure_modules_do_no_io(module: str) -> None:
 
 def test_the_floors_test_can_fail(tmp_path: Path) -> None:
     module = tmp_path / "wrong.py"
-    module.write_text("import asyncio\nfrom gptutor.api import ask\n")
-    assert {"asyncio", "gptutor.api", "gptutor.api.ask"} <= imports(module)
-    assert within("gptutor.api.ask", "gptutor.api")
+    module.write_text("import asyncio\nfrom gptutor.api.chat import request\n")
+    assert {"asyncio", "gptutor.api.chat", "gptutor.api.chat.request"} <= imports(module)
+    assert within("gptutor.api.chat.request", "gptutor.api")
     assert not within("gptutor.apiary", "gptutor.api")
 
 

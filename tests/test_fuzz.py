@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from gptutor.api.ask import read_ask
-from gptutor.config import load
-from gptutor.errors import Refusal
+from gptutor.api.chat.request import parse_request
+from gptutor.config.load import load
+from gptutor.config.schema import ConfigError
+from gptutor.errors import ApiError
 from gptutor.money.keys import parse_key
 from gptutor.openrouter.catalogue import CatalogueError, parse_models
-from gptutor.settings import ConfigError
 from tests.fuzz import targets
 from tests.fuzz.engines import HAS_ATHERIS, run_hypothesis
 from tests.fuzz.targets import TARGETS
@@ -24,10 +24,10 @@ RUNS = {"scanner": 300, "ask": 500, "key": 500, "vk": 500, "config": 200, "model
 
 
 def test_the_seeds_go_through_the_gates_that_are_fuzzed() -> None:
-    assert all(read_ask(body, default_model="a/b").members for body in targets.BODIES)
+    assert all(parse_request(body, default_model="a/b").members for body in targets.BODIES)
     for body in targets.TWICE:
-        with pytest.raises(Refusal):
-            read_ask(body, default_model="a/b")
+        with pytest.raises(ApiError):
+            parse_request(body, default_model="a/b")
     assert [targets.said(stream, [], None)[0] is not None for stream in targets.STREAMS] == [True, True, True, True, False]
     assert all(parse_key(key.decode()) for key in targets.KEYS)
     assert [len(parse_models(document)) for document in targets.LISTS[:3]] == [1, 1, 1]

@@ -26,13 +26,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from gptutor import database
+from gptutor.database import pool
 from gptutor.money.amounts import Nano, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, HoldId, HoldRequest, InsufficientFunds, Release, Settlement, new_id
 from gptutor.money.invariants import check
 from gptutor.money.journal import Journal, read_slot
-from gptutor.money.knowledge import Price
+from gptutor.money.journal_records import Charge
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
 from gptutor.money.recovery import Recovery
@@ -77,7 +77,7 @@ class History(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         async def connect() -> None:
-            self.books = await self.stack.enter_async_context(database.connected(self.url, connections_max=4))
+            self.books = await self.stack.enter_async_context(pool.connected(self.url, connections_max=4))
             self.callers: list[Caller] = [await make_caller(self.books, "100") for _ in range(ACCOUNTS)]
             # What earlier histories left open must not take up this one's looks.
             await self.execute("UPDATE holds SET due_at = 'infinity' WHERE state = 'open'")
@@ -240,8 +240,8 @@ class History(RuleBasedStateMachine):
         """Whether the living process has it in its hands, or had."""
         return hold.state == "open" and not hold.handed_over
 
-    def price(self, cost: Decimal) -> Price:
-        return Price(Nano(int(cost * RATE * 10**9)), cost)
+    def price(self, cost: Decimal) -> Charge:
+        return Charge(Nano(int(cost * RATE * 10**9)), cost)
 
     @invariant()
     def the_books_agree(self) -> None:

@@ -3,7 +3,7 @@
 import asyncpg
 import pytest
 
-from gptutor.database import Database
+from gptutor.database.pool import Database
 from gptutor.money.invariants import check, load_invariants
 from tests.support.gateway import make_caller
 from tests.support.ledger import hold, ledger_of, release, settlement

@@ -23,10 +23,10 @@ from gptutor.money import journal
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.holds import HoldId
 from gptutor.money.journal import Journal, JournalError, Leftover
-from gptutor.money.knowledge import Knowledge, Price, _line
+from gptutor.money.journal_records import Charge, HoldRecord, _line
 
 ACCOUNT = AccountId(7)
-PRICE = Price(Nano(9 * 10**8), Decimal("0.01"))
+PRICE = Charge(Nano(9 * 10**8), Decimal("0.01"))
 MANY = 1 << 30
 
 
@@ -56,10 +56,10 @@ def written(slot: Path) -> Journal:
 
 
 WRITTEN = {
-    hold_id(1): Knowledge(ACCOUNT),
-    hold_id(2): Knowledge(ACCOUNT, "gen-2"),
-    hold_id(3): Knowledge(ACCOUNT, "gen-3", PRICE),
-    hold_id(4): Knowledge(ACCOUNT, None, PRICE),
+    hold_id(1): HoldRecord(ACCOUNT),
+    hold_id(2): HoldRecord(ACCOUNT, "gen-2"),
+    hold_id(3): HoldRecord(ACCOUNT, "gen-3", PRICE),
+    hold_id(4): HoldRecord(ACCOUNT, None, PRICE),
 }
 
 
@@ -142,7 +142,7 @@ def test_a_process_that_is_killed_leaves_all_it_knew_to_the_next_in_its_slot(tmp
         assert own._slot.name == slot == "0"
         assert str(leftover.owner) == owner != str(own.owner)
         assert leftover.complete
-        assert leftover.known == {hold_id(1): Knowledge(ACCOUNT, "gen-1", PRICE), hold_id(2): Knowledge(ACCOUNT)}
+        assert leftover.known == {hold_id(1): HoldRecord(ACCOUNT, "gen-1", PRICE), hold_id(2): HoldRecord(ACCOUNT)}
 
 
 def test_two_processes_never_share_a_slot_and_only_the_dead_are_adopted(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_an_orderly_end_leaves_a_file_only_if_something_is_open(tmp_path: Path) 
         assert leftovers == []
         own.sent(ACCOUNT, hold_id(2))
     with journal.opened(tmp_path) as (_, leftovers):
-        assert [leftover.known for leftover in leftovers] == [{hold_id(2): Knowledge(ACCOUNT)}]
+        assert [leftover.known for leftover in leftovers] == [{hold_id(2): HoldRecord(ACCOUNT)}]
 
 
 def test_a_journal_that_proves_something_stays_even_if_it_knows_nothing(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_torn_last_line_is_ignored(slot: Path) -> None:
     written(slot)
     content = the_file(slot).read_bytes()
     last = content.rstrip(b"\n").rindex(b"\n") + 1  # the line that closes hold 5
-    open_again = {**WRITTEN, hold_id(5): Knowledge(ACCOUNT, "gen-5", PRICE)}
+    open_again = {**WRITTEN, hold_id(5): HoldRecord(ACCOUNT, "gen-5", PRICE)}
     for length in range(last, len(content) - 1):
         the_file(slot).write_bytes(content[:length])
         leftover = read(slot)
@@ -381,10 +381,10 @@ def test_a_journal_that_has_reached_its_bound_takes_no_new_work(slot: Path) -> N
     assert set(numbers) == set(read(slot).known)
     own.named(numbers[0], "gen-1")
     own.billed(numbers[0], PRICE, "gen-1")
-    assert read(slot).known[numbers[0]] == Knowledge(ACCOUNT, "gen-1", PRICE)
+    assert read(slot).known[numbers[0]] == HoldRecord(ACCOUNT, "gen-1", PRICE)
     own.closed(numbers)
     own.sent(ACCOUNT, hold_id(500))
-    assert read(slot).known == {hold_id(500): Knowledge(ACCOUNT)}
+    assert read(slot).known == {hold_id(500): HoldRecord(ACCOUNT)}
 
 
 # -- disks that refuse
@@ -433,8 +433,8 @@ def test_a_full_disk_stops_new_work_and_spoils_nothing(
         own.closed([hold_id(3)])
     assert [record.name for record in caplog.records] == ["gptutor.journal"] * 3
     assert own.known == {
-        hold_id(1): Knowledge(ACCOUNT, "gen-1"),
-        hold_id(2): Knowledge(ACCOUNT, "gen-2", PRICE),
+        hold_id(1): HoldRecord(ACCOUNT, "gen-1"),
+        hold_id(2): HoldRecord(ACCOUNT, "gen-2", PRICE),
         hold_id(4): WRITTEN[hold_id(4)],
     }
     assert the_file(slot).stat().st_size == size
@@ -443,7 +443,7 @@ def test_a_full_disk_stops_new_work_and_spoils_nothing(
 
     disk.room = None  # there is room again, and the next line is not spoilt by the last
     own.sent(ACCOUNT, hold_id(7))
-    assert read(slot).known == {**WRITTEN, hold_id(7): Knowledge(ACCOUNT)}
+    assert read(slot).known == {**WRITTEN, hold_id(7): HoldRecord(ACCOUNT)}
     assert read(slot).complete
 
 
@@ -472,7 +472,7 @@ def test_a_new_segment_that_cannot_be_begun_is_no_failure_of_a_closing(slot: Pat
     """Row process-11: the database has it; the old segment goes on."""
     own = full_at_rotation(slot, disk)
     own.closed([hold_id(3)])
-    assert own.known == {hold_id(4): Knowledge(ACCOUNT, "gen-4", PRICE)} == read(slot).known
+    assert own.known == {hold_id(4): HoldRecord(ACCOUNT, "gen-4", PRICE)} == read(slot).known
     assert {path.suffix for path in slot.iterdir()} == {".log"}  # half a segment is not left about
 
 
@@ -485,8 +485,8 @@ def test_after_a_new_segment_could_not_be_begun_what_is_written_is_still_found(s
     own.sent(ACCOUNT, hold_id(9))
     own.billed(hold_id(9), PRICE, "gen-9")
     leftover = read(slot)
-    assert leftover.known[hold_id(9)] == Knowledge(ACCOUNT, "gen-9", PRICE)
-    assert leftover.known[hold_id(4)] == Knowledge(ACCOUNT, "gen-4", PRICE)
+    assert leftover.known[hold_id(9)] == HoldRecord(ACCOUNT, "gen-9", PRICE)
+    assert leftover.known[hold_id(4)] == HoldRecord(ACCOUNT, "gen-4", PRICE)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="only root may mount a small disk")
@@ -579,7 +579,7 @@ def test_a_journal_that_is_closed_writes_nowhere(slot: Path, tmp_path: Path) -> 
 numbers = st.integers(1, 6)
 names = st.text(alphabet="abc-019_~!", min_size=1, max_size=12).filter(lambda name: name != "-")
 prices = st.builds(
-    Price,
+    Charge,
     st.integers(0, 10**18).map(Nano),
     st.decimals(min_value=0, max_value=99_999, allow_nan=False, allow_infinity=False),
 )
@@ -591,8 +591,8 @@ operations = st.one_of(
 )
 
 
-def copied(known: dict[HoldId, Knowledge]) -> dict[HoldId, Knowledge]:
-    return {one: Knowledge(what.account_id, what.generation_id, what.price) for one, what in known.items()}
+def copied(known: dict[HoldId, HoldRecord]) -> dict[HoldId, HoldRecord]:
+    return {one: HoldRecord(what.account_id, what.generation_id, what.price) for one, what in known.items()}
 
 
 def play(own: Journal, operation: tuple[Any, ...]) -> None:

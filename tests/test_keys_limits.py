@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptutor import database
 from gptutor.app import CONFIG
-from gptutor.database import Database
+from gptutor.database import pool
+from gptutor.database.pool import Database
 from gptutor.money.amounts import Nano, parse_roubles, roubles
 from gptutor.money.holds import (
     HandOver,
@@ -32,7 +32,7 @@ from gptutor.money.holds import (
     new_id,
 )
 from gptutor.money.journal import Journal
-from gptutor.money.keyring import CapPeriod, Key, KeyRing, Limits, NoSuchKey
+from gptutor.money.keyring import CapPeriod, Key, KeyLimits, KeyRing, NoSuchKey
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
 from tests.support.books import assert_books_agree
@@ -60,12 +60,12 @@ class Limited(Caller):
         return Decimal(roubles(key.spent)), Decimal(roubles(key.held))
 
     async def limit(self, cap: str | None, period: CapPeriod | None = None, **others: Any) -> None:
-        limits = Limits(cap=None if cap is None else parse_roubles(cap), cap_period=period, **others)
+        limits = KeyLimits(cap=None if cap is None else parse_roubles(cap), cap_period=period, **others)
         await KeyRing(self.books, VAULT).limit(self.account_id, self.key_id, limits)
 
 
 async def limited(owner: Caller, cap: str | None = None, period: CapPeriod | None = "total", **others: Any) -> Limited:
-    limits = Limits(cap=None if cap is None else parse_roubles(cap), cap_period=None if cap is None else period, **others)
+    limits = KeyLimits(cap=None if cap is None else parse_roubles(cap), cap_period=None if cap is None else period, **others)
     key, made = await KeyRing(owner.books, VAULT).issue(owner.account_id, "bot", limits)
     assert not made.is_main
     return Limited(key, owner.account_id, owner.books, made.key_id)
@@ -79,7 +79,7 @@ async def owner(books: Database) -> Caller:
 @pytest.fixture
 async def other_books(database_url: str) -> AsyncIterator[Database]:
     """The database, as another process reaches it."""
-    async with database.connected(database_url, connections_max=4) as connected:
+    async with pool.connected(database_url, connections_max=4) as connected:
         yield connected
 
 
@@ -236,11 +236,11 @@ async def test_limits_change_only_on_a_living_key_of_the_account(owner: Caller, 
     await hold(books, bot, "5")
     keys = KeyRing(books, VAULT)
     with pytest.raises(NoSuchKey):
-        await keys.limit(stranger.account_id, bot.key_id, Limits())
+        await keys.limit(stranger.account_id, bot.key_id, KeyLimits())
     with pytest.raises(NoSuchKey):
         await keys.revoke(stranger.account_id, bot.key_id)
     await keys.revoke(bot.account_id, bot.key_id)
-    for change in (keys.limit(bot.account_id, bot.key_id, Limits()), keys.revoke(bot.account_id, bot.key_id)):
+    for change in (keys.limit(bot.account_id, bot.key_id, KeyLimits()), keys.revoke(bot.account_id, bot.key_id)):
         with pytest.raises(NoSuchKey):
             await change
     assert await bot.counted() == (0, 5)
@@ -289,7 +289,7 @@ def test_any_history_of_a_key_agrees_with_a_model_of_it(database_url: str, histo
 
 
 async def _play(url: str, history: list[tuple[Any, ...]]) -> None:
-    async with database.connected(url) as books:
+    async with pool.connected(url) as books:
         bot, ledger, model = await limited(await make_caller(books, "50"), "20"), ledger_of(books), Model()
         holds: list[Hold] = []
         for kind, *numbers in history:
@@ -532,9 +532,9 @@ async def test_a_key_revoked_in_mid_stream_pays_for_the_whole_answer(gateway: Ga
 async def test_two_changes_of_one_key_at_once_are_both_made(books: Database) -> None:
     caller = await make_caller(books, "100")
     keys = KeyRing(books, VAULT)
-    _, key = await keys.issue(caller.account_id, "bot", Limits(), beside=True)
+    _, key = await keys.issue(caller.account_id, "bot", KeyLimits(), beside=True)
     for number in range(1, 15):
-        await keys.limit(caller.account_id, key.key_id, Limits())
+        await keys.limit(caller.account_id, key.key_id, KeyLimits())
         await asyncio.gather(
             keys.change(caller.account_id, key.key_id, lambda seen: replace(seen, cap=Nano(5), cap_period="total")),
             keys.change(caller.account_id, key.key_id, lambda seen, pace=number: replace(seen, per_minute=pace)),

@@ -13,18 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptutor import database
-from gptutor.database import STATEMENTS, ConstraintViolated, Database
+from gptutor.database import pool
+from gptutor.database.pool import STATEMENTS, ConstraintViolated, Database
 from gptutor.money.amounts import AccountId, Nano, parse_roubles, roubles
 from gptutor.money.bookings import AlreadyBooked, Bookings
-from gptutor.money.holds import (
-    Hold,
-    HoldRequest,
-    InsufficientFunds,
-    RepeatedRequest,
-    UnknownKey,
-    new_id,
-)
+from gptutor.money.holds import Hold, HoldRequest, InsufficientFunds, RepeatedRequest, UnknownKey, new_id
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim, make_key, parse_key
 from gptutor.money.pricing import Ceiling
@@ -226,7 +219,7 @@ def test_any_history_agrees_with_a_model_of_it(database_url: str, history: list[
 
 
 async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
-    async with database.connected(url) as books:
+    async with pool.connected(url) as books:
         caller, ledger = await make_caller(books, "100"), ledger_of(books)
         balance, open_holds, holds, closed = Decimal(100), {}, [], set()
         for kind, *numbers in history:

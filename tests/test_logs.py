@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gptutor import logs
-from gptutor.log_writer import DailyFile, logging_to
+from gptutor.telemetry import logs
+from gptutor.telemetry.log_writer import DailyFile, logging_to
 
 
 def test_each_day_has_its_file_and_old_ones_go(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from aiohttp import web
 from prometheus_client import REGISTRY
 
-from gptutor.metrics import CLOCK_SKEW, build_metrics
-from gptutor.openrouter.service import Limits, connected
+from gptutor.openrouter.service import UpstreamLimits, connected
+from gptutor.telemetry.metrics import CLOCK_SKEW, build_metrics
 from tests.support.gateway import Gateway
 from tests.support.service import start
 
@@ -53,7 +53,7 @@ async def test_a_clock_that_is_off_shows(aiohttp_server: Any, monkeypatch: pytes
     upstream = web.Application()
     upstream.router.add_get("/models", models)
     server = await aiohttp_server(upstream)
-    limits = Limits(connect_s=5, total_s=5, first_byte_s=5, idle_s=5, end_s=5, attempts_max=1)
+    limits = UpstreamLimits(connect_s=5, total_s=5, first_byte_s=5, idle_s=5, end_s=5, attempts_max=1)
     noon = datetime.datetime(2026, 11, 24, 11, tzinfo=datetime.UTC).timestamp()
     monkeypatch.setattr("gptutor.openrouter.service.time.time", lambda: noon)
     CLOCK_SKEW.set(0)

@@ -12,7 +12,7 @@ import pytest
 
 from gptutor.api.models import ModelList
 from gptutor.app import CATALOGUE
-from gptutor.openrouter.catalogue import Catalogue, Price, refreshed
+from gptutor.openrouter.catalogue import Catalogue, ModelPrice, refreshed
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.retry import Failure
 from tests.support.gateway import Gateway
@@ -24,7 +24,7 @@ def listing(*models: dict[str, Any]) -> bytes:
     return json.dumps({"data": [{"pricing": {"prompt": "0.1", "completion": "0.2"}, **model} for model in models]}).encode()
 
 
-def price_of(pricing: dict[str, Any]) -> Price | None:
+def price_of(pricing: dict[str, Any]) -> ModelPrice | None:
     catalogue = Catalogue()
     catalogue.replace(listing({"id": "a/b", "pricing": pricing}))
     return catalogue.price("a/b")
@@ -105,7 +105,7 @@ def test_of_each_kind_of_price_the_dearest_bounds_the_cost() -> None:
             "overrides": [{"min_prompt_tokens": 200000, "prompt": "10", "completion": "20"}, {"prompt": "0.5"}],
         }
     )  # fmt: skip
-    assert price == Price(*map(Decimal, (10, 20, 4, 5, 6, 7, 20, 9)), None, None)
+    assert price == ModelPrice(*map(Decimal, (10, 20, 4, 5, 6, 7, 20, 9)), None, None)
 
 
 def test_a_model_is_found_by_its_variants_and_its_permanent_name() -> None:

@@ -18,9 +18,11 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from gptutor.database import SQL, Database, connected
-from gptutor.log_writer import logging_to
-from gptutor.migrations import load_migrations
+from gptutor.config.schema import SimulatorSettings as Place
+from gptutor.config.schema import VkSettings
+from gptutor.database.migrations import load_migrations
+from gptutor.database.pool import SQL, Database, connected
+from gptutor.integrations.vk import signature
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import new_id
@@ -29,10 +31,8 @@ from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import hash_key, make_key, shown
 from gptutor.money.reconciliation import reconcile
 from gptutor.money.users import UserRepository
-from gptutor.serve import simulated_openrouter
-from gptutor.settings import Simulator as Place
-from gptutor.settings import Vk
-from gptutor.vk import signature
+from gptutor.server.serve import simulated_openrouter
+from gptutor.telemetry.log_writer import logging_to
 from tests.support.gateway import VAULT, Gateway, config_for, gateway_on, make_caller
 from tests.support.ledger import hold, ledger_of, settlement
 
@@ -297,7 +297,7 @@ async def test_a_clock_that_is_off_by_an_hour_lets_nobody_in_by_vk_and_all_in_by
 ) -> None:
     """Row operator-10: sign-in fails closed, in both directions, and the 401 is logged; keys and money do not ask the clock."""
     config = msgspec.structs.replace(
-        config_for(database_url, "http://127.0.0.1:9", tmp_path / "clock"), vk=Vk(app_id=5, secret_key="s")
+        config_for(database_url, "http://127.0.0.1:9", tmp_path / "clock"), vk=VkSettings(app_id=5, secret_key="s")
     )
     config.paths.data.mkdir(parents=True)
     (config.paths.data / "models.json").write_bytes(simulator._models)  # it is ready without its OpenRouter
@@ -308,7 +308,7 @@ async def test_a_clock_that_is_off_by_an_hour_lets_nobody_in_by_vk_and_all_in_by
     statuses = []
     async with gateway_on(config, books, simulator) as gateway:
         for clock in (now, now + off_s):
-            monkeypatch.setattr("gptutor.api.identity.time.time", lambda clock=clock: clock)
+            monkeypatch.setattr("gptutor.api.auth.time.time", lambda clock=clock: clock)
             for token in (launch, caller.key):
                 async with gateway.session.post(
                     f"{gateway.url}/v1/payments", headers={"Authorization": f"Bearer {token}"}

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from gptutor.api.form import parse_form
-from gptutor.api.keys import BODY_BYTES_MAX, KeyLimits, NewKey, limits_after
-from gptutor.database import Database
-from gptutor.errors import Refusal
+from gptutor.api.keys import BODY_BYTES_MAX, KeyLimitsPatch, NewKey, limits_after
+from gptutor.database.pool import Database
+from gptutor.errors import ApiError
+from gptutor.http.json_body import parse_json_body
 from gptutor.money.amounts import parse_roubles
-from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, KeyRing, Limits, TooManyKeys
+from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, KeyLimits, KeyRing, TooManyKeys
 from gptutor.money.users import UserRepository
 from gptutor.web import openapi
 from tests.support.gateway import VAULT, Caller, Gateway, make_caller
@@ -197,7 +197,7 @@ async def test_one_key_too_many_is_told_so(gateway: Gateway, monkeypatch: pytest
 
 async def test_first_keys_race_and_one_is_the_main_one(books: Database) -> None:
     user, keys = await UserRepository(books).create(), KeyRing(books, VAULT)
-    limited = await keys.issue(user.account_id, "limited", Limits(per_minute=1))
+    limited = await keys.issue(user.account_id, "limited", KeyLimits(per_minute=1))
     beside = await keys.issue(user.account_id, "beside", beside=True)
     made = await asyncio.gather(*(keys.issue(user.account_id) for _ in range(10)))
     assert [key.is_main for _, key in (limited, beside)] == [False, False]
@@ -300,30 +300,30 @@ async def test_a_body_is_small_json_and_nothing_else(gateway: Gateway) -> None:
     ("before", "form", "after"),
     [
         (NO_LIMITS, {}, NO_LIMITS),
-        (NO_LIMITS, {"limit": 5}, Limits(cap=parse_roubles("5"), cap_period="total")),
-        (NO_LIMITS, {"limit": 5, "limit_reset": "daily"}, Limits(cap=parse_roubles("5"), cap_period="day")),
+        (NO_LIMITS, {"limit": 5}, KeyLimits(cap=parse_roubles("5"), cap_period="total")),
+        (NO_LIMITS, {"limit": 5, "limit_reset": "daily"}, KeyLimits(cap=parse_roubles("5"), cap_period="day")),
         (NO_LIMITS, {"limit_reset": None}, NO_LIMITS),
-        (Limits(cap=parse_roubles("5"), cap_period="day"), {"limit": 6}, Limits(cap=parse_roubles("6"), cap_period="day")),
-        (Limits(cap=parse_roubles("5"), cap_period="day"), {"limit_reset": None}, Limits(cap=parse_roubles("5"), cap_period="total")),
-        (Limits(cap=parse_roubles("5"), cap_period="day"), {"limit": None}, NO_LIMITS),
-        (Limits(NOON, per_minute=4), {"limit": 0}, Limits(NOON, parse_roubles("0"), "total", 4)),
-        (Limits(NOON, per_minute=4), {"expires_at": None, "requests_per_minute": None}, NO_LIMITS),
+        (KeyLimits(cap=parse_roubles("5"), cap_period="day"), {"limit": 6}, KeyLimits(cap=parse_roubles("6"), cap_period="day")),
+        (KeyLimits(cap=parse_roubles("5"), cap_period="day"), {"limit_reset": None}, KeyLimits(cap=parse_roubles("5"), cap_period="total")),
+        (KeyLimits(cap=parse_roubles("5"), cap_period="day"), {"limit": None}, NO_LIMITS),
+        (KeyLimits(NOON, per_minute=4), {"limit": 0}, KeyLimits(NOON, parse_roubles("0"), "total", 4)),
+        (KeyLimits(NOON, per_minute=4), {"expires_at": None, "requests_per_minute": None}, NO_LIMITS),
     ],
 )  # fmt: skip
-def test_what_a_form_does_to_limits(before: Limits, form: dict[str, Any], after: Limits) -> None:
-    assert limits_after(parse_form(json.dumps(form).encode(), KeyLimits), before) == after
+def test_what_a_form_does_to_limits(before: KeyLimits, form: dict[str, Any], after: KeyLimits) -> None:
+    assert limits_after(parse_json_body(json.dumps(form).encode(), KeyLimitsPatch), before) == after
 
 
 def test_a_period_needs_a_limit_in_a_change_too() -> None:
-    with pytest.raises(Refusal, match="limit_reset must be"):
-        limits_after(KeyLimits(limit_reset="daily"), NO_LIMITS)
+    with pytest.raises(ApiError, match="limit_reset must be"):
+        limits_after(KeyLimitsPatch(limit_reset="daily"), NO_LIMITS)
 
 
 def test_described_forms_are_those_that_are_read() -> None:
     document = openapi.describe()
-    for method, path, form in (("post", "/v1/keys", NewKey), ("patch", "/v1/keys/{key_id}", KeyLimits)):
+    for method, path, form in (("post", "/v1/keys", NewKey), ("patch", "/v1/keys/{key_id}", KeyLimitsPatch)):
         content = document["paths"][path][method]["requestBody"]["content"]["application/json"]
-        assert parse_form(json.dumps(content["example"]).encode(), form)
+        assert parse_json_body(json.dumps(content["example"]).encode(), form)
         described = document["components"]["schemas"][form.__name__]
         assert set(described["properties"]) == set(form.__struct_fields__)
         assert described["additionalProperties"] is False

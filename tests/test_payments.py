@@ -12,16 +12,16 @@ from typing import Any
 import asyncpg
 import pytest
 
-from gptutor import settings
-from gptutor.config import load
-from gptutor.database import Database
-from gptutor.log_writer import logging_to
+from gptutor.config import schema
+from gptutor.config.load import load
+from gptutor.config.schema import ConfigError
+from gptutor.database.pool import Database
 from gptutor.money.amounts import Nano, parse_roubles
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.holds import new_id
 from gptutor.money.invariants import check
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.settings import ConfigError
+from gptutor.simulator.server import Simulator
+from gptutor.telemetry.log_writer import logging_to
 from tests.support.gateway import Caller, Gateway, config_for, gateway_on, make_caller
 from tests.support.yookassa import SECRET_KEY, SHOP_ID, YooKassaStandIn, notification
 
@@ -58,10 +58,10 @@ async def shop(
 ) -> AsyncIterator[Shop]:
     yookassa = YooKassaStandIn()
     server = await aiohttp_server(yookassa.app())
-    config = settings.Config(
+    config = schema.Config(
         **{name: getattr(config_for(database_url, "http://127.0.0.1:9", tmp_path / "shop"), name)
-           for name in settings.Config.__struct_fields__ if name != "yookassa"},
-        yookassa=settings.Yookassa(
+           for name in schema.Config.__struct_fields__ if name != "yookassa"},
+        yookassa=schema.YookassaSettings(
             shop_id=SHOP_ID, secret_key=SECRET_KEY, return_url="https://example.com/paid",
             base_url=str(server.make_url("/v3")), timeout_s=0.5, at_once=3,
         ),

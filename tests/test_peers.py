@@ -17,20 +17,20 @@ import openai
 import pytest
 from aiohttp import web
 
-from gptutor import settings
-from gptutor.administration import Bookkeeper
-from gptutor.api.ask import Ask
-from gptutor.api.health import DATABASE
+from gptutor.api.chat.request import ParsedRequest
 from gptutor.app import JOURNAL
-from gptutor.database import Database, DatabaseUnavailable
+from gptutor.config import schema
+from gptutor.database.pool import Database, DatabaseUnavailable
+from gptutor.http.health import DATABASE
+from gptutor.money.administration import Bookkeeper
 from gptutor.money.amounts import Nano
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.invariants import check
 from gptutor.money.journal import Journal
 from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.openrouter.service import OpenRouterService
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import listening, simulated_openrouter
+from gptutor.server.serve import listening, simulated_openrouter
+from gptutor.simulator.server import Simulator
 from tests.support.books import assert_books_agree
 from tests.support.gateway import Caller, Gateway, config_for, gateway_on, make_caller
 from tests.support.ledger import assert_books_hold, hold, ledger_of, release, settlement
@@ -131,7 +131,7 @@ async def test_no_failure_of_upstream_leaks_a_hold(gateway: Gateway, fault: str,
 
 PLACES: dict[str, tuple[type, str]] = {
     "the ceiling": (LLMCostEvaluate, "ceiling"),
-    "the body for upstream": (Ask, "upstream_body"),
+    "the body for upstream": (ParsedRequest, "upstream_body"),
     "the journal's first line": (Journal, "sent"),
     "the way upstream": (OpenRouterService, "complete"),
     "the upstream call": (OpenRouterService, "_attempt"),
@@ -306,7 +306,7 @@ async def scripted(
     app = web.Application()
     app.add_routes([web.post("/chat/completions", answer), web.get("/models", models)])
     async with (
-        listening(app, settings.Config(server=settings.Server(port=0, shutdown_s=1))) as base_url,
+        listening(app, schema.Config(server=schema.ServerSettings(port=0, shutdown_s=1))) as base_url,
         gateway_on(config_for(database_url, base_url, tmp_path / "scripted"), books, simulator) as running,
     ):
 
@@ -364,7 +364,7 @@ async def test_a_price_of_minus_one_is_no_credit(gateway: Gateway, stream: bool)
     async with asyncio.timeout(5):
         while not gateway.simulator.books.records:
             await asyncio.sleep(0.005)
-    assert await caller.held() == settings.Billing().hold_default_rub
+    assert await caller.held() == schema.BillingSettings().hold_default_rub
     response, _ = await waiting
     assert response.status == 200
     assert [charge > 0 for charge in await charges(caller)] == [True]
@@ -434,9 +434,9 @@ async def test_a_spend_that_was_not_settled_yet_survives_the_end_of_the_process(
 ) -> None:
     """Complaints 4, 12 (LiteLLM #34805, #35531, Bifrost's ten seconds, one-api's goroutine): spend kept in memory died with it."""
     simulator = Simulator()
-    async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url:
+    async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(database_url, base_url, tmp_path, {"relay": {"leaver_drain_s": 0.1}})
-        config = msgspec.structs.replace(config, server=settings.Server(port=0, shutdown_s=0.2, drain_s=0.05))
+        config = msgspec.structs.replace(config, server=schema.ServerSettings(port=0, shutdown_s=0.2, drain_s=0.05))
         people = [await make_caller(books, "100") for _ in range(callers)]
         async with gateway_on(config, books, simulator) as dying:
             fetch = dying.app[DATABASE].fetch
@@ -482,7 +482,7 @@ async def test_a_spend_that_was_not_settled_yet_survives_the_end_of_the_process(
 async def test_a_process_that_ends_in_order_settles_what_is_under_way(database_url: str, books: Database, tmp_path: Path) -> None:
     """Complaints 4, 12 (LiteLLM #14334): a deploy cut live streams, and their spend with them."""
     simulator = Simulator(word_s=0.005, first_word_s=0.05)
-    async with simulated_openrouter(simulator, settings.Simulator(port=0)) as base_url:
+    async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(database_url, base_url, tmp_path)
         caller = await make_caller(books, "100")
         body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}

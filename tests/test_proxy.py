@@ -16,9 +16,10 @@ import pytest
 import trustme
 from aiohttp import web
 
-from gptutor import config, database
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.settings import ConfigError
+from gptutor.config import load
+from gptutor.config.schema import ConfigError
+from gptutor.database import pool
+from gptutor.simulator.server import Simulator
 from tests.support.books import assert_books_agree
 from tests.support.gateway import Gateway, config_for, gateway_on
 
@@ -80,7 +81,7 @@ async def secure(authority: trustme.CA) -> AsyncIterator[tuple[Simulator, str]]:
 
 @asynccontextmanager
 async def gateway_through(
-    proxy: str, secure: tuple[Simulator, str], books: database.Database, database_url: str, directory: Path
+    proxy: str, secure: tuple[Simulator, str], books: pool.Database, database_url: str, directory: Path
 ) -> AsyncIterator[Gateway]:
     simulator, base_url = secure
     settings = config_for(database_url, base_url, directory)
@@ -100,7 +101,7 @@ def trusted(authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 async def test_openrouter_is_reached_through_the_proxy_and_learns_nothing_of_it(
     proxy: tuple[str, Path],
     secure: tuple[Simulator, str],
-    books: database.Database,
+    books: pool.Database,
     database_url: str,
     tmp_path: Path,
     stream: bool,
@@ -121,7 +122,7 @@ async def test_openrouter_is_reached_through_the_proxy_and_learns_nothing_of_it(
 async def test_a_proxy_that_refuses_us_is_told_as_openrouter_unreachable_and_costs_nothing(
     proxy: tuple[str, Path],
     secure: tuple[Simulator, str],
-    books: database.Database,
+    books: pool.Database,
     database_url: str,
     tmp_path: Path,
     known: str,
@@ -132,14 +133,14 @@ async def test_a_proxy_that_refuses_us_is_told_as_openrouter_unreachable_and_cos
 
 @pytest.mark.usefixtures("trusted")
 async def test_a_proxy_that_is_away_is_told_the_same(
-    secure: tuple[Simulator, str], books: database.Database, database_url: str, tmp_path: Path, unused_tcp_port: int
+    secure: tuple[Simulator, str], books: pool.Database, database_url: str, tmp_path: Path, unused_tcp_port: int
 ) -> None:
     async with gateway_through(f"http://127.0.0.1:{unused_tcp_port}", secure, books, database_url, tmp_path) as gateway:
         await assert_unreachable(gateway)
 
 
 async def test_a_certificate_that_nobody_vouches_for_is_not_accepted(
-    secure: tuple[Simulator, str], books: database.Database, database_url: str, tmp_path: Path
+    secure: tuple[Simulator, str], books: pool.Database, database_url: str, tmp_path: Path
 ) -> None:
     async with gateway_through("", secure, books, database_url, tmp_path) as gateway:
         await assert_unreachable(gateway)
@@ -172,12 +173,12 @@ REAL = {"OPENROUTER_API_KEY": "sk-or-1"}
     ],
 )
 def test_the_proxy_of_the_environment(environ: dict[str, str], proxy: str) -> None:
-    assert config.load({**REAL, **environ}).openrouter.proxy == proxy
+    assert load.load({**REAL, **environ}).openrouter.proxy == proxy
 
 
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "GPTUTOR_OPENROUTER__PROXY"])
 def test_a_proxy_that_is_no_address_is_told_without_its_password(name: str) -> None:
     with pytest.raises(ConfigError) as told:
-        config.load({**REAL, name: "socks5://ivan:s3cret@p:1080"})
+        load.load({**REAL, name: "socks5://ivan:s3cret@p:1080"})
     assert name in str(told.value)
     assert "s3cret" not in str(told.value)

@@ -8,7 +8,7 @@ from decimal import Decimal
 import asyncpg
 import orjson
 
-from gptutor.database import Database
+from gptutor.database.pool import Database
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, Release

@@ -15,28 +15,28 @@ from typing import Any
 import asyncpg
 import pytest
 
-from gptutor.api.purchase import Purchase
-from gptutor.database import STATEMENTS, Database, DatabaseUnavailable
+from gptutor.api.chat.purchase import Purchase
+from gptutor.database.pool import STATEMENTS, Database, DatabaseUnavailable
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, Hold
 from gptutor.money.journal import Journal, JournalError
+from gptutor.money.journal_records import Charge, HoldRecord
 from gptutor.money.keyring import KeyRing
-from gptutor.money.knowledge import Knowledge, Price
 from gptutor.money.recovery import Recovery, decide
 from gptutor.openrouter.bill import Bill
 from tests.support.gateway import VAULT, Caller, Gateway, make_caller
 from tests.support.ledger import assert_books_hold, hold, settlement
 from tests.support.recovery import Generations, leftovers_in, mortal, process
 
-PRICE = Price(Nano(9 * 10**8), Decimal("0.01"))  # 0.01 dollars × 90 = 0.9 roubles
+PRICE = Charge(Nano(9 * 10**8), Decimal("0.01"))  # 0.01 dollars × 90 = 0.9 roubles
 
 NOTHING = None
-SENT = Knowledge(AccountId(1))
-NAMED = Knowledge(AccountId(1), "gen-1")
-PRICED = Knowledge(AccountId(1), None, PRICE)
-PRICED_AND_NAMED = Knowledge(AccountId(1), "gen-1", PRICE)
+SENT = HoldRecord(AccountId(1))
+NAMED = HoldRecord(AccountId(1), "gen-1")
+PRICED = HoldRecord(AccountId(1), None, PRICE)
+PRICED_AND_NAMED = HoldRecord(AccountId(1), "gen-1", PRICE)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ PRICED_AND_NAMED = Knowledge(AccountId(1), "gen-1", PRICE)
         (PRICED_AND_NAMED, True, True, "settle"),
     ],
 )
-def test_the_decision(knowledge: Knowledge | None, never_sent: bool, too_old: bool, decision: str) -> None:
+def test_the_decision(knowledge: HoldRecord | None, never_sent: bool, too_old: bool, decision: str) -> None:
     """Contract C6: the table of `decide`, every combination."""
     assert decide(knowledge, never_sent=never_sent, too_old=too_old) == decision
 
@@ -466,7 +466,7 @@ async def test_a_hold_that_cannot_be_settled_does_not_stop_the_others(books: Dat
     with process(books, directory, generations=Generations({"gen-1": Decimal("0.01")})) as living:
         poisoned, held = [await hold(books, caller, "5", ledger=living.ledger) for _ in range(2)]
         living.journal.sent(poisoned.account_id, poisoned.hold_id)
-        living.journal.billed(poisoned.hold_id, Price(Nano(10**18 + 1), Decimal("0.01")), None)  # more than the ledger takes
+        living.journal.billed(poisoned.hold_id, Charge(Nano(10**18 + 1), Decimal("0.01")), None)  # more than the ledger takes
         living.ledger.let_go(poisoned.hold_id)
         living.ledger.let_go(held.hold_id)
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
@@ -480,7 +480,7 @@ async def test_a_leftover_is_forgotten_only_when_all_of_it_is_in_the_database(bo
     poisoned, held = [await hold(books, caller, "5", ledger=dead) for _ in range(2)]
     learn(dead.journal, held, "billed")
     dead.journal.sent(poisoned.account_id, poisoned.hold_id)
-    dead.journal.billed(poisoned.hold_id, Price(Nano(10**18 + 1), Decimal("0.01")), None)  # more than the ledger takes
+    dead.journal.billed(poisoned.hold_id, Charge(Nano(10**18 + 1), Decimal("0.01")), None)  # more than the ledger takes
     with process(books, directory) as heir:
         for _ in range(2):
             await heir.recovery.replay(*leftovers_in(directory))

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from gptutor.api.exchange import TRUNCATED
+from gptutor.api.chat.exchange import TRUNCATED
 from tests.support.books import assert_books_agree, charged_usd
 from tests.support.gateway import MODEL, Gateway
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptutor.openrouter.errors import refusal
+from gptutor.openrouter.errors import error_from_response
 from gptutor.openrouter.retry import Failure, pause_before_retry
 
 
@@ -50,5 +50,5 @@ def test_pauses_differ_and_are_bounded() -> None:
 
 
 def test_a_sentence_about_our_key_does_not_show_it() -> None:
-    error = refusal(401, {}, b'{"error": {"message": "Incorrect API key provided: sk-or-v1-abc_DEF. See our site."}}')
+    error = error_from_response(401, {}, b'{"error": {"message": "Incorrect API key provided: sk-or-v1-abc_DEF. See our site."}}')
     assert error.message == "Incorrect API key provided: sk-…. See our site."

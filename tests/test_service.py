@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from gptutor import settings
-from gptutor.listener import StartError, listening_on
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import administering, simulated_openrouter
+from gptutor.config import schema
+from gptutor.server.listener import StartError, listening_on
+from gptutor.server.serve import administering, simulated_openrouter
+from gptutor.simulator.server import Simulator
 from gptutor.web.site import documentation
 from tests.support.service import Service, environment, run, running_with, start
 
@@ -113,11 +113,11 @@ async def test_what_cannot_be_listened_on_is_told_with_what_to_change(
 async def test_every_port_is_told_by_its_setting(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        config = settings.Config(
-            simulator=settings.Simulator(port=port),
-            docs=settings.Docs(port=port),
-            admin=settings.Admin(port=port, token="x" * 32),
-            paths=settings.Paths(data=tmp_path),
+        config = schema.Config(
+            simulator=schema.SimulatorSettings(port=port),
+            docs=schema.DocsSettings(port=port),
+            admin=schema.AdminSettings(port=port, token="x" * 32),
+            paths=schema.PathSettings(data=tmp_path),
         )
         for listening, setting in (
             (simulated_openrouter(Simulator(), config.simulator), "GPTUTOR_SIMULATOR__PORT"),
@@ -171,7 +171,7 @@ def test_the_wheel_has_all_it_needs(tmp_path: Path) -> None:
 
 def test_the_unit_is_valid_and_its_stop_fits_the_drain(tmp_path: Path) -> None:
     unit = (ROOT / "deploy" / "gptutor.service").read_text()
-    server = settings.Server()
+    server = schema.ServerSettings()
     stop_s = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])  # type: ignore[index]
     assert stop_s > server.shutdown_s + server.drain_s
     for line in ("User=gptutor", "ProtectSystem=strict", "ReadWritePaths=/opt/gptutor/var /opt/gptutor/logs", "ProtectHome=yes"):

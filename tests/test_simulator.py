@@ -13,17 +13,20 @@ import aiohttp
 import jsonschema
 import pytest
 
-from gptutor import settings
-from gptutor.openrouter.simulator.faults import FAULTS
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import simulated_openrouter
+from gptutor.config import schema
+from gptutor.server.serve import simulated_openrouter
+from gptutor.simulator.faults import FAULTS
+from gptutor.simulator.server import Simulator
 
 AUTHORIZED = {"Authorization": "Bearer sk-or-x"}
 
 
 @pytest.fixture
 async def upstream(simulator: Simulator) -> AsyncIterator[Any]:
-    async with simulated_openrouter(simulator, settings.Simulator(port=0)) as url, aiohttp.ClientSession(url + "/") as session:
+    async with (
+        simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as url,
+        aiohttp.ClientSession(url + "/") as session,
+    ):
         yield session
 
 

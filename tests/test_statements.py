@@ -7,9 +7,9 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from gptutor import migrations
-from gptutor.database import STATEMENTS, load_statements
-from gptutor.migrations import MigrationError, load_migrations, migrate, pending_migrations
+from gptutor.database import migrations
+from gptutor.database.migrations import MigrationError, load_migrations, migrate, pending_migrations
+from gptutor.database.pool import STATEMENTS, load_statements
 
 PACKAGE = Path(__file__).parent.parent / "gptutor"
 SOURCES = {path: path.read_text() for path in PACKAGE.rglob("*.py")}

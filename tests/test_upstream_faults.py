@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from gptutor.api.exchange import TRUNCATED
+from gptutor.api.chat.exchange import TRUNCATED
 from tests.support.books import assert_books_agree
 from tests.support.gateway import Gateway
 

@@ -15,16 +15,16 @@ from urllib.parse import urlencode
 import asyncpg
 import pytest
 
-from gptutor import migrations
-from gptutor.api.query import cursor_of
-from gptutor.database import Database
+from gptutor.database import migrations
+from gptutor.database.pool import Database
+from gptutor.http.query import cursor_of
+from gptutor.integrations.vk import signature
 from gptutor.money.amounts import AccountId, Nano, roubles
 from gptutor.money.holds import Hold, HoldRequest, Release, Settlement, new_id
-from gptutor.money.knowledge import Price
+from gptutor.money.journal_records import Charge
 from gptutor.money.pricing import Ceiling, charge
-from gptutor.money.usage import Place, Usage
+from gptutor.money.usage import Cursor, Usage
 from gptutor.money.users import NoSuchUser
-from gptutor.vk import signature
 from tests.support.gateway import Caller, Gateway, make_caller
 from tests.support.ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
 from tests.support.recovery import leftovers_in, mortal, process
@@ -307,7 +307,7 @@ async def test_what_recovery_and_late_evidence_settle_is_in_the_totals(gateway: 
     dead = mortal(books, directory)
     held = await hold(books, caller, "5", ledger=dead)
     dead.journal.sent(held.account_id, held.hold_id)
-    dead.journal.billed(held.hold_id, Price(Nano(9 * 10**8), Decimal("0.01"), 15, 32), "gen-1")
+    dead.journal.billed(held.hold_id, Charge(Nano(9 * 10**8), Decimal("0.01"), 15, 32), "gen-1")
     with process(books, directory) as heir:
         for leftover in leftovers_in(directory):
             await heir.recovery.replay(leftover)
@@ -542,7 +542,7 @@ async def test_any_cursor_that_can_be_spelt_is_a_place(gateway: Gateway) -> None
     caller = await gateway.caller("5")
     first, last = (datetime.datetime(year, 1, 1, tzinfo=datetime.UTC) for year in (1, 9999))
     for moment, count in [(first, 0), (NOON, 0), (last, 1)]:
-        cursor = cursor_of(Place(moment, uuid.UUID(int=2**128 - 1)))
+        cursor = cursor_of(Cursor(moment, uuid.UUID(int=2**128 - 1)))
         assert len(await data(gateway, caller, "/v1/usage", cursor=cursor)) == count
 
 

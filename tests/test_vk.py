@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptutor.vk import NotSigned, signature, verify
+from gptutor.integrations.vk import NotSigned, signature, verify
 
 SECRET = "wvl68m4dR1UpLrVRli"
 NOW = 1_795_500_000

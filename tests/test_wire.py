@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from gptutor.api.connection import Connection
-from gptutor.api.event_stream import EventStream, Patience
-from gptutor.log_writer import logging_to
-from gptutor.logs import WIRE
+from gptutor.api.chat.event_stream import EventStream, StreamLimits
+from gptutor.http.connection import ClientConnection
 from gptutor.money.amounts import AccountId
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import make_key
 from gptutor.money.users import UserRepository
+from gptutor.telemetry.log_writer import logging_to
+from gptutor.telemetry.logs import WIRE
 from tests.support.books import assert_books_agree
 from tests.support.gateway import VAULT, Gateway
 from tests.support.wire import post, raw
@@ -97,14 +97,14 @@ async def test_the_kernel_gives_up_on_every_caller_who_acknowledges_nothing(
 ) -> None:
     """Row client-4, whatever is sent to him."""
     told = []
-    connection_made = Connection.connection_made
+    connection_made = ClientConnection.connection_made
 
-    def watched(connection: Connection, transport: asyncio.Transport) -> None:
+    def watched(connection: ClientConnection, transport: asyncio.Transport) -> None:
         connection_made(connection, transport)
         sock = transport.get_extra_info("socket")
         told.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
 
-    monkeypatch.setattr(Connection, "connection_made", watched)
+    monkeypatch.setattr(ClientConnection, "connection_made", watched)
     await gateway.session.get(f"{gateway.url}/nothing")
     assert told == [12_500]
 
@@ -132,7 +132,7 @@ async def test_a_caller_who_does_not_take_the_last_bytes_is_dropped_as_well() ->
     """The end of the body is written with them; it is over once he has them."""
     writer = SimpleNamespace(drain=asyncio.Event().wait)
     request = make_mocked_request("POST", "/", writer=writer)
-    patience = Patience(heartbeat_s=1, buffer_bytes=1, write_s=0.05, leaver_drain_s=1, leaver_drain_bytes=1)
+    patience = StreamLimits(heartbeat_s=1, buffer_bytes=1, write_s=0.05, leaver_drain_s=1, leaver_drain_bytes=1)
     stream = EventStream(request, asyncio.get_running_loop().create_future(), {}, patience)
     stream._connection = SimpleNamespace(writing_paused=True)  # type: ignore[assignment]
     async with asyncio.timeout(5):

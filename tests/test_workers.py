@@ -19,10 +19,10 @@ import orjson
 import psutil
 import pytest
 
-from gptutor.banner import banner
-from gptutor.listener import authority
-from gptutor.settings import Config, Docs, Server
-from gptutor.workers import Master, Worker
+from gptutor.config.schema import Config, DocsSettings, ServerSettings
+from gptutor.server.banner import banner
+from gptutor.server.listener import authority
+from gptutor.server.workers import Master, Worker
 from tests.support.service import RunningSimulator, Service, environment, run, start, start_simulator
 
 
@@ -232,7 +232,7 @@ def test_a_reload_takes_what_stands_in_the_folders_own_file_by_then(workers: Ser
 
 @pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
 def test_an_address_of_either_kind_is_bound_and_shown(host: str, shown: str) -> None:
-    config = Config(server=Server(host=host, port=3001), docs=Docs(host=host))
+    config = Config(server=ServerSettings(host=host, port=3001), docs=DocsSettings(host=host))
     assert Master(config, [bytes(32)]).cfg.address == [(host, 3001)]
     assert authority(host, 3001) == f"{shown}:3001"
     assert f"http://{shown.replace('127.0.0.1', 'localhost')}:8080" in banner(config, url="", demo_key=None)

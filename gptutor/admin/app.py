@@ -4,16 +4,17 @@ from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 
-from gptutor import database, metrics
 from gptutor.admin import money, users
-from gptutor.admin.answers import told
-from gptutor.admin.door import VAULT, let_in
-from gptutor.api import middlewares
-from gptutor.api.body import FORM_LIMITS, hold_invitation
-from gptutor.api.health import DATABASE
-from gptutor.logs import LoggerService
+from gptutor.admin.auth import VAULT, authenticate_administrator
+from gptutor.admin.responses import administration_errors
+from gptutor.config.schema import Config
+from gptutor.database import pool
+from gptutor.http import middlewares
+from gptutor.http.body import SMALL_BODY_LIMITS, defer_continue
+from gptutor.http.health import DATABASE
 from gptutor.money.vault import Vault
-from gptutor.settings import Config
+from gptutor.telemetry import metrics
+from gptutor.telemetry.logs import LoggerService
 
 CONFIG = web.AppKey("admin_config", Config)
 CONNECTIONS_MAX = 3
@@ -27,14 +28,14 @@ KEY = USER + r"/keys/{key_id:[1-9][0-9]{0,17}}"
 def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
     """`config.database.url` names a real database here, as for `build_app`."""
     app = web.Application(
-        client_max_size=FORM_LIMITS.bytes_max,
+        client_max_size=SMALL_BODY_LIMITS.bytes_max,
         middlewares=[
             middlewares.request_id,
             middlewares.access_log(log),
             middlewares.errors,
-            let_in(config.admin.tokens),  # before it is known whether there is such a path
-            middlewares.body_limit(FORM_LIMITS.bytes_max),
-            told,
+            authenticate_administrator(config.admin.tokens),  # before it is known whether there is such a path
+            middlewares.body_limit(SMALL_BODY_LIMITS.bytes_max),
+            administration_errors,
         ],
     )
     app.on_response_prepare.append(middlewares.name_response)
@@ -44,17 +45,17 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
     app.add_routes(
         [
             web.get("/admin/users", users.list_users),
-            web.post("/admin/users", users.create_user, expect_handler=hold_invitation),
+            web.post("/admin/users", users.create_user, expect_handler=defer_continue),
             web.get(USER, users.show_user),
             web.post(USER + "/activate", users.activate_user),
             web.post(USER + "/deactivate", users.deactivate_user),
             web.get(USER + "/keys", users.list_keys),
-            web.post(USER + "/keys", users.issue_key, expect_handler=hold_invitation),
-            web.patch(KEY, users.limit_key, expect_handler=hold_invitation),
+            web.post(USER + "/keys", users.issue_key, expect_handler=defer_continue),
+            web.patch(KEY, users.limit_key, expect_handler=defer_continue),
             web.delete(KEY, users.revoke_key),
             web.get(USER + "/ledger", money.ledger),
-            web.post(USER + "/bookings", money.book, expect_handler=hold_invitation),
-            web.post("/admin/payments", money.pay, expect_handler=hold_invitation),
+            web.post(USER + "/bookings", money.book, expect_handler=defer_continue),
+            web.post("/admin/payments", money.pay, expect_handler=defer_continue),
             web.get("/admin/holds", money.holds),
             web.get("/admin/export/ledger", money.export_ledger),
             web.get("/metrics", metrics.show),
@@ -65,7 +66,7 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
 
 async def database_context(app: web.Application) -> AsyncIterator[None]:
     limits = app[CONFIG].database
-    async with database.connected(
+    async with pool.connected(
         limits.url,
         name="gptutor admin",
         connections_min=0,

@@ -8,18 +8,18 @@ from typing import Annotated
 import msgspec
 from aiohttp import web
 
-from gptutor.admin.answers import data
-from gptutor.admin.asked import ID_MAX, account
-from gptutor.admin.door import hands
-from gptutor.administration import REASON_MAX, REFERENCE_MAX, BookingKind
-from gptutor.api.body import read_form
-from gptutor.api.form import Amount
-from gptutor.api.health import DATABASE
-from gptutor.api.query import Query
-from gptutor.errors import Refusal
+from gptutor.admin.auth import administration_of
+from gptutor.admin.parameters import ID_MAX, account
+from gptutor.admin.responses import data_response
+from gptutor.errors import ApiError
+from gptutor.http.body import read_json_body
+from gptutor.http.health import DATABASE
+from gptutor.http.json_body import Amount
+from gptutor.http.query import Query
+from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
 from gptutor.money.reconciliation import sum_of, waiting_holds
-from gptutor.records import booking_json, csv_head, csv_lines, entry_json, user_json
+from gptutor.money.records import booking_json, csv_head, csv_lines, entry_json, user_json
 
 LOGGER = logging.getLogger("gptutor.admin")
 PAGE = 100
@@ -53,18 +53,20 @@ class NewPayment(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
 
 
 async def book(request: web.Request) -> web.Response:
-    form = await read_form(request, NewBooking)
+    form = await read_json_body(request, NewBooking)
     amount = nano_of(form.amount)
-    user = await hands(request).book(account(request), form.kind, amount, reason=form.reason, reference=form.reference)
-    return data(user_json(user), 201)
+    user = await administration_of(request).book(
+        account(request), form.kind, amount, reason=form.reason, reference=form.reference
+    )
+    return data_response(user_json(user), 201)
 
 
 async def pay(request: web.Request) -> web.Response:
     """The same answer however often a payment is told of; 409 if its reference was booked as another payment."""
-    form = await read_form(request, NewPayment)
+    form = await read_json_body(request, NewPayment)
     if (form.user_id is None) == (form.vk_id is None):
-        raise Refusal("invalid_request", "A payment names its user by userId or by vkId, and by one of them only")
-    administration = hands(request)
+        raise ApiError("invalid_request", "A payment names its user by userId or by vkId, and by one of them only")
+    administration = administration_of(request)
     if form.user_id is None:
         account_id = (await administration.users.find_person("vk", str(form.vk_id))).account_id
     else:
@@ -73,7 +75,7 @@ async def pay(request: web.Request) -> web.Response:
     if (amount := nano_of(form.amount)) <= 0:
         raise InvalidAmount("A payment must be more than zero")
     booking = await administration.pay(account_id, amount, reference, "payment")
-    return data(booking_json(booking) | {"reference": reference})
+    return data_response(booking_json(booking) | {"reference": reference})
 
 
 async def ledger(request: web.Request) -> web.Response:
@@ -84,19 +86,19 @@ async def ledger(request: web.Request) -> web.Response:
     try:
         last = None if before is None else uuid.UUID(before)
     except ValueError as error:
-        raise Refusal("invalid_request", "before must be the id of an entry") from error
-    administration = hands(request)
+        raise ApiError("invalid_request", "before must be the id of an entry") from error
+    administration = administration_of(request)
     await administration.users.find(account(request))
     entries = await administration.bookings.entries(account(request), limit + 1, before=last)
     shown = entries[:limit]
     more = str(shown[-1].entry_id) if len(entries) > limit else None
-    return data([entry_json(entry) for entry in shown], next=more)
+    return data_response([entry_json(entry) for entry in shown], next=more)
 
 
 async def holds(request: web.Request) -> web.Response:
     Query(request, ())
     waiting = await waiting_holds(request.app[DATABASE])
-    return data([hold.as_json() for hold in waiting], atMost=roubles(sum_of(waiting)))
+    return data_response([hold.as_json() for hold in waiting], atMost=roubles(sum_of(waiting)))
 
 
 async def export_ledger(request: web.Request) -> web.StreamResponse:
@@ -104,7 +106,7 @@ async def export_ledger(request: web.Request) -> web.StreamResponse:
     asked = Query(request, ("from", "to", "user"))
     period = asked.period(days_max=None)
     user = AccountId(asked.whole("user", least=1, most=ID_MAX, default=0))
-    administration = hands(request)
+    administration = administration_of(request)
     if user:
         await administration.users.find(user)
     pages = administration.bookings.export(period.first, period.last, user or None)

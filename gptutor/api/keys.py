@@ -14,14 +14,14 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from gptutor.api.body import read_form
-from gptutor.api.completions import KIT
-from gptutor.api.envelope import amount, answer, moment
-from gptutor.api.form import Amount, Form, must_be
-from gptutor.api.identity import KEYRING, MANAGES_KEYS, USER
-from gptutor.errors import Refusal
+from gptutor.api.auth import KEYRING, MANAGES_KEYS, USER
+from gptutor.api.chat.completions import SERVICES
+from gptutor.errors import ApiError
+from gptutor.http.body import read_json_body
+from gptutor.http.json_body import Amount, Form, must_be
+from gptutor.http.json_response import amount, answer, moment
 from gptutor.money.amounts import NANO_MAX, NANO_PER_RUB, InvalidAmount, Nano, nano_of
-from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, CapPeriod, Key, Limits, NoSuchKey, TooManyKeys
+from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, CapPeriod, Key, KeyLimits, NoSuchKey, TooManyKeys
 
 BODY_BYTES_MAX = 16 * 1024
 NAME_CHARACTERS_MAX = 100
@@ -31,7 +31,7 @@ PERIODS: dict[str | None, CapPeriod] = {"daily": "day", None: "total"}
 RESETS: dict[CapPeriod | None, str | None] = {period: reset for reset, period in PERIODS.items()} | {None: None}
 
 
-class KeyLimits(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+class KeyLimitsPatch(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Each description completes the sentence "<field> must be …". What is absent stays as it is."""
 
     limit: Annotated[
@@ -51,7 +51,7 @@ class KeyLimits(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ] = UNSET
 
 
-class NewKey(KeyLimits, forbid_unknown_fields=True, kw_only=True):
+class NewKey(KeyLimitsPatch, forbid_unknown_fields=True, kw_only=True):
     name: Annotated[
         Annotated[str, Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*\Z")],
         Meta(description=f"a string of 1 to {NAME_CHARACTERS_MAX} printable characters"),
@@ -71,12 +71,12 @@ async def create_key(request: web.Request) -> web.Response:
     try:
         key, made = await request.app[KEYRING].issue(request[USER].account_id, form.name, limits, beside=True)
     except TooManyKeys:
-        raise Refusal("too_many_keys", f"An account may have {KEYS_MAX} keys; revoke one that is not needed") from None
+        raise ApiError("too_many_keys", f"An account may have {KEYS_MAX} keys; revoke one that is not needed") from None
     return answer({"data": shown(made), "key": key}, status=201)
 
 
 async def limit_key(request: web.Request) -> web.Response:
-    form = await _form(request, KeyLimits)
+    form = await _form(request, KeyLimitsPatch)
     keyring, account_id, key_id = request.app[KEYRING], request[USER].account_id, int(request.match_info["key_id"])
     try:
         changed = await keyring.change(account_id, key_id, functools.partial(limits_after, form))
@@ -94,20 +94,20 @@ async def revoke_key(request: web.Request) -> web.Response:
     return answer({"deleted": True})
 
 
-def limits_after(form: KeyLimits, before: Limits) -> Limits:
-    """The limits that a key has once the form is applied. Raises Refusal."""
+def limits_after(form: KeyLimitsPatch, before: KeyLimits) -> KeyLimits:
+    """The limits that a key has once the form is applied. Raises ApiError."""
     cap = before.cap if isinstance(form.limit, UnsetType) else _cap(form.limit)
     if cap is None:
         period: CapPeriod | None = None
         if form.limit_reset == "daily":
-            raise Refusal("invalid_request", must_be(KeyLimits, "limit_reset"))
+            raise ApiError("invalid_request", must_be(KeyLimitsPatch, "limit_reset"))
     elif isinstance(form.limit_reset, UnsetType):
         period = before.cap_period or "total"
     else:
         period = PERIODS[form.limit_reset]
     if isinstance(form.expires_at, datetime.datetime) and not datetime.datetime.now(datetime.UTC) < form.expires_at < END_MAX:
-        raise Refusal("invalid_request", must_be(KeyLimits, "expires_at"))
-    return Limits(
+        raise ApiError("invalid_request", must_be(KeyLimitsPatch, "expires_at"))
+    return KeyLimits(
         expires_at=before.expires_at if isinstance(form.expires_at, UnsetType) else form.expires_at,
         cap=cap,
         cap_period=period,
@@ -136,27 +136,27 @@ def shown(key: Key) -> dict[str, Any]:
 
 
 def _cap(limit: Decimal | None) -> Nano | None:
-    """Raises Refusal."""
+    """Raises ApiError."""
     try:
         cap = None if limit is None else nano_of(limit)
     except InvalidAmount:
         cap = Nano(-1)
     if cap is not None and cap < 0:
-        raise Refusal("invalid_request", must_be(KeyLimits, "limit"))
+        raise ApiError("invalid_request", must_be(KeyLimitsPatch, "limit"))
     return cap
 
 
 async def _form(request: web.Request, form: type[Form]) -> Form:
-    """The body of one who may change keys. Raises Refusal."""
+    """The body of one who may change keys. Raises ApiError."""
     _require_manager(request)
-    return await read_form(request, form, replace(request.app[KIT].body_limits, bytes_max=BODY_BYTES_MAX))
+    return await read_json_body(request, form, replace(request.app[SERVICES].body_limits, bytes_max=BODY_BYTES_MAX))
 
 
 def _require_manager(request: web.Request) -> None:
-    """Raises Refusal."""
+    """Raises ApiError."""
     if not request[MANAGES_KEYS]:
-        raise Refusal("main_key_required")
+        raise ApiError("main_key_required")
 
 
 def _unknown() -> NoReturn:
-    raise Refusal("not_found", "API key not found") from None
+    raise ApiError("not_found", "API key not found") from None

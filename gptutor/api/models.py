@@ -10,7 +10,7 @@ from decimal import Decimal
 import msgspec
 from aiohttp import web
 
-from gptutor.errors import Refusal
+from gptutor.errors import ApiError
 from gptutor.money.amounts import EXACT
 from gptutor.openrouter.catalogue import Catalogue, Model
 
@@ -78,7 +78,7 @@ async def list_models(request: web.Request) -> web.Response:
 async def show_model(request: web.Request) -> web.Response:
     model = request.app[MODELS].one(request.match_info["model_id"])
     if model is None:
-        raise Refusal("not_found", "Model not found")
+        raise ApiError("not_found", "Model not found")
     return served(request, model)
 
 

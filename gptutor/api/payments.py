@@ -17,17 +17,17 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from gptutor.administration import Bookkeeper
-from gptutor.api.body import read_form
-from gptutor.api.form import Amount
-from gptutor.api.health import DATABASE, READINESS
-from gptutor.api.identity import USER
-from gptutor.errors import Refusal
-from gptutor.metrics import PAYMENT_NOTIFICATIONS
+from gptutor.api.auth import USER
+from gptutor.errors import ApiError
+from gptutor.http.body import read_json_body
+from gptutor.http.health import DATABASE, READINESS
+from gptutor.http.json_body import Amount
+from gptutor.integrations.yookassa import ID_FORM, YooKassa, YooKassaUnavailable
+from gptutor.money.administration import Bookkeeper
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles
 from gptutor.money.bookings import AlreadyBooked, Booking
 from gptutor.money.users import NoSuchUser
-from gptutor.yookassa import ID_FORM, YooKassa, YooKassaUnavailable
+from gptutor.telemetry.metrics import PAYMENT_NOTIFICATIONS
 
 LOGGER = logging.getLogger("gptutor.payments")
 PROVIDER = "yookassa"
@@ -53,7 +53,7 @@ class Notification(msgspec.Struct):
     object: Subject
 
 
-class Turnstile:
+class ConcurrencyLimit:
     """So many at once; the next one is refused, not queued: whoever is refused comes again."""
 
     def __init__(self, at_once: int) -> None:
@@ -61,9 +61,9 @@ class Turnstile:
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """Raises Refusal."""
+        """Raises ApiError."""
         if not self._free:
-            raise Refusal("payments_unavailable", cause="too many calls to YooKassa at once")
+            raise ApiError("payments_unavailable", cause="too many calls to YooKassa at once")
         self._free -= 1
         try:
             yield
@@ -71,29 +71,29 @@ class Turnstile:
             self._free += 1
 
 
-class Cashier:
-    """Payments by YooKassa, if they are set up. Raises Refusal, DatabaseUnavailable."""
+class PaymentService:
+    """Payments by YooKassa, if they are set up. Raises ApiError, DatabaseUnavailable."""
 
     def __init__(self, yookassa: YooKassa | None, *, least_rub: Decimal, most_rub: Decimal, at_once: int) -> None:
         self._yookassa = yookassa
         self._least_rub = least_rub
         self._most_rub = most_rub
-        self._payments = Turnstile(at_once)
-        self._notifications = Turnstile(at_once)
+        self._payments = ConcurrencyLimit(at_once)
+        self._notifications = ConcurrencyLimit(at_once)
         self._under_way: set[asyncio.Task[Outcome]] = set()
 
     def require(self) -> YooKassa:
         if self._yookassa is None:
-            raise Refusal("not_found", "Payments are not set up here")
+            raise ApiError("not_found", "Payments are not set up here")
         return self._yookassa
 
     def check(self, amount_rub: Decimal) -> str:
         """The amount in YooKassa's spelling, `100.00`."""
         if not (amount_rub.is_finite() and self._least_rub <= amount_rub <= self._most_rub):
-            raise Refusal("invalid_request", f"amount: from {self._least_rub} to {self._most_rub} roubles can be paid at once")
+            raise ApiError("invalid_request", f"amount: from {self._least_rub} to {self._most_rub} roubles can be paid at once")
         kopecks = amount_rub.quantize(Decimal("0.01"))
         if kopecks != amount_rub:
-            raise Refusal("invalid_request", "amount: a payment is in roubles and kopecks, with two decimal places at most")
+            raise ApiError("invalid_request", "amount: a payment is in roubles and kopecks, with two decimal places at most")
         return f"{kopecks:f}"
 
     async def create(self, account_id: AccountId, amount_rub: Decimal, idempotency_key: str | None) -> dict[str, str]:
@@ -106,7 +106,7 @@ class Cashier:
             payment = await yookassa.create_payment(account_id, amount, name)
         if payment.confirmation_url is None:
             LOGGER.error("YooKassa made the payment %s without an address to pay it at", payment.payment_id)
-            raise Refusal("payments_unavailable", cause="no confirmation_url")
+            raise ApiError("payments_unavailable", cause="no confirmation_url")
         return {
             "id": payment.payment_id,
             "status": payment.status,
@@ -188,32 +188,32 @@ def _asked() -> Iterator[None]:
         yield
     except YooKassaUnavailable as error:
         LOGGER.error("YooKassa cannot be asked: %s", error)
-        raise Refusal("payments_unavailable", cause=str(error)) from error
+        raise ApiError("payments_unavailable", cause=str(error)) from error
 
 
-CASHIER = web.AppKey("cashier", Cashier)
+PAYMENTS = web.AppKey("cashier", PaymentService)
 
 
 async def create_payment(request: web.Request) -> web.Response:
     """`POST /v1/payments {"amount": …}` → `{"data": {"id", "status", "amount", "confirmation_url"}}`."""
-    request.app[CASHIER].require()
+    request.app[PAYMENTS].require()
     key = request.headers.get("Idempotency-Key")
     if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
-        raise Refusal("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
-    form = await read_form(request, NewPayment)
-    return web.json_response({"data": await request.app[CASHIER].create(request[USER].account_id, form.amount, key)})
+        raise ApiError("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
+    form = await read_json_body(request, NewPayment)
+    return web.json_response({"data": await request.app[PAYMENTS].create(request[USER].account_id, form.amount, key)})
 
 
 async def notified(request: web.Request) -> web.Response:
     """`POST /yookassa/webhook`: 200 if what it names is booked or nothing is to be booked, 503 if that is not known yet."""
-    cashier = request.app[CASHIER]
+    cashier = request.app[PAYMENTS]
     cashier.require()
-    notification = await read_form(request, Notification)
+    notification = await read_json_body(request, Notification)
     request.app[READINESS].require()
     books = Bookkeeper(request.app[DATABASE], PROVIDER)
     try:
         outcome: str = await cashier.take(notification, books)
-    except Refusal:
+    except ApiError:
         PAYMENT_NOTIFICATIONS.labels("unavailable").inc()
         raise
     PAYMENT_NOTIFICATIONS.labels(outcome).inc()

@@ -10,13 +10,13 @@ from typing import Any
 
 from aiohttp import web
 
-from gptutor.api.envelope import answer
-from gptutor.api.health import DATABASE
-from gptutor.api.identity import USER
-from gptutor.api.query import Query, cursor_of
-from gptutor.errors import Refusal
+from gptutor.api.auth import USER
+from gptutor.errors import ApiError
+from gptutor.http.health import DATABASE
+from gptutor.http.json_response import answer
+from gptutor.http.query import Query, cursor_of
 from gptutor.money.amounts import roubles
-from gptutor.money.usage import NoSuchRequest, Request, Total, Usage, UsageEntry
+from gptutor.money.usage import NoSuchRequest, RequestRecord, Total, Usage, UsageEntry
 
 LIMIT = 100
 LIMIT_MAX = 1000
@@ -64,11 +64,11 @@ async def sum_usage(request: web.Request) -> web.Response:
 async def show_generation(request: web.Request) -> web.Response:
     name = Query(request, ("id",)).text("id")
     if name is None:
-        raise Refusal("invalid_request", "id is required: a request id, or OpenRouter's id of a generation")
+        raise ApiError("invalid_request", "id is required: a request id, or OpenRouter's id of a generation")
     try:
         found = await Usage(request.app[DATABASE]).request(request[USER].account_id, name)
     except NoSuchRequest:
-        raise Refusal("not_found", "No request of this account has this id") from None
+        raise ApiError("not_found", "No request of this account has this id") from None
     return answer({"data": request_as_json(found)})
 
 
@@ -102,7 +102,7 @@ def total_as_json(total: Total) -> dict[str, Any]:
     }
 
 
-def request_as_json(request: Request) -> dict[str, Any]:
+def request_as_json(request: RequestRecord) -> dict[str, Any]:
     return {
         "id": request.hold_id,
         "request_id": request.request_id,

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from gptutor.database import DatabaseUnavailable, RowsLocked
+from gptutor.database.pool import DatabaseUnavailable, RowsLocked
 
 PATIENCE_S = 0.05
 
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
-class Entry(Generic[Item, Result]):
+class QueuedItem(Generic[Item, Result]):
     item: Item
     account_id: int
     future: asyncio.Future[Result]
@@ -53,7 +53,7 @@ class Batcher(Generic[Item, Result]):
         self._patience_s = patience_s
         self._apart = apart
         self._abandoned = abandoned
-        self._waiting: deque[Entry[Item, Result]] = deque()
+        self._waiting: deque[QueuedItem[Item, Result]] = deque()
         self._workers: dict[asyncio.Task[None], set[int]] = {}
         """Each with the accounts of its statement."""
         self._impatience: asyncio.TimerHandle | None = None
@@ -63,7 +63,7 @@ class Batcher(Generic[Item, Result]):
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = self._loop.create_future()
-        self._waiting.append(Entry(item, self._account_of(item), future))
+        self._waiting.append(QueuedItem(item, self._account_of(item), future))
         if not self._workers:
             self._start()
         elif self._impatience is None:
@@ -107,7 +107,7 @@ class Batcher(Generic[Item, Result]):
                 _fail(batch, DatabaseUnavailable("cancelled"))
                 raise
 
-    def _next_batch(self, accounts: set[int]) -> list[Entry[Item, Result]]:
+    def _next_batch(self, accounts: set[int]) -> list[QueuedItem[Item, Result]]:
         """Those whose accounts no other statement has, in their order."""
         if self._impatience is not None:
             self._impatience.cancel()
@@ -116,8 +116,8 @@ class Batcher(Generic[Item, Result]):
         if not self._waiting:
             return []
         busy = self._busy()
-        batch: list[Entry[Item, Result]] = []
-        held_up: list[Entry[Item, Result]] = []
+        batch: list[QueuedItem[Item, Result]] = []
+        held_up: list[QueuedItem[Item, Result]] = []
         while self._waiting and len(batch) < self._batch_max:
             entry = self._waiting.popleft()
             waits = entry.account_id in busy or (self._apart and batch and entry.account_id != batch[0].account_id)
@@ -132,7 +132,7 @@ class Batcher(Generic[Item, Result]):
         """The accounts of all statements that are under way."""
         return set().union(*self._workers.values())
 
-    async def _carry_out(self, batch: list[Entry[Item, Result]]) -> None:
+    async def _carry_out(self, batch: list[QueuedItem[Item, Result]]) -> None:
         batch = [entry for entry in batch if not entry.future.done()]  # whose submitter was cancelled is not served
         if not batch:
             return
@@ -161,7 +161,7 @@ class Batcher(Generic[Item, Result]):
                     self._abandoned(entry.item, result)
 
 
-def _fail(batch: Iterable[Entry[Item, Result]], error: Exception) -> None:
+def _fail(batch: Iterable[QueuedItem[Item, Result]], error: Exception) -> None:
     for entry in batch:
         if not entry.future.done():
             entry.future.set_exception(error)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, TypeVar
 
-from gptutor.database import ConstraintViolated, Database, DatabaseUnavailable, Row
+from gptutor.database.pool import ConstraintViolated, Database, DatabaseUnavailable, Row
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano
 from gptutor.money.holds import new_id
 from gptutor.money.users import NoSuchUser, User, UserRepository
@@ -42,7 +42,7 @@ class Booking:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LedgerEntry:
     entry_id: uuid.UUID
     kind: EntryKind
     amount: Nano
@@ -133,14 +133,14 @@ class Bookings:
         row = await self._database.fetchrow("find_reference", reference)
         return None if row is None else booking_of(row)
 
-    async def entries(self, account_id: AccountId, limit: int, *, before: uuid.UUID | None = None) -> list[Entry]:
+    async def entries(self, account_id: AccountId, limit: int, *, before: uuid.UUID | None = None) -> list[LedgerEntry]:
         """The newest entries, newest first; the next page comes with the last entry of the one before it."""
         rows = await self._database.fetch("list_entries", account_id, limit, before)
         return [entry_of(row) for row in rows]
 
     async def export(
         self, first: datetime.date | None, last: datetime.date | None, account_id: AccountId | None
-    ) -> AsyncGenerator[list[tuple[AccountId, Entry]], None]:
+    ) -> AsyncGenerator[list[tuple[AccountId, LedgerEntry]], None]:
         """The entries of these UTC days, both included, by account and time, in pieces of one snapshot."""
         async for rows in self._database.pages("export_entries", first, last, account_id):
             yield [(AccountId(row["account_id"]), entry_of(row)) for row in rows]
@@ -160,8 +160,8 @@ def booking_of(row: Row) -> Booking:
     return Booking(AccountId(row["account_id"]), row["entry_id"], row["kind"], Nano(row["amount_nano"]), row["created_at"])
 
 
-def entry_of(row: Row) -> Entry:
-    return Entry(
+def entry_of(row: Row) -> LedgerEntry:
+    return LedgerEntry(
         entry_id=row["entry_id"],
         kind=row["kind"],
         amount=Nano(row["amount_nano"]),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptutor.database import SQL, Database
+from gptutor.database.pool import SQL, Database
 
 ROWS_SHOWN = 20
 

@@ -34,9 +34,9 @@ from pathlib import Path
 
 from gptutor.money.amounts import AccountId
 from gptutor.money.holds import HoldId
-from gptutor.money.knowledge import (
-    Knowledge,
-    Price,
+from gptutor.money.journal_records import (
+    Charge,
+    HoldRecord,
     billed_line,
     closed_line,
     learn,
@@ -64,7 +64,7 @@ class Leftover:
     """What a dead process knew. `complete`: a hold of its own that is not in `known` was never sent."""
 
     owner: uuid.UUID
-    known: dict[HoldId, Knowledge]
+    known: dict[HoldId, HoldRecord]
     complete: bool
     files: list[Path] = field(default_factory=list)
 
@@ -79,7 +79,7 @@ class Journal:
 
     def __init__(self, slot: Path, segment_bytes_max: int, bytes_max: int) -> None:
         self.owner = uuid.uuid4()
-        self.known: dict[HoldId, Knowledge] = {}
+        self.known: dict[HoldId, HoldRecord] = {}
         self.proves_something = False
         """Holds may be open that it does not know: so their requests were never sent, and the next process may free them."""
         self._slot = slot
@@ -104,14 +104,14 @@ class Journal:
                 f"The journal in {self._slot} has reached {self._bytes_max} bytes; PostgreSQL must catch up first."
             )
         self._append(sent_line(hold_id, account_id))
-        self.known[hold_id] = Knowledge(account_id)
+        self.known[hold_id] = HoldRecord(account_id)
 
     def named(self, hold_id: HoldId, generation_id: str) -> None:
         knowledge = self.known[hold_id]
         knowledge.generation_id = generation_id
         self._record(named_line(hold_id, knowledge.account_id, generation_id))
 
-    def billed(self, hold_id: HoldId, price: Price, generation_id: str | None) -> None:
+    def billed(self, hold_id: HoldId, price: Charge, generation_id: str | None) -> None:
         knowledge = self.known[hold_id]
         knowledge.price = price
         knowledge.generation_id = knowledge.generation_id or generation_id

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from gptutor.database import Database, Row
+from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.keys import KeyClaim, hash_key, make_key, shown
 from gptutor.money.vault import Sealed, Unreadable, Vault
@@ -29,7 +29,7 @@ class TooManyKeys(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class KeyLimits:
     """What a key may do: until when, for how much in which period, how often in a minute. None: no limit of its own."""
 
     expires_at: datetime.datetime | None = None
@@ -38,7 +38,7 @@ class Limits:
     per_minute: int | None = None
 
 
-NO_LIMITS = Limits()
+NO_LIMITS = KeyLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Key:
     shown: str
     name: str
     is_main: bool
-    limits: Limits
+    limits: KeyLimits
     spent: Nano
     held: Nano
     created_at: datetime.datetime
@@ -70,7 +70,7 @@ class KeyRing:
         self._vault = vault
 
     async def issue(
-        self, account_id: AccountId, name: str = "", limits: Limits = NO_LIMITS, *, beside: bool = False
+        self, account_id: AccountId, name: str = "", limits: KeyLimits = NO_LIMITS, *, beside: bool = False
     ) -> tuple[str, Key]:
         """A new key. Where there is no main key it becomes that, unless it has limits or is to stand `beside` one.
 
@@ -132,19 +132,19 @@ class KeyRing:
         """Newest first, revoked ones included."""
         return [key_of(row) for row in await self._database.fetch("list_keys", account_id)]
 
-    async def limit(self, account_id: AccountId, key_id: int, limits: Limits) -> Key:
+    async def limit(self, account_id: AccountId, key_id: int, limits: KeyLimits) -> Key:
         """Sets all limits of a key; a cap of a new period counts from now on. Raises NoSuchKey."""
         await self._limit(account_id, key_id, limits)
         return await self.find(account_id, key_id)
 
-    async def change(self, account_id: AccountId, key_id: int, change: Callable[[Limits], Limits]) -> Key:
+    async def change(self, account_id: AccountId, key_id: int, change: Callable[[KeyLimits], KeyLimits]) -> Key:
         """Changes some limits, whatever others are changed at the same moment. Raises NoSuchKey, and what `change` does."""
         while True:
             seen = (await self.find(account_id, key_id)).limits
             if await self._limit(account_id, key_id, change(seen), seen):
                 return await self.find(account_id, key_id)
 
-    async def _limit(self, account_id: AccountId, key_id: int, limits: Limits, seen: Limits | None = None) -> bool:
+    async def _limit(self, account_id: AccountId, key_id: int, limits: KeyLimits, seen: KeyLimits | None = None) -> bool:
         """False: they are not those `seen` any more, and nothing was done. Raises NoSuchKey."""
         before = seen or NO_LIMITS
         (row,) = await self._database.fetch(
@@ -209,7 +209,7 @@ def key_of(row: Row) -> Key:
         shown=row["shown"],
         name=row["name"],
         is_main=row["is_main"],
-        limits=Limits(row["expires_at"], row["cap_nano"], row["cap_period"], row["per_minute"]),
+        limits=KeyLimits(row["expires_at"], row["cap_nano"], row["cap_period"], row["per_minute"]),
         spent=Nano(row["spent_nano"]),
         held=Nano(row["held_nano"]),
         created_at=row["created_at"],

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from decimal import Decimal
 from typing import Any, Literal, TypeVar
 
-from gptutor.database import Database, DatabaseUnavailable, Row
+from gptutor.database.pool import Database, DatabaseUnavailable, Row
 from gptutor.money.amounts import Nano
 from gptutor.money.batch import Batcher
 from gptutor.money.holds import (

@@ -29,7 +29,7 @@ TOKENS_UNKNOWN = 2_000_000
 """The bound of a model that lists no limit: more than the largest context on the list."""
 
 
-class Priced(Protocol):
+class ModelPrices(Protocol):
     """A model's price list in US dollars, and its limits in tokens; prices are finite and not negative.
 
     Per token of the prompt: `prompt_usd`; `media_usd` where pictures, sounds or files are in it; `cache_write_usd` where it may
@@ -59,7 +59,7 @@ class Priced(Protocol):
     def output_tokens_max(self) -> int | None: ...
 
 
-class Size(msgspec.Struct, frozen=True):
+class RequestSize(msgspec.Struct, frozen=True):
     """What a request asks for, as far as its price is concerned."""
 
     prompt_bytes: int
@@ -83,7 +83,7 @@ class Size(msgspec.Struct, frozen=True):
 class Tariff(msgspec.Struct, frozen=True):
     """A model's price list in our money: whole GRAINS, each rounded up. Only for ceilings; a charge never sees them."""
 
-    price: Priced
+    price: ModelPrices
     """What it is made of."""
     prompt: int
     media: int
@@ -167,7 +167,7 @@ class LLMCostEvaluate:
         self._cache_write_factor = cache_write_factor
         self._hurry_factor = hurry_factor.as_integer_ratio()
 
-    def ceiling(self, size: Size, prices: Sequence[Priced | None]) -> Ceiling:
+    def ceiling(self, size: RequestSize, prices: Sequence[ModelPrices | None]) -> Ceiling:
         """The most that a request of this size can cost, whichever of the models with these prices answers.
 
         `None` is a price that OpenRouter does not state: a default is held.
@@ -181,7 +181,7 @@ class LLMCostEvaluate:
             outputs=tuple(output for ceiling in ceilings for output in ceiling.outputs),
         )
 
-    def _ceiling_of(self, size: Size, price: Priced | None) -> Ceiling:
+    def _ceiling_of(self, size: RequestSize, price: ModelPrices | None) -> Ceiling:
         if price is None:
             most = Nano(self._hold_default + _nano(self._tool * size.paid_tools))
             return Ceiling(most=most, least=max(most, self._balance_min))
@@ -201,7 +201,7 @@ class LLMCostEvaluate:
             outputs=(Output(fixed, token, tokens_max),),
         )
 
-    def _prompt(self, size: Size, tariff: Tariff) -> int:
+    def _prompt(self, size: RequestSize, tariff: Tariff) -> int:
         """No more tokens than the model's context holds can be read; each costs the dearest of what it may be."""
         tokens, token = size.prompt_bytes + size.images * self._image_tokens, max(tariff.prompt, tariff.cache_write)
         if size.images or size.has_files:
@@ -210,7 +210,7 @@ class LLMCostEvaluate:
             token = max(token, tariff.cached_prompt)
         return token * (tariff.context_tokens if size.has_files else min(tokens, tariff.context_tokens))
 
-    def _tariff(self, price: Priced) -> Tariff:
+    def _tariff(self, price: ModelPrices) -> Tariff:
         """Made once for each price list: the same object has the same prices."""
         known = self._tariffs.get(id(price))
         if known is None or known.price is not price:
@@ -219,7 +219,7 @@ class LLMCostEvaluate:
             known = self._tariffs[id(price)] = self._made_of(price)
         return known
 
-    def _made_of(self, price: Priced) -> Tariff:
+    def _made_of(self, price: ModelPrices) -> Tariff:
         context = price.context_tokens or TOKENS_UNKNOWN
         return Tariff(
             price=price,

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from gptutor.database import Database
+from gptutor.database.pool import Database
 from gptutor.money.amounts import AccountId, Nano, roubles
 
 
 @dataclass(frozen=True, slots=True)
-class Day:
+class DailyCost:
     """One UTC day's costs in dollars."""
 
     day: datetime.date
@@ -53,7 +53,7 @@ class WaitingHold:
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
-    days: list[Day]
+    days: list[DailyCost]
     waiting: list[WaitingHold]
 
     @property
@@ -81,7 +81,7 @@ async def reconcile(database: Database, theirs_usd: Mapping[datetime.date, Decim
     days = []
     for day in sorted(theirs_usd, reverse=True):
         row = await database.fetchrow("cost_of_day", day)
-        days.append(Day(day, row["cost_usd"] if row else Decimal(0), theirs_usd[day]))
+        days.append(DailyCost(day, row["cost_usd"] if row else Decimal(0), theirs_usd[day]))
     return Reconciliation(days, await waiting_holds(database))
 
 

@@ -23,12 +23,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from gptutor.database import Database, DatabaseUnavailable, Row
+from gptutor.database.pool import Database, DatabaseUnavailable, Row
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, roubles
 from gptutor.money.holds import HandOver, HoldId, Release, Settlement
 from gptutor.money.journal import JournalError, Leftover
-from gptutor.money.knowledge import Knowledge
+from gptutor.money.journal_records import HoldRecord
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import charge
 
@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 Decision = Literal["settle", "look_up", "wait", "release", "give_up"]
 
 
-def decide(knowledge: Knowledge | None, *, never_sent: bool, too_old: bool) -> Decision:
+def decide(knowledge: HoldRecord | None, *, never_sent: bool, too_old: bool) -> Decision:
     """What to do with an open hold that no exchange has in its hands."""
     if knowledge is not None and knowledge.price is not None:
         return "settle"
@@ -130,7 +130,7 @@ class Recovery:
         await _all_went_well(map(self._look_at, rows))
         return len(rows)
 
-    async def _bring(self, known: Mapping[HoldId, Knowledge]) -> bool:
+    async def _bring(self, known: Mapping[HoldId, HoldRecord]) -> bool:
         """Into the database what only a journal knew: prices are settled, the rest is handed over. Whether all of it is there."""
         return await _all_went_well(
             _in_time(
@@ -146,7 +146,7 @@ class Recovery:
         own = self._ledger.journal
         if hold_id in self._ledger.active or hold_id in own.known:
             return  # a long answer, still running here; or one that was broken off just now
-        knowledge = Knowledge(account_id, row["generation_id"]) if row["is_sent"] else None
+        knowledge = HoldRecord(account_id, row["generation_id"]) if row["is_sent"] else None
         # Who has a name is asked for a while, however old: nobody could be asked while OpenRouter, or this service, was away.
         too_old = row["age_s"] > self._give_up_s and (row["generation_id"] is None or row["looks"] > LOOKS_MIN)
         decision = decide(knowledge, never_sent=row["owner"] == own.owner, too_old=too_old)

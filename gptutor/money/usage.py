@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, NamedTuple
 
-from gptutor.database import Database
+from gptutor.database.pool import Database
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.bookings import EntryKind
 from gptutor.money.users import NoSuchUser
@@ -23,7 +23,7 @@ class NoSuchRequest(LookupError):
     """No request of this account has this name."""
 
 
-class Place(NamedTuple):
+class Cursor(NamedTuple):
     """A place between two entries of the list: entries are ordered by time, and those of one moment by id."""
 
     created_at: datetime.datetime
@@ -59,8 +59,8 @@ class UsageEntry:
     """The part of the key that may be shown."""
 
     @property
-    def place(self) -> Place:
-        return Place(self.created_at, self.entry_id)
+    def place(self) -> Cursor:
+        return Cursor(self.created_at, self.entry_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Total:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class RequestRecord:
     """One request. `charge` and `cost_usd` are None while nothing is charged; `held` is what is set aside for it now."""
 
     hold_id: uuid.UUID
@@ -110,7 +110,7 @@ class Usage:
         return Credits(Nano(row["balance_nano"]), Nano(row["held_nano"]), Nano(row["spent_nano"]))
 
     async def entries(
-        self, account_id: AccountId, *, before: Place, since: datetime.datetime, limit: int, model: str | None
+        self, account_id: AccountId, *, before: Cursor, since: datetime.datetime, limit: int, model: str | None
     ) -> list[UsageEntry]:
         """The newest entries older than the place `before`, and not older than `since`, newest first."""
         page = (account_id, before.created_at, before.entry_id, since, limit)
@@ -154,12 +154,12 @@ class Usage:
             for row in await self._database.fetch("sum_usage", account_id, first, last, by_day, by_model)
         ]
 
-    async def request(self, account_id: AccountId, name: str) -> Request:
+    async def request(self, account_id: AccountId, name: str) -> RequestRecord:
         """By the request's id, or by OpenRouter's id of what it bought; of several the newest. Raises NoSuchRequest."""
         row = await self._database.fetchrow("find_request", account_id, name)
         if row is None:
             raise NoSuchRequest
-        return Request(
+        return RequestRecord(
             hold_id=row["hold_id"],
             request_id=row["request_id"],
             generation_id=row["generation_id"],

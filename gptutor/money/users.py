@@ -5,7 +5,7 @@ import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from gptutor.database import Database, Row
+from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.holds import new_id
 

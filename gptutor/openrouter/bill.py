@@ -72,7 +72,7 @@ _decode_usage = msgspec.json.Decoder(_Usage | None).decode
 _decode_details = msgspec.json.Decoder(_CostDetails | None).decode
 
 
-class Statement(msgspec.Struct, frozen=True):
+class UsageReport(msgspec.Struct, frozen=True):
     """What one JSON value says of the purchase: a price, a name, a failure; or nothing of the kind."""
 
     bill: Bill | None = None
@@ -80,17 +80,17 @@ class Statement(msgspec.Struct, frozen=True):
     is_error: bool = False
 
 
-NOTHING_SAID = Statement()
+EMPTY_REPORT = UsageReport()
 
 
-def read_statement(document: bytes) -> Statement:
+def read_usage_report(document: bytes) -> UsageReport:
     """What an answer, or the data of an event, says at its top level."""
     try:
         envelope = _decode_envelope(document)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return NOTHING_SAID
+        return EMPTY_REPORT
     name = sane_generation_id(envelope.id)
-    return Statement(_read_usage(envelope.usage, name), name, envelope.error is not None)
+    return UsageReport(_read_usage(envelope.usage, name), name, envelope.error is not None)
 
 
 def _read_usage(raw: bytes, generation_id: str | None) -> Bill | None:
@@ -203,7 +203,7 @@ class BillScanner:
             if data.strip() == b"[DONE]":
                 self.has_ended = True
                 continue
-            said = read_statement(data)
+            said = read_usage_report(data)
             self._at_bill = said.bill is not None
             self.bill = said.bill or self.bill
             self.generation_id = self.generation_id or said.generation_id

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import msgspec
 
-from gptutor.metrics import CATALOGUE_AGE
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.service import OpenRouterService
+from gptutor.telemetry.metrics import CATALOGUE_AGE
 
 LOGGER = logging.getLogger("gptutor.catalogue")
 PRICE_USD_MAX = Decimal(1000)
@@ -50,7 +50,7 @@ class CatalogueError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
+class ModelPrice:
     """US dollars per token, per request, image and search, each the dearest of what is listed; tokens that fit in."""
 
     prompt_usd: Decimal
@@ -74,7 +74,7 @@ class Model:
     fields: Mapping[str, msgspec.Raw]
     pricing: Mapping[str, Decimal]
     """Every usable price by OpenRouter's name for it, dollars."""
-    price: Price | None
+    price: ModelPrice | None
 
 
 @dataclass(slots=True)
@@ -102,7 +102,7 @@ class Catalogue:
         """Whether OpenRouter surely has no such model. Presets and aliases (`@…`, `~…`) are not listed, and never lacking."""
         return self.is_fresh and "@" not in model_id and "~" not in model_id and self._find(model_id) is None
 
-    def price(self, model_id: str) -> Price | None:
+    def price(self, model_id: str) -> ModelPrice | None:
         """The price of a model or of a variant of it, such as `…:nitro`; None where OpenRouter states none."""
         model = self._find(model_id)
         return model.price if model is not None else None
@@ -170,7 +170,7 @@ def parse_price(raw: msgspec.Raw) -> Decimal | None:
     return usd if usd.is_finite() and 0 <= usd <= PRICE_USD_MAX and usd.as_tuple().exponent >= -40 else None  # type: ignore[operator]
 
 
-def _price(facts: _ModelFacts, pricing: Mapping[str, Decimal]) -> Price | None:
+def _price(facts: _ModelFacts, pricing: Mapping[str, Decimal]) -> ModelPrice | None:
     """What bounds the cost: of each kind of price the dearest, whatever the conditions of `overrides` are."""
     if "prompt" not in pricing or "completion" not in pricing:
         return None
@@ -188,7 +188,7 @@ def _price(facts: _ModelFacts, pricing: Mapping[str, Decimal]) -> Price | None:
         return max(dearest.get(name, Decimal(0)) for name in names)
 
     top = facts.top_provider or _TopProvider()
-    return Price(
+    return ModelPrice(
         prompt_usd=dearest["prompt"],
         completion_usd=most("completion", "internal_reasoning"),
         request_usd=most("request"),

@@ -7,7 +7,7 @@ PAUSE_S = 2.0
 
 
 @dataclass(slots=True)
-class Circuit:
+class CircuitBreaker:
     """After FAILURES_MAX calls in a row that reached nothing it is open: calls fail at once, and one each PAUSE_S may try."""
 
     failures: int = 0

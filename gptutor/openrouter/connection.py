@@ -17,10 +17,10 @@ import ssl
 from collections.abc import Callable
 from typing import Literal
 
-from gptutor.openrouter.answer import Answer
 from gptutor.openrouter.bill import sane_generation_id
+from gptutor.openrouter.body_buffer import BodyBuffer, Consumer
 from gptutor.openrouter.errors import UpstreamError
-from gptutor.openrouter.intake import Intake, Taker
+from gptutor.openrouter.response_parser import ResponseParser
 from gptutor.openrouter.retry import Failure
 
 REFUSED = 300
@@ -32,7 +32,7 @@ Ending = Literal["timeout", "broken"]
 Event = Literal["head", "body", "end"]
 
 
-class Connection(asyncio.Protocol):
+class UpstreamConnection(asyncio.Protocol):
     """Ask, read the head, then `take` or `read` the body. One answer at a time."""
 
     def __init__(self) -> None:
@@ -49,11 +49,11 @@ class Connection(asyncio.Protocol):
         self._is_over = True
 
     def _reset(self) -> None:
-        self._answer = Answer()
+        self._answer = ResponseParser()
         self._is_over = False  # whole, given up, or enough of it
         self._is_sent = True
         self._failure: Failure | None = None
-        self._intake = Intake()
+        self._intake = BodyBuffer()
         self._is_paused = False
 
     # -- asking
@@ -132,7 +132,7 @@ class Connection(asyncio.Protocol):
             await self._wait("body", within_s, late=self._wake)
         return self._intake.has_any or self._is_over
 
-    async def take(self, taker: Taker, within_s: float | None = None) -> None:
+    async def take(self, taker: Consumer, within_s: float | None = None) -> None:
         """Passes the body to `taker` as it comes, until its end. What `taker` raises is raised here. Raises UpstreamError."""
         try:
             self._intake.open(taker)

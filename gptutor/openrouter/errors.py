@@ -1,4 +1,4 @@
-"""How OpenRouter fails us: `UpstreamError`, and what an answer of refusal says. No I/O."""
+"""How OpenRouter fails us: `UpstreamError`, and what an error response says. No I/O."""
 
 import re
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ class UpstreamError(Exception):
         self.message = message
 
 
-class Crowded(UpstreamError):
+class PoolExhausted(UpstreamError):
     """All our connections are in use: it says nothing of OpenRouter."""
 
     def __init__(self) -> None:
         super().__init__(Failure("unreachable"))
 
 
-def refusal(status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:
-    """The error that a status of refusal means, with OpenRouter's sentence if the body has one."""
+def error_from_response(status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:
+    """The error that a error status means, with OpenRouter's sentence if the body has one."""
     is_ours, message = _read_error(body)
     failure = Failure(
         "broken" if status >= 500 and not is_ours else "status",  # the edge's own page

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from gptutor.openrouter.bill import Bill, BillScanner
 from gptutor.openrouter.errors import UpstreamError
-from gptutor.openrouter.reply import Reply
+from gptutor.openrouter.response import UpstreamResponse
 
 HEARTBEAT = b": GPTUTOR WAITING\n\n"
 """A comment, which every reader of events skips."""
@@ -17,7 +17,7 @@ HEARTBEAT = b": GPTUTOR WAITING\n\n"
 class Downstream(Protocol):
     """The caller's side. Nothing here raises: a caller who has gone is remembered, and takes no more bytes."""
 
-    async def begin(self, reply: Reply) -> None:
+    async def begin(self, reply: UpstreamResponse) -> None:
         """The head goes out with the next bytes, or none. From here on the caller's slowness pauses the reply."""
         ...
 
@@ -27,7 +27,7 @@ class Downstream(Protocol):
 
 
 async def relay(
-    reply: Reply, downstream: Downstream, scanner: BillScanner, billed: Callable[[Bill], None], *, heartbeat_s: float
+    reply: UpstreamResponse, downstream: Downstream, scanner: BillScanner, billed: Callable[[Bill], None], *, heartbeat_s: float
 ) -> UpstreamError | None:
     """Passes every chunk on in the moment when it arrives, until upstream ends. Returns how it failed, or None if it ended well.
 

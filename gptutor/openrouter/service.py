@@ -16,14 +16,14 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from gptutor.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RETRIES
 from gptutor.openrouter.bill import Bill, parse_usd
-from gptutor.openrouter.circuit import Circuit
-from gptutor.openrouter.connection import Connection
-from gptutor.openrouter.errors import Crowded, UpstreamError, refusal
-from gptutor.openrouter.pool import Pool, pooled
-from gptutor.openrouter.reply import Reply
+from gptutor.openrouter.circuit import CircuitBreaker
+from gptutor.openrouter.connection import UpstreamConnection
+from gptutor.openrouter.connection_pool import ConnectionPool, pooled
+from gptutor.openrouter.errors import PoolExhausted, UpstreamError, error_from_response
+from gptutor.openrouter.response import UpstreamResponse
 from gptutor.openrouter.retry import Failure, pause_before_retry
+from gptutor.telemetry.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RETRIES
 
 LOGGER = logging.getLogger("gptutor.openrouter")
 
@@ -36,7 +36,7 @@ ANOTHER_KEY_MAY_KNOW = frozenset({401, 403, 404})
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class UpstreamLimits:
     """Seconds and counts for one request; the names are those of `config.yaml`, section `openrouter`."""
 
     connect_s: float
@@ -51,7 +51,12 @@ class OpenRouterService:
     """`headers` go with every request; `target` is what stands before the path in its first line."""
 
     def __init__(
-        self, pool: Pool, target: str, headers: Mapping[str, str], limits: Limits, old_api_keys: Sequence[str] = ()
+        self,
+        pool: ConnectionPool,
+        target: str,
+        headers: Mapping[str, str],
+        limits: UpstreamLimits,
+        old_api_keys: Sequence[str] = (),
     ) -> None:
         self._pool = pool
         self._target = target.encode()
@@ -59,7 +64,7 @@ class OpenRouterService:
         self._fixed = _spelled(headers)
         self._old_api_keys = old_api_keys
         self._limits = limits
-        self._circuit = Circuit()
+        self._circuit = CircuitBreaker()
         self._clock = asyncio.get_running_loop().time
 
     async def complete(
@@ -71,7 +76,7 @@ class OpenRouterService:
         wanted: Callable[[], bool],
         attempting: Callable[[], None],
         refused: Callable[[], None],
-    ) -> tuple[Reply, float]:
+    ) -> tuple[UpstreamResponse, float]:
         """Sends a request for a completion, and again where that is harmless and still `wanted`.
 
         `headers` are those of SENT_ON that the caller gave. `attempting` is called before each attempt, `refused` after one that
@@ -106,13 +111,13 @@ class OpenRouterService:
             UPSTREAM_RETRIES.inc()
             attempt += 1
 
-    async def _attempt(self, body: bytes, headers: Mapping[str, str], within_s: float) -> Reply:
+    async def _attempt(self, body: bytes, headers: Mapping[str, str], within_s: float) -> UpstreamResponse:
         try:
             connection = self._pool.free()
             if connection is None:
                 connection = await self._pool.connect()
                 self._circuit.reached()  # that is what it is about; an answer may take its time
-        except Crowded:
+        except PoolExhausted:
             raise
         except UpstreamError:
             self._circuit.missed(self._clock())
@@ -121,16 +126,16 @@ class OpenRouterService:
         self._circuit.reached()
         if reply.status < 300:
             return reply
-        # The status has come: whatever happens to the rest of the answer, it is one of refusal.
+        # The status has come: whatever happens to the rest of the answer, it is an error.
         raise await _refused(reply)
 
-    async def _asked(self, connection: Connection, head: bytes, body: bytes, within_s: float) -> Reply:
+    async def _asked(self, connection: UpstreamConnection, head: bytes, body: bytes, within_s: float) -> UpstreamResponse:
         try:
             await connection.ask(head, body, within_s)
         except BaseException:
             self._pool.give_back(connection)
             raise
-        return Reply(connection, self._pool.give_back, self._limits.idle_s, self._limits.end_s)
+        return UpstreamResponse(connection, self._pool.give_back, self._limits.idle_s, self._limits.end_s)
 
     def _head(self, method: bytes, path: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
         fixed = _spelled({**self._headers, **headers}) if headers else self._fixed
@@ -197,9 +202,9 @@ def _spelled(headers: Mapping[str, str]) -> bytes:
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("utf-8", "surrogateescape")
 
 
-async def _refused(reply: Reply) -> UpstreamError:
+async def _refused(reply: UpstreamResponse) -> UpstreamError:
     try:
-        return refusal(reply.status, reply.all_headers, await reply.read_refusal())
+        return error_from_response(reply.status, reply.all_headers, await reply.read_refusal())
     finally:
         reply.close()
 
@@ -220,7 +225,7 @@ class _GenerationAnswer(msgspec.Struct):
 async def connected(
     base_url: str,
     api_key: str,
-    limits: Limits,
+    limits: UpstreamLimits,
     *,
     referer: str,
     title: str,

@@ -6,7 +6,7 @@ from decimal import Decimal
 import msgspec
 
 from gptutor.openrouter.bill import parse_usd
-from gptutor.openrouter.service import Limits, connected
+from gptutor.openrouter.service import UpstreamLimits, connected
 
 
 async def totals(base_url: str, api_key: str, management_key: str = "", *, proxy: str = "") -> dict[datetime.date, Decimal]:
@@ -15,7 +15,7 @@ async def totals(base_url: str, api_key: str, management_key: str = "", *, proxy
     Dollars by UTC day. Raises UpstreamError.
     """
     today = datetime.datetime.now(datetime.UTC).date()
-    limits = Limits(connect_s=10, total_s=30, first_byte_s=30, idle_s=30, end_s=30, attempts_max=1)
+    limits = UpstreamLimits(connect_s=10, total_s=30, first_byte_s=30, idle_s=30, end_s=30, attempts_max=1)
     days: dict[datetime.date, Decimal] = {}
     async with connected(base_url, api_key, limits, referer="", title="", connections_max=2, proxy=proxy) as service:
         key = msgspec.json.decode(await service.get("/key"), type=_KeyAnswer).data

@@ -9,9 +9,9 @@ import msgspec
 import yaml
 
 from gptutor import __version__
-from gptutor.api.ask import ChatRequest
-from gptutor.api.keys import KeyLimits, NewKey
-from gptutor.errors import KINDS, Kind
+from gptutor.api.chat.request import ChatRequest
+from gptutor.api.keys import KeyLimitsPatch, NewKey
+from gptutor.errors import ERRORS, ErrorKind
 
 SOURCE = Path(__file__).parent / "openapi.yaml"
 
@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
     schemas = components["schemas"]
     for name, schema in request_schemas().items():
         schemas[name] = worded(schema, schemas[name])
-    schemas["ErrorCode"]["enum"] = list(KINDS)
+    schemas["ErrorCode"]["enum"] = list(ERRORS)
     components["responses"] = {
         f"Refused{status}": refusal(dict(kinds)) for status, kinds in groupby(by_status(), key=lambda item: item[1].status)
     }
@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
 def request_schemas() -> dict[str, Any]:
     """The fields and ranges that the gateway checks, as it checks them."""
     _, schemas = msgspec.json.schema_components(
-        [ChatRequest, NewKey, KeyLimits],
+        [ChatRequest, NewKey, KeyLimitsPatch],
         schema_hook=lambda amount: {"type": ["number", "string"], "format": "decimal"},  # an Amount: both are read exactly
         ref_template="#/components/schemas/{name}",
     )
@@ -55,11 +55,11 @@ def worded(schema: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def by_status() -> list[tuple[str, Kind]]:
-    return sorted(KINDS.items(), key=lambda item: item[1].status)
+def by_status() -> list[tuple[str, ErrorKind]]:
+    return sorted(ERRORS.items(), key=lambda item: item[1].status)
 
 
-def refusal(kinds: Mapping[str, Kind]) -> dict[str, Any]:
+def refusal(kinds: Mapping[str, ErrorKind]) -> dict[str, Any]:
     """The response with which all kinds of one status are told."""
     promised = {name for kind in kinds.values() for name in kind.headers}
     return {

@@ -10,7 +10,7 @@ from string import Template
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from gptutor.config import DEFAULT_FILE
+from gptutor.config.load import DEFAULT_FILE
 
 HERE = Path(__file__).parent
 NAMES = ("start", "account", "request", "answer", "money", "usage", "errors", "limits", "operation")

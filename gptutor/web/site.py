@@ -12,8 +12,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from gptutor.listener import listening_on
-from gptutor.settings import Config
+from gptutor.config.schema import Config
+from gptutor.server.listener import listening_on
 from gptutor.web.openapi import describe
 from gptutor.web.page import LANGUAGES, NAMES, load_pages, render
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import asyncpg
 import orjson
 
-from gptutor import database, migrations
+from gptutor.database import migrations, pool
 from gptutor.money.amounts import parse_roubles, roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing
@@ -52,7 +52,7 @@ def options() -> argparse.Namespace:
 async def make_accounts(url: str, dice: random.Random) -> list[Account]:
     await migrations.migrate(url)
     accounts = []
-    async with database.connected(url) as connected:
+    async with pool.connected(url) as connected:
         users, bookings = UserRepository(connected), Bookings(connected)
         for number in range(RICH + POOR):
             user = await users.create(f"user {number}")

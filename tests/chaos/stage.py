@@ -16,7 +16,7 @@ from pathlib import Path
 
 import aiohttp
 
-from gptutor.embedded import PostgresServer, embedded_postgres
+from gptutor.database.embedded import PostgresServer, embedded_postgres
 from tests.support.service import environment
 
 ROOT = Path(__file__).parent.parent.parent

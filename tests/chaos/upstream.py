@@ -11,10 +11,10 @@ import sys
 
 from aiohttp import web
 
-from gptutor import settings
-from gptutor.openrouter.simulator.generation import last_text
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import simulated_openrouter
+from gptutor.config import schema
+from gptutor.server.serve import simulated_openrouter
+from gptutor.simulator.generation import last_text
+from gptutor.simulator.server import Simulator
 
 ASK = re.compile(r"ask-\d+")
 
@@ -41,7 +41,7 @@ class TalkativeSimulator(Simulator):
 
 async def main(port: int) -> None:
     simulator = TalkativeSimulator(word_s=0.005, first_word_s=0.03, known_after_s=0.3)
-    async with simulated_openrouter(simulator, settings.Simulator(port=port)):
+    async with simulated_openrouter(simulator, schema.SimulatorSettings(port=port)):
         await asyncio.Event().wait()
 
 

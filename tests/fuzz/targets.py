@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
-from gptutor import config
-from gptutor.api.ask import Ask, read_ask
-from gptutor.errors import Refusal
+from gptutor.api.chat.request import ParsedRequest, parse_request
+from gptutor.config import load
+from gptutor.errors import ApiError
+from gptutor.integrations.vk import NotSigned, signature, verify
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import FORM, hash_key, make_key, parse_key
 from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner
 from gptutor.openrouter.catalogue import CatalogueError, parse_models
-from gptutor.vk import NotSigned, signature, verify
 
 APART = b"\xfe\xfd"
 
@@ -82,7 +82,7 @@ def said(stream: bytes, places: list[int], known: str | None) -> tuple[Any, ...]
     return (bill.cost_usd, bill.prompt_tokens, bill.completion_tokens) if bill else None, scanner.generation_id, scanner.has_ended
 
 
-# -- ask: nothing but a Refusal, and what is let through goes on as it was written
+# -- ask: nothing but a ApiError, and what is let through goes on as it was written
 
 BODIES = (
     b'{"messages":[{"role":"user","content":"Hi"}]}',
@@ -124,12 +124,12 @@ def ask(data: bytes) -> None:
         body[place : place + cut] = TOKENS[dice.number(len(TOKENS))]
     body = body[: len(body) - dice.number(2)]
     output_limit = dice.number(2) * 16 or None
-    with suppress(Refusal):
-        asked = read_ask(bytes(body), default_model="default/model")
+    with suppress(ApiError):
+        asked = parse_request(bytes(body), default_model="default/model")
         assert_faithful(bytes(body), asked, output_limit)
 
 
-def assert_faithful(body: bytes, asked: Ask, output_limit: int | None) -> None:
+def assert_faithful(body: bytes, asked: ParsedRequest, output_limit: int | None) -> None:
     sent = asked.upstream_body(user="0" * 32, output_limit=output_limit)
     document = strictly_parsed(sent)
     assert document["user"] == "0" * 32
@@ -244,7 +244,7 @@ VALUES = (
 NAMES = tuple(
     sorted(
         {
-            *config.SHORT_NAMES,
+            *load.SHORT_NAMES,
             "HTTPS_PROXY",
             "NO_PROXY",
             "GPTUTOR_X",
@@ -254,7 +254,7 @@ NAMES = tuple(
             "GPTUTOR_NOPE__PORT",
             *(
                 f"GPTUTOR_{section}__{setting}".upper()
-                for section, value in ((name, getattr(config.Config(), name)) for name in config.Config.__struct_fields__)
+                for section, value in ((name, getattr(load.Config(), name)) for name in load.Config.__struct_fields__)
                 for setting in value.__struct_fields__
             ),
         }
@@ -274,11 +274,11 @@ def load(data: bytes) -> None:
             else dice.part(dice.number(64)).decode("utf-8", "surrogateescape").replace("\0", "")
         )
         environ[name] = value
-    with tempfile.NamedTemporaryFile(prefix="gptutor-fuzz-") as file, suppress(config.ConfigError):
+    with tempfile.NamedTemporaryFile(prefix="gptutor-fuzz-") as file, suppress(load.ConfigError):
         file.write(dice.rest)
         file.flush()
-        loaded = config.load({**environ, config.CONFIG_PATH_NAME: file.name})
-        assert isinstance(loaded, config.Config)
+        loaded = load.load({**environ, load.CONFIG_PATH_NAME: file.name})
+        assert isinstance(loaded, load.Config)
 
 
 # -- models: nothing but a CatalogueError, and no price that arithmetic could not bear

@@ -11,17 +11,18 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from gptutor import database, settings
-from gptutor.api.health import READINESS
 from gptutor.app import IN_FLIGHT, build_app
-from gptutor.logs import LoggerService
+from gptutor.config import schema
+from gptutor.database import pool
+from gptutor.http.health import READINESS
 from gptutor.money.amounts import AccountId, parse_roubles, roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing
 from gptutor.money.users import User, UserRepository
 from gptutor.money.vault import Vault
-from gptutor.openrouter.simulator.server import Simulator
-from gptutor.serve import listening
+from gptutor.server.serve import listening
+from gptutor.simulator.server import Simulator
+from gptutor.telemetry.logs import LoggerService
 
 SECRET = bytes(range(32))
 VAULT = Vault([SECRET])
@@ -34,7 +35,7 @@ class Caller:
 
     key: str
     account_id: AccountId
-    books: database.Database
+    books: pool.Database
 
     @property
     def headers(self) -> dict[str, str]:
@@ -50,7 +51,7 @@ class Caller:
         return Decimal(roubles((await self.user()).held))
 
 
-async def make_caller(books: database.Database, balance: str) -> Caller:
+async def make_caller(books: pool.Database, balance: str) -> Caller:
     users = UserRepository(books)
     user = await users.create()
     if Decimal(balance):
@@ -66,7 +67,7 @@ class Gateway:
     url: str
     app: web.Application
     simulator: Simulator
-    books: database.Database
+    books: pool.Database
     session: aiohttp.ClientSession
     chat_url: str = field(init=False)
 
@@ -106,24 +107,24 @@ class Gateway:
         return self.simulator.books.total_usd()
 
 
-def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[str, Any] | None = None) -> settings.Config:
+def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[str, Any] | None = None) -> schema.Config:
     """The settings of a gateway under test: all defaults, but for its ends, its patience at the end, and what a test tunes."""
     changed = tuned or {}
-    return settings.Config(
-        server=settings.Server(**{"port": 0, "shutdown_s": 1, "drain_s": 5, **changed.get("server", {})}),
-        paths=settings.Paths(data=directory / "var", logs=directory / "logs"),
-        database=settings.Database(url=database_url),
-        openrouter=settings.OpenRouter(base_url=base_url, api_key="sk-or-test", **changed.get("openrouter", {})),
-        billing=settings.Billing(**changed.get("billing", {})),
-        rate_limit=settings.RateLimit(**changed.get("rate_limit", {})),
-        vk=settings.Vk(**changed.get("vk", {})),
-        relay=settings.Relay(**changed.get("relay", {})),
-        recovery=settings.Recovery(**{"poll_s": 0.05, **changed.get("recovery", {})}),
+    return schema.Config(
+        server=schema.ServerSettings(**{"port": 0, "shutdown_s": 1, "drain_s": 5, **changed.get("server", {})}),
+        paths=schema.PathSettings(data=directory / "var", logs=directory / "logs"),
+        database=schema.DatabaseSettings(url=database_url),
+        openrouter=schema.OpenRouterSettings(base_url=base_url, api_key="sk-or-test", **changed.get("openrouter", {})),
+        billing=schema.BillingSettings(**changed.get("billing", {})),
+        rate_limit=schema.RateLimitSettings(**changed.get("rate_limit", {})),
+        vk=schema.VkSettings(**changed.get("vk", {})),
+        relay=schema.RelaySettings(**changed.get("relay", {})),
+        recovery=schema.RecoverySettings(**{"poll_s": 0.05, **changed.get("recovery", {})}),
     )
 
 
 @asynccontextmanager
-async def gateway_on(config: settings.Config, books: database.Database, simulator: Simulator) -> AsyncIterator[Gateway]:
+async def gateway_on(config: schema.Config, books: pool.Database, simulator: Simulator) -> AsyncIterator[Gateway]:
     """A gateway with these settings, ready. Only one at a time may have a database whose OpenRouter is not the other's: recovery
     looks up whatever is due, and would ask the wrong one."""
     app = build_app(config, log=LoggerService(), secrets=[SECRET])

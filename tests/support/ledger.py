@@ -4,7 +4,7 @@ import tempfile
 from decimal import Decimal
 from pathlib import Path
 
-from gptutor.database import Database
+from gptutor.database.pool import Database
 from gptutor.money.amounts import Nano, parse_roubles
 from gptutor.money.holds import Hold, HoldRequest, Release, Settlement, new_id
 from gptutor.money.invariants import check

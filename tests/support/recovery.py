@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
-from gptutor.database import Database
+from gptutor.database.pool import Database
 from gptutor.money import journal
 from gptutor.money.journal import Journal
 from gptutor.money.ledger import Ledger

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gptutor.database import Database, DatabaseUnavailable
+from gptutor.database.pool import Database, DatabaseUnavailable
 
 
 class Statements:

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from gptutor.vk import signature
+from gptutor.integrations.vk import signature
 from tests.support.gateway import Gateway
 
 APP_ID = 6736218

@@ -1,0 +1,277 @@
+"""The ask: what a caller may send to `POST /v1/chat/completions`, checked, sized, and made ready for upstream. No I/O.
+
+`ChatRequest` is the one description: the checks, the texts of the refusals and the OpenAPI schema come from it. What it does not
+name passes unchecked, because OpenRouter learns new fields every week.
+
+What the caller wrote reaches OpenRouter as he wrote it (contract A4): the top level is split into members, each kept as its own
+bytes, and only the members that are ours are written anew. No number is ever parsed and printed again.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta, Raw
+
+from gptutor.api.chat.surrogates import mask, unmask
+from gptutor.errors import ApiError
+from gptutor.http.strict_json import reject_ambiguous_json
+from gptutor.money.pricing import RequestSize
+
+MODEL_CHARACTERS_MAX = 200
+BRACKETS_MAX = 1_000_000
+"""More would hold up everybody else while they are read, and mean nothing."""
+ESCAPE = b"\\u00"
+ESCAPED_LETTER = re.compile(rb"\\u00(?:5f|6[0-9a-f]|7[0-9a])", re.IGNORECASE)
+"""An underscore or a small letter spelled as an escape, which nobody does without a purpose: what it spells is not looked for."""
+IMAGES = ("image_url", "input_image")
+"""Parts whose bytes are not tokens: a picture costs by its size in pixels, within a bound."""
+OWN_TOOLS = ("function", "custom")
+"""Tools that the caller runs himself; all others are run by OpenRouter, for money."""
+RESULTS_MAX = 1000
+RESULTS_USUAL = 5
+"""So many results a search gives, and is paid for, unless it is asked for more."""
+ONLY_TEXT = frozenset({"text"})
+ORDINARY_TIERS = (None, "auto", "default", "flex")
+
+
+class Message(msgspec.Struct):
+    role: Annotated[
+        Literal["system", "user", "assistant", "developer", "tool", "function"],
+        Meta(description="one of system, user, assistant, developer, tool, function"),
+    ]
+    content: Annotated[
+        Raw,
+        Meta(
+            description="a string or an array of parts",
+            extra_json_schema={
+                "type": ["string", "array", "null"],
+                "items": {"type": "object", "required": ["type"], "properties": {"type": {"type": "string"}}},
+            },
+        ),
+    ] = msgspec.field(default_factory=Raw)
+
+
+class Tool(msgspec.Struct):
+    type: Annotated[Any, Meta(description="`function`, or a tool of OpenRouter's")] = "function"
+    parameters: Annotated[Raw, Meta(description="what a tool of OpenRouter's is told")] = msgspec.field(default_factory=Raw)
+
+
+class ChatRequest(msgspec.Struct):
+    """Each description completes the sentence "<field> must be …"."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, description="a non-empty array of messages")]
+    model: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=MODEL_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*$")] | None,
+        Meta(description=f"a string of 1 to {MODEL_CHARACTERS_MAX} printable characters"),
+    ] = None
+    models: Annotated[list[str] | None, Meta(description="an array of strings")] = None
+    stream: Annotated[bool | None, Meta(description="a boolean")] = None
+    max_tokens: Annotated[Annotated[int, Meta(ge=1, le=2**31 - 1)] | None, Meta(description="a positive integer")] = None
+    max_completion_tokens: Annotated[Annotated[int, Meta(ge=1, le=2**31 - 1)] | None, Meta(description="a positive integer")] = (
+        None
+    )
+    temperature: Annotated[Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="a number from 0 to 2")] = None
+    top_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="a number from 0 to 1")] = None
+    frequency_penalty: Annotated[Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="a number from -2 to 2")] = None
+    presence_penalty: Annotated[Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="a number from -2 to 2")] = None
+    stop: Annotated[str | list[str] | None, Meta(description="a string or an array of strings")] = None
+    n: Annotated[Annotated[int, Meta(ge=1, le=128)] | None, Meta(description="an integer from 1 to 128")] = None
+    usage: Annotated[dict[str, Raw] | None, Meta(description="an object")] = None
+    stream_options: Annotated[dict[str, Raw] | None, Meta(description="an object")] = None
+    tools: Annotated[list[Tool] | None, Meta(description="an array of objects")] = None
+    plugins: Annotated[list[dict[str, Raw]] | None, Meta(description="an array of objects")] = None
+    web_search_options: Annotated[dict[str, Raw] | None, Meta(description="an object")] = None
+    modalities: Annotated[list[str] | None, Meta(description="an array of strings")] = None
+    service_tier: Annotated[str | None, Meta(description="a string")] = None
+
+
+class _Part(msgspec.Struct):
+    type: str
+
+
+RULES: Mapping[str, str] = {
+    name: str(hint.__metadata__[-1].description)
+    for struct in (Message, Tool, ChatRequest)
+    for name, hint in get_type_hints(struct, include_extras=True).items()
+}
+ELEMENTS = {
+    "messages": "an object with a role",
+    "models": "a string",
+    "modalities": "a string",
+    "plugins": "an object",
+    "stop": "a string",
+    "tools": "an object",
+}
+PLACE = re.compile(r"`\$\.?(.*)`")
+MISSING = re.compile(r"missing required field `(\w+)`")
+
+_decode_request = msgspec.json.Decoder(ChatRequest).decode
+_decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
+_decode_parts = msgspec.json.Decoder(list[Raw]).decode
+_decode_part = msgspec.json.Decoder(_Part).decode
+
+
+class ParsedRequest(msgspec.Struct, frozen=True):
+    """A checked request. `size` is what its price depends on; `members` are its top level, byte for byte."""
+
+    model: str
+    fallbacks: tuple[str, ...]
+    stream: bool
+    messages: int
+    size: RequestSize
+    members: Mapping[str, Raw]
+    masked: bool = False
+    """Whether lone surrogates are masked in `members`."""
+
+    def upstream_body(self, *, user: str, output_limit: int | None) -> bytes:
+        """The body for OpenRouter: the caller's own, with the members that are ours.
+
+        `user` is the account's pseudonym; `output_limit` is sent as `max_tokens` where the balance sets one.
+        """
+        ours: dict[str, bytes] = {
+            "user": msgspec.json.encode(user),
+            "usage": _with_member(self.members.get("usage"), b'"include"'),
+        }
+        if _is_null(self.members.get("model")):
+            ours["model"] = msgspec.json.encode(self.model)
+        if self.stream:
+            ours["stream_options"] = _with_member(self.members.get("stream_options"), b'"include_usage"')
+        if output_limit is not None:
+            ours["max_tokens"] = b"%d" % output_limit
+        body = _object({**self.members, **ours})
+        return unmask(body) if self.masked else body
+
+
+def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
+    """Checks a request body. Raises ApiError, whose text names the field, its fault and what is allowed."""
+    if body.count(b"[") + body.count(b"{") > BRACKETS_MAX:
+        raise ApiError("invalid_request", f"Request body must not have more than {BRACKETS_MAX} objects and arrays")
+    try:
+        reject_ambiguous_json(body.decode())
+        request, members, masked = _parse(body)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from error
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise ApiError("invalid_json", cause=type(error).__name__) from error
+
+    images, image_bytes, files = 0, 0, 0
+    for index, message in enumerate(request.messages):
+        for kind, size in _parts(message, index):
+            if kind in IMAGES:
+                images, image_bytes = images + 1, image_bytes + size
+            elif kind != "text":
+                files += 1
+    limits = (request.max_tokens or 0, request.max_completion_tokens or 0)
+    return ParsedRequest(
+        model=request.model or default_model,
+        fallbacks=tuple(request.models or ()),
+        stream=bool(request.stream),
+        messages=len(request.messages),
+        size=RequestSize(
+            prompt_bytes=sum([len(memoryview(member)) for member in members.values()]) - image_bytes,
+            images=images,
+            has_files=files > 0,
+            choices=request.n or 1,
+            output_tokens=max(limits) or None,
+            paid_tools=_paid_tools(request, files),
+            caches_prompt=b'"cache_control"' in body or (ESCAPE in body and ESCAPED_LETTER.search(body) is not None),
+            more_than_text=not ONLY_TEXT.issuperset(request.modalities or ()),
+            hurried=request.service_tier not in ORDINARY_TIERS,
+        ),
+        members=members,
+        masked=masked,
+    )
+
+
+def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
+    """The request's known fields, its members, and whether lone surrogates had to be masked. Raises msgspec's errors."""
+    try:
+        return _decode_request(body), _decode_members(body), False
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        masked = mask(body)
+        if masked is None:
+            raise
+        return _decode_request(masked), _decode_members(masked), True
+
+
+def _paid_tools(request: ChatRequest, files: int) -> int:
+    """How many things are asked for that OpenRouter does for a price of their own: searching, and reading files."""
+    paid = files + (request.web_search_options is not None)
+    for tool in request.tools or ():
+        if tool.type not in OWN_TOOLS:
+            paid += 1 + _results(_members(tool.parameters))
+    for plugin in request.plugins or ():
+        paid += 1 + _results(plugin)
+    return paid + (":online" in " ".join((request.model or "", *(request.models or ()))))
+
+
+def _results(options: Mapping[str, Raw]) -> int:
+    """How many usual portions of results are wanted beside the first."""
+    try:
+        wanted = msgspec.json.decode(options.get("max_results", b"0"), type=float)
+    except msgspec.DecodeError:
+        return 0
+    return int(min(max(wanted, 0), RESULTS_MAX)) // RESULTS_USUAL
+
+
+def _members(raw: Raw) -> Mapping[str, Raw]:
+    try:
+        return _decode_members(raw)
+    except msgspec.DecodeError:
+        return {}
+
+
+def _parts(message: Message, index: int) -> list[tuple[str, int]]:
+    """The parts of the message of that index, type and size in bytes. Raises ApiError if the content is not one of its forms."""
+    content = message.content
+    view = memoryview(content)
+    first = view[:1].tobytes()
+    if first == b'"':
+        return []
+    if first in (b"", b"n") and message.role in ("assistant", "function"):
+        return []  # null beside tool calls
+    place = f"messages[{index}].content"
+    if first != b"[":
+        raise ApiError("invalid_request", f"{place} must be {RULES['content']}")
+    parts = []
+    for number, part in enumerate(_decode_parts(content)):
+        try:
+            kind = _decode_part(part).type
+        except msgspec.ValidationError as error:
+            raise ApiError("invalid_request", f"{place}[{number}] must be an object with a string `type`") from error
+        parts.append((kind, len(memoryview(part))))
+    return parts
+
+
+def _refusal(fault: str) -> ApiError:
+    """The refusal for msgspec's fault, which ends in its place: ``Expected `float` <= 2.0 - at `$.temperature` ``."""
+    found = PLACE.search(fault)
+    place = found[1] if found else ""
+    if missing := MISSING.search(fault):
+        place = f"{place}.{missing[1]}".lstrip(".")
+    if place == "messages":
+        return ApiError("invalid_request", "messages array is required")
+    if not place:
+        return ApiError("invalid_request", "Request body must be a JSON object")
+    field = re.split(r"[.\[]", place.rpartition(".")[2])[0]
+    rules = ELEMENTS if place.endswith("]") else RULES
+    return ApiError("invalid_request", f"{place} must be {rules.get(field, 'something else')}")
+
+
+def _is_null(raw: Raw | None) -> bool:
+    return raw is None or bytes(memoryview(raw)[:1]) == b"n"
+
+
+def _with_member(raw: Raw | None, key: bytes) -> bytes:
+    """The object in `raw` with `key: true`, its other members as they were."""
+    if raw is None or _is_null(raw):
+        return b"{%s:true}" % key
+    return _object({**_decode_members(raw), key.decode().strip('"'): b"true"})
+
+
+def _object(members: Mapping[str, bytes | Raw]) -> bytes:
+    return b"{%b}" % b",".join([b"%b:%b" % (msgspec.json.encode(name), value) for name, value in members.items()])

@@ -1,0 +1,1 @@
+"""The settings: their schema, their files, and the messages about mistakes in them."""

@@ -1,0 +1,293 @@
+"""The settings: their names, types, ranges and defaults, as one frozen `Config`.
+
+What each means, with unit and reason, is written in `config.yaml`; how they are read, in `config.py`. The description of a type
+completes the sentence "<setting> must be …".
+"""
+
+import ipaddress
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from gptutor.config.urls import is_address, is_database
+
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+Secret = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*\Z", description="printable ASCII without spaces")]
+Secrets = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*( [!-~]+)*\Z", description="keys separated by one space")]
+HeaderText = Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z", description="printable ASCII")]
+BaseUrl = Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z", description="an address such as https://host/path")]
+ReturnUrl = Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z", description="an address such as https://example.com/paid")]
+
+NAMED_FORM = r"(?:(?P<name>[a-z][a-z0-9_-]{0,31}):)?(?P<secret>[!-9;-~]{32,256})"
+
+
+class ConfigError(Exception):
+    """A setting is unknown, impossible or missing; the text is a sentence for the operator."""
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} settings>"  # values may be secrets, and a repr ends up in logs
+
+
+class ServerSettings(Section, frozen=True):
+    host: Name = "127.0.0.1"
+    port: Port = 3001
+    body_bytes_max: Count = 10 * 1024 * 1024
+    header_s: Seconds = 10
+    body_idle_s: Seconds = 10
+    body_s: Seconds = 60
+    linger_s: Seconds = 5
+    keepalive_s: Seconds = 75
+    shutdown_s: Seconds = 20
+    drain_s: Seconds = 60
+    workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    cors_origins: str = "*"
+    trusted_proxies: str = "127.0.0.1 ::1"
+
+    def __post_init__(self) -> None:
+        for name in self.trusted_proxies.split():
+            try:
+                ipaddress.ip_network(name)
+            except ValueError:
+                raise ValueError(
+                    f"server.trusted_proxies must be addresses or networks such as 10.0.0.0/8, not {name!r}"
+                ) from None
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?", origin):
+                raise ValueError(f"server.cors_origins must be *, or origins such as https://example.com, not {origin!r}")
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        return frozenset(self.cors_origins.split())
+
+
+class PathSettings(Section, frozen=True):
+    data: Path = Path("var")
+    logs: Path = Path("logs")
+
+
+class LogSettings(Section, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    retention_days: Count = 30
+    stdout: bool = True
+
+
+class MetricsSettings(Section, frozen=True):
+    host: Name = "127.0.0.1"
+    port: Port = 0
+
+
+class AdminSettings(Section, frozen=True):
+    socket: str = ""
+    port: Port = 0
+    token: str = ""
+
+    def __post_init__(self) -> None:
+        if self.socket and self.port:
+            raise ValueError("admin.socket and admin.port must be set one without the other: there is one listener")
+        if (self.socket or self.port) and not self.token.strip():
+            raise ValueError("admin.token must be set: the administrator's listener opens to nobody without one")
+        forms = [re.fullmatch(NAMED_FORM, text) for text in self.token.split()]
+        if not all(forms):
+            raise ValueError(
+                "admin.token must be tokens of at least 32 characters (openssl rand -hex 32), each alone or as name:token, "
+                "where a name is made of small Latin letters, digits, - and _"
+            )
+        if len(self.tokens) < len(forms):
+            raise ValueError("admin.token must be tokens with a name each, if there are several")
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.socket or self.port)
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """By name; a token without one is called `admin`."""
+        forms = [re.fullmatch(NAMED_FORM, text) for text in self.token.split()]
+        return {form["name"] or "admin": form["secret"] for form in forms if form}
+
+
+class DatabaseSettings(Section, frozen=True):
+    url: str = ""
+    connections_max: Annotated[int, msgspec.Meta(ge=1, le=100)] = 8
+    acquire_s: Seconds = 2
+    statement_s: Seconds = 5
+
+    def __post_init__(self) -> None:
+        if self.url and not is_database(self.url):
+            raise ValueError(
+                "database.url must be such as postgresql://user:password@host:5432/name; in its password write % as %25, "
+                "/ as %2F, # as %23, ? as %3F, @ as %40, [ as %5B"
+            )
+
+
+class OpenRouterSettings(Section, frozen=True):
+    api_key: Secret = ""
+    old_api_keys: Secrets = ""
+    proxy: str = ""
+    base_url: BaseUrl = "https://openrouter.ai/api/v1"
+    management_key: Secret = ""
+    default_model: Name = "google/gemini-2.5-flash-lite"
+    referer: HeaderText = ""
+    title: HeaderText = "GPTutor"
+    connect_s: Seconds = 10
+    total_s: Seconds = 60
+    first_byte_s: Seconds = 60
+    idle_s: Seconds = 60
+    end_s: Seconds = 5
+    connections_max: Count = 2000
+    attempts_max: Annotated[int, msgspec.Meta(ge=1, le=10)] = 3
+    models_refresh_s: Seconds = 600
+
+    def __post_init__(self) -> None:
+        for name, url in (("base_url", self.base_url), ("proxy", self.proxy)):
+            if url and not is_address(url, with_path=name == "base_url"):
+                raise ValueError(f"openrouter.{name} must be an address such as https://host:port")
+
+
+def _check_decimal(name: str, value: Decimal, least: Decimal, most: Decimal) -> None:
+    if not (value.is_finite() and least <= value <= most):
+        raise ValueError(f"billing.{name} must be a number from {least} to {most}, not {value}")
+
+
+class BillingSettings(Section, frozen=True):
+    rub_per_usd: Decimal = Decimal(90)
+    balance_min_rub: Decimal = Decimal(1)
+    margin: Decimal = Decimal("1.1")
+    output_tokens_typical: Count = 4096
+    output_tokens_min: Count = 16
+    reserve: Literal["typical", "worst_case"] = "typical"
+    hold_default_rub: Decimal = Decimal(10)
+    image_tokens: Count = 8192
+    paid_tool_usd: Decimal = Decimal("0.05")
+    cache_write_factor: Decimal = Decimal(2)
+    hurry_factor: Decimal = Decimal(2)
+
+    def __post_init__(self) -> None:
+        # msgspec has no ranges for Decimal, so they stand here.
+        _check_decimal("rub_per_usd", self.rub_per_usd, Decimal("0.0001"), Decimal(100_000))
+        _check_decimal("balance_min_rub", self.balance_min_rub, Decimal(0), Decimal(1_000_000))
+        _check_decimal("margin", self.margin, Decimal(1), Decimal(10))
+        _check_decimal("hold_default_rub", self.hold_default_rub, Decimal("0.01"), Decimal(1_000_000))
+        _check_decimal("paid_tool_usd", self.paid_tool_usd, Decimal(0), Decimal(1000))
+        _check_decimal("cache_write_factor", self.cache_write_factor, Decimal(1), Decimal(10))
+        _check_decimal("hurry_factor", self.hurry_factor, Decimal(1), Decimal(10))
+
+
+class RateLimitSettings(Section, frozen=True):
+    chat_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
+    chat_at_once: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 200
+    models_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
+    sign_ins_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
+    strangers_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
+    own_pages_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
+    notifications_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
+
+
+class RelaySettings(Section, frozen=True):
+    heartbeat_s: Annotated[float, msgspec.Meta(ge=0.05, le=86_400)] = 15
+    buffer_bytes: Annotated[int, msgspec.Meta(ge=4096)] = 256 * 1024
+    write_s: Seconds = 60
+    leaver_drain_s: Seconds = 30
+    leaver_drain_bytes: Count = 1024 * 1024
+
+
+class RecoverySettings(Section, frozen=True):
+    poll_s: Seconds = 1
+    look_max_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 600
+    give_up_s: Annotated[float, msgspec.Meta(gt=0, le=30 * 86_400)] = 86_400
+    journal_bytes_max: Annotated[int, msgspec.Meta(ge=1 << 20)] = 1 << 30
+    watch_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 30
+
+
+class SecuritySettings(Section, frozen=True):
+    secret_key: str = ""
+    old_secret_keys: str = ""
+
+
+class VkSettings(Section, frozen=True):
+    app_id: Annotated[int, msgspec.Meta(ge=0)] = 0
+    secret_key: Secret = ""
+    launch_age_s: Seconds = 3600
+    bonus_rub: Decimal = Decimal(0)
+
+    def __post_init__(self) -> None:
+        if bool(self.app_id) != bool(self.secret_key):
+            raise ValueError("vk.app_id and vk.secret_key must be set together: VK_APP_ID and VK_SECRET_KEY, or neither")
+        if not (self.bonus_rub.is_finite() and 0 <= self.bonus_rub <= 1_000_000):
+            raise ValueError(f"vk.bonus_rub must be a number from 0 to 1000000, not {self.bonus_rub}")
+
+
+class YookassaSettings(Section, frozen=True):
+    shop_id: Secret = ""
+    secret_key: Secret = ""
+    return_url: ReturnUrl = ""
+    payment_min_rub: Decimal = Decimal(10)
+    payment_max_rub: Decimal = Decimal(100_000)
+    base_url: BaseUrl = "https://api.yookassa.ru/v3"
+    timeout_s: Seconds = 10
+    at_once: Count = 8
+
+    def __post_init__(self) -> None:
+        given = [bool(text) for text in (self.shop_id, self.secret_key, self.return_url)]
+        if any(given) and not all(given):
+            raise ValueError(
+                "yookassa.shop_id, yookassa.secret_key and yookassa.return_url must be set together, or none of them"
+            )
+        for amount in (self.payment_min_rub, self.payment_max_rub):
+            if not (amount.is_finite() and 1 <= amount <= 10_000_000 and amount == round(amount, 2)):
+                raise ValueError(f"yookassa.payment_min_rub and payment_max_rub must be roubles and kopecks from 1, not {amount}")
+        if self.payment_min_rub > self.payment_max_rub:
+            raise ValueError("yookassa.payment_min_rub must be no more than payment_max_rub")
+
+    @property
+    def is_set(self) -> bool:
+        return bool(self.shop_id)
+
+
+class SimulatorSettings(Section, frozen=True):
+    host: Name = "127.0.0.1"
+    port: Port = 3002
+    word_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.03
+    first_word_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.3
+
+
+class DocsSettings(Section, frozen=True):
+    host: Name = "127.0.0.1"
+    port: Port = 8080
+
+
+class Config(Section, frozen=True):
+    server: ServerSettings = ServerSettings()
+    paths: PathSettings = PathSettings()
+    logs: LogSettings = LogSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    admin: AdminSettings = AdminSettings()
+    database: DatabaseSettings = DatabaseSettings()
+    openrouter: OpenRouterSettings = OpenRouterSettings()
+    billing: BillingSettings = BillingSettings()
+    rate_limit: RateLimitSettings = RateLimitSettings()
+    relay: RelaySettings = RelaySettings()
+    recovery: RecoverySettings = RecoverySettings()
+    security: SecuritySettings = SecuritySettings()
+    vk: VkSettings = VkSettings()
+    yookassa: YookassaSettings = YookassaSettings()
+    simulator: SimulatorSettings = SimulatorSettings()
+    docs: DocsSettings = DocsSettings()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the embedded PostgreSQL is used (contract F9)."""
+        return not self.database.url
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the built-in simulator stands in for OpenRouterSettings (contract F9)."""
+        return not self.openrouter.api_key

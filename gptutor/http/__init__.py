@@ -1,0 +1,1 @@
+"""What the API and the admin API both need to speak HTTP."""

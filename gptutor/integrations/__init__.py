@@ -1,0 +1,1 @@
+"""Services of others: VK's sign-in, YooKassa's payments."""

@@ -1,0 +1,156 @@
+"""What an administrator may do, by hand or by a payment: each change does its work and leaves an audit line (contract C11, F10).
+
+The fronts are thin: the command line (`cli_users.py`), the administrator's listener (`admin/`) and payments (`api/payments.py`).
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal
+
+from gptutor.database.pool import Database
+from gptutor.money.amounts import AccountId, InvalidAmount, Nano, roubles
+from gptutor.money.bookings import Booking, Bookings
+from gptutor.money.key_limits import KeyLimitChanges, changed
+from gptutor.money.keyring import NO_LIMITS, Key, KeyLimits, KeyRing
+from gptutor.money.users import User, UserRepository
+from gptutor.money.vault import Vault
+from gptutor.telemetry.logs import audit
+
+BookingKind = Literal["topup", "refund", "adjustment", "bonus"]
+REASON_MAX = 500
+REFERENCE_MAX = 200
+
+
+class ReasonMissing(Exception):
+    """An adjustment needs a reason; the text is a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class UserDetails:
+    """A user with all that belongs to him."""
+
+    user: User
+    identities: list[tuple[str, str]]
+    keys: list[Key]
+
+
+class Bookkeeper:
+    """`who` stands in the audit lines: `cli:<os user>`, `admin:<token name>`, or the name of a payment provider."""
+
+    def __init__(self, database: Database, who: str) -> None:
+        self.bookings = Bookings(database)
+        self._who = who
+
+    async def book(
+        self, account_id: AccountId, kind: BookingKind, amount: Nano, *, reason: str = "", reference: str | None = None
+    ) -> User:
+        """`amount` is what is given, or paid back by a refund; an adjustment may be negative. The account after it.
+
+        Raises NoSuchUser, AlreadyBooked, InvalidAmount, ReasonMissing; Uncovered: a refund is of money that is available.
+        """
+        if amount == 0 or (amount < 0 and kind != "adjustment"):
+            raise InvalidAmount(f"A {kind} of {roubles(amount)} roubles makes no sense")
+        if kind == "adjustment" and not reason.strip():
+            raise ReasonMissing("An adjustment needs a reason.")
+        signed = Nano(-amount) if kind == "refund" else amount
+        await self.bookings.book(account_id, kind, signed, reason=reason, reference=reference, covered=kind == "refund")
+        self._audit_booking(kind, account_id, signed, reference, reason)
+        return await self.bookings.user(account_id)
+
+    async def pay(self, account_id: AccountId, amount: Nano, reference: str, reason: str) -> Booking:
+        """Credits a payment, once however often it is told of. Raises NoSuchUser, InvalidAmount, AlreadyBooked."""
+        return await self._once(account_id, "topup", amount, reference, reason)
+
+    async def pay_back(self, account_id: AccountId, amount: Nano, reference: str, reason: str) -> Booking:
+        """Books a refund that the provider has paid out already, once. Raises NoSuchUser, AlreadyBooked."""
+        return await self._once(account_id, "refund", Nano(-amount), reference, reason)
+
+    async def _once(
+        self, account_id: AccountId, kind: Literal["topup", "refund"], signed: Nano, reference: str, reason: str
+    ) -> Booking:
+        booking, is_new = await self.bookings.book_once(account_id, kind, signed, reference=reference, reason=reason)
+        if is_new:
+            self._audit_booking(kind, account_id, signed, reference, reason)
+        return booking
+
+    def _audit_booking(self, kind: BookingKind, account_id: AccountId, signed: Nano, reference: str | None, reason: str) -> None:
+        audit(self._who, kind, user_id=account_id, amount_rub=roubles(signed), reference=reference, reason=reason)
+
+
+class Administration(Bookkeeper):
+    """Users and their keys as well."""
+
+    def __init__(self, database: Database, vault: Vault, who: str) -> None:
+        super().__init__(database, who)
+        self.users = UserRepository(database)
+        self._keys = KeyRing(database, vault)
+
+    async def person(self, account_id: AccountId) -> UserDetails:
+        """Raises NoSuchUser."""
+        user = await self.users.find(account_id)
+        return UserDetails(user, await self.users.identities(account_id), await self._keys.list(account_id))
+
+    async def create_user(self, name: str, balance: Nano) -> tuple[User, str]:
+        """A user, and his key, which is shown only now."""
+        user = await self.users.create(name)
+        audit(self._who, "create user", user_id=user.account_id)
+        if balance:
+            user = await self.book(user.account_id, "topup", balance, reason="initial balance")
+        key, _ = await self.issue_key(user.account_id, "")
+        return user, key
+
+    async def set_active(self, account_id: AccountId, active: bool) -> User:
+        """Raises NoSuchUser."""
+        user = await self.users.set_active(account_id, active)
+        audit(self._who, "activate" if active else "deactivate", user_id=account_id)
+        return user
+
+    async def issue_key(self, account_id: AccountId, name: str, limits: KeyLimits = NO_LIMITS) -> tuple[str, Key]:
+        """The key, which is shown only now. Raises NoSuchUser, TooManyKeys."""
+        await self.users.find(account_id)
+        secret, key = await self._keys.issue(account_id, name, limits)
+        audit(self._who, "issue key", user_id=account_id, key_id=key.key_id, limits=_limits(key))
+        return secret, key
+
+    async def renew_keys(self, account_id: AccountId) -> str:
+        """A new main key; all others are dead. Raises NoSuchUser."""
+        await self.users.find(account_id)
+        secret = await self._keys.renew(account_id, others_too=True)
+        audit(self._who, "rotate keys", user_id=account_id)
+        return secret
+
+    async def key(self, account_id: AccountId, key_id: int) -> Key:
+        """Raises NoSuchKey."""
+        return await self._keys.find(account_id, key_id)
+
+    async def limit_key(self, account_id: AccountId, key_id: int, changes: KeyLimitChanges) -> Key:
+        """Raises NoSuchKey, InvalidAmount, InvalidLimit."""
+        key = await self._keys.change(account_id, key_id, lambda limits: changed(limits, changes))
+        audit(self._who, "limit key", user_id=account_id, key_id=key.key_id, limits=_limits(key))
+        return key
+
+    async def revoke_key(self, account_id: AccountId, key_id: int) -> Key:
+        """Raises NoSuchKey."""
+        await self._keys.revoke(account_id, key_id)
+        key = await self._keys.find(account_id, key_id)
+        audit(self._who, "revoke key", user_id=account_id, key_id=key.key_id)
+        return key
+
+    async def stale_copies(self) -> int:
+        return await self._keys.stale_copies()
+
+    async def rekey(self) -> AsyncIterator[tuple[int, int]]:
+        """Seals every copy anew; see KeyRing.rekey."""
+        async for done, unreadable in self._keys.rekey():
+            yield done, unreadable
+        audit(self._who, "rekey")
+
+
+def _limits(key: Key) -> dict[str, object]:
+    limits = key.limits
+    return {
+        "cap": None if limits.cap is None else roubles(limits.cap),
+        "capPeriod": limits.cap_period,
+        "perMinute": limits.per_minute,
+        "expiresAt": None if limits.expires_at is None else limits.expires_at.isoformat(),
+    }

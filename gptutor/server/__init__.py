@@ -1,0 +1,1 @@
+"""Running the service: processes, listeners, start and stop."""

@@ -1,0 +1,83 @@
+"""The watch over the books of a running service (row operator-6)."""
+
+import asyncio
+import logging
+
+import asyncpg
+import pytest
+from prometheus_client import REGISTRY
+
+from gptutor.database.pool import Database
+from gptutor.money.balance_auditor import BalanceAuditor
+from tests.support.gateway import Gateway, make_caller
+from tests.support.ledger import hold, ledger_of, release, settlement
+
+FORGERIES = [
+    "UPDATE accounts SET balance_nano = balance_nano + 1 WHERE account_id = $1",
+    "UPDATE accounts SET held_nano = held_nano + 1 WHERE account_id = $1",
+    "UPDATE accounts SET balance_nano = balance_nano - 1, held_nano = 0 WHERE account_id = $1",
+]
+
+
+@pytest.fixture
+async def watch(books: Database) -> BalanceAuditor:
+    watching = BalanceAuditor(books, 3600)
+    assert await watching.look() == set()
+    return watching
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+async def test_a_change_past_the_ledger_is_told_of_once_and_until_it_is_mended(
+    books: Database, database_url: str, watch: BalanceAuditor, forgery: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caller, other = [await make_caller(books, "100") for _ in range(2)]
+    ledger = ledger_of(books)
+    await ledger.settle(settlement(await hold(books, caller, "5"), "0.01"))
+    await ledger.release(release(await hold(books, caller, "5")))
+    await hold(books, caller, "5")
+    assert await watch.look() == set()
+    by_hand = await asyncpg.connect(database_url)
+    await by_hand.execute(forgery, caller.account_id)
+    for _ in range(2):
+        assert await watch.look() == {caller.account_id}
+    assert REGISTRY.get_sample_value("gptutor_broken_accounts") == 1
+    told = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert [vars(record)["userId"] for record in told] == [str(caller.account_id)]
+    await by_hand.execute(
+        "UPDATE accounts SET (balance_nano, held_nano) = (SELECT sum(amount_nano), 5000000000 FROM ledger WHERE account_id = $1)"
+        " WHERE account_id = $1",
+        caller.account_id,
+    )
+    await by_hand.close()
+    assert await watch.look() == set()
+    assert REGISTRY.get_sample_value("gptutor_broken_accounts") == 0
+    assert other.account_id != caller.account_id
+
+
+async def test_a_long_transaction_is_seen_when_it_ends(books: Database, database_url: str, watch: BalanceAuditor) -> None:
+    """It took its number before looks that could not see it."""
+    caller = await make_caller(books, "100")
+    by_hand = await asyncpg.connect(database_url)
+    transaction = by_hand.transaction()
+    await transaction.start()
+    await by_hand.execute("UPDATE accounts SET balance_nano = 0 WHERE account_id = $1", caller.account_id)
+    for _ in range(3):
+        await make_caller(books, "1")
+        assert await watch.look() == set()
+    await transaction.commit()
+    await by_hand.close()
+    assert await watch.look() == {caller.account_id}
+
+
+@pytest.mark.parametrize("tuned", [{"recovery": {"watch_s": 0.05}}])
+async def test_the_service_watches_while_it_serves(gateway: Gateway, database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caller = await gateway.caller()
+    await gateway.chat(caller)
+    await asyncio.sleep(0.2)
+    assert "An account is not what the ledger says" not in caplog.text
+    by_hand = await asyncpg.connect(database_url)
+    await by_hand.execute("UPDATE accounts SET balance_nano = balance_nano + 1")
+    await by_hand.close()
+    async with asyncio.timeout(10):
+        while "An account is not what the ledger says" not in caplog.text:
+            await asyncio.sleep(0.02)

@@ -1,0 +1,72 @@
+"""What a request costs, in calls of functions and not in time: a guard that no machine's mood can trip."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import aiohttp
+import aiohttp_sse
+import asyncpg
+import pytest
+
+import gptutor
+from tests.support.gateway import Caller, Gateway
+
+OURS = str(Path(gptutor.__file__).parent)
+SIMULATOR = f"{OURS}/simulator"
+LIBRARIES = (
+    str(Path(aiohttp.__file__).parent / "web"),
+    str(Path(asyncpg.__file__).parent),
+    str(Path(aiohttp_sse.__file__).parent),
+)
+REQUESTS = 20
+
+
+class Calls:
+    """Counts the calls that are made in the gateway's own code, and in the libraries' that serve it: by function, if asked."""
+
+    def __init__(self) -> None:
+        self.by_function: Counter[str] = Counter()
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event in ("call", "c_call"):
+            file = frame.f_code.co_filename
+            if (file.startswith(OURS) and not file.startswith(SIMULATOR)) or file.startswith(LIBRARIES):
+                self.by_function[f"{Path(file).name}:{frame.f_code.co_qualname}"] += 1
+
+    async def of(self, work: Callable[[], Any]) -> int:
+        before = self.by_function.total()
+        sys.setprofile(self)
+        try:
+            await work()
+        finally:
+            sys.setprofile(None)
+        return self.by_function.total() - before
+
+
+async def asked(gateway: Gateway, caller: Caller, *, stream: bool, times: int = REQUESTS, text: str = "Hello") -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": text}], "stream": stream}).encode()
+    headers = {**caller.headers, "Content-Type": "application/json"}
+    for _ in range(times):
+        async with gateway.session.post(gateway.chat_url, data=body, headers=headers) as response:
+            assert response.status == 200
+            await response.read()
+    await gateway.idle()
+
+
+@pytest.mark.parametrize("tuned", [{"recovery": {"poll_s": 3600}, "rate_limit": {"chat_per_minute": 0}}])
+@pytest.mark.parametrize(("stream", "calls"), [(False, 715), (True, 930)])
+async def test_a_request_makes_so_many_calls_and_hardly_more(gateway: Gateway, stream: bool, calls: int) -> None:
+    """One that stands alone, so that nothing is shared with others; the stream has about fifty chunks. If you have made it dearer,
+    look where: the figures by function are printed."""
+    caller = await gateway.caller("10000")
+    await asked(gateway, caller, stream=stream)  # what is done once is done now
+    counted = Calls()
+    per_request = await counted.of(lambda: asked(gateway, caller, stream=stream)) / REQUESTS
+    print(f"{per_request:.1f} calls")
+    print("\n".join(f"{count / REQUESTS:7.1f} {name}" for name, count in counted.by_function.most_common(60)))
+    assert calls * 0.7 < per_request < calls * 1.1  # far fewer: lower the figure, and be proud

@@ -1,0 +1,123 @@
+"""The heads of relayed answers, which are spelled here and not by aiohttp (contract A1, A5, A7)."""
+
+import asyncio
+from typing import Any
+from unittest.mock import Mock
+from urllib.parse import urlsplit
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+
+from gptutor.api.chat.event_stream import EventStream, StreamLimits
+from gptutor.http.connection import ClientConnection
+from gptutor.http.response_head import JOINED_BYTES_MAX, CompleteResponse
+from gptutor.openrouter.response import UpstreamResponse
+from tests.support.gateway import Gateway
+from tests.support.wire import post, raw
+
+
+def fields_of(answer: bytes) -> tuple[bytes, dict[str, str]]:
+    """The first line, and the fields by their names in small letters, each of which stands once."""
+    first, *lines = answer.partition(b"\r\n\r\n")[0].split(b"\r\n")
+    pairs = [line.decode().split(": ", 1) for line in lines]
+    fields = {name.lower(): value for name, value in pairs}
+    assert len(fields) == len(pairs)
+    return first, fields
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("version", "asked", "told"),
+    [
+        ("1.1", "", None),
+        ("1.1", "Connection: close\r\n", "close"),
+        ("1.0", "", None),
+        ("1.0", "Connection: keep-alive\r\n", "keep-alive"),
+    ],
+)
+async def test_what_becomes_of_the_connection_is_told_and_true(
+    gateway: Gateway, version: str, asked: str, told: str | None, stream: bool
+) -> None:
+    caller = await gateway.caller()
+    parts = urlsplit(gateway.url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(post(caller, version=version, extra=asked, stream=stream))
+    async with asyncio.timeout(10):
+        first, fields = fields_of(head := await reader.readuntil(b"\r\n\r\n"))
+        assert first == f"HTTP/{version} 200 OK".encode()
+        assert head.endswith(b"\r\n\r\n")
+        assert {"date", "server", "content-type", "x-request-id", "x-generation-id"} <= fields.keys()
+        is_chunked = stream and version == "1.1"
+        assert fields.get("transfer-encoding") == ("chunked" if is_chunked else None)
+        assert ("content-length" in fields) is (not stream)
+        is_kept = (told == "keep-alive" or (version == "1.1" and told is None)) and (is_chunked or not stream)
+        assert fields.get("connection") == (told if is_kept or version == "1.1" else None)
+        if is_chunked:
+            await reader.readuntil(b"\r\n0\r\n\r\n")
+        elif not stream:
+            await reader.readexactly(int(fields["content-length"]))
+        if is_kept:
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        else:
+            assert (await reader.read()).endswith(b"data: [DONE]\n\n" if stream and not is_chunked else b"")
+    writer.transport.abort()
+    await gateway.idle()
+
+
+async def test_a_streams_head_leaves_with_its_first_bytes() -> None:
+    transport = Mock(spec=asyncio.Transport, **{"is_closing.return_value": False})
+    connection = Mock(spec=ClientConnection, transport=transport, writing_paused=False)
+    patience = StreamLimits(heartbeat_s=1, buffer_bytes=1, write_s=1, leaver_drain_s=1, leaver_drain_bytes=1)
+    request = make_mocked_request("POST", "/", protocol=connection, transport=transport)
+    stream = EventStream(request, asyncio.get_running_loop().create_future(), {}, patience)
+    await stream.begin(Mock(spec=UpstreamResponse))
+    assert not stream.has_begun
+    stream.write(b"data: 1\n\n")
+    stream.write(b"data: 2\n\n", is_last=True)
+    stream.write(b": a heartbeat\n\n")
+    await stream.finish()
+    assert stream.has_begun
+    first, second = (call.args[0] for call in transport.write.call_args_list)
+    assert first.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert first.endswith(b"\r\n\r\n9\r\ndata: 1\n\n\r\n")
+    assert second == b"9\r\ndata: 2\n\n\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+async def test_an_answer_without_a_body_does_not_begin_the_next_one(scripted: Any, kind: str) -> None:
+    plays, gateway = scripted
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=204, headers={"Content-Type": kind})
+
+    plays.append(play)
+    caller = await gateway.caller()
+    answers = await raw(
+        gateway, post(caller, extra="", stream=True) + b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
+    head, _, rest = answers.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 204")
+    assert not {"content-length", "transfer-encoding"} & fields_of(head)[1].keys()
+    assert rest.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("value", ["a\r\nSet-Cookie: b", "a\nb", "a\rb"])
+async def test_a_field_with_a_line_break_is_no_field(value: str) -> None:
+    with pytest.raises(ValueError, match="line break"):
+        await CompleteResponse(b"{}", status=200, headers={"X-Generation-Id": value}).spell(make_mocked_request("POST", "/"), 2)
+
+
+@pytest.mark.parametrize("size", [0, JOINED_BYTES_MAX, JOINED_BYTES_MAX + 1, 3_000_000])
+async def test_a_body_of_any_size_arrives(scripted: Any, size: int) -> None:
+    plays, gateway = scripted
+    document = b"x" * size
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=document, content_type="application/json")
+
+    plays.append(play)
+    response, received = await gateway.chat(await gateway.caller())
+    assert (response.status, response.headers["Content-Length"]) == (200, str(size))
+    assert received == document

@@ -1,0 +1,386 @@
+"""Everything that waits, waits for a bounded time, on either side (contract A3, A8, B6; rows client-5, client-6, client-8, input-22,
+upstream-7, upstream-8, upstream-13)."""
+
+import asyncio
+import gzip
+import io
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from aiohttp import web
+
+from gptutor.api.chat import completions
+from gptutor.api.chat.request import ParsedRequest, parse_request
+from gptutor.config import schema
+from gptutor.database.pool import Database
+from gptutor.money.amounts import AccountId
+from gptutor.money.keys import make_key
+from gptutor.openrouter.relay import HEARTBEAT
+from gptutor.server.serve import simulated_openrouter
+from gptutor.simulator.server import Simulator
+from tests.support.books import assert_books_agree
+from tests.support.gateway import Gateway, config_for, gateway_on, make_caller
+from tests.support.wire import post, raw
+
+ASK = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+@asynccontextmanager
+async def dialled(gateway: Gateway) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    parts = urlsplit(gateway.url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def dripping(writer: asyncio.StreamWriter, drop: bytes) -> AsyncIterator[None]:
+    async def drip() -> None:
+        while True:
+            writer.write(drop)
+            await asyncio.sleep(0.05)
+
+    task = asyncio.create_task(drip())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def assert_serves(gateway: Gateway) -> None:
+    async with gateway.session.get(f"{gateway.url}/health") as response:
+        assert response.status == 200
+
+
+async def read_health(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"Content-Length: (\d+)", head)
+    assert length
+    await reader.readexactly(int(length[1]))
+    return head
+
+
+# -- the caller's side
+
+
+@pytest.mark.parametrize("tuned", [{"server": {"header_s": 0.3}}])
+@pytest.mark.parametrize("beginning", [b"", b"GET /heal", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+async def test_a_head_that_does_not_come_in_time_closes_the_connection(gateway: Gateway, beginning: bytes) -> None:
+    async with dialled(gateway) as (reader, writer), dripping(writer, b"x" if beginning else b""):
+        began = time.monotonic()
+        writer.write(beginning)
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+        assert time.monotonic() - began >= 0.29
+    await assert_serves(gateway)
+
+
+@pytest.mark.parametrize("tuned", [{"server": {"header_s": 0.3, "keepalive_s": 20}}])
+async def test_a_head_that_begins_together_with_its_connection_has_no_more_time(gateway: Gateway) -> None:
+    """Row client-5: the bytes are there before the server looks for them."""
+    parts = urlsplit(gateway.url)
+    with socket.create_connection((parts.hostname, parts.port)) as caller:  # while the loop waits for us
+        caller.send(b"GET /heal")
+        caller.setblocking(False)
+        async with asyncio.timeout(5):
+            assert await asyncio.get_running_loop().sock_recv(caller, 100) == b""
+
+
+@pytest.mark.parametrize("cut", [20, -5])
+async def test_a_request_that_is_arriving_at_the_end_is_answered(
+    database_url: str, books: Database, simulator: Simulator, tmp_path: Path, cut: int
+) -> None:
+    """Row process-7: its head or its body has begun when the service is told to stop."""
+    caller = await make_caller(books, "10")
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n"
+    wire = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url, AsyncExitStack() as stack:
+        config = config_for(database_url, base_url, tmp_path, {"server": {"shutdown_s": 4}})
+        gateway = await stack.enter_async_context(gateway_on(config, books, simulator))
+        async with dialled(gateway) as (reader, writer):
+            writer.write(wire[:cut])
+            await asyncio.sleep(0.1)
+            ending = asyncio.create_task(stack.aclose())
+            await asyncio.sleep(0.3)
+            writer.write(wire[cut:])
+            async with asyncio.timeout(10):
+                answer = await reader.read()
+                await ending
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"X-Error-Code: not_ready" in answer
+
+
+async def test_a_caller_of_http_1_0_is_not_invited(gateway: Gateway) -> None:
+    """RFC 9110, 10.1.1: it knows of no answer before the answer."""
+    async with dialled(gateway) as (reader, writer):
+        writer.write(b"POST /v1/chat/completions HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}")
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+    assert answer.count(b"HTTP/1.") == 1
+    assert b" 401 " in answer
+
+
+@pytest.mark.parametrize("tuned", [{"server": {"header_s": 0.3}}])
+async def test_a_second_head_has_its_own_time_and_idleness_has_none(gateway: Gateway) -> None:
+    async with dialled(gateway) as (reader, writer):
+        for _ in range(2):
+            writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await read_health(reader)
+            await asyncio.sleep(0.5)  # longer than a head may take: between requests `keepalive_s` counts
+        writer.write(b"GET /health HTTP/1.1\r\n")
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+
+
+@pytest.mark.parametrize("tuned", [{"server": {"body_idle_s": 0.2}}, {"server": {"body_s": 0.4}}])
+@pytest.mark.parametrize("coding", ["Content-Length: 100\r\n", "Transfer-Encoding: chunked\r\n"])
+async def test_a_body_that_drips_is_refused(gateway: Gateway, tuned: dict[str, Any], coding: str) -> None:
+    caller = await gateway.caller()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n{coding}"
+    drop = b"1\r\n{\r\n" if "chunked" in coding else b" "
+    async with dialled(gateway) as (reader, writer):
+        writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + drop)
+        async with asyncio.timeout(5), dripping(writer, drop if "body_s" in tuned["server"] else b""):
+            answer = await reader.readuntil(b"}")
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"X-Error-Code: body_too_slow" in answer
+    await assert_serves(gateway)
+    await gateway.idle()
+    assert not gateway.simulator.books.records
+
+
+@pytest.mark.parametrize("tuned", [{"server": {"linger_s": 0.1}}])
+async def test_the_body_is_invited_only_once_the_key_is_good(gateway: Gateway) -> None:
+    caller = await gateway.caller()
+    for key in ("", "Bearer nonsense", f"Bearer {make_key(caller.account_id)}", f"Bearer {make_key(AccountId(10**12))}"):
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nExpect: 100-continue\r\n"
+        answer = await raw(
+            gateway, f"{head}Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n".encode(), until_close_s=9
+        )
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        assert b"Connection: close" in answer
+        assert b"100 Continue" not in answer
+
+    whole = post(caller, extra="Expect: 100-continue\r\nConnection: close\r\n")
+    head, _, body = whole.partition(b"\r\n\r\n")
+    async with dialled(gateway) as (reader, writer):
+        writer.write(head + b"\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("tuned", [{"server": {"linger_s": 0.1}}])
+@pytest.mark.parametrize("header", ["Content-Length: 99999999\r\n", "Content-Length: 10\r\nContent-Encoding: gzip\r\n"])
+async def test_a_body_that_would_be_refused_is_not_invited(gateway: Gateway, header: str) -> None:
+    caller = await gateway.caller()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\nExpect: 100-continue\r\n"
+    answer = await raw(gateway, f"{head}Content-Type: application/json\r\n{header}\r\n".encode(), until_close_s=9)
+    assert answer.startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 415 "))
+
+
+async def test_pipelined_requests_are_served_in_order_and_hold_nobody_up(gateway: Gateway) -> None:
+    total = 2_000
+    async with dialled(gateway) as (reader, writer):
+        writer.write(
+            b"".join(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-ID: n%d\r\n\r\n" % number for number in range(total))
+        )
+        for number in range(total):
+            assert b"X-Request-ID: n%d\r\n" % number in await read_health(reader)
+            if number == 5:
+                await assert_serves(gateway)
+
+
+async def test_a_large_body_is_checked_on_the_slow_lane(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = []
+
+    def noted(body: bytes, **settings: Any) -> ParsedRequest:
+        lanes.append((len(body) > 1_000_000, threading.current_thread().name))
+        return parse_request(body, **settings)
+
+    monkeypatch.setattr(completions, "parse_request", noted)
+    caller = await gateway.caller()
+    assert await send_large(gateway, caller.headers) == 200
+    await gateway.chat(caller, "x")
+    assert lanes == [(True, "large bodies_0"), (False, "MainThread")]
+    await assert_books_agree(gateway, caller)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+async def test_a_stranger_has_no_large_body_checked(gateway: Gateway, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "parse_request", None)
+    stranger = {"Authorization": f"Bearer {make_key(AccountId(10**12))}"}
+    assert await send_large(gateway, stranger, pieces=pieces) == 401
+
+
+async def send_large(gateway: Gateway, headers: dict[str, str], *, pieces: bool = False) -> int:
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 2_000_000}]}).encode()
+
+    async def in_pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 100_000):
+            yield body[start : start + 100_000]
+
+    data = in_pieces() if pieces else io.BytesIO(body)
+    headers = {**headers, "Content-Type": "application/json"}
+    async with gateway.session.post(gateway.chat_url, data=data, headers=headers) as response:
+        return response.status
+
+
+# -- upstream's side
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"first_byte_s": 2, "idle_s": 0.3}, "relay": {"heartbeat_s": 60}}])
+async def test_the_first_byte_and_the_gaps_between_have_times_of_their_own(scripted: Any) -> None:
+    plays, gateway = scripted
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.8)  # longer than a gap may be, and still in time
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b": hello\n\n")
+        await asyncio.sleep(60)
+        return response
+
+    plays.append(play)
+    began = time.monotonic()
+    response, stream = await gateway.chat(await gateway.caller(), stream=True)
+    assert response.status == 200
+    assert stream.startswith(b": hello\n\n")
+    assert b'"finish_reason":"error"' in stream
+    assert 1.0 < time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("tuned", [{"relay": {"heartbeat_s": 0.1}}])
+async def test_silence_in_mid_stream_is_filled_between_events_and_never_inside_one(scripted: Any) -> None:
+    plays, gateway = scripted
+    event = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Generation-Id": "gen-1"})
+        await response.prepare(request)
+        await asyncio.sleep(0.25)
+        await response.write(event + event[:20])
+        await asyncio.sleep(0.35)
+        await response.write(event[20:])
+        await asyncio.sleep(0.25)
+        await response.write(b'data: {"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n')
+        return response
+
+    plays.append(play)
+    _, stream = await gateway.chat(await gateway.caller(), stream=True)
+    assert stream.replace(HEARTBEAT, b"") == event + event + b'data: {"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n'
+    assert stream.count(HEARTBEAT) >= 2
+    first, second, _ = stream.split(event)
+    assert HEARTBEAT in first
+    assert second == b""
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.3}}])
+async def test_after_the_price_nobody_waits_long_for_an_end(scripted: Any) -> None:
+    plays, gateway = scripted
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"usage":{"cost":0.001}}\n\n')
+        await asyncio.sleep(60)
+        return response
+
+    plays.append(play)
+    caller = await gateway.caller()
+    began = time.monotonic()
+    _, stream = await gateway.chat(caller, stream=True)
+    assert time.monotonic() - began < 5
+    assert stream.startswith(b'data: {"usage":{"cost":0.001}}\n\n')
+    assert await caller.held() == 0
+    assert json.dumps(float(100 - await caller.balance())) == "0.09"
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"total_s": 30, "attempts_max": 9}}])
+async def test_a_caller_who_leaves_between_attempts_is_not_asked_for_again(scripted: Any) -> None:
+    plays, gateway = scripted
+    asked = asyncio.Queue[None]()
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        asked.put_nowait(None)
+        return web.json_response({"error": {"code": 429, "message": "later"}}, status=429, headers={"Retry-After": "1"})
+
+    plays.append(play)
+    caller = await gateway.caller()
+    async with dialled(gateway) as (_, writer):
+        writer.write(post(caller))
+        await asked.get()
+        await asyncio.sleep(0.1)
+    await gateway.idle()
+    assert asked.empty()
+    assert await caller.held() == 0
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.2}}])
+async def test_a_price_in_mid_stream_is_not_the_last_word(scripted: Any) -> None:
+    plays, gateway = scripted
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices":[],"usage":{"cost":0.001}}\n\n')
+        await response.write(b'data: {"choices":[]}\n\n')
+        await asyncio.sleep(0.6)
+        await response.write(b'data: {"choices":[],"usage":{"cost":0.005}}\n\ndata: [DONE]\n\n')
+        return response
+
+    plays.append(play)
+    caller = await gateway.caller()
+    _, stream = await gateway.chat(caller, stream=True)
+    assert stream.endswith(b"data: [DONE]\n\n")
+    assert await caller.balance() == Decimal("99.55")
+
+
+async def test_an_end_that_comes_while_the_process_is_busy_is_not_a_break(scripted: Any) -> None:
+    plays, gateway = scripted
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices":[]}\n\n')
+        await asyncio.sleep(0.5)
+        await response.write(b'data: {"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n')
+        await response.write_eof()
+        time.sleep(0.7)  # noqa: ASYNC251 - over the moment at which a silent connection is looked at
+        return response
+
+    plays.append(play)
+    _, stream = await gateway.chat(await gateway.caller(), stream=True)
+    assert stream.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("tuned", [{"relay": {"heartbeat_s": 0.1}}])
+async def test_nothing_is_said_into_a_compressed_stream(scripted: Any) -> None:
+    plays, gateway = scripted
+    document = gzip.compress(b'data: {"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n')
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Content-Encoding": "gzip"})
+        await response.prepare(request)
+        await asyncio.sleep(0.4)
+        await response.write(document)
+        return response
+
+    plays.append(play)
+    _, stream = await gateway.chat(await gateway.caller(), stream=True)
+    assert stream == document
