@@ -106,7 +106,7 @@ def test_memory_is_bounded_on_an_endless_event() -> None:
     scanner = BillScanner()
     for _ in range(100):
         scanner.feed(b"x" * 100_000)
-    assert len(scanner._rest) <= EVENT_BYTES_MAX + 100_000
+    assert len(scanner._partial) <= EVENT_BYTES_MAX + 100_000
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_memory_is_bounded_on_an_endless_event() -> None:
         (b"", False),
     ],
 )
-def test_it_knows_whether_openrouter_has_ended_the_answer(stream: bytes, ended: bool) -> None:
+def test_it_knows_whether_openrouter_has_seen_end_the_answer(stream: bytes, ended: bool) -> None:
     for known in (None, "gen-1"):
         for chunks in ([stream], [bytes([byte]) for byte in stream]):
             scanner = BillScanner(known)
             for chunk in chunks:
                 scanner.feed(chunk)
             scanner.finish()
-            assert scanner.has_ended is ended
+            assert scanner.has_seen_end is ended
 
 
 @pytest.mark.parametrize("identity", ["gen-1", "", "a b", "x" * 201, 5, None])

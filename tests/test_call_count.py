@@ -59,7 +59,7 @@ async def asked(gateway: Gateway, caller: Caller, *, stream: bool, times: int = 
 
 
 @pytest.mark.parametrize("tuned", [{"recovery": {"poll_s": 3600}, "rate_limit": {"chat_per_minute": 0}}])
-@pytest.mark.parametrize(("stream", "calls"), [(False, 715), (True, 930)])
+@pytest.mark.parametrize(("stream", "calls"), [(False, 700), (True, 910)])
 async def test_a_request_makes_so_many_calls_and_hardly_more(gateway: Gateway, stream: bool, calls: int) -> None:
     """One that stands alone, so that nothing is shared with others; the stream has about fifty chunks. If you have made it dearer,
     look where: the figures by function are printed."""

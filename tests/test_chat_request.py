@@ -154,7 +154,7 @@ def test_a_key_that_stands_twice_is_refused(body: str, name: str) -> None:
     ],
 )  # fmt: skip
 def test_every_form_of_message_that_the_sdks_send_is_accepted(message: dict[str, Any]) -> None:
-    assert ask(messages=[message]).messages == 1
+    assert ask(messages=[message]).message_count == 1
 
 
 def test_nulls_count_as_absent() -> None:

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import trustme
 
-from gptutor.openrouter.body_buffer import KEPT_BYTES_MAX
-from gptutor.openrouter.connection import UpstreamConnection
+from gptutor.openrouter.connection import BUFFER_BYTES_MAX, UpstreamConnection
 from gptutor.openrouter.connection_pool import ConnectionPool, Endpoint, pooled
 from gptutor.openrouter.errors import PoolExhausted, UpstreamError
 from gptutor.openrouter.response import UpstreamResponse
-from gptutor.openrouter.response_parser import HEAD_BYTES_MAX
+from gptutor.openrouter.response_parser import HEADERS_BYTES_MAX
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 ASK = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
@@ -86,12 +85,12 @@ async def pool_to(
 
 
 async def asked(pool: ConnectionPool, within_s: float = 2) -> tuple[UpstreamConnection, bytes]:
-    connection = pool.free() or await pool.connect()
+    connection = pool.acquire_idle() or await pool.acquire()
     try:
-        await connection.ask(ASK, b"{}", within_s)
-        return connection, await connection.read(within_s)
+        await connection.send_request(ASK, b"{}", within_s)
+        return connection, await connection.read_body(within_s)
     finally:
-        pool.give_back(connection)
+        pool.release(connection)
 
 
 def ok(body: bytes, extra: bytes = b"") -> bytes:
@@ -138,7 +137,7 @@ async def test_what_is_none_breaks_the_connection(answer: bytes) -> None:
         with pytest.raises(UpstreamError) as raised:
             await asked(pool)
         assert raised.value.failure.kind == "broken"
-        assert pool.free() is None
+        assert pool.acquire_idle() is None
 
 
 async def test_an_answer_that_breaks_in_its_first_packet_has_its_name() -> None:
@@ -154,7 +153,7 @@ async def test_a_head_without_an_end_is_not_kept() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"{}")
         writer.write(b"HTTP/1.1 200 OK\r\n")
-        for number in range(HEAD_BYTES_MAX // 50):
+        for number in range(HEADERS_BYTES_MAX // 50):
             writer.write(b"X-Header-%06d: %b\r\n" % (number, b"x" * 40))
             await writer.drain()
         await asyncio.sleep(5)
@@ -206,44 +205,44 @@ async def test_one_that_was_closed_meanwhile_is_not_used() -> None:
     async with server(saying(ok(b"1"))) as port, pool_to(port) as pool:
         assert (await asked(pool))[1] == b"1"
         await asyncio.sleep(0.2)  # the server hangs up
-        assert pool.free() is None
+        assert pool.acquire_idle() is None
         assert (await asked(pool))[1] == b"1"
 
 
 async def test_whoever_does_not_take_is_waited_for_in_the_kernel_and_not_in_memory() -> None:
     sent: list[int] = []
     async with server(torrent(1000, sent)) as port, pool_to(port) as pool:
-        connection = await pool.connect()
-        await connection.ask(ASK, b"{}", 2)
+        connection = await pool.acquire()
+        await connection.send_request(ASK, b"{}", 2)
         await asyncio.sleep(0.3)
         assert sum(sent) < 20_000_000
-        assert sum(map(len, connection._intake._kept)) < KEPT_BYTES_MAX + 300_000
+        assert sum(map(len, connection._buffer)) < BUFFER_BYTES_MAX + 300_000
         taken = 0
 
         def take(piece: bytes) -> None:
             nonlocal taken
             taken += len(piece)
             if taken < 100_000:
-                connection.pause()
-                asyncio.get_running_loop().call_later(0.05, connection.resume)
+                connection.pause_reading()
+                asyncio.get_running_loop().call_later(0.05, connection.resume_reading)
 
-        await connection.take(take)
+        await connection.stream_body(take)
         assert taken == 1000 * 0x8000
-        pool.give_back(connection)
+        pool.release(connection)
 
 
 async def test_a_taker_that_fails_ends_it_with_his_own_error() -> None:
     async with server(saying(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")) as port, pool_to(port) as pool:
-        connection = await pool.connect()
-        await connection.ask(ASK, b"{}", 2)
+        connection = await pool.acquire()
+        await connection.send_request(ASK, b"{}", 2)
 
         def take(piece: bytes) -> None:
             raise LookupError
 
         with pytest.raises(LookupError):
-            await connection.take(take)
-        pool.give_back(connection)
-        assert pool.free() is None
+            await connection.stream_body(take)
+        pool.release(connection)
+        assert pool.acquire_idle() is None
 
 
 async def test_a_large_question_is_refused_before_its_end() -> None:
@@ -253,11 +252,11 @@ async def test_a_large_question_is_refused_before_its_end() -> None:
         await asyncio.sleep(0.5)
 
     async with server(talk) as port, pool_to(port) as pool:
-        connection = await pool.connect()
+        connection = await pool.acquire()
         body = b"x" * 50_000_000
-        await connection.ask(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body), body, 5)
+        await connection.send_request(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body), body, 5)
         assert connection.status == 413
-        pool.give_back(connection)
+        pool.release(connection)
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -278,13 +277,13 @@ async def test_a_question_that_was_not_sent_to_its_end_ends_its_connection(kept:
 
     async with server(talk) as port, pool_to(port) as pool:
         for number in (1, 2):
-            connection = pool.free() or await pool.connect()
+            connection = pool.acquire_idle() or await pool.acquire()
             body = b"x" * 30_000_000
             async with asyncio.timeout(3):
-                await connection.ask(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body), body, 10)
+                await connection.send_request(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body), body, 10)
             assert connection.status == 429
-            assert await connection.read(1) == b"{}"
-            pool.give_back(connection)
+            assert await connection.read_body(1) == b"{}"
+            pool.release(connection)
             assert connections == number
 
 
@@ -299,69 +298,69 @@ async def test_nothing_of_an_answer_stays_with_its_connection() -> None:
         gc.collect()
         gc.disable()
         try:
-            connection = await pool.connect()
-            await connection.ask(ASK, b"{}", 2)
-            reply = UpstreamResponse(connection, pool.give_back, 5, 5)
-            await reply.pump(lambda piece, known=known: None, lambda known=known: None, 60)
-            reply.close()
-            reply.close()
-            del reply, known
+            connection = await pool.acquire()
+            await connection.send_request(ASK, b"{}", 2)
+            response = UpstreamResponse(connection, pool.release, 5, 5)
+            await response.stream_body(lambda piece, known=known: None, lambda known=known: None, 60)
+            response.close()
+            response.close()
+            del response, known
             assert left() is None
-            assert pool.free() is connection
-            assert pool.free() is None
+            assert pool.acquire_idle() is connection
+            assert pool.acquire_idle() is None
         finally:
             gc.enable()
-        pool.give_back(connection)
+        pool.release(connection)
 
 
 async def test_what_came_before_the_framing_broke_passes_before_that_is_told() -> None:
     """Row upstream-16: the bill may be in it, however the bytes were cut."""
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n"
     async with server(saying(answer)) as port, pool_to(port) as pool:
-        connection = await pool.connect()
-        await connection.ask(ASK, b"{}", 2)
+        connection = await pool.acquire()
+        await connection.send_request(ASK, b"{}", 2)
         assert connection.status == 200
-        assert await connection.heard(2)
+        assert await connection.wait_for_body(2)
         taken = bytearray()
         with pytest.raises(UpstreamError, match="broken"):
-            await connection.take(taken.extend, 2)
+            await connection.stream_body(taken.extend, 2)
         assert taken == b"abc"
-        pool.give_back(connection)
+        pool.release(connection)
 
 
 async def test_an_answer_that_is_closed_stops_nobody_elses() -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na"
     async with server(saying(answer, answer)) as port, pool_to(port) as pool:
-        connection = await pool.connect()
-        await connection.ask(ASK, b"{}", 2)
-        reply = UpstreamResponse(connection, pool.give_back, 5, 5)
-        assert await reply.read(2) == b"a"
-        reply.close()
-        assert pool.free() is connection
-        asking = asyncio.create_task(connection.ask(ASK, b"{}", 2))
+        connection = await pool.acquire()
+        await connection.send_request(ASK, b"{}", 2)
+        response = UpstreamResponse(connection, pool.release, 5, 5)
+        assert await response.read_body(2) == b"a"
+        response.close()
+        assert pool.acquire_idle() is connection
+        asking = asyncio.create_task(connection.send_request(ASK, b"{}", 2))
         await asyncio.sleep(0)
-        reply.stop()
+        response.finish_early()
         await asking
-        assert await connection.read(2) == b"a"
-        pool.give_back(connection)
+        assert await connection.read_body(2) == b"a"
+        pool.release(connection)
 
 
 async def test_a_pause_of_the_takers_lasts_until_he_ends_it() -> None:
     async with server(torrent(300)) as port, pool_to(port) as pool:
-        connection = await pool.connect()
-        await connection.ask(ASK, b"{}", 2)
-        reply = UpstreamResponse(connection, pool.give_back, 0.3, 0.3)
-        assert await reply.heard(1)
-        reply.pause()
+        connection = await pool.acquire()
+        await connection.send_request(ASK, b"{}", 2)
+        response = UpstreamResponse(connection, pool.release, 0.3, 0.3)
+        assert await response.wait_for_body(1)
+        connection.pause_reading()
         taken = bytearray()
-        pumping = asyncio.create_task(reply.pump(taken.extend, lambda: None, 60))
+        pumping = asyncio.create_task(response.stream_body(taken.extend, lambda: None, 60))
         await asyncio.sleep(0.5)
         assert len(taken) < 3_000_000
         assert not pumping.done()  # it is not OpenRouter who is silent
-        reply.resume()
+        connection.resume_reading()
         await pumping
         assert len(taken) == 300 * 0x8000
-        reply.close()
+        response.close()
 
 
 async def test_so_many_connections_and_no_more_and_a_line_for_the_rest() -> None:
@@ -428,7 +427,7 @@ async def test_a_handshake_begins_with_the_session_before_it(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("url", "named", "with_port", "path"),
+    ("url", "host_header", "authority", "path"),
     [
         ("https://openrouter.ai/api/v1", "openrouter.ai", "openrouter.ai:443", "/api/v1"),
         ("https://openrouter.ai:8443/api/v1/", "openrouter.ai:8443", "openrouter.ai:8443", "/api/v1"),
@@ -437,12 +436,12 @@ async def test_a_handshake_begins_with_the_session_before_it(tmp_path: Path, mon
         ("https://пример.рф/v1", "xn--e1afmkfd.xn--p1ai", "xn--e1afmkfd.xn--p1ai:443", "/v1"),
     ],
 )
-def test_an_end_has_its_names(url: str, named: str, with_port: str, path: str) -> None:
-    end = Endpoint.of(url)
-    assert (end.named, end.with_port, end.path) == (named, with_port, path)
+def test_an_end_has_its_names(url: str, host_header: str, authority: str, path: str) -> None:
+    end = Endpoint.parse(url)
+    assert (end.host_header, end.authority, end.path) == (host_header, authority, path)
 
 
 @pytest.mark.parametrize("url", ["openrouter.ai", "ftp://x", "http://", "http://x:99999"])
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        Endpoint.of(url)
+        Endpoint.parse(url)

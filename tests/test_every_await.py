@@ -23,7 +23,6 @@ import pytest
 
 from gptutor.api.chat.completions import SERVICES
 from gptutor.api.chat.event_stream import EventStream
-from gptutor.api.chat.in_flight import InFlight
 from gptutor.app import JOURNAL, UPSTREAM, build_app
 from gptutor.config import schema
 from gptutor.database.pool import Database
@@ -31,6 +30,7 @@ from gptutor.http.health import DATABASE
 from gptutor.money.invariants import check
 from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
+from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.logs import LoggerService
 from tests.support.books import charged_usd
 from tests.support.gateway import SECRET, Caller, Gateway, config_for, gateway_on, make_caller
@@ -44,7 +44,7 @@ class Injected(Exception):
     """The exception that strikes."""
 
 
-class Strike(InFlight):
+class Strike(BackgroundTasks):
     """Runs exchanges, and strikes the next one at its `point`-th suspension."""
 
     def __init__(self) -> None:
@@ -54,8 +54,8 @@ class Strike(InFlight):
         self.suspensions = 0
         self.died = asyncio.Event()
 
-    def start(self, work: Coroutine[None, None, None]) -> None:
-        super().start(self._drive(work))
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        return super().start(self._drive(work))
 
     async def _drive(self, work: Coroutine[None, None, None]) -> None:
         await self._steps(work)
@@ -170,7 +170,7 @@ async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
     database_url: str, books: Database, tmp_path: Path, how: str, stream: bool
 ) -> None:
     simulator = Simulator(word_s=0.002, first_word_s=0.002)  # so that a stream comes in pieces
-    tuned = {"recovery": {"poll_s": 0.02}, "relay": {"leaver_drain_s": 0.2}}
+    tuned = {"recovery": {"poll_s": 0.02}, "relay": {"disconnected_drain_s": 0.2}}
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(database_url, base_url, tmp_path, tuned)
         point, settled, refused = 0, 0, 0
@@ -210,7 +210,7 @@ async def test_a_stream_that_fails_at_a_piece_is_still_billed_exactly(
 ) -> None:
     """Pieces pass in the socket's own callback, where nothing is awaited: they are points as well."""
     simulator = Simulator(word_s=0.002, first_word_s=0.002)
-    tuned = {"recovery": {"poll_s": 0.02}, "relay": {"leaver_drain_s": 0.2}}
+    tuned = {"recovery": {"poll_s": 0.02}, "relay": {"disconnected_drain_s": 0.2}}
     write, piece, point = EventStream.write, 0, 0
 
     def failing(stream: EventStream, chunk: bytes, *, is_last: bool = False) -> bool:

@@ -126,9 +126,9 @@ def test_a_model_is_found_by_its_variants_and_its_permanent_name() -> None:
 def test_a_model_is_lacking_only_in_a_list_that_is_fresh(model: str, lacking: bool) -> None:
     catalogue = Catalogue()
     catalogue.replace(listing({"id": "a/b"}))
-    assert not catalogue.lacks(model)
-    catalogue.read_at = math.inf
-    assert catalogue.lacks(model) is lacking
+    assert not catalogue.is_unknown(model)
+    catalogue.fetched_at = math.inf
+    assert catalogue.is_unknown(model) is lacking
 
 
 # -- over a restart

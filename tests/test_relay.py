@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from gptutor.api.chat.exchange import TRUNCATED
+from gptutor.api.chat.exchange import TRUNCATED_EVENT
 from tests.support.books import assert_books_agree, charged_usd
 from tests.support.gateway import MODEL, Gateway
 
@@ -116,7 +116,7 @@ async def test_a_caller_who_leaves_still_pays(gateway: Gateway) -> None:
     await assert_books_agree(gateway, caller)
 
 
-@pytest.mark.parametrize("tuned", [{"relay": {"leaver_drain_s": 0.05}}])
+@pytest.mark.parametrize("tuned", [{"relay": {"disconnected_drain_s": 0.05}}])
 @pytest.mark.parametrize("model", [MODEL, "openai/gpt-4o-mini"])  # the second provider stops, and stops billing, when told to
 async def test_upstream_is_not_read_for_ever_for_a_caller_who_left(gateway: Gateway, model: str) -> None:
     gateway.simulator.word_s = 0.1
@@ -225,7 +225,7 @@ async def test_odd_bytes_come_through_as_they_are(scripted: Any, stream: bytes, 
     ended = b"data: [DONE]" in stream
     assert received[: len(stream)] == stream
     assert (received == stream) is ended  # what was not ended by OpenRouter is ended by us, as an error
-    assert ended or received.endswith(TRUNCATED)
+    assert ended or received.endswith(TRUNCATED_EVENT)
     assert "Set-Cookie" not in response.headers
     assert "X-Odd" not in response.headers
 

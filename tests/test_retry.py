@@ -3,7 +3,7 @@
 import pytest
 
 from gptutor.openrouter.errors import error_from_response
-from gptutor.openrouter.retry import Failure, pause_before_retry
+from gptutor.openrouter.retry import Failure, retry_delay_s
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ def test_the_decision(
     kind: str, status: int, hint: float | None, generation: str | None, attempt: int, left: float, pause: float | None
 ) -> None:
     failure = Failure(kind, status, hint, generation)  # type: ignore[arg-type]
-    assert pause_before_retry(failure, attempt=attempt, attempts_max=3, left_s=left, dice=0.5) == pause
+    assert retry_delay_s(failure, attempt=attempt, attempts_max=3, left_s=left, jitter=0.5) == pause
 
 
 def test_pauses_differ_and_are_bounded() -> None:
     failure = Failure("unreachable")
-    pauses = {pause_before_retry(failure, attempt=1, attempts_max=3, left_s=60) for _ in range(50)}
+    pauses = {retry_delay_s(failure, attempt=1, attempts_max=3, left_s=60) for _ in range(50)}
     assert len(pauses) > 10
     assert all(0.25 <= pause <= 0.5 for pause in pauses if pause is not None)
-    assert pause_before_retry(failure, attempt=20, attempts_max=99, left_s=60, dice=1.0) == 8
+    assert retry_delay_s(failure, attempt=20, attempts_max=99, left_s=60, jitter=1.0) == 8
 
 
 def test_a_sentence_about_our_key_does_not_show_it() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from gptutor.api.chat.exchange import TRUNCATED
+from gptutor.api.chat.exchange import TRUNCATED_EVENT
 from tests.support.books import assert_books_agree
 from tests.support.gateway import Gateway
 
@@ -29,9 +29,9 @@ WHOLE = b"data: [DONE]\n\n"
         ("one-write", WHOLE),
         ("error=4", b"}\n\n"),
         ("string-code=4", b"}\n\n"),
-        ("bad-chunk=5", TRUNCATED),
-        ("cut-inside=5", TRUNCATED),
-        ("usage-hang", TRUNCATED),
+        ("bad-chunk=5", TRUNCATED_EVENT),
+        ("cut-inside=5", TRUNCATED_EVENT),
+        ("usage-hang", TRUNCATED_EVENT),
     ],
 )
 @pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.3}}])
@@ -42,7 +42,7 @@ async def test_a_stream_is_told_and_charged_truly(gateway: Gateway, fault: str, 
     assert response.status == 200
     assert stream.endswith(ending)
     assert (WHOLE in stream) is (ending == WHOLE)
-    assert (TRUNCATED in stream) is (ending == TRUNCATED)
+    assert (TRUNCATED_EVENT in stream) is (ending == TRUNCATED_EVENT)
     assert not {"Set-Cookie", "X-Evil", "Server-Timing"} & set(response.headers)
     await assert_books_agree(gateway, caller)
 

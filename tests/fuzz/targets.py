@@ -79,7 +79,11 @@ def said(stream: bytes, places: list[int], known: str | None) -> tuple[Any, ...]
         assert len(scanner._rest) <= EVENT_BYTES_MAX + (end - start) + 64
     scanner.finish()
     bill = scanner.bill
-    return (bill.cost_usd, bill.prompt_tokens, bill.completion_tokens) if bill else None, scanner.generation_id, scanner.has_ended
+    return (
+        (bill.cost_usd, bill.prompt_tokens, bill.completion_tokens) if bill else None,
+        scanner.generation_id,
+        scanner.has_seen_end,
+    )
 
 
 # -- ask: nothing but a ApiError, and what is let through goes on as it was written
