@@ -186,7 +186,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._wake()
 
     def fail(self, kind: FailureKind) -> None:
-        """Ends the response with an UpstreamError for whoever waits, and closes the connection."""
+        """Ends the response with an UpstreamError for the waiting task, and closes the connection."""
         if self.is_finished:
             return
         generation_id = self._parser.headers.get("x-generation-id")

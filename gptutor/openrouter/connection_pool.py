@@ -87,7 +87,7 @@ class ConnectionPool:
         self._proxy = proxy
         self._connections_max = connections_max
         self._connect_s = connect_s
-        self._tls = verifying_context()
+        self._tls = verifying_context() if origin.is_secure else None  # reading the certificates takes 20 ms
         self._proxy_tls = verifying_context() if proxy is not None and proxy.is_secure else None
         self._idle: deque[UpstreamConnection] = deque()
         self._busy: set[UpstreamConnection] = set()
@@ -150,7 +150,7 @@ class ConnectionPool:
         self._busy.discard(connection)
         connection.resume_reading()
         if connection.is_reusable:
-            if connection.is_new and self._origin.is_secure:
+            if connection.is_new and self._tls is not None:
                 self._tls.session = connection.tls_session
             connection.is_new = False
             connection.idle_since = self._loop.time()
@@ -180,13 +180,13 @@ class ConnectionPool:
 
         Raises PoolExhausted.
         """
-        turn: asyncio.Future[None] = self._loop.create_future()
-        self._waiters.appendleft(turn) if has_waited else self._waiters.append(turn)
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.appendleft(waiter) if has_waited else self._waiters.append(waiter)
         try:
             async with asyncio.timeout_at(deadline):
-                await turn
+                await waiter
         except BaseException as error:
-            if turn.done() and not turn.cancelled():
+            if waiter.done() and not waiter.cancelled():
                 self._wake_next_waiter()  # this waiter does not use the room
             if isinstance(error, TimeoutError):
                 raise PoolExhausted from None
@@ -194,9 +194,9 @@ class ConnectionPool:
 
     def _wake_next_waiter(self) -> None:
         while self._waiters and len(self._busy) + self._opening < self._connections_max:
-            turn = self._waiters.popleft()
-            if not turn.done():
-                turn.set_result(None)
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
                 return
 
     async def _open(self) -> UpstreamConnection:
@@ -206,26 +206,29 @@ class ConnectionPool:
         sock = await aiohappyeyeballs.start_connection(
             addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S, interleave=1, loop=self._loop
         )
-        tls = self._proxy_tls if self._proxy is not None else self._tls if self._origin.is_secure else None
+        tls = self._proxy_tls if self._proxy is not None else self._tls
         transport, connection = await self._loop.create_connection(
             UpstreamConnection, sock=sock, ssl=tls, server_hostname=server.host if tls is not None else None
         )
-        if self._proxy is not None and self._origin.is_secure:
+        if self._proxy is not None and self._tls is not None:
             try:
-                await self._tunnel(transport, connection, self._proxy)
+                await self._tunnel(transport, connection, self._proxy, self._tls)
             except BaseException:
                 connection.abort()
                 raise
         return connection
 
-    async def _tunnel(self, transport: asyncio.Transport, connection: UpstreamConnection, proxy: Endpoint) -> None:
+    async def _tunnel(
+        self, transport: asyncio.Transport, connection: UpstreamConnection, proxy: Endpoint, tls: ssl.SSLContext
+    ) -> None:
+        """Begins TLS with OpenRouter inside a tunnel through the proxy. Raises OSError, UpstreamError."""
         headers = f"CONNECT {self._origin.authority} HTTP/1.1\r\nHost: {self._origin.authority}\r\n"
         if proxy.credentials:
             headers += f"Proxy-Authorization: Basic {proxy.credentials}\r\n"
         await connection.send_request(f"{headers}\r\n".encode(), b"", self._connect_s)
         if connection.status != 200:
             raise UpstreamError(Failure("unreachable"))
-        tls_transport = await self._loop.start_tls(transport, connection, self._tls, server_hostname=self._origin.host)
+        tls_transport = await self._loop.start_tls(transport, connection, tls, server_hostname=self._origin.host)
         if tls_transport is None:
             raise UpstreamError(Failure("unreachable"))
         connection.replace_transport(tls_transport)

@@ -1,5 +1,5 @@
 """What the client gets when there is no completion: our error for a rejected hold (contract B3, B4, A8) and for a failure of
-OpenRouter's (contract B6). Each mapping is a table; where a row needs a reason, the reason stands beside it.
+OpenRouter's (contract B6). Each mapping is a table; a row that needs a reason has the reason beside it.
 
 Trouble of our own account at OpenRouter is never shown as the client's: 401, 402 and a limit of our key are 500 for the client,
 and an error in the log for the operator.

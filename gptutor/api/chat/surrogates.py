@@ -24,5 +24,5 @@ def mask(body: bytes) -> bytes | None:
 
 
 def unmask(body: bytes) -> bytes:
-    """Unmasks escapes, and the noncharacter itself, which stands in member names: these were encoded again."""
+    """Unmasks escapes, and the noncharacter itself, which member names contain after they were encoded again."""
     return body.replace(MASK, b"\\").replace(MASK_CHARACTER, b"\\")
