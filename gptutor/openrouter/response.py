@@ -11,7 +11,7 @@ from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.retry import Failure
 
-# The only headers of a response that reach the client: hop-by-hop headers and cookies least of all. OpenRouter is requested not to
+# The only headers of a response that reach the client: hop-by-hop headers and cookies least of all. OpenRouter is told not to
 # compress, but if it does, the bytes are passed as they are, and the client must know.
 CLIENT_HEADERS = {"content-type": "Content-Type", "content-encoding": "Content-Encoding", "x-generation-id": "X-Generation-Id"}
 ERROR_BODY_BYTES_MAX = 64 * 1024
