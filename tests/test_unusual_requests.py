@@ -56,25 +56,25 @@ async def test_an_image_url_is_never_fetched_and_is_sent_upstream_unchanged(
     gateway: Gateway, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = await gateway.caller()
-    asked = []
-    real, real_ask = aiohttp.ClientSession._request, UpstreamConnection.ask
+    requested = []
+    real, real_send = aiohttp.ClientSession._request, UpstreamConnection.send_request
 
-    async def noted(session: aiohttp.ClientSession, method: str, address: Any, **request: Any) -> Any:
-        asked.append(urlsplit(str(address)).path)
+    async def recorded(session: aiohttp.ClientSession, method: str, address: Any, **request: Any) -> Any:
+        requested.append(urlsplit(str(address)).path)
         return await real(session, method, address, **request)
 
-    async def noted_too(connection: UpstreamConnection, head: bytes, body: bytes, within_s: float) -> None:
-        asked.append(head.split()[1].decode())
-        await real_ask(connection, head, body, within_s)
+    async def recorded_upstream(connection: UpstreamConnection, headers: bytes, body: bytes, timeout_s: float) -> None:
+        requested.append(headers.split()[1].decode())
+        await real_send(connection, headers, body, timeout_s)
 
-    monkeypatch.setattr(aiohttp.ClientSession, "_request", noted)
-    monkeypatch.setattr(UpstreamConnection, "ask", noted_too)
+    monkeypatch.setattr(aiohttp.ClientSession, "_request", recorded)
+    monkeypatch.setattr(UpstreamConnection, "send_request", recorded_upstream)
     part = b'{"type":"image_url","image_url":{"url":"%s"}}' % url.encode()
     body = b'{"messages":[{"role":"user","content":[%s]}],"max_tokens":1}' % part
     assert await send(gateway, caller, body) == 200
     (record,) = gateway.simulator.books.records.values()
     assert part in record.body
-    assert asked == ["/v1/chat/completions", "/api/v1/chat/completions"]
+    assert requested == ["/v1/chat/completions", "/api/v1/chat/completions"]
     await assert_books_agree(gateway, caller)
 
 
