@@ -210,7 +210,7 @@ def plays(draw: st.DrawFn) -> Play:
         chunks=draw(cuts),
         writes=draw(cuts),
         pauses_ms=tuple(draw(st.lists(st.sampled_from([0, 0, 0, 1, 4]), max_size=8))),
-        name=draw(st.sampled_from([b"gen-1", b""])),
+        generation_id=draw(st.sampled_from([b"gen-1", b""])),
         breaks_off=stream and draw(st.sampled_from([False, False, False, True])),
     )
 
@@ -301,12 +301,14 @@ async def stage(database_url: str, directory: Path) -> AsyncIterator[tuple[Upstr
 # -- the property
 
 
-NAMES = (b"g%04d" % number for number in itertools.count())
+GENERATION_IDS = (b"g%04d" % number for number in itertools.count())
 
 
 async def perform(upstream: Upstream, gateway: Gateway, play: Play) -> None:
-    name = next(NAMES)
-    play = upstream.play = replace(play, body=play.body.replace(b"gen-1", name), name=name if play.generation_id else b"")
+    name = next(GENERATION_IDS)
+    play = upstream.play = replace(
+        play, body=play.body.replace(b"gen-1", name), generation_id=name if play.generation_id else b""
+    )
     caller = await gateway.caller()
     response, received = await gateway.chat(caller, stream=play.stream)
     if play.breaks_off and not play.body:
@@ -346,7 +348,7 @@ def test_any_bytes_pass_unchanged_and_their_bill_is_charged(
         @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
         @given(plays())
         @example(Play(True, CUT_EVERYWHERE, EVERYWHERE, tuple(range(1000))))
-        @example(Play(True, CUT_EVERYWHERE, (), tuple(range(1000)), (1,) * 30, name=b"gen-1"))
+        @example(Play(True, CUT_EVERYWHERE, (), tuple(range(1000)), (1,) * 30, generation_id=b"gen-1"))
         @example(Play(True, TWO_BILLS))
         @example(Play(True, CUT_SHORT))
         @example(Play(True, CUT_SHORT, EVERYWHERE, (), breaks_off=True))
