@@ -305,9 +305,9 @@ GENERATION_IDS = (b"g%04d" % number for number in itertools.count())
 
 
 async def perform(upstream: Upstream, gateway: Gateway, play: Play) -> None:
-    name = next(GENERATION_IDS)
+    generation_id = next(GENERATION_IDS)
     play = upstream.play = replace(
-        play, body=play.body.replace(b"gen-1", name), generation_id=name if play.generation_id else b""
+        play, body=play.body.replace(b"gen-1", generation_id), generation_id=generation_id if play.generation_id else b""
     )
     caller = await gateway.caller()
     response, received = await gateway.chat(caller, stream=play.stream)
