@@ -17,7 +17,7 @@ from gptutor.errors import ApiError
 from gptutor.http.error_response import error_response
 from gptutor.telemetry.metrics import HEADER_TIMEOUTS, MALFORMED_REQUESTS
 
-LOGGER = logging.getLogger("gptutor.wire")
+LOGGER = logging.getLogger("gptutor.http_server")
 LOOK_S = 0.05
 
 

@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 from gptutor.api.chat.request import ParsedRequest, parse_request
 from gptutor.config import load
 from gptutor.errors import ApiError
-from gptutor.integrations.vk import NotSigned, signature, verify
+from gptutor.integrations.vk import InvalidLaunch, signature, verify
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import FORM, hash_key, make_key, parse_key
 from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner
@@ -196,7 +196,7 @@ def key(data: bytes) -> None:
         assert claim.key_hash == hash_key(text)
 
 
-# -- vk: nothing but NotSigned, and nobody without the signature
+# -- vk: nothing but InvalidLaunch, and nobody without the signature
 
 VK_SECRET = "wvl68m4dR1UpLrVRli"
 VK_NOW = 1_795_500_000
@@ -206,7 +206,7 @@ LAUNCHES = (VK_LAUNCH.encode(), b"https://h/?" + VK_LAUNCH.encode() + b"#x", b"s
 
 
 def vk(data: bytes) -> None:
-    with suppress(NotSigned):
+    with suppress(InvalidLaunch):
         launch = verify(data.decode("latin-1"), app_id=5, secret=VK_SECRET, now=VK_NOW, age_s_max=3600)
         assert launch.user_id == 494075
         assert launch.parameters == VK_SIGNED  # nobody can sign another
