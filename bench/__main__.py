@@ -92,7 +92,7 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, object]:
     missing = {name: how for name, subject in chosen.items() if (how := subject.missing()) is not None}
     rig = built(directory)
     models = directory / "models.json"
-    models.write_bytes(Simulator()._models)
+    models.write_bytes(Simulator().model_list)
     tls = certified(directory) if options.tls else None
     with ExitStack() as stack:
         database_url = stack.enter_context(embedded_postgres(directory / "postgres"))

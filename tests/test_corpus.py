@@ -73,7 +73,7 @@ async def play(gateway: Gateway, caller: Caller, client: str, body: bytes) -> No
     assert response.status == 200, document
     streams = json.loads(body).get("stream") is True
     assert response.content_type == ("text/event-stream" if streams else "application/json")
-    *_, record = gateway.simulator.books.records.values()
+    *_, record = gateway.simulator.billing.records.values()
     assert_only_ours_differs(body.decode(), record.body.decode())
     assert set(record.headers) <= ALLOWED
     assert (record.headers["User-Agent"], record.headers["X-Title"]) == ("GPTutor", "GPTutor")

@@ -67,7 +67,7 @@ async def shop(
         ),
     )  # fmt: skip
     config.paths.data.mkdir(parents=True)
-    (config.paths.data / "models.json").write_bytes(simulator._models)  # it is ready without its OpenRouter
+    (config.paths.data / "models.json").write_bytes(simulator.model_list)  # it is ready without its OpenRouter
     with logging_to(tmp_path / "lines", level="debug", retention_days=1, stdout=False):
         async with gateway_on(config, books, simulator) as running:
             yield Shop(running, yookassa)

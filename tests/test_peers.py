@@ -69,7 +69,7 @@ async def test_no_route_goes_around_the_till(gateway: Gateway, path: str) -> Non
     body = {"model": SMALL, "messages": [{"role": "user", "content": "Hello"}]}
     async with gateway.session.post(gateway.url + path, json=body, headers=caller.headers) as response:
         assert response.status == 404
-    assert not gateway.simulator.books.records
+    assert not gateway.simulator.billing.records
 
 
 async def test_a_rich_caller_is_held_like_a_poor_one(gateway: Gateway) -> None:
@@ -78,7 +78,7 @@ async def test_a_rich_caller_is_held_like_a_poor_one(gateway: Gateway) -> None:
     caller = await gateway.caller("1000000")
     waiting = asyncio.create_task(gateway.chat(caller, model=SMALL, max_tokens=16_384))
     async with asyncio.timeout(5):
-        while not gateway.simulator.books.records:
+        while not gateway.simulator.billing.records:
             await asyncio.sleep(0.005)
     assert await caller.held() > Decimal("0.9")
     await waiting
@@ -91,7 +91,7 @@ async def test_no_database_means_no_answer(gateway: Gateway, monkeypatch: pytest
     Statements(books, monkeypatch).lost_requests.append("settle_and_hold")
     response, _ = await gateway.chat(caller)
     assert response.status == 503
-    assert not gateway.simulator.books.records
+    assert not gateway.simulator.billing.records
     await assert_books_agree(gateway, caller)
 
 
@@ -150,7 +150,7 @@ async def test_no_exception_of_our_own_leaks_a_hold(gateway: Gateway, place: str
         patch.setattr(*PLACES[place], broken)
         response, document = await gateway.chat(caller)
     assert (response.status, json.loads(document)) == (500, {"error": "Internal server error"})
-    assert not gateway.simulator.books.records
+    assert not gateway.simulator.billing.records
     assert await charges(caller) == []
     await gateway.idle()
     if place == "the upstream call":  # something may have been sent: the hold waits, and support can see it
@@ -233,7 +233,7 @@ async def test_a_caller_who_leaves_pays_what_openrouter_charges(gateway: Gateway
     if moment == "before the first byte":
         request = asyncio.create_task(gateway.session.post(gateway.chat_url, json=body, headers=caller.headers))
         async with asyncio.timeout(5):
-            while not gateway.simulator.books.records:
+            while not gateway.simulator.billing.records:
                 await asyncio.sleep(0.001)
         request.cancel()
         await asyncio.gather(request, return_exceptions=True)
@@ -274,7 +274,7 @@ async def test_leaving_again_and_again_with_the_useful_head_is_paid_each_time(ga
 @pytest.mark.parametrize("fault", ["no-usage", "cost=null", "cost=-1"])
 async def test_a_bill_that_is_missing_is_no_refund(gateway: Gateway, fault: str, stream: bool) -> None:
     """Complaints 19, 7 (new-api #7062, LiteLLM #16021): no usage in the answer meant quota 0, while upstream charged."""
-    gateway.simulator.known_after_s = 0.3  # OpenRouter knows it later, as it does
+    gateway.simulator.generation_delay_s = 0.3  # OpenRouter knows it later, as it does
     caller = await gateway.caller()
     response, _ = await gateway.chat(caller, f"fault:{fault}", stream=stream)
     assert response.status == 200
@@ -301,7 +301,7 @@ async def scripted(
         return web.Response(body=answers[-1], headers={"Content-Type": "text/event-stream" if stream else "application/json"})
 
     async def models(request: web.Request) -> web.Response:
-        return web.Response(body=simulator._models, content_type="application/json")
+        return web.Response(body=simulator.model_list, content_type="application/json")
 
     app = web.Application()
     app.add_routes([web.post("/chat/completions", answer), web.get("/models", models)])
@@ -362,7 +362,7 @@ async def test_a_price_of_minus_one_is_no_credit(gateway: Gateway, stream: bool)
     gateway.simulator.first_word_s = 0.1
     waiting = asyncio.create_task(gateway.chat(caller, model=ROUTER, stream=stream))
     async with asyncio.timeout(5):
-        while not gateway.simulator.books.records:
+        while not gateway.simulator.billing.records:
             await asyncio.sleep(0.005)
     assert await caller.held() == schema.BillingSettings().hold_default_rub
     response, _ = await waiting
@@ -406,7 +406,7 @@ async def test_what_may_have_been_bought_is_not_bought_again_by_an_sdk(gateway: 
     async with openai.AsyncOpenAI(api_key=caller.key, base_url=f"{gateway.url}/v1", max_retries=5) as client:
         with pytest.raises(openai.InternalServerError):
             await client.chat.completions.create(model=SMALL, messages=[{"role": "user", "content": "fault:cut-inside=0"}])
-    assert len(gateway.simulator.books.records) == 1
+    assert len(gateway.simulator.billing.records) == 1
     await assert_books_agree(gateway, caller)
     assert len(await charges(caller)) == 1
 
@@ -466,7 +466,7 @@ async def test_a_spend_that_was_not_settled_yet_survives_the_end_of_the_process(
             stop_hard(dying)
             with contextlib.suppress(aiohttp.ClientError):
                 await asyncio.gather(*asked)
-        assert simulator.books.total_usd() > 0
+        assert simulator.billing.total_usd() > 0
         async with gateway_on(config, books, simulator) as heir:
             for caller in people:
                 await heir.recovered(caller)
@@ -474,7 +474,7 @@ async def test_a_spend_that_was_not_settled_yet_survives_the_end_of_the_process(
             pass
     charged = [await charges(caller) for caller in people]
     assert [len(each) for each in charged] == [1] * callers
-    assert sum(sum(each) for each in charged) == simulator.books.total_usd() * 90
+    assert sum(sum(each) for each in charged) == simulator.billing.total_usd() * 90
     assert [await caller.balance() for caller in people] == [100 - each[0] for each in charged]
     assert [finding.invariant.name async for finding in check(books) if finding.rows] == []
 
@@ -492,7 +492,7 @@ async def test_a_process_that_ends_in_order_settles_what_is_under_way(database_u
                 await response.content.readany()
             answer = await response.read()
         assert answer.endswith(b"data: [DONE]\n\n")
-        assert await charges(caller) == [simulator.books.total_usd() * 90]
+        assert await charges(caller) == [simulator.billing.total_usd() * 90]
         assert list((tmp_path / "var" / "journal").glob("*/*.log")) == []
         await assert_books_hold(books)
 

@@ -86,7 +86,7 @@ async def test_a_plain_answer_its_generation_and_the_key(upstream: aiohttp.Clien
     assert answer["usage"]["completion_tokens"] == 7
     prompt, completion = answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]
     expected = prompt * Decimal("0.00000015") + completion * Decimal("0.0000006")
-    assert Decimal(str(answer["usage"]["cost"])) == expected == simulator.books.total_usd()
+    assert Decimal(str(answer["usage"]["cost"])) == expected == simulator.billing.total_usd()
     async with upstream.get("generation", params={"id": response.headers["X-Generation-Id"]}) as found:
         record = (await found.json())["data"]
     assert Decimal(str(record["total_cost"])) == expected
@@ -99,7 +99,7 @@ async def test_a_plain_answer_its_generation_and_the_key(upstream: aiohttp.Clien
 
 
 async def test_a_generation_is_known_late(upstream: aiohttp.ClientSession, simulator: Simulator) -> None:
-    simulator.known_after_s = 60
+    simulator.generation_delay_s = 60
     response, _ = await ask(upstream)
     async with upstream.get("generation", params={"id": response.headers["X-Generation-Id"]}) as found:
         assert found.status == 404
@@ -114,7 +114,7 @@ async def test_what_it_refuses(upstream: aiohttp.ClientSession, simulator: Simul
     response, document = await ask(upstream, "fault:no-such-fault")
     assert response.status == 400
     assert all(name in json.loads(document)["error"]["message"] for name in FAULTS)
-    assert simulator.books.total_usd() == 0
+    assert simulator.billing.total_usd() == 0
 
 
 async def test_faults_are_asked_for_by_header_or_by_word(upstream: aiohttp.ClientSession) -> None:
@@ -365,7 +365,7 @@ async def test_the_bill(
     usage = said["usage"]
     provider = Decimal(str(usage["cost_details"]["upstream_inference_cost"] or 0))
     assert abs(Decimal(str(usage["cost"])) + provider - expected(usage)) < Decimal("1e-15")
-    assert Decimal(str(usage["cost"])) + provider == simulator.books.total_usd()
+    assert Decimal(str(usage["cost"])) + provider == simulator.billing.total_usd()
     assert usage["is_byok"] is bool(provider)
     async with upstream.get("generation", params={"id": said["id"]}) as found:
         record = (await found.json())["data"]
@@ -389,7 +389,7 @@ async def test_a_fallback_must_exist(upstream: aiohttp.ClientSession) -> None:
 )  # fmt: skip
 async def test_senseless_requests_are_refused(upstream: aiohttp.ClientSession, simulator: Simulator, members: Any) -> None:
     assert (await ask(upstream, **members))[0].status == 400
-    assert not simulator.books.records
+    assert not simulator.billing.records
 
 
 # -- faults
@@ -406,7 +406,7 @@ def costs(stream: bytes) -> list[float]:
 )  # fmt: skip
 async def test_a_stream_states_its_price(upstream: aiohttp.ClientSession, simulator: Simulator, fault: str, stated: int) -> None:
     _, stream = await ask(upstream, f"fault:{fault}" if fault else "Hello", stream=True)
-    (record,) = simulator.books.records.values()
+    (record,) = simulator.billing.records.values()
     assert len(costs(stream)) == stated
     assert costs(stream)[-1:] == [float(record.fee_usd)] * bool(stated)
     assert stated < 2 or costs(stream)[0] < costs(stream)[1]
@@ -433,7 +433,7 @@ async def test_who_leaves_after_an_early_price_owes_it(upstream: aiohttp.ClientS
         for _ in range(6):
             await response.content.readline()
         response.close()
-    (record,) = simulator.books.records.values()
+    (record,) = simulator.billing.records.values()
     while not record.finished:
         await asyncio.sleep(0.005)
     assert record.cancelled
@@ -463,10 +463,10 @@ async def test_usage_hang_says_all_but_the_end(upstream: aiohttp.ClientSession) 
 async def test_faults_of_a_plain_answer(upstream: aiohttp.ClientSession, simulator: Simulator) -> None:
     failed = await answer(upstream, "fault:plain-error")
     assert (failed["choices"][0]["finish_reason"], failed["choices"][0]["error"]["code"]) == ("error", 502)
-    assert Decimal(str(failed["usage"]["cost"])) == simulator.books.total_usd() > 0
+    assert Decimal(str(failed["usage"]["cost"])) == simulator.billing.total_usd() > 0
     response, document = await ask(upstream, "fault:top-error")
     assert (response.status, list(json.loads(document))) == (200, ["error"])
-    record = simulator.books.records[response.headers["X-Generation-Id"]]
+    record = simulator.billing.records[response.headers["X-Generation-Id"]]
     assert (record.finished, record.cost_usd) == (True, 0)
 
 
@@ -475,7 +475,7 @@ async def test_an_error_ends_a_stream(upstream: aiohttp.ClientSession, simulator
     _, stream = await ask(upstream, f"fault:{fault}", stream=True)
     last = json.loads(stream.rpartition(b"data: ")[2])
     assert (last["error"]["code"], last["choices"][0]["finish_reason"]) == (code, "error")
-    assert simulator.books.total_usd() == 0
+    assert simulator.billing.total_usd() == 0
 
 
 async def test_refusals_of_odd_form(upstream: aiohttp.ClientSession, simulator: Simulator) -> None:
@@ -484,7 +484,7 @@ async def test_refusals_of_odd_form(upstream: aiohttp.ClientSession, simulator: 
     assert (response.status, error["http_status"], "code" in error, "availability" in error) == (429, 429, False, True)
     response, _ = await ask(upstream, "fault:redirect=307")
     assert (response.status, response.headers["Location"].startswith("http://elsewhere")) == (307, True)
-    assert not simulator.books.records
+    assert not simulator.billing.records
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -494,7 +494,7 @@ async def test_a_broken_way_is_seen_and_billed(
 ) -> None:
     with pytest.raises(aiohttp.ClientError):
         await ask(upstream, f"fault:{fault}", stream=stream)
-    assert simulator.books.total_usd() > 0
+    assert simulator.billing.total_usd() > 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -511,7 +511,7 @@ async def test_a_bad_chunk_has_no_size(upstream: aiohttp.ClientSession, simulato
     writer.close()
     assert b"chunked" in said.partition(b"\r\n\r\n")[0]
     assert said.endswith(b"\r\nno-size\r\n{}\r\n")
-    assert simulator.books.total_usd() > 0
+    assert simulator.billing.total_usd() > 0
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -194,7 +194,7 @@ async def test_a_fallback_or_a_variant_cannot_take_a_balance_below_zero(
     async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
         await response.read()
     await gateway.idle()
-    if gateway.simulator.books.records:
-        (record,) = gateway.simulator.books.records.values()
+    if gateway.simulator.billing.records:
+        (record,) = gateway.simulator.billing.records.values()
         assert ("max_tokens" in json.loads(record.body)) is limited
     assert await caller.balance() >= 0

@@ -22,7 +22,7 @@ ASK = re.compile(r"ask-\d+")
 class TalkativeSimulator(Simulator):
     async def bills(self, request: web.Request) -> web.Response:
         bills = []
-        for record in self.books.records.values():
+        for record in self.billing.records.values():
             asked = json.loads(record.body)
             found = ASK.match(last_text(asked["messages"]))
             bills.append(
@@ -40,7 +40,7 @@ class TalkativeSimulator(Simulator):
 
 
 async def main(port: int) -> None:
-    simulator = TalkativeSimulator(word_s=0.005, first_word_s=0.03, known_after_s=0.3)
+    simulator = TalkativeSimulator(word_s=0.005, first_word_s=0.03, generation_delay_s=0.3)
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=port)):
         await asyncio.Event().wait()
 
