@@ -309,9 +309,9 @@ def fuzz_models(data: bytes) -> None:
     decisions = Decisions(data)
     document = decisions.input
     for _ in range(decisions.number(3)):
-        numbers = list(re.finditer(rb'"[0-9][^"]*"|\b[0-9][0-9.]*', document)) or [re.match(b"", document)]
-        found = numbers[decisions.number(len(numbers))]
-        document = document[: found.start()] + NUMBERS[decisions.number(len(NUMBERS))] + document[found.end() :]
+        spans = [match.span() for match in re.finditer(rb'"[0-9][^"]*"|\b[0-9][0-9.]*', document)] or [(0, 0)]
+        start, end = spans[decisions.number(len(spans))]
+        document = document[:start] + NUMBERS[decisions.number(len(NUMBERS))] + document[end:]
     with suppress(CatalogueError):
         for model in parse_models(document):
             for usd in model.pricing.values():
