@@ -87,8 +87,8 @@ async def test_a_large_balance_is_held_like_a_small_one(gateway: Gateway) -> Non
 async def test_without_database_requests_are_rejected(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Complaint 2 (LiteLLM #26672): if the budget could not be read, the request was accepted."""
     caller = await gateway.caller()
-    books = gateway.app[DATABASE]
-    Statements(books, monkeypatch).lost_requests.append("settle_and_hold")
+    database = gateway.app[DATABASE]
+    Statements(database, monkeypatch).lost_requests.append("settle_and_hold")
     response, _ = await gateway.chat(caller)
     assert response.status == 503
     assert not gateway.simulator.billing.records
@@ -392,14 +392,14 @@ async def test_insufficient_balance_is_a_402_that_no_sdk_retries(gateway: Gatewa
     assert "Retry-After" not in response.headers
 
     statements = 0
-    books, fetch = gateway.app[DATABASE], gateway.app[DATABASE].fetch
+    database, fetch = gateway.app[DATABASE], gateway.app[DATABASE].fetch
 
     async def counted(statement: str, *arguments: Any) -> Any:
         nonlocal statements
         statements += statement == "settle_and_hold"
         return await fetch(statement, *arguments)
 
-    books.fetch = counted  # type: ignore[method-assign]
+    database.fetch = counted  # type: ignore[method-assign]
     async with openai.AsyncOpenAI(api_key=caller.key, base_url=f"{gateway.url}/v1", max_retries=5) as client:
         with pytest.raises(openai.APIStatusError, match="402"):
             await client.chat.completions.create(model=SMALL, messages=[{"role": "user", "content": "Hello"}])
