@@ -213,7 +213,7 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         chat_at_once=config.rate_limit.chat_at_once,
     )
     app[IN_FLIGHT] = BackgroundTasks()
-    metrics.IN_FLIGHT.set_function(app[IN_FLIGHT].__len__)
+    metrics.IN_FLIGHT_REQUESTS.set_function(app[IN_FLIGHT].__len__)
     app[completions.SERVICES] = Services(
         ledger=ledger,
         evaluate=LLMCostEvaluate(**{name: getattr(config.billing, name) for name in config.billing.__struct_fields__}),

@@ -54,7 +54,7 @@ async def test_a_client_with_the_current_etag_gets_304(gateway: Gateway, path: s
 async def test_the_etag_changes_only_with_the_list(gateway: Gateway) -> None:
     catalogue = gateway.app[CATALOGUE]
     version, tag = catalogue.version, (await get(gateway, "/v1/models"))[1]
-    catalogue.replace(gateway.simulator._models)
+    catalogue.replace(gateway.simulator.model_list)
     assert catalogue.version == version
     catalogue.replace(listing({"id": "a/b"}))
     assert (await get(gateway, "/v1/models"))[1] != tag

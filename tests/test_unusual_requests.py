@@ -40,7 +40,7 @@ async def test_characters_that_are_hard_on_databases_and_logs_pass_and_are_charg
     body = b'{"messages":[{"role":"user","content":"%s"}],"x_new":"%s"}' % ((text.encode(),) * 2)
     with logging_to(tmp_path / "odd", level="debug", retention_days=1, stdout=False):
         assert await send(gateway, caller, body) == 200
-    (record,) = gateway.simulator.books.records.values()
+    (record,) = gateway.simulator.billing.records.values()
     assert record.body.startswith(body[:-1])
     (path,) = (tmp_path / "odd").glob("combined-*.log")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -72,7 +72,7 @@ async def test_an_image_url_is_never_fetched_and_is_sent_upstream_unchanged(
     part = b'{"type":"image_url","image_url":{"url":"%s"}}' % url.encode()
     body = b'{"messages":[{"role":"user","content":[%s]}],"max_tokens":1}' % part
     assert await send(gateway, caller, body) == 200
-    (record,) = gateway.simulator.books.records.values()
+    (record,) = gateway.simulator.billing.records.values()
     assert part in record.body
     assert requested == ["/v1/chat/completions", "/api/v1/chat/completions"]
     await assert_books_agree(gateway, caller)
@@ -123,7 +123,7 @@ async def test_the_hold_covers_what_makes_a_request_expensive(gateway: Gateway, 
 async def test_usage_is_requested_whatever_the_client_sends(gateway: Gateway, wish: dict[str, Any] | None) -> None:
     caller = await gateway.caller()
     await gateway.chat(caller, stream=True, stream_options=wish, usage={"include": False})
-    (record,) = gateway.simulator.books.records.values()
+    (record,) = gateway.simulator.billing.records.values()
     assert json.loads(record.body)["stream_options"]["include_usage"] is True
     assert json.loads(record.body)["usage"]["include"] is True
     await assert_books_agree(gateway, caller)

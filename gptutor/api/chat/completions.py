@@ -16,7 +16,7 @@ from gptutor.http.body import awaits_continue, read_body, require_json
 from gptutor.http.middlewares import REQUEST_ID
 from gptutor.money.keys import KeyClaim
 from gptutor.openrouter.service import FORWARDED_HEADERS
-from gptutor.telemetry.metrics import SLOW_PARSES
+from gptutor.telemetry.metrics import OFFLOADED_PARSES
 
 SERVICES = web.AppKey("services", Services)
 INLINE_PARSE_BYTES_MAX = 1024 * 1024
@@ -60,7 +60,7 @@ async def _parse(services: Services, body: bytes) -> ParsedRequest:
     if len(body) <= INLINE_PARSE_BYTES_MAX:
         parsed = parse_request(body, default_model=services.default_model)
     else:
-        SLOW_PARSES.inc()
+        OFFLOADED_PARSES.inc()
         parse = functools.partial(parse_request, body, default_model=services.default_model)
         parsed = await asyncio.get_running_loop().run_in_executor(services.parser_thread, parse)
     for model in (parsed.model, *parsed.fallbacks):

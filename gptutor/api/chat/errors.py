@@ -11,7 +11,7 @@ from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.http.rate_limit import UNDISCLOSED, RateLimit
 from gptutor.money.holds import InsufficientFunds, KeyCapReached, NotHeld, RateLimited, RepeatedRequest, TooManyAtOnce, UnknownKey
 from gptutor.openrouter.errors import UpstreamError
-from gptutor.telemetry.metrics import UPSTREAM_ACCOUNT
+from gptutor.telemetry.metrics import UPSTREAM_ACCOUNT_ERRORS
 
 LOGGER = logging.getLogger("gptutor.upstream")
 
@@ -62,7 +62,7 @@ def error_for_upstream(error: UpstreamError) -> ApiError:
     if failure.status == 403 and any(word in (error.message or "").lower() for word in KEY_LIMIT_WORDS):
         code, shows_message = "upstream_account", False
     if code == "upstream_account":
-        UPSTREAM_ACCOUNT.labels(failure.status).inc()
+        UPSTREAM_ACCOUNT_ERRORS.labels(failure.status).inc()
         LOGGER.error("OpenRouter rejects our account: %d %s", failure.status, error.message)
     headers = {}
     if code == "rate_limited_upstream" and failure.retry_after_s is not None:

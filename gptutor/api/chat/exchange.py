@@ -31,7 +31,7 @@ from gptutor.openrouter.bill import BillScanner, read_usage_report
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.relay import relay
 from gptutor.openrouter.response import UpstreamResponse
-from gptutor.telemetry.metrics import COMPLETION_SECONDS, COMPLETIONS
+from gptutor.telemetry.metrics import COMPLETION_DURATION, COMPLETIONS
 
 LOGGER = logging.getLogger("gptutor.exchange")
 
@@ -262,7 +262,7 @@ class Exchange:
         charge = purchase.charge if purchase else None
         duration_s = time.monotonic() - self._started
         outcome_counter(self._outcome).inc()
-        COMPLETION_SECONDS.observe(duration_s)
+        COMPLETION_DURATION.observe(duration_s)
         self._services.log.llm_response(
             model=self._parsed.model,
             user_id=self._context.claim.account_id,
