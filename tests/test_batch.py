@@ -22,7 +22,7 @@ from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.batch import Batcher
 from gptutor.money.holds import Hold, HoldRequest, InsufficientFunds, Release, RepeatedRequest, Settlement, UnknownKey, new_id
 from gptutor.money.keys import KeyClaim, make_key, parse_key
-from gptutor.money.pricing import Ceiling
+from gptutor.money.pricing import Ceiling, Charge
 from tests.support.gateway import Caller, make_caller
 from tests.support.ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
 from tests.support.statements import Statements
@@ -65,16 +65,21 @@ class Door:
         return [item for batch in self.batches for item in batch]
 
     def batcher(
-        self, at_once: int = 1, batch_max: int = 100, patience_s: float = 60, *, apart: bool = False
+        self,
+        concurrent_max: int = 1,
+        batch_max: int = 100,
+        overtake_after_s: float = 60,
+        *,
+        one_account_per_batch: bool = False,
     ) -> Batcher[Item, Item]:
         return Batcher(
             self.execute,
             lambda item: item[0],
-            at_once=at_once,
+            concurrent_max=concurrent_max,
             batch_max=batch_max,
-            patience_s=patience_s,
-            apart=apart,
-            abandoned=lambda item, result: self.abandoned.append((item, result)),
+            overtake_after_s=overtake_after_s,
+            one_account_per_batch=one_account_per_batch,
+            on_abandoned=lambda item, result: self.abandoned.append((item, result)),
         )
 
 
@@ -132,7 +137,7 @@ async def test_what_arrives_meanwhile_is_the_next_batch_and_no_batch_is_too_larg
 async def test_whoever_waits_behind_a_statement_for_long_goes_past_it_and_no_account_is_in_two() -> None:
     """Two statements of one process must not wait for each other's row; one that waits for another's must hold up nobody else."""
     door = Door()
-    batcher = door.batcher(at_once=2, patience_s=0.02)
+    batcher = door.batcher(concurrent_max=2, overtake_after_s=0.02)
     tasks = submitted(batcher, (1, "a"))
     await settle_down()
     tasks += submitted(batcher, (1, "b"), (2, "c"), (1, "d"), (3, "e"))
@@ -151,7 +156,7 @@ async def test_whoever_waits_behind_a_statement_for_long_goes_past_it_and_no_acc
 
 async def test_a_statement_that_takes_its_usual_time_is_waited_for() -> None:
     door = Door()
-    batcher = door.batcher(at_once=3, patience_s=0.05)
+    batcher = door.batcher(concurrent_max=3, overtake_after_s=0.05)
     tasks = submitted(batcher, (1, 0))
     for number in range(1, 8):
         await asyncio.sleep(0.02)
@@ -167,7 +172,7 @@ async def test_a_statement_that_takes_its_usual_time_is_waited_for() -> None:
 
 async def test_apart_each_account_has_a_statement_of_its_own_and_none_waits_for_another() -> None:
     door = Door()
-    batcher = door.batcher(at_once=3, patience_s=0, apart=True)
+    batcher = door.batcher(concurrent_max=3, overtake_after_s=0, one_account_per_batch=True)
     tasks = submitted(batcher, (1, "a"), (2, "b"), (1, "c"), (3, "d"), (4, "e"))
     await asyncio.sleep(0.01)
     assert door.batches == [[(1, "a"), (1, "c")], [(2, "b")], [(3, "d")]]
@@ -183,7 +188,7 @@ async def test_one_who_comes_while_a_place_is_being_left_is_not_forgotten() -> N
     """All places were taken when he came, and the one that is free now has not been told of him."""
     door = Door(gates={"stuck": asyncio.Event()})
     door.open.set()
-    batcher = door.batcher(at_once=2, patience_s=0.01)
+    batcher = door.batcher(concurrent_max=2, overtake_after_s=0.01)
     tasks = submitted(batcher, (1, "stuck"))
     await settle_down()
     async with asyncio.timeout(2):
@@ -195,10 +200,10 @@ async def test_one_who_comes_while_a_place_is_being_left_is_not_forgotten() -> N
 
 async def test_whoever_can_only_wait_does_it_quietly() -> None:
     door = Door()
-    batcher = door.batcher(at_once=3, patience_s=0, apart=True)
+    batcher = door.batcher(concurrent_max=3, overtake_after_s=0, one_account_per_batch=True)
     tasks = submitted(batcher, (1, "a"))
     await settle_down()
-    with patch.object(batcher, "_start", wraps=batcher._start) as start:
+    with patch.object(batcher, "_start_worker", wraps=batcher._start_worker) as start:
         tasks += submitted(batcher, (1, "b"))
         await asyncio.sleep(0.02)
     assert start.call_count <= 1
@@ -215,12 +220,12 @@ async def test_whoever_can_only_wait_does_it_quietly() -> None:
     st.integers(0, 2**32),
 )
 def test_in_any_order_of_arrival_all_are_served_in_their_accounts_order(
-    accounts: list[int], at_once: int, batch_max: int, patience_s: float, seed: int
+    accounts: list[int], concurrent_max: int, batch_max: int, overtake_after_s: float, seed: int
 ) -> None:
     async def play() -> None:
         dice = random.Random(seed)
         door = Door()
-        batcher = door.batcher(at_once, batch_max, patience_s)
+        batcher = door.batcher(concurrent_max, batch_max, overtake_after_s)
         tasks = []
         for number, account in enumerate(accounts):
             tasks += submitted(batcher, (account, number))
@@ -311,7 +316,7 @@ async def test_a_result_that_nobody_waits_for_any_more_is_given_to_abandoned() -
 
 async def test_without_abandoned_a_result_that_nobody_waits_for_is_dropped() -> None:
     door = Door()
-    batcher: Batcher[Item, Item] = Batcher(door.execute, lambda item: item[0], at_once=1, batch_max=9)
+    batcher: Batcher[Item, Item] = Batcher(door.execute, lambda item: item[0], concurrent_max=1, batch_max=9)
     tasks = submitted(batcher, (1, "left"), (1, "stayed"))
     await settle_down()
     tasks[0].cancel()
@@ -425,7 +430,7 @@ def statements(books: Database, monkeypatch: pytest.MonkeyPatch) -> Statements:
 def request(
     caller: Caller, roubles: str, *, key: str | None = None, body: bytes = b"", model: str = "a/b", name: str = "r"
 ) -> HoldRequest:
-    ceiling = Ceiling(most=parse_roubles(roubles), least=parse_roubles(roubles))
+    ceiling = Ceiling(hold_max=parse_roubles(roubles), available_min=parse_roubles(roubles))
     body_hash = hashlib.sha256(body).digest() if key else None
     return HoldRequest(claim(caller), new_id(), ceiling, model, name, key, body_hash)
 
@@ -453,7 +458,7 @@ async def test_each_of_a_mixed_batch_gets_its_own_outcome(books: Database, state
         (request(rich, "68"), "granted"),
         (request(rich, "0.000000001"), "insufficient"),
     ]
-    rows = await ledger._trade_batch([item for item, _ in asked])
+    rows = await ledger._settle_and_hold_batch([item for item, _ in asked])
     assert [row["outcome"] for row in rows] == [expected for _, expected in asked]
     assert [row["hold_id"] for row in rows] == [item.hold_id for item, _ in asked]
     assert rows[6]["earlier_request_id"] == "the-first"
@@ -565,7 +570,7 @@ async def test_who_has_one_accounts_row_keeps_nobody_else_waiting(books: Databas
     other, caller = await make_caller(books, "10"), await make_caller(books, "10")
     ledger = ledger_of(books)
     held = await hold(books, caller, "1", ledger=ledger)
-    ledger.journal.sent(held.account_id, held.hold_id)
+    ledger.journal.record_sent(held.account_id, held.hold_id)
     given_up = [await hold(books, each, "1", ledger=ledger) for each in (other, caller)]
     hand = await asyncpg.connect(database_url)
     transaction = hand.transaction()
@@ -579,14 +584,14 @@ async def test_who_has_one_accounts_row_keeps_nobody_else_waiting(books: Databas
             later = await hold(books, other, "0.1", ledger=ledger)
             assert await ledger.settle(settlement(later, "0.0001")) == "settled"
     assert [task.done() for task in waiting] == [False] * 4
-    assert list(ledger.journal.known) == [held.hold_id]
+    assert list(ledger.journal.open_holds) == [held.hold_id]
     await transaction.rollback()
     await hand.close()
     outcome, *holds = await asyncio.gather(*waiting)
     assert outcome == "settled"
     assert all(isinstance(each, Hold) for each in holds)
     await asyncio.gather(*releases)
-    assert ledger.journal.known == {}
+    assert ledger.journal.open_holds == {}
     assert (await caller.balance(), await caller.held()) == (Decimal("9.1"), 3)
     await assert_books_hold(books)
 
@@ -669,7 +674,7 @@ async def test_a_settlement_whose_reply_was_lost_is_repeated_and_booked_once(
     caller = await make_caller(books, "10")
     ledger = ledger_of(books)
     held = await hold(books, caller, "1", ledger=ledger)
-    ledger.journal.sent(held.account_id, held.hold_id)
+    ledger.journal.record_sent(held.account_id, held.hold_id)
     statements.lost_requests += ["settle_and_hold"]
     statements.lost_replies += ["settle_and_hold"]
     with caplog.at_level(logging.DEBUG, "gptutor.ledger"):
@@ -680,7 +685,7 @@ async def test_a_settlement_whose_reply_was_lost_is_repeated_and_booked_once(
         "A hold cannot be closed yet: the reply was lost",
     ]
     assert said[0][1] >= logging.WARNING  # the operator hears of it
-    assert ledger.journal.known == {}
+    assert ledger.journal.open_holds == {}
     assert (await caller.balance(), await caller.held()) == (Decimal("9.1"), 0)
     await assert_books_hold(books)
 
@@ -690,7 +695,7 @@ async def test_a_settlement_of_a_hold_that_is_lost_is_told_to_the_operator(
 ) -> None:
     """Row operator-5: after a failover to a stale replica, or a restore, a charge has no hold."""
     caller = await make_caller(books, "10")
-    lost = Settlement(caller.account_id, new_id(), Nano(1), Decimal("0.01"), None)
+    lost = Settlement(caller.account_id, new_id(), Charge(Nano(1), Decimal("0.01")), None)
     with caplog.at_level(logging.ERROR, "gptutor.ledger"):
         assert await ledger_of(books).settle(lost) == "no_hold"
     assert caplog.records[0].getMessage().startswith("A charge has no hold: ")
@@ -703,7 +708,7 @@ async def test_a_failure_that_is_no_outage_is_not_repeated(books: Database, stat
     ledger = ledger_of(books)
     held = await hold(books, caller, "1", ledger=ledger)
     with pytest.raises(ConstraintViolated, match="charge_is_not_negative"):
-        await ledger.settle(Settlement(held.account_id, held.hold_id, Nano(-1), Decimal("0.01"), None))
+        await ledger.settle(Settlement(held.account_id, held.hold_id, Charge(Nano(-1), Decimal("0.01")), None))
     assert statements.count("settle_and_hold") == 2  # the hold's, and one
     assert await caller.held() == 1
 
@@ -718,7 +723,7 @@ async def test_draining_waits_for_forsaken_holds_but_not_for_ever(books: Databas
     with pytest.raises(DatabaseUnavailable):
         await ledger.hold_funds(request(caller, "1"))
     await ledger.drain(0.01)
-    assert ledger._orphans == set()
+    assert ledger._background_releases == set()
     assert await caller.held() == 1
 
 
@@ -739,7 +744,7 @@ async def test_a_key_names_its_account_and_no_other_accounts_row_is_touched(book
     caller, victim = await make_caller(books, "10"), await make_caller(books, "10")
     forged = KeyClaim(victim.account_id, claim(caller).key_hash)
     ledger = ledger_of(books)
-    ceiling = Ceiling(most=Nano(1), least=Nano(1))
+    ceiling = Ceiling(hold_max=Nano(1), available_min=Nano(1))
     results = await asyncio.gather(
         ledger.hold_funds(request(caller, "1")),
         ledger.hold_funds(request(victim, "1")),

@@ -42,10 +42,10 @@ async def test_a_hold_reserves_and_a_settlement_charges(books: Database) -> None
 
 async def test_the_hold_takes_all_that_is_there_down_to_the_least(books: Database) -> None:
     caller = await make_caller(books, "10")
-    held = await hold(books, caller, most="30", least="10")
+    held = await hold(books, caller, hold_max="30", available_min="10")
     assert (roubles(held.amount), roubles(held.available_before)) == ("10", "10")
     with pytest.raises(InsufficientFunds):
-        await hold(books, caller, most="1", least="0.000000001")
+        await hold(books, caller, hold_max="1", available_min="0.000000001")
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ async def test_settling_is_idempotent_and_one_item_never_spoils_another(books: D
     unknown = Hold(other.account_id, new_id(), Nano(1), Nano(1), 1)
     ledger = ledger_of(books)
     batch = [settlement(first, "0.01"), settlement(first, "0.01"), settlement(unknown, "0.01"), settlement(second, "0.02")]
-    rows = await ledger._trade_batch(batch)
+    rows = await ledger._settle_and_hold_batch(batch)
     assert [row["outcome"] for row in rows] == ["settled", "settled", "no_hold", "settled"]
-    rows = await ledger._trade_batch(batch[:2])
+    rows = await ledger._settle_and_hold_batch(batch[:2])
     assert [row["outcome"] for row in rows] == ["already", "already"]
     await asyncio.gather(ledger.release(release(first)), ledger.release(release(second)))  # too late: nothing changes
     assert (await caller.balance(), await other.balance()) == (Decimal("99.1"), Decimal("98.2"))
@@ -127,7 +127,7 @@ async def test_unknown_revoked_foreign_and_inactive_keys_cannot_be_told_apart(bo
     caller, other = await make_caller(books, "100"), await make_caller(books, "100")
     users = UserRepository(books)
     own = claim(caller)
-    ceiling = Ceiling(most=Nano(1), least=Nano(1))
+    ceiling = Ceiling(hold_max=Nano(1), available_min=Nano(1))
 
     async def refused(wrong: KeyClaim) -> None:
         with pytest.raises(UnknownKey):
@@ -253,7 +253,7 @@ async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
 
 async def test_two_under_one_idempotency_key_in_one_batch_are_one(books: Database) -> None:
     caller = await make_caller(books, "100")
-    ledger, ceiling = ledger_of(books), Ceiling(most=parse_roubles("5"), least=parse_roubles("5"))
+    ledger, ceiling = ledger_of(books), Ceiling(hold_max=parse_roubles("5"), available_min=parse_roubles("5"))
 
     def asked(request_id: str, body: bytes) -> HoldRequest:
         return HoldRequest(claim(caller), new_id(), ceiling, "a/b", request_id, "once", hashlib.sha256(body).digest())

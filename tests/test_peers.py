@@ -460,7 +460,7 @@ async def test_a_spend_that_was_not_settled_yet_survives_the_end_of_the_process(
 
             asked = [asyncio.create_task(ask(caller)) for caller in people]
             async with asyncio.timeout(10):
-                while sum(what.price is not None for what in dying.app[JOURNAL].known.values()) < callers:
+                while sum(what.charge is not None for what in dying.app[JOURNAL].open_holds.values()) < callers:
                     await asyncio.sleep(0.005)
             assert [await charges(caller) for caller in people] == [[]] * callers
             stop_hard(dying)

@@ -47,12 +47,12 @@ async def test_a_days_charges_are_compared_to_the_last_digit(books: Database, da
 
     theirs = {first - 2 * DAY: Decimal("0.7"), first: Decimal("0.0330000000000000001"), first - DAY: Decimal("0.4")}
     found = await reconcile(books, theirs)
-    assert [(day.day, day.ours_usd, day.theirs_usd, day.difference_usd) for day in found.days] == [
+    assert [(day.day, day.ours_usd, day.openrouter_usd, day.difference_usd) for day in found.days] == [
         (first, Decimal("0.033"), Decimal("0.0330000000000000001"), Decimal("0.0000000000000000001")),
         (first - DAY, Decimal("0.5"), Decimal("0.4"), Decimal("-0.1")),  # we charged more than it did
         (first - 2 * DAY, 0, Decimal("0.7"), Decimal("0.7")),  # it charged what we know nothing of
     ]
-    assert (found.waiting, found.at_most) == ([], 0)
+    assert (found.waiting, found.waiting_cost_max) == ([], 0)
     days = orjson.loads(orjson.dumps(found.as_json()))["days"]
     assert days[0] == {
         "day": first.isoformat(),
@@ -82,7 +82,7 @@ async def test_what_waits_for_evidence_and_what_was_given_up_is_named_with_the_m
         ("open", parse_roubles("1"), "gen-1", caller.account_id),
         ("released", parse_roubles("2.5"), None, caller.account_id),
     ]
-    assert found.at_most == parse_roubles("3.5")
+    assert found.waiting_cost_max == parse_roubles("3.5")
     told = json.loads(orjson.dumps(found.as_json()))
     assert told["waitingAtMost"] == "3.5"
     assert [(one["atMost"], one["model"], one["requestId"], one["generationId"]) for one in told["waiting"]] == [

@@ -22,9 +22,10 @@ from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, Hold
 from gptutor.money.journal import Journal, JournalError
-from gptutor.money.journal_records import Charge, HoldRecord
+from gptutor.money.journal_records import HoldRecord
 from gptutor.money.keyring import KeyRing
-from gptutor.money.recovery import Recovery, decide
+from gptutor.money.pricing import Charge
+from gptutor.money.recovery import Recovery, next_action
 from gptutor.openrouter.bill import Bill
 from tests.support.gateway import VAULT, Caller, Gateway, make_caller
 from tests.support.ledger import assert_books_hold, hold, settlement
@@ -41,7 +42,7 @@ PRICED_AND_NAMED = HoldRecord(AccountId(1), "gen-1", PRICE)
 
 @pytest.mark.parametrize(
     # what is known, whether it was provably never sent, whether it is a day old → what is done
-    ("knowledge", "never_sent", "too_old", "decision"),
+    ("record", "never_sent", "too_old", "action"),
     [
         (NOTHING, False, False, "wait"),
         (NOTHING, False, True, "give_up"),
@@ -65,9 +66,9 @@ PRICED_AND_NAMED = HoldRecord(AccountId(1), "gen-1", PRICE)
         (PRICED_AND_NAMED, True, True, "settle"),
     ],
 )
-def test_the_decision(knowledge: HoldRecord | None, never_sent: bool, too_old: bool, decision: str) -> None:
-    """Contract C6: the table of `decide`, every combination."""
-    assert decide(knowledge, never_sent=never_sent, too_old=too_old) == decision
+def test_the_next_action(record: HoldRecord | None, never_sent: bool, too_old: bool, action: str) -> None:
+    """Contract C6: the table of `next_action`, every combination."""
+    assert next_action(record, never_sent=never_sent, too_old=too_old) == action
 
 
 # -- a process of the test's own
@@ -105,9 +106,9 @@ async def test_a_bill_that_a_dead_process_saw_is_settled_once_however_often_it_i
     """Contract C3, C6; rows upstream-14, process-5, process-6."""
     caller, dead = await make_caller(books, "100"), mortal(books, directory)
     held = await hold(books, caller, "5", ledger=dead)
-    dead.journal.sent(held.account_id, held.hold_id)
-    dead.journal.named(held.hold_id, "gen-1")
-    dead.journal.billed(held.hold_id, PRICE, "gen-1")
+    dead.journal.record_sent(held.account_id, held.hold_id)
+    dead.journal.record_generation_id(held.hold_id, "gen-1")
+    dead.journal.record_charge(held.hold_id, PRICE, "gen-1")
     with process(books, directory) as heir:
         (leftover,), (again,) = leftovers_in(directory), leftovers_in(directory)
         await asyncio.gather(heir.recovery.replay(leftover), heir.recovery.replay(again))
@@ -123,8 +124,8 @@ async def test_a_name_that_a_dead_process_knew_is_asked_for_and_then_settled(boo
     """Contract C6; rows process-4, upstream-19: no answer leaves the hold, an answer charges it."""
     caller, dead = await make_caller(books, "100"), mortal(books, directory)
     held = await hold(books, caller, "5", ledger=dead)
-    dead.journal.sent(held.account_id, held.hold_id)
-    dead.journal.named(held.hold_id, "gen-1")
+    dead.journal.record_sent(held.account_id, held.hold_id)
+    dead.journal.record_generation_id(held.hold_id, "gen-1")
     with process(books, directory) as heir:
         (leftover,) = leftovers_in(directory)
         await heir.recovery.replay(leftover)
@@ -132,13 +133,13 @@ async def test_a_name_that_a_dead_process_knew_is_asked_for_and_then_settled(boo
         assert (row["state"], row["is_sent"], row["generation_id"]) == ("open", True, "gen-1")
         assert leftovers_in(directory) == []
 
-        assert await heir.recovery.look() == 1
+        assert await heir.recovery.process_due_holds() == 1
         assert (await caller.balance(), await caller.held()) == (100, 5)
-        assert await heir.recovery.look() == 0  # not due again yet
+        assert await heir.recovery.process_due_holds() == 0  # not due again yet
 
         heir.generations.says["gen-1"] = Decimal("0.01")
         await make_due(books)
-        assert await heir.recovery.look() == 1
+        assert await heir.recovery.process_due_holds() == 1
     assert heir.generations.asked == ["gen-1", "gen-1"]
     assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
     await assert_books_hold(books)
@@ -154,12 +155,12 @@ async def test_what_was_sent_and_has_no_name_waits(books: Database, directory: P
     """Contract C6; row process-3: never silently free, never silently estimated."""
     caller, dead = await make_caller(books, "100"), mortal(books, directory)
     held = await hold(books, caller, "5", ledger=dead)
-    dead.journal.sent(held.account_id, held.hold_id)
+    dead.journal.record_sent(held.account_id, held.hold_id)
     with process(books, directory) as heir:
         await heir.recovery.replay(*leftovers_in(directory))
-        assert await heir.recovery.look() == 1
+        assert await heir.recovery.process_due_holds() == 1
         await make_due(books)
-        assert await heir.recovery.look() == 1
+        assert await heir.recovery.process_due_holds() == 1
     row = await row_of(books, held)
     assert (row["state"], row["is_sent"], row["looks"]) == ("open", True, 2)
     assert (await caller.balance(), await caller.held()) == (100, 5)
@@ -172,7 +173,7 @@ async def test_what_a_complete_journal_does_not_know_was_never_sent_and_is_relea
     held = await hold(books, caller, "5", ledger=dead)
     with process(books, directory) as heir:
         (leftover,) = leftovers_in(directory)
-        assert leftover.complete
+        assert leftover.is_complete
         await heir.recovery.replay(leftover)
     row = await row_of(books, held)
     assert (row["state"], row["is_unresolved"]) == ("released", False)
@@ -183,7 +184,7 @@ async def test_an_account_that_cannot_be_closed_keeps_no_other_waiting(
     books: Database, database_url: str, directory: Path, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows db-11, process-11: one was changed by hand, of another somebody has the row; what is left is brought later."""
-    monkeypatch.setattr("gptutor.money.recovery.CLOSING_S", 0.5)
+    monkeypatch.setattr("gptutor.money.recovery.CLOSE_TIMEOUT_S", 0.5)
     broken, locked, other = [await make_caller(books, "100") for _ in range(3)]
     dead = mortal(books, directory)
     for caller in (broken, locked, other):
@@ -214,9 +215,9 @@ async def test_what_an_incomplete_journal_does_not_know_may_have_been_sent_and_w
     held = await hold(books, caller, "5", ledger=dead)
     with process(books, directory) as heir:
         (leftover,) = leftovers_in(directory)
-        leftover.complete = False
+        leftover.is_complete = False
         await heir.recovery.replay(leftover)
-        assert await heir.recovery.look() == 1
+        assert await heir.recovery.process_due_holds() == 1
     row = await row_of(books, held)
     assert (row["state"], row["is_sent"]) == ("open", True)
     assert await caller.held() == 5
@@ -227,18 +228,18 @@ async def test_each_hold_of_a_dead_process_is_closed_by_what_is_known_of_it(book
     caller, dead = await make_caller(books, "100"), mortal(books, directory)
     billed, named, sent, never_sent, closed = [await hold(books, caller, "5", ledger=dead) for _ in range(5)]
     for one in (billed, named, sent, closed):
-        dead.journal.sent(one.account_id, one.hold_id)
+        dead.journal.record_sent(one.account_id, one.hold_id)
     for one in (billed, named, closed):
-        dead.journal.named(one.hold_id, f"gen-{one.hold_id}")
+        dead.journal.record_generation_id(one.hold_id, f"gen-{one.hold_id}")
     for one in (billed, closed):
-        dead.journal.billed(one.hold_id, PRICE, None)
+        dead.journal.record_charge(one.hold_id, PRICE, None)
     await dead.settle(settlement(closed, "0.01"))
     with process(books, directory) as heir:
         alive = await hold(books, caller, "5", ledger=heir.ledger)
         (leftover,) = leftovers_in(directory)
-        assert set(leftover.known) == {billed.hold_id, named.hold_id, sent.hold_id}
+        assert set(leftover.open_holds) == {billed.hold_id, named.hold_id, sent.hold_id}
         await heir.recovery.replay(leftover)
-        await heir.recovery.look()
+        await heir.recovery.process_due_holds()
     states = [(await row_of(books, one))["state"] for one in (billed, named, sent, never_sent, closed, alive)]
     assert states == ["settled", "open", "open", "released", "settled", "open"]
     assert heir.generations.asked == [f"gen-{named.hold_id}"]
@@ -251,14 +252,14 @@ async def test_a_running_process_adopts_those_who_die_beside_it(
 ) -> None:
     """Contract C6; rows process-5, operator-2: nobody has to restart; and the journal of the living is left alone."""
     caller = await make_caller(books, "100")
-    rounds, look = 0, Recovery.look
+    rounds, look = 0, Recovery.process_due_holds
 
     async def counted(recovery: Recovery) -> int:
         nonlocal rounds
         rounds += 1
         return await look(recovery)
 
-    monkeypatch.setattr(Recovery, "look", counted)
+    monkeypatch.setattr(Recovery, "process_due_holds", counted)
     with process(books, directory) as heir, process(books, directory) as neighbour:
         own = await hold(books, caller, "5", ledger=neighbour.ledger)
         learn(neighbour.journal, own, "billed")
@@ -274,7 +275,7 @@ async def test_a_running_process_adopts_those_who_die_beside_it(
         await until(lambda: leftovers_in(directory) == [])
         await stopped(running)
         assert [(await row_of(books, one))["state"] for one in (held, own)] == ["settled", "open"]
-        assert neighbour.journal.known
+        assert neighbour.journal.open_holds
     assert await caller.balance() == Decimal("99.1")
 
 
@@ -301,7 +302,7 @@ async def test_recovery_goes_on_after_any_failure(
         await until_held(caller, 0)
         await stopped(running)
     said = [record.getMessage() for record in caplog.records if record.name == "gptutor.recovery"]
-    assert said == ["Recovery waits: away", "Recovery waits: no directory", "Recovery failed, and goes on"]
+    assert said == ["Recovery waits: away", "Recovery waits: no directory", "Recovery failed, and continues"]
     assert await caller.balance() == Decimal("99.1")
 
 
@@ -363,9 +364,9 @@ async def test_the_oldest_are_looked_at_first_and_no_more_than_a_handful_at_once
         for number, held in enumerate(holds):
             await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, f"gen-{number:02d}"))
         await change("UPDATE holds SET due_at = now() - interval '1 second' * right(generation_id, 2)::integer")
-        assert await living.recovery.look() == 50
+        assert await living.recovery.process_due_holds() == 50
         assert sorted(living.generations.asked) == [f"gen-{number:02d}" for number in range(10, 60)]
-        assert await living.recovery.look() == 10
+        assert await living.recovery.process_due_holds() == 10
     assert len(set(living.generations.asked)) == 60
 
 
@@ -376,7 +377,7 @@ async def test_two_recoveries_never_look_at_the_same_hold_at_once(books: Databas
         for number in range(40):
             held = await hold(books, caller, "0.1")
             await one.ledger.hand_over(HandOver(held.account_id, held.hold_id, f"gen-{number}"))
-        looked = await asyncio.gather(*(which.recovery.look() for which in (one, other, one, other)))
+        looked = await asyncio.gather(*(which.recovery.process_due_holds() for which in (one, other, one, other)))
     assert sum(looked) == 40
     asked = one.generations.asked + other.generations.asked
     assert sorted(asked) == sorted(f"gen-{number}" for number in range(40))
@@ -394,9 +395,9 @@ async def test_a_hold_that_another_recovery_is_claiming_is_passed_over_without_w
             await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, name))
         async with connection.transaction():
             await connection.execute("SELECT FROM holds WHERE hold_id = $1 FOR UPDATE", taken.hold_id)
-            assert await living.recovery.look() == 1
+            assert await living.recovery.process_due_holds() == 1
         assert living.generations.asked == ["gen-free"]
-        assert await living.recovery.look() == 1
+        assert await living.recovery.process_due_holds() == 1
         assert living.generations.asked == ["gen-free", "gen-taken"]
     await connection.close()
 
@@ -411,7 +412,7 @@ async def test_a_hold_that_an_exchange_still_has_in_its_hands_is_left_alone(
         held = await hold(books, caller, "5", ledger=living.ledger)
         learn(living.journal, held, known)
         await change(OLD)
-        assert await living.recovery.look() == 1
+        assert await living.recovery.process_due_holds() == 1
     assert (await row_of(books, held))["state"] == "open"
     assert living.generations.asked == []
     assert (await caller.balance(), await caller.held()) == (100, 5)
@@ -420,11 +421,11 @@ async def test_a_hold_that_an_exchange_still_has_in_its_hands_is_left_alone(
 def learn(journal: Journal, held: Hold, known: str) -> None:
     """What an exchange had learnt of its purchase when it was broken off."""
     if known != "nothing":
-        journal.sent(held.account_id, held.hold_id)
+        journal.record_sent(held.account_id, held.hold_id)
     if known in ("named", "billed"):
-        journal.named(held.hold_id, "gen-1")
+        journal.record_generation_id(held.hold_id, "gen-1")
     if known == "billed":
-        journal.billed(held.hold_id, PRICE, "gen-1")
+        journal.record_charge(held.hold_id, PRICE, "gen-1")
 
 
 @pytest.mark.parametrize(
@@ -445,17 +446,17 @@ async def test_an_exchange_that_was_broken_off_is_closed_by_what_its_journal_kno
     with process(books, directory, generations=Generations({"gen-1": Decimal("0.02")})) as living:
         held = await hold(books, caller, "5", ledger=living.ledger)
         learn(living.journal, held, known)
-        living.ledger.let_go(held.hold_id)
-        await living.recovery.look()  # what is known is known to be nobody's: there is nothing to wait for
+        living.ledger.deactivate(held.hold_id)
+        await living.recovery.process_due_holds()  # what is known is known to be nobody's: there is nothing to wait for
         if known == "nothing":
             assert (await row_of(books, held))["state"] == "open"  # its time has not come
             await change(DUE)
-            await living.recovery.look()
+            await living.recovery.process_due_holds()
         row = await row_of(books, held)
         assert (row["state"], row["is_unresolved"]) == (state, False)
         assert await caller.balance() == Decimal(balance)
         assert living.generations.asked == asked
-        assert living.journal.known == {}
+        assert living.journal.open_holds == {}
         assert await caller.held() == (5 if state == "open" else 0)
     await assert_books_hold(books)
 
@@ -465,12 +466,14 @@ async def test_a_hold_that_cannot_be_settled_does_not_stop_the_others(books: Dat
     caller = await make_caller(books, "100")
     with process(books, directory, generations=Generations({"gen-1": Decimal("0.01")})) as living:
         poisoned, held = [await hold(books, caller, "5", ledger=living.ledger) for _ in range(2)]
-        living.journal.sent(poisoned.account_id, poisoned.hold_id)
-        living.journal.billed(poisoned.hold_id, Charge(Nano(10**18 + 1), Decimal("0.01")), None)  # more than the ledger takes
-        living.ledger.let_go(poisoned.hold_id)
-        living.ledger.let_go(held.hold_id)
+        living.journal.record_sent(poisoned.account_id, poisoned.hold_id)
+        living.journal.record_charge(
+            poisoned.hold_id, Charge(Nano(10**18 + 1), Decimal("0.01")), None
+        )  # more than the ledger takes
+        living.ledger.deactivate(poisoned.hold_id)
+        living.ledger.deactivate(held.hold_id)
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
-        await living.recovery.look()
+        await living.recovery.process_due_holds()
     assert [(await row_of(books, one))["state"] for one in (poisoned, held)] == ["open", "settled"]
 
 
@@ -479,14 +482,14 @@ async def test_a_leftover_is_forgotten_only_when_all_of_it_is_in_the_database(bo
     caller, dead = await make_caller(books, "100"), mortal(books, directory)
     poisoned, held = [await hold(books, caller, "5", ledger=dead) for _ in range(2)]
     learn(dead.journal, held, "billed")
-    dead.journal.sent(poisoned.account_id, poisoned.hold_id)
-    dead.journal.billed(poisoned.hold_id, Charge(Nano(10**18 + 1), Decimal("0.01")), None)  # more than the ledger takes
+    dead.journal.record_sent(poisoned.account_id, poisoned.hold_id)
+    dead.journal.record_charge(poisoned.hold_id, Charge(Nano(10**18 + 1), Decimal("0.01")), None)  # more than the ledger takes
     with process(books, directory) as heir:
         for _ in range(2):
             await heir.recovery.replay(*leftovers_in(directory))
         assert [(await row_of(books, one))["state"] for one in (poisoned, held)] == ["open", "settled"]
         (leftover,) = leftovers_in(directory)
-        assert poisoned.hold_id in leftover.known
+        assert poisoned.hold_id in leftover.open_holds
     assert await caller.balance() == Decimal("99.1")
     await assert_books_hold(books)
 
@@ -500,7 +503,7 @@ async def test_a_hold_of_a_process_elsewhere_is_nobody_elses_to_release(
     held = await hold(books, caller, "5")  # by a ledger whose journal is not in this directory
     await change(OLD if is_old else DUE)
     with process(books, directory) as living:
-        assert await living.recovery.look() == 1
+        assert await living.recovery.process_due_holds() == 1
     row = await row_of(books, held)
     assert (row["state"], row["is_unresolved"]) == (("released", True) if is_old else ("open", False))
 
@@ -512,10 +515,10 @@ async def test_a_hold_of_a_machine_that_is_lost_does_not_count_as_running(
     held = await hold(books, caller, "5")  # by a ledger whose journal is not in this directory
     with process(books, directory) as living:
         await change(DUE)
-        assert await living.recovery.look() == 1
+        assert await living.recovery.process_due_holds() == 1
         assert (await row_of(books, held))["is_sent"] is False  # its process may be alive yet
         await change("UPDATE holds SET due_at = now(), created_at = now() - interval '2 hours'")
-        assert await living.recovery.look() == 1
+        assert await living.recovery.process_due_holds() == 1
     row = await row_of(books, held)
     assert (row["state"], row["is_sent"]) == ("open", True)
     async with books.snapshot() as connection:
@@ -536,9 +539,9 @@ async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence
         await change(OLD)
         await change("UPDATE holds SET looks = 10")
         with caplog.at_level(logging.ERROR, "gptutor.recovery"):
-            assert await living.recovery.look() == 1
+            assert await living.recovery.process_due_holds() == 1
         (record,) = caplog.records
-        assert record.getMessage() == "A hold is given up: nobody learnt what it bought"
+        assert record.getMessage() == "Recovery gives up a hold: no evidence of what it bought"
         row = await row_of(books, held)
         assert (row["state"], row["is_unresolved"], row["generation_id"]) == ("released", True, name)
         assert (await caller.balance(), await caller.held()) == (100, 0)
@@ -551,7 +554,7 @@ async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence
         row = await row_of(books, held)
         assert (row["state"], row["is_unresolved"], row["is_late"]) == ("settled", False, True)
         assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
-        assert await living.recovery.look() == 0
+        assert await living.recovery.process_due_holds() == 0
         assert await books.fetch("list_waiting_holds") == []
     await assert_books_hold(books)
 
@@ -560,7 +563,7 @@ async def test_openrouter_may_take_its_time_to_say_a_price(
     books: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the closing has little time, for it can be held up; a question has its own."""
-    monkeypatch.setattr("gptutor.money.recovery.CLOSING_S", 0.5)
+    monkeypatch.setattr("gptutor.money.recovery.CLOSE_TIMEOUT_S", 0.5)
     caller, generations = await make_caller(books, "100"), Generations({"gen-1": Decimal("0.01")})
     answered = generations.cost_of
 
@@ -572,7 +575,7 @@ async def test_openrouter_may_take_its_time_to_say_a_price(
     with process(books, directory, generations=generations) as living:
         held = await hold(books, caller, "5")
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
-        assert await living.recovery.look() == 1
+        assert await living.recovery.process_due_holds() == 1
     assert await caller.balance() == Decimal("99.1")
 
 
@@ -583,11 +586,11 @@ async def test_a_name_is_asked_for_more_than_once_however_old_it_is(books: Datab
         held = await hold(books, caller, "5")
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
         await change(OLD)
-        await living.recovery.look()
+        await living.recovery.process_due_holds()
         await assert_books_hold(books)
         living.generations.says["gen-1"] = Decimal("0.01")
         await make_due(books)
-        await living.recovery.look()
+        await living.recovery.process_due_holds()
     assert await caller.balance() == Decimal("99.1")
 
 
@@ -599,7 +602,7 @@ async def test_a_name_is_asked_for_at_least_once_however_old_it_is(books: Databa
     await change(OLD)
     with process(books, directory, generations=Generations({"gen-1": Decimal("0.01")})) as heir:
         await heir.recovery.replay(*leftovers_in(directory))
-        await heir.recovery.look()
+        await heir.recovery.process_due_holds()
     assert heir.generations.asked == ["gen-1"]
     assert await caller.balance() == Decimal("99.1")
 
@@ -622,13 +625,13 @@ async def test_a_hold_whose_exchange_ends_while_it_is_claimed_is_not_taken_for_o
                 monkeypatch.setattr(books, "fetch", fetch)
                 if handed_over:
                     await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
-                living.ledger.let_go(held.hold_id)
+                living.ledger.deactivate(held.hold_id)
             return rows
 
         monkeypatch.setattr(books, "fetch", meanwhile)
-        await living.recovery.look()
+        await living.recovery.process_due_holds()
         await change(DUE)
-        await living.recovery.look()
+        await living.recovery.process_due_holds()
     assert (await row_of(books, held))["state"] == "settled"
     assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
 
@@ -640,7 +643,7 @@ async def test_the_rate_that_was_promised_is_charged_whatever_the_rate_is_now(bo
         held = await hold(books, caller, "5", ledger=early.ledger)
         await early.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
     with process(books, directory, rate=Decimal("123.45"), generations=Generations({"gen-1": Decimal("0.01")})) as late:
-        assert await late.recovery.look() == 1
+        assert await late.recovery.process_due_holds() == 1
     entry, _ = await Bookings(books).entries(caller.account_id, 10)
     assert (entry.amount, entry.rub_per_usd) == (-812_500_000, Decimal("81.25"))
     await assert_books_hold(books)
@@ -658,7 +661,7 @@ async def test_a_look_up_that_fails_does_not_stop_the_others(
         for number, held in enumerate(holds):
             await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, f"gen-{number}"))
         with caplog.at_level(logging.ERROR, "gptutor.recovery"):
-            assert await living.recovery.look() == 5
+            assert await living.recovery.process_due_holds() == 5
         assert [record.getMessage() for record in caplog.records] == [
             "A hold could not be closed: RuntimeError('a bug in one of five')"
         ]
@@ -668,7 +671,7 @@ async def test_a_look_up_that_fails_does_not_stop_the_others(
 
         generations.says["gen-2"] = Decimal("0.02")
         await make_due(books)
-        assert await living.recovery.look() == 1
+        assert await living.recovery.process_due_holds() == 1
     assert await caller.balance() == Decimal("94.6")
     await assert_books_hold(books)
 
@@ -687,7 +690,7 @@ async def test_a_hold_closed_meanwhile_is_not_charged_again(
             return Decimal("0.01")
 
         monkeypatch.setattr(living.recovery, "_cost_of", cost_of)
-        assert await living.recovery.look() == 1
+        assert await living.recovery.process_due_holds() == 1
     assert await caller.balance() == Decimal("99.1")
     await assert_books_hold(books)
 
@@ -701,7 +704,7 @@ async def test_a_hand_over_of_a_closed_hold_changes_nothing(books: Database, dir
         before = await row_of(books, held)
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-other"))
         assert await row_of(books, held) == before
-        assert await living.recovery.look() == 0
+        assert await living.recovery.process_due_holds() == 0
 
 
 # -- Idempotency-Key

@@ -24,7 +24,7 @@ import aiohttp
 import asyncpg
 
 from gptutor.app import JOURNALS, derived_key
-from gptutor.money.journal import read_slot
+from gptutor.money.journal import read_journals
 from tests.chaos.stage import SECRET
 
 NANO = 10**9
@@ -207,6 +207,6 @@ def leftovers(data: Path) -> list[str]:
     """What an orderly end leaves in the journals: nothing, but for locks."""
     left = []
     for slot in sorted((data / JOURNALS).iterdir()):
-        for leftover in read_slot(slot):
-            left.append(f"the journal of {leftover.owner} was left behind, with {len(leftover.known)} holds")
+        for leftover in read_journals(slot):
+            left.append(f"the journal of {leftover.owner} was left behind, with {len(leftover.open_holds)} holds")
     return left

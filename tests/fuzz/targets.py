@@ -19,7 +19,7 @@ from gptutor.config import load
 from gptutor.errors import ApiError
 from gptutor.integrations.vk import NotSigned, signature, verify
 from gptutor.money.amounts import AccountId
-from gptutor.money.keys import FORM, hash_key, make_key, parse_key
+from gptutor.money.keys import KEY_PATTERN, hash_key, make_key, parse_key
 from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner
 from gptutor.openrouter.catalogue import CatalogueError, parse_models
 
@@ -190,7 +190,7 @@ def key(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     claim = parse_key(text)
     if claim is not None:
-        form = FORM.fullmatch(text)
+        form = KEY_PATTERN.fullmatch(text)
         assert form is not None
         assert claim.account_id == int(form[1]) < 2**63
         assert claim.key_hash == hash_key(text)

@@ -60,5 +60,5 @@ def mortal(books: Database, directory: Path, slot: int = 50) -> Ledger:
     return ledger_of(books, Journal(directory / str(slot), 1 << 20, 1 << 30))
 
 
-def leftovers_in(directory: Path, slot: int = 50) -> list[journal.Leftover]:
-    return journal.read_slot(directory / str(slot))
+def leftovers_in(directory: Path, slot: int = 50) -> list[journal.AbandonedJournal]:
+    return journal.read_journals(directory / str(slot))

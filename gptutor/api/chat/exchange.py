@@ -25,7 +25,7 @@ from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.http.middlewares import LOGGED
 from gptutor.http.response_head import CompleteResponse
 from gptutor.money.amounts import roubles
-from gptutor.money.holds import Hold, HoldId, HoldRequest, NotHeld, UnknownKey, new_id
+from gptutor.money.holds import Hold, HoldId, HoldRejected, HoldRequest, UnknownKey, new_id
 from gptutor.money.journal import JournalError
 from gptutor.money.pricing import Ceiling
 from gptutor.openrouter.bill import BillScanner, read_usage_report
@@ -72,7 +72,7 @@ class Exchange:
         try:
             await self._trade(hold_id)
         finally:
-            self._kit.ledger.let_go(hold_id)
+            self._kit.ledger.deactivate(hold_id)
             if not self.answer.done():  # this task is being cut off
                 self._refuse(ApiError("not_ready", cause="cut off at the end", headers=DO_NOT_RETRY if self._is_sent else None))
             if self._is_logged:
@@ -107,7 +107,7 @@ class Exchange:
         )
         try:
             hold = await self._kit.ledger.hold_funds(request)
-        except NotHeld as error:
+        except HoldRejected as error:
             if not isinstance(error, UnknownKey):  # nobody's request leaves no line in anybody's name
                 self._log_request()
             raise hold_error(error, self._kit.pace) from None
@@ -269,6 +269,6 @@ class Exchange:
             prompt_tokens=price.prompt_tokens if price else None,
             completion_tokens=price.completion_tokens if price else None,
             cost_usd=price.cost_usd if price else None,
-            cost_rub=roubles(price.charge) if price else None,
+            cost_rub=roubles(price.amount) if price else None,
             cause=self._cause,
         )

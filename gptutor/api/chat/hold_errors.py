@@ -2,17 +2,25 @@
 
 from gptutor.errors import ApiError
 from gptutor.http.rate_limit import UNDISCLOSED, RateLimit
-from gptutor.money.holds import InsufficientFunds, KeyCapReached, NotHeld, RateLimited, RepeatedRequest, TooManyAtOnce, UnknownKey
+from gptutor.money.holds import (
+    ConcurrencyLimitReached,
+    HoldRejected,
+    InsufficientFunds,
+    KeyLimitReached,
+    RateLimited,
+    RepeatedRequest,
+    UnknownKey,
+)
 
-CODES: dict[type[NotHeld], str] = {
+CODES: dict[type[HoldRejected], str] = {
     UnknownKey: "invalid_key",
     InsufficientFunds: "insufficient_balance",
-    KeyCapReached: "key_cap_reached",
-    TooManyAtOnce: "too_many_at_once",
+    KeyLimitReached: "key_cap_reached",
+    ConcurrencyLimitReached: "too_many_at_once",
 }
 
 
-def hold_error(error: NotHeld, pace: RateLimit) -> ApiError:
+def hold_error(error: HoldRejected, pace: RateLimit) -> ApiError:
     """`pace` is the account's limit; of a key's own limit no figures are told."""
     if isinstance(error, RateLimited):
         return (UNDISCLOSED if error.of_key else pace).refusal()
