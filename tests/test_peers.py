@@ -501,7 +501,7 @@ async def test_a_refund_whose_reply_is_lost_is_not_measured_against_itself(
     books: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = await make_caller(books, "60")
-    Statements(books, monkeypatch).lost_replies.append("book_entry")
+    Statements(books, monkeypatch).lost_responses.append("book_entry")
     await Bookings(books).book(caller.account_id, "refund", Nano(-50 * 10**9), covered=True)
     assert await caller.balance() == 10
     await assert_books_hold(books)
@@ -532,7 +532,7 @@ async def test_a_booking_whose_reply_is_lost_is_made_once_and_said_to_be_made(
     books: Database, monkeypatch: pytest.MonkeyPatch, reference: str | None
 ) -> None:
     caller = await make_caller(books, "0")
-    Statements(books, monkeypatch).lost_replies.append("book_entry")
+    Statements(books, monkeypatch).lost_responses.append("book_entry")
     booking = await Bookings(books).book(caller.account_id, "topup", Nano(10**9), reference=reference)
     assert booking.amount == 10**9
     assert (await Bookings(books).user(caller.account_id)).balance == 10**9

@@ -26,7 +26,7 @@ from gptutor.money.usage import Cursor, Usage
 from gptutor.money.users import NoSuchUser
 from tests.support.gateway import Caller, Gateway, make_caller
 from tests.support.ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
-from tests.support.recovery import leftovers_in, mortal, process
+from tests.support.recovery import journals_in, mortal, process
 
 MODELS = ("google/gemini-2.5-flash-lite", "openai/gpt-4o-mini", "anthropic/claude-3-haiku")
 PATHS = ("/v1/credits", "/v1/usage", "/v1/usage/totals", "/v1/generation?id=x")
@@ -308,8 +308,8 @@ async def test_what_recovery_and_late_evidence_settle_is_in_the_totals(gateway: 
     dead.journal.record_sent(held.account_id, held.hold_id)
     dead.journal.record_charge(held.hold_id, Charge(Nano(9 * 10**8), Decimal("0.01"), 15, 32), "gen-1")
     with process(books, directory) as heir:
-        for leftover in leftovers_in(directory):
-            await heir.recovery.replay(leftover)
+        for abandoned in journals_in(directory):
+            await heir.recovery.replay(abandoned)
     given_up = await hold(books, caller, "5")
     await ledger_of(books).release(Release(caller.account_id, given_up.hold_id, unresolved=True))
     assert await ledger_of(books).settle(settlement(given_up, "0.02")) == "settled_late"

@@ -1,8 +1,8 @@
 """The balance auditor of a running service: it logs accounts whose row was changed without the ledger, such as by hand.
 
 `gptutor verify` checks all invariants over all rows, and takes long. The auditor checks only accounts that were written since its
-previous check: PostgreSQL marks each version of a row with the transaction that wrote it, so that no change can escape, whoever
-made it. Changes that were made while no process was running are left to `gptutor verify`.
+previous check: PostgreSQL marks each version of a row with the transaction that wrote it, so that a change by hand is found like
+any other. Changes that were made while no process was running are left to `gptutor verify`.
 """
 
 import asyncio

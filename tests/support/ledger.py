@@ -1,4 +1,4 @@
-"""Holds, settlements and releases, put to a ledger directly."""
+"""Holds, settlements and releases made directly with a ledger."""
 
 import tempfile
 from decimal import Decimal
@@ -18,9 +18,9 @@ RATE = Decimal(90)
 
 
 def claim(caller: Caller) -> KeyClaim:
-    read = parse_key(caller.key)
-    assert read is not None
-    return read
+    parsed = parse_key(caller.key)
+    assert parsed is not None
+    return parsed
 
 
 def ledger_of(books: Database, journal: Journal | None = None) -> Ledger:
