@@ -1,5 +1,5 @@
-"""Our charges against OpenRouter's own totals (contract C9; rows operator-5, upstream-19): a lost or doubled charge shows as a
-difference, and holds without evidence are listed with the most that they may cost."""
+"""Our books against OpenRouter's own totals (contract C9; rows operator-5, upstream-19): what was lost, or doubled, shows as a
+difference, and what is not known yet is named with the most that it can be."""
 
 import datetime
 import json
@@ -47,12 +47,12 @@ async def test_a_days_charges_are_compared_to_the_last_digit(books: Database, da
 
     theirs = {first - 2 * DAY: Decimal("0.7"), first: Decimal("0.0330000000000000001"), first - DAY: Decimal("0.4")}
     found = await reconcile(books, theirs)
-    assert [(day.day, day.ours_usd, day.openrouter_usd, day.difference_usd) for day in found.days] == [
+    assert [(day.day, day.ours_usd, day.theirs_usd, day.difference_usd) for day in found.days] == [
         (first, Decimal("0.033"), Decimal("0.0330000000000000001"), Decimal("0.0000000000000000001")),
-        (first - DAY, Decimal("0.5"), Decimal("0.4"), Decimal("-0.1")),  # we charged more than OpenRouter did
-        (first - 2 * DAY, 0, Decimal("0.7"), Decimal("0.7")),  # OpenRouter charged what our ledger does not have
+        (first - DAY, Decimal("0.5"), Decimal("0.4"), Decimal("-0.1")),  # we charged more than it did
+        (first - 2 * DAY, 0, Decimal("0.7"), Decimal("0.7")),  # it charged what we know nothing of
     ]
-    assert (found.waiting, found.waiting_cost_max) == ([], 0)
+    assert (found.waiting, found.at_most) == ([], 0)
     days = orjson.loads(orjson.dumps(found.as_json()))["days"]
     assert days[0] == {
         "day": first.isoformat(),
@@ -62,7 +62,7 @@ async def test_a_days_charges_are_compared_to_the_last_digit(books: Database, da
     }
 
 
-async def test_holds_that_wait_for_evidence_or_were_given_up_are_listed_with_the_most_that_they_may_cost(
+async def test_what_waits_for_evidence_and_what_was_given_up_is_named_with_the_most_that_it_may_have_cost(
     books: Database,
 ) -> None:
     """Contract C6, C9; row upstream-19: a list, not a silence."""
@@ -82,14 +82,14 @@ async def test_holds_that_wait_for_evidence_or_were_given_up_are_listed_with_the
         ("open", parse_roubles("1"), "gen-1", caller.account_id),
         ("released", parse_roubles("2.5"), None, caller.account_id),
     ]
-    assert found.waiting_cost_max == parse_roubles("3.5")
-    document = json.loads(orjson.dumps(found.as_json()))
-    assert document["waitingAtMost"] == "3.5"
-    assert [(one["atMost"], one["model"], one["requestId"], one["generationId"]) for one in document["waiting"]] == [
+    assert found.at_most == parse_roubles("3.5")
+    told = json.loads(orjson.dumps(found.as_json()))
+    assert told["waitingAtMost"] == "3.5"
+    assert [(one["atMost"], one["model"], one["requestId"], one["generationId"]) for one in told["waiting"]] == [
         ("1", "a/b", "r", "gen-1"),
         ("2.5", "a/b", "r", None),
     ]
-    assert under_way.amount == parse_roubles("4")  # it is running in a living process, and is not listed
+    assert under_way.amount == parse_roubles("4")  # it is under way in a living process, and nobody misses it
 
     await ledger.settle(settlement(given_up, "0.01"))
     assert [one.generation_id for one in (await reconcile(books, {})).waiting] == ["gen-1"]

@@ -18,7 +18,7 @@ from gptutor.http.json_body import Amount
 from gptutor.http.query import Query
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
-from gptutor.money.reconciliation import cost_max, waiting_holds
+from gptutor.money.reconciliation import sum_of, waiting_holds
 from gptutor.money.records import booking_json, csv_head, csv_lines, entry_json, user_json
 
 LOGGER = logging.getLogger("gptutor.admin")
@@ -98,7 +98,7 @@ async def ledger(request: web.Request) -> web.Response:
 async def holds(request: web.Request) -> web.Response:
     Query(request, ())
     waiting = await waiting_holds(request.app[DATABASE])
-    return data_response([hold.as_json() for hold in waiting], atMost=roubles(cost_max(waiting)))
+    return data_response([hold.as_json() for hold in waiting], atMost=roubles(sum_of(waiting)))
 
 
 async def export_ledger(request: web.Request) -> web.StreamResponse:

@@ -25,7 +25,7 @@ from gptutor.money.invariants import check, load_invariants
 from gptutor.money.journal import JournalError
 from gptutor.money.key_limits import InvalidLimit
 from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
-from gptutor.money.reconciliation import WaitingHold, cost_max, reconcile, waiting_holds
+from gptutor.money.reconciliation import WaitingHold, reconcile, sum_of, waiting_holds
 from gptutor.money.users import NoSuchUser
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.totals import totals
@@ -173,9 +173,7 @@ def reconcile_command(json: Json = False) -> None:
         print_json(found.as_json())
         return
     for day in found.days:
-        out.print(
-            f"{day.day}  ours {day.ours_usd:f}  OpenRouter {day.openrouter_usd:f}  difference {day.difference_usd:f} dollars"
-        )
+        out.print(f"{day.day}  ours {day.ours_usd:f}  OpenRouter {day.theirs_usd:f}  difference {day.difference_usd:f} dollars")
     _print_waiting(found.waiting)
 
 
@@ -184,7 +182,7 @@ def holds_command(json: Json = False) -> None:
     """List the holds whose cost is not known: they wait for evidence, or were given up."""
     waiting = with_books(waiting_holds)
     if json:
-        print_json({"waiting": [hold.as_json() for hold in waiting], "waitingAtMost": roubles(cost_max(waiting))})
+        print_json({"waiting": [hold.as_json() for hold in waiting], "waitingAtMost": roubles(sum_of(waiting))})
     else:
         _print_waiting(waiting)
 
@@ -218,7 +216,7 @@ def rekey_command(json: Json = False) -> None:
 
 
 def _print_waiting(waiting: list[WaitingHold]) -> None:
-    out.print(f"{len(waiting)} holds wait for evidence, or were given up; together at most {roubles(cost_max(waiting))} roubles:")
+    out.print(f"{len(waiting)} holds wait for evidence, or were given up; together at most {roubles(sum_of(waiting))} roubles:")
     for hold in waiting:
         out.print(
             f"  user {hold.account_id}  {hold.created_at:%Y-%m-%d %H:%M}  {hold.state}  at most {roubles(hold.amount)} roubles  "

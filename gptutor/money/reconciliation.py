@@ -1,6 +1,7 @@
-"""Compares our charges with OpenRouter's own totals, day by day: a difference is a lost or a doubled charge (contract C9).
+"""Our charges against OpenRouter's own totals, day by day: the difference is what was lost, or doubled (contract C9).
 
-Small differences at midnight are not losses: OpenRouter counts a request on the day it finishes, and we on the day we book it.
+Small differences at midnight are no loss: OpenRouter counts a request on the day on which it finishes, we on the day on which we
+book it.
 """
 
 import datetime
@@ -15,20 +16,20 @@ from gptutor.money.amounts import AccountId, Nano, roubles
 
 @dataclass(frozen=True, slots=True)
 class DailyCost:
-    """The costs of one UTC day in dollars: by our ledger, and by OpenRouter."""
+    """One UTC day's costs in dollars."""
 
     day: datetime.date
     ours_usd: Decimal
-    openrouter_usd: Decimal
+    theirs_usd: Decimal
 
     @property
     def difference_usd(self) -> Decimal:
-        return self.openrouter_usd - self.ours_usd
+        return self.theirs_usd - self.ours_usd
 
 
 @dataclass(frozen=True, slots=True)
 class WaitingHold:
-    """A hold without evidence of its cost, open or given up. `amount` is the most that the request may have cost."""
+    """A hold whose cost is not known, `open` or given up; `amount` is the most that it may have cost."""
 
     account_id: AccountId
     state: str
@@ -56,8 +57,8 @@ class Reconciliation:
     waiting: list[WaitingHold]
 
     @property
-    def waiting_cost_max(self) -> Nano:
-        return cost_max(self.waiting)
+    def at_most(self) -> Nano:
+        return sum_of(self.waiting)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -65,27 +66,27 @@ class Reconciliation:
                 {
                     "day": day.day.isoformat(),
                     "oursUsd": f"{day.ours_usd:f}",
-                    "openrouterUsd": f"{day.openrouter_usd:f}",
+                    "openrouterUsd": f"{day.theirs_usd:f}",
                     "differenceUsd": f"{day.difference_usd:f}",
                 }
                 for day in self.days
             ],
             "waiting": [hold.as_json() for hold in self.waiting],
-            "waitingAtMost": roubles(self.waiting_cost_max),
+            "waitingAtMost": roubles(self.at_most),
         }
 
 
-async def reconcile(database: Database, openrouter_usd: Mapping[datetime.date, Decimal]) -> Reconciliation:
-    """Compares the UTC days for which OpenRouter gives a total, newest first. Raises DatabaseUnavailable."""
+async def reconcile(database: Database, theirs_usd: Mapping[datetime.date, Decimal]) -> Reconciliation:
+    """Compares the days that OpenRouter tells of with ours, newest first. Raises DatabaseUnavailable."""
     days = []
-    for day in sorted(openrouter_usd, reverse=True):
+    for day in sorted(theirs_usd, reverse=True):
         row = await database.fetchrow("cost_of_day", day)
-        days.append(DailyCost(day, row["cost_usd"] if row else Decimal(0), openrouter_usd[day]))
+        days.append(DailyCost(day, row["cost_usd"] if row else Decimal(0), theirs_usd[day]))
     return Reconciliation(days, await waiting_holds(database))
 
 
 async def waiting_holds(database: Database) -> list[WaitingHold]:
-    """Holds that wait for evidence of their cost, or that recovery gave up; oldest first. Raises DatabaseUnavailable."""
+    """Holds that wait for evidence of what they bought, or were given up; the oldest first. Raises DatabaseUnavailable."""
     return [
         WaitingHold(
             AccountId(row["account_id"]),
@@ -100,6 +101,6 @@ async def waiting_holds(database: Database) -> list[WaitingHold]:
     ]
 
 
-def cost_max(holds: Iterable[WaitingHold]) -> Nano:
-    """The most that these holds may cost together."""
+def sum_of(holds: Iterable[WaitingHold]) -> Nano:
+    """The most that they may have cost together."""
     return Nano(sum(hold.amount for hold in holds))
