@@ -26,7 +26,7 @@ from gptutor.integrations import yookassa
 from gptutor.money import journal
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.balance_auditor import BalanceAuditor
-from gptutor.money.journal import Journal, Leftover
+from gptutor.money.journal import AbandonedJournal, Journal
 from gptutor.money.keyring import KeyRing
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
@@ -51,7 +51,7 @@ LOG = web.AppKey("log", LoggerService)
 UPSTREAM = web.AppKey("upstream", service.OpenRouterService)
 CATALOGUE = web.AppKey("catalogue", catalogue.Catalogue)
 JOURNAL = web.AppKey("journal", Journal)
-LEFTOVERS = web.AppKey("leftovers", list[Leftover])
+LEFTOVERS = web.AppKey("leftovers", list[AbandonedJournal])
 RECOVERY = web.AppKey("recovery", Recovery)
 SECRET = web.AppKey("secret", bytes)
 VAULT = web.AppKey("vault", Vault)
@@ -247,13 +247,13 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
     opening.cancel()
     await asyncio.gather(opening, return_exceptions=True)
     unfreed = await ledger.drain(ORPHANS_DRAIN_S)
-    app[JOURNAL].proves_something = bool(late or unfreed)
+    app[JOURNAL].keep_when_empty = bool(late or unfreed)
 
 
 async def open_for_business(app: web.Application) -> None:
     """Waits for a migrated database, replays what dead processes left, opens the door, and goes on recovering and watching."""
     readiness = app[health.READINESS]
-    left: list[Leftover] = []
+    left: list[AbandonedJournal] = []
     while readiness.obstacle is not None:
         try:
             if pending := await migrations.pending_migrations(app[CONFIG].database.url):

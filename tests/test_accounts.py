@@ -29,7 +29,7 @@ from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import hash_key, make_key
 from gptutor.money.users import NoSuchUser, UserRepository
-from gptutor.money.vault import Sealed, Unreadable, Vault
+from gptutor.money.vault import DecryptionFailed, EncryptedKey, Vault
 from tests.support.books import assert_books_agree
 from tests.support.gateway import SECRET, VAULT, Caller, Gateway, make_caller
 from tests.support.ledger import assert_books_hold
@@ -302,23 +302,23 @@ async def test_a_copy_opens_only_in_its_row_and_with_its_secret() -> None:
     """Contract D4."""
     key = make_key(AccountId(1))
     key_hash = hash_key(key)
-    sealed = VAULT.seal(AccountId(1), key_hash, key)
-    assert VAULT.open(AccountId(1), key_hash, sealed) == key
+    sealed = VAULT.encrypt(AccountId(1), key_hash, key)
+    assert VAULT.decrypt(AccountId(1), key_hash, sealed) == key
     assert key.encode() not in sealed.data
-    assert VAULT.seal(AccountId(1), key_hash, key).data != sealed.data
+    assert VAULT.encrypt(AccountId(1), key_hash, key).data != sealed.data
     flipped = bytes([sealed.data[0] ^ 1]) + sealed.data[1:]
     for vault, account_id, own_hash, copy in [
         (VAULT, 2, key_hash, sealed),
         (VAULT, 1, hash_key("another"), sealed),
-        (VAULT, 1, key_hash, Sealed(flipped, sealed.secret_id)),
-        (VAULT, 1, key_hash, Sealed(sealed.data[:20], sealed.secret_id)),
-        (VAULT, 1, key_hash, Sealed(b"", sealed.secret_id)),
+        (VAULT, 1, key_hash, EncryptedKey(flipped, sealed.secret_id)),
+        (VAULT, 1, key_hash, EncryptedKey(sealed.data[:20], sealed.secret_id)),
+        (VAULT, 1, key_hash, EncryptedKey(b"", sealed.secret_id)),
         (Vault([b"x" * 32]), 1, key_hash, sealed),
-        (Vault([b"x" * 32]), 1, key_hash, Sealed(sealed.data, Vault([b"x" * 32]).secret_id)),
+        (Vault([b"x" * 32]), 1, key_hash, EncryptedKey(sealed.data, Vault([b"x" * 32]).secret_id)),
     ]:
-        with pytest.raises(Unreadable):
-            vault.open(AccountId(account_id), own_hash, copy)
-    assert Vault([b"x" * 32, SECRET]).open(AccountId(1), key_hash, sealed) == key
+        with pytest.raises(DecryptionFailed):
+            vault.decrypt(AccountId(account_id), own_hash, copy)
+    assert Vault([b"x" * 32, SECRET]).decrypt(AccountId(1), key_hash, sealed) == key
 
 
 async def test_a_copy_that_was_moved_to_another_row_is_not_shown(books: Database, database_url: str) -> None:
@@ -331,7 +331,7 @@ async def test_a_copy_that_was_moved_to_another_row_is_not_shown(books: Database
         thief.account_id,
     )
     await connection.close()
-    with pytest.raises(Unreadable):
+    with pytest.raises(DecryptionFailed):
         await KeyRing(books, VAULT).main(thief.account_id)
     assert await KeyRing(books, VAULT).main(victim.account_id) == victim.key
 
@@ -363,7 +363,7 @@ async def test_a_main_key_that_cannot_be_shown_is_replaced_once_however_many_ask
 async def test_a_secret_that_is_a_wrong_one_kills_no_key(gateway: Gateway) -> None:
     caller = await gateway.caller()
     for _ in range(2):
-        with pytest.raises(Unreadable):
+        with pytest.raises(DecryptionFailed):
             await KeyRing(gateway.books, Vault([b"w" * 32])).main(caller.account_id)
     assert await KeyRing(gateway.books, VAULT).main(caller.account_id) == caller.key
     assert (await gateway.chat(caller))[0].status == 200

@@ -24,7 +24,7 @@ from gptutor.money.holds import HandOver
 from gptutor.money.key_limits import InvalidLimit, changed, end_of
 from gptutor.money.keyring import KeyLimits, KeyRing, NoSuchKey
 from gptutor.money.users import UserRepository
-from gptutor.money.vault import Unreadable, Vault
+from gptutor.money.vault import DecryptionFailed, Vault
 from gptutor.telemetry import logs
 from gptutor.telemetry.log_writer import logging_to
 from tests.support.gateway import SECRET, make_caller
@@ -192,7 +192,7 @@ async def test_copies_are_sealed_with_the_secret_of_today(books: Database, datab
     told = run(environ, "rekey").stdout
     assert "0 copies were sealed anew with today's secret.\n1 copies are opened by no known secret" in told
     ring = KeyRing(books, Vault([today]))
-    with pytest.raises(Unreadable):
+    with pytest.raises(DecryptionFailed):
         await ring.main(keys[2][0])
     knowing = f"{environ['GPTUTOR_SECURITY__OLD_SECRET_KEYS']} {base64.b64encode(lost).decode()}"
     environ["GPTUTOR_SECURITY__OLD_SECRET_KEYS"] = knowing

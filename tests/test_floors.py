@@ -23,7 +23,7 @@ FORBIDDEN = {
 PURE = {
     "gptutor.config.urls": (),
     "gptutor.money.amounts": (),
-    "gptutor.money.journal_records": ("gptutor.money.amounts", "gptutor.money.holds"),
+    "gptutor.money.journal_records": ("gptutor.money.amounts", "gptutor.money.holds", "gptutor.money.pricing"),
     "gptutor.money.keys": ("gptutor.money.amounts",),
     "gptutor.money.pricing": ("gptutor.money.amounts",),
     "gptutor.openrouter.response_parser": (),

@@ -20,14 +20,14 @@ from gptutor.database import pool
 from gptutor.database.pool import Database
 from gptutor.money.amounts import Nano, parse_roubles, roubles
 from gptutor.money.holds import (
+    ConcurrencyLimitReached,
     HandOver,
     Hold,
     HoldRequest,
     InsufficientFunds,
-    KeyCapReached,
+    KeyLimitReached,
     RateLimited,
     Release,
-    TooManyAtOnce,
     UnknownKey,
     new_id,
 )
@@ -114,7 +114,7 @@ async def test_twenty_at_once_on_a_cap_for_three_hold_exactly_three(
         *(hold(books, bot, "1", ledger=ledgers[number % 4]) for number in range(20)), return_exceptions=True
     )
     assert sum(isinstance(result, Hold) for result in results) == 3
-    assert sum(isinstance(result, KeyCapReached) for result in results) == 17
+    assert sum(isinstance(result, KeyLimitReached) for result in results) == 17
     assert await bot.counted() == (0, 3)
     assert await owner.held() == 3
     await hold(books, owner, "500")  # another key of the account is free of it
@@ -123,15 +123,15 @@ async def test_twenty_at_once_on_a_cap_for_three_hold_exactly_three(
 
 async def test_a_hold_takes_what_is_left_of_the_cap_down_to_the_least(owner: Caller, books: Database) -> None:
     bot = await limited(owner, "10")
-    held = await hold(books, bot, most="30", least="10")
+    held = await hold(books, bot, hold_max="30", available_min="10")
     assert (roubles(held.amount), roubles(held.available_before)) == ("10", "10")
-    with pytest.raises(KeyCapReached):
-        await hold(books, bot, most="1", least="0.000000001")
+    with pytest.raises(KeyLimitReached):
+        await hold(books, bot, hold_max="1", available_min="0.000000001")
 
 
 async def test_a_cap_above_the_balance_lends_nothing(books: Database) -> None:
     bot = await limited(await make_caller(books, "5"), "1000")
-    held = await hold(books, bot, most="30", least="1")
+    held = await hold(books, bot, hold_max="30", available_min="1")
     assert (roubles(held.amount), roubles(held.available_before)) == ("5", "5")
     with pytest.raises(InsufficientFunds):
         await hold(books, bot, "1")
@@ -139,7 +139,7 @@ async def test_a_cap_above_the_balance_lends_nothing(books: Database) -> None:
 
 async def test_a_cap_of_nothing_is_a_cap(owner: Caller, books: Database) -> None:
     bot = await limited(owner, "0")
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, bot, "0.000000001")
 
 
@@ -164,7 +164,7 @@ async def test_the_end_of_a_hold_leaves_exactly_what_was_spent(owner: Caller, bo
     for again in (settled, released, handed, given_up, dear):
         await ledger.settle(settlement(again, "0.01")) if again is not released else await ledger.release(release(again))
     assert await bot.counted() == (Decimal("185.4"), 0)
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, bot, "0.01")
     await assert_books_hold(books)
 
@@ -175,15 +175,15 @@ async def test_a_daily_cap_is_whole_again_on_the_next_day(owner: Caller, books: 
     overnight = await hold(books, daily, "2")
     for bot in (daily, total):
         await ledger.settle(settlement(await hold(books, bot, "8"), "0.08"))  # 7.2 roubles
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, daily, "1")
     await raw.execute("UPDATE api_keys SET spent_on = spent_on - 1 WHERE spent_nano > 0")
     assert await daily.counted() == (0, 2)
     assert await total.counted() == (Decimal("7.2"), 0)
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, total, "8")
     today = await hold(books, daily, "8")  # what was held overnight still counts
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, daily, "0.1")
     await ledger.settle(settlement(overnight, "0.01"))  # charged today, so spent today
     assert await daily.counted() == (Decimal("0.9"), 8)
@@ -224,7 +224,7 @@ async def test_a_cap_below_what_is_spent_stops_the_key(owner: Caller, books: Dat
     await ledger.settle(settlement(await hold(books, bot, "5"), "0.05"))
     running = await hold(books, bot, "5")
     await bot.limit("1", "total")
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, bot, "0.000000001")
     await ledger.settle(settlement(running, "0.05"))
     assert await bot.counted() == (9, 0)
@@ -301,9 +301,9 @@ async def _play(url: str, history: list[tuple[Any, ...]]) -> None:
                 try:
                     holds.append(await hold(books, bot, str(amount), ledger=ledger))
                     model.open[holds[-1].hold_id] = (amount, model.cap is not None)
-                except (KeyCapReached, InsufficientFunds) as error:
+                except (KeyLimitReached, InsufficientFunds) as error:
                     refused = type(error)
-                assert refused is (InsufficientFunds if free < amount else KeyCapReached if room < amount else None)
+                assert refused is (InsufficientFunds if free < amount else KeyLimitReached if room < amount else None)
             elif kind == "limit":
                 period, cap = numbers[0], None if numbers[0] is None else Decimal(numbers[1])
                 model.limit(cap, period)
@@ -386,13 +386,13 @@ async def test_no_account_has_more_requests_at_once_than_it_may(
     bot = await limited(owner, "100")
 
     async def ask(number: int) -> Hold:
-        ceiling = Ceiling(most=parse_roubles("1"), least=parse_roubles("1"))
+        ceiling = Ceiling(hold_max=parse_roubles("1"), available_min=parse_roubles("1"))
         whose = claim(bot if number % 3 else owner)
         return await (first, second)[number % 2].hold_funds(HoldRequest(whose, new_id(), ceiling, "a/b", "r"))
 
     async def fill(expected: int) -> list[Hold]:
         results = await asyncio.gather(*(ask(number) for number in range(20)), return_exceptions=True)
-        assert sum(isinstance(result, TooManyAtOnce) for result in results) == 20 - expected
+        assert sum(isinstance(result, ConcurrencyLimitReached) for result in results) == 20 - expected
         assert await open_requests(raw, owner) == 5
         await assert_books_hold(books)
         return [result for result in results if isinstance(result, Hold)]
@@ -438,7 +438,7 @@ async def test_the_places_of_a_dead_process_are_freed_by_recovery(
     bot = await limited(caller, "50")
     dead = ledger_for(gateway.books, tmp_path / "dead", 3)  # a journal that nobody has open: its process is no more
     running = [await hold(gateway.books, bot, "1", ledger=dead) for _ in range(3)]
-    with pytest.raises(TooManyAtOnce):
+    with pytest.raises(ConcurrencyLimitReached):
         await hold(gateway.books, bot, "1", ledger=dead)
     assert await open_requests(raw, caller) == 3
     await raw.execute(

@@ -28,7 +28,7 @@ from gptutor.money.bookings import Bookings
 from gptutor.money.holds import new_id
 from gptutor.money.invariants import check
 from gptutor.money.keyring import KeyRing
-from gptutor.money.keys import hash_key, make_key, shown
+from gptutor.money.keys import display_prefix, hash_key, make_key
 from gptutor.money.reconciliation import reconcile
 from gptutor.money.users import UserRepository
 from gptutor.server.serve import simulated_openrouter
@@ -76,7 +76,7 @@ async def test_the_version_before_works_beside_this_one(books: Database, databas
     account, key = user.account_id, make_key(user.account_id)
     old = await asyncpg.connect(database_url)
     await old.execute(
-        "INSERT INTO api_keys (account_id, key_hash, shown) VALUES ($1, $2, $3)", account, hash_key(key), shown(key)
+        "INSERT INTO api_keys (account_id, key_hash, shown) VALUES ($1, $2, $3)", account, hash_key(key), display_prefix(key)
     )
     await old.execute(
         "WITH account AS (UPDATE accounts SET balance_nano = balance_nano + $2 WHERE account_id = $1 RETURNING account_id)"

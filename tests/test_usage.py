@@ -21,13 +21,12 @@ from gptutor.http.query import cursor_of
 from gptutor.integrations.vk import signature
 from gptutor.money.amounts import AccountId, Nano, roubles
 from gptutor.money.holds import Hold, HoldRequest, Release, Settlement, new_id
-from gptutor.money.journal_records import Charge
-from gptutor.money.pricing import Ceiling, charge
+from gptutor.money.pricing import Ceiling, Charge, charge_amount
 from gptutor.money.usage import Cursor, Usage
 from gptutor.money.users import NoSuchUser
 from tests.support.gateway import Caller, Gateway, make_caller
 from tests.support.ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
-from tests.support.recovery import leftovers_in, mortal, process
+from tests.support.recovery import journals_in, mortal, process
 
 MODELS = ("google/gemini-2.5-flash-lite", "openai/gpt-4o-mini", "anthropic/claude-3-haiku")
 PATHS = ("/v1/credits", "/v1/usage", "/v1/usage/totals", "/v1/generation?id=x")
@@ -74,7 +73,7 @@ async def past(database_url: str) -> AsyncIterator[Any]:
 
     async def book(caller: Caller, cost: str, at: datetime.datetime, model: str = "a/b", entry: uuid.UUID | None = None) -> None:
         cost_usd = Decimal(cost)
-        await connection.execute(BOOK, caller.account_id, entry or new_id(), charge(cost_usd, RATE), model, cost_usd, at)
+        await connection.execute(BOOK, caller.account_id, entry or new_id(), charge_amount(cost_usd, RATE), model, cost_usd, at)
 
     yield book
     await connection.close()
@@ -88,7 +87,7 @@ async def test_everything_agrees_with_openrouters_bills_to_the_last_digit(gatewa
     for number, model in enumerate([*MODELS, *MODELS[:2], MODELS[0]]):
         await gateway.chat(caller, f"Tell me {number} stories", model=model, stream=number % 2 == 0)
     bills = gateway.simulator.billing.records
-    spent = sum((charge(bill.cost_usd, RATE) for bill in bills.values()), 0)
+    spent = sum((charge_amount(bill.cost_usd, RATE) for bill in bills.values()), 0)
     assert len(bills) == 6
     assert spent > 0
 
@@ -108,7 +107,7 @@ async def test_everything_agrees_with_openrouters_bills_to_the_last_digit(gatewa
     for entry in entries:
         bill = bills[entry["generation_id"]]
         assert Decimal(entry["cost_usd"]) == bill.cost_usd
-        assert entry["amount"] == roubles(-charge(bill.cost_usd, RATE))
+        assert entry["amount"] == roubles(-charge_amount(bill.cost_usd, RATE))
         assert (entry["kind"], entry["model"], entry["rate"]) == ("charge", bill.model, "90")
         assert (entry["prompt_tokens"], entry["completion_tokens"]) == (bill.prompt_tokens, bill.completion_tokens)
         assert caller.key.startswith(entry["key"])
@@ -284,7 +283,7 @@ async def test_tokens_are_added_up_as_far_as_they_are_known(gateway: Gateway) ->
     async def settle(prompt: int | None, completion: int | None) -> None:
         held = await hold(gateway.books, caller, "1", ledger=ledger)
         await ledger.settle(
-            Settlement(caller.account_id, held.hold_id, Nano(9), Decimal("0.0000000001"), None, prompt, completion)
+            Settlement(caller.account_id, held.hold_id, Charge(Nano(9), Decimal("0.0000000001"), prompt, completion), None)
         )
 
     async def tokens() -> list[tuple[int | None, int | None]]:
@@ -306,11 +305,11 @@ async def test_what_recovery_and_late_evidence_settle_is_in_the_totals(gateway: 
     caller, books, directory = await gateway.caller("100"), gateway.books, tmp_path / "dead"
     dead = mortal(books, directory)
     held = await hold(books, caller, "5", ledger=dead)
-    dead.journal.sent(held.account_id, held.hold_id)
-    dead.journal.billed(held.hold_id, Charge(Nano(9 * 10**8), Decimal("0.01"), 15, 32), "gen-1")
+    dead.journal.record_sent(held.account_id, held.hold_id)
+    dead.journal.record_charge(held.hold_id, Charge(Nano(9 * 10**8), Decimal("0.01"), 15, 32), "gen-1")
     with process(books, directory) as heir:
-        for leftover in leftovers_in(directory):
-            await heir.recovery.replay(leftover)
+        for abandoned in journals_in(directory):
+            await heir.recovery.replay(abandoned)
     given_up = await hold(books, caller, "5")
     await ledger_of(books).release(Release(caller.account_id, given_up.hold_id, unresolved=True))
     assert await ledger_of(books).settle(settlement(given_up, "0.02")) == "settled_late"
@@ -326,8 +325,8 @@ async def test_a_settlement_that_is_repeated_is_counted_once(gateway: Gateway) -
     caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
     held = await hold(gateway.books, caller, "5", ledger=ledger)
     batch = [settlement(held, "0.01")] * 2
-    await ledger._trade_batch(batch)
-    await ledger._trade_batch(batch)
+    await ledger._settle_and_hold_batch(batch)
+    await ledger._settle_and_hold_batch(batch)
     (total,) = await data(gateway, caller, "/v1/usage/totals")
     assert (total["requests"], total["amount"]) == (1, "0.9")
 
@@ -356,7 +355,7 @@ async def test_many_settlements_at_once_lose_no_total_and_never_deadlock(books: 
     for turn, ledger in itertools.product(range(5), ledgers):
         holds = [await hold(books, caller, "1", ledger=ledger) for caller in callers]
         batch = [settlement(held, "0.01") for held in holds]
-        batches.append(ledger._trade_batch(batch if turn % 2 else batch[::-1], waits=True))
+        batches.append(ledger._settle_and_hold_batch(batch if turn % 2 else batch[::-1], wait_for_locks=True))
     for outcomes in await asyncio.gather(*batches):
         assert {row["outcome"] for row in outcomes} == {"settled"}
     async with books.snapshot() as connection:
@@ -443,7 +442,7 @@ async def test_a_request_is_told_in_every_state_of_its_life(gateway: Gateway, da
     caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
 
     async def begin(name: str) -> Hold:
-        ceiling = Ceiling(most=Nano(5 * 10**9), least=Nano(5 * 10**9))
+        ceiling = Ceiling(hold_max=Nano(5 * 10**9), available_min=Nano(5 * 10**9))
         return await ledger.hold_funds(HoldRequest(claim(caller), new_id(), ceiling, "a/b", name))
 
     async def state(name: str) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from gptutor.http.health import DATABASE, READINESS
 from gptutor.http.json_response import amount, answer, moment
 from gptutor.integrations.vk import Launch
 from gptutor.money.users import User, UserRepository
-from gptutor.money.vault import Unreadable
+from gptutor.money.vault import DecryptionFailed
 
 LOGGER = logging.getLogger("gptutor.accounts")
 SHOWN = ("vk_user_id", "vk_app_id", "vk_is_app_user", "vk_language", "vk_platform", "vk_ts")
@@ -23,7 +23,7 @@ async def vk_test(request: web.Request) -> web.Response:
     user, launch = await _admitted(request)
     try:
         key = await request.app[KEYRING].main(user.account_id)
-    except Unreadable as error:
+    except DecryptionFailed as error:
         LOGGER.error("The copy of a key does not open: is GPTUTOR_SECRET_KEY the one that it was made with? See old_secret_keys.")
         raise ApiError("internal_error", cause="the copy of the key does not open") from error
     return answer(

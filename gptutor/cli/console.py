@@ -21,7 +21,7 @@ from gptutor.config.secrets import secret_keys
 from gptutor.database import migrations, pool
 from gptutor.database.pool import Database
 from gptutor.money.administration import Administration
-from gptutor.money.vault import ClosedVault, Vault
+from gptutor.money.vault import Vault, VaultWithoutSecret
 from gptutor.server.listener import StartError
 from gptutor.server.serve import database_of
 from gptutor.telemetry.log_writer import logging_to
@@ -87,7 +87,7 @@ def _vault_of(settings: Config) -> Vault:
     try:
         return Vault(secret_keys(settings))
     except ConfigError as error:
-        return ClosedVault(error)
+        return VaultWithoutSecret(error)
 
 
 def os_user() -> str:

@@ -14,7 +14,7 @@ import msgspec
 from gptutor.api.chat.request import MISSING, PLACE
 from gptutor.errors import ApiError
 from gptutor.http.strict_json import NAME_CHARACTERS_SHOWN, reject_ambiguous_json
-from gptutor.money.amounts import PLAIN
+from gptutor.money.amounts import PLAIN_DECIMAL
 
 Form = TypeVar("Form", bound=msgspec.Struct)
 
@@ -48,7 +48,7 @@ def _decoder(form: Any) -> "msgspec.json.Decoder[Any]":
 
 def _amount(_: type, value: Any) -> Amount:
     """What the decoder asks for where an Amount should stand: `value` is a text, an integer, a Decimal, or anything else."""
-    if isinstance(value, str) and not PLAIN.fullmatch(value):
+    if isinstance(value, str) and not PLAIN_DECIMAL.fullmatch(value):
         raise ValueError("Expected a number such as 100 or 99.50")
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
         raise ValueError("Expected a number or a text such as 99.50")

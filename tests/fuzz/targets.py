@@ -20,7 +20,7 @@ from gptutor.config.schema import Config, ConfigError
 from gptutor.errors import ApiError
 from gptutor.integrations.vk import InvalidLaunch, signature, verify
 from gptutor.money.amounts import AccountId
-from gptutor.money.keys import FORM, hash_key, make_key, parse_key
+from gptutor.money.keys import KEY_PATTERN, hash_key, make_key, parse_key
 from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner
 from gptutor.openrouter.catalogue import CatalogueError, parse_models
 
@@ -195,7 +195,7 @@ def fuzz_key(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     claim = parse_key(text)
     if claim is not None:
-        match = FORM.fullmatch(text)
+        match = KEY_PATTERN.fullmatch(text)
         assert match is not None
         assert claim.account_id == int(match[1]) < 2**63
         assert claim.key_hash == hash_key(text)
