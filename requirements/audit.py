@@ -13,6 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LOCKS = ("build.txt", "run.txt", "develop.txt", "bench.txt")
 TIMEOUT_S = 15
+UNREACHABLE = ("connect", "timed out", "timeout", "requests.exceptions")
 
 
 def main() -> int:
@@ -25,11 +26,11 @@ def main() -> int:
         ran = subprocess.run(command, check=False, capture_output=True, text=True)
         text = report.read_text(encoding="utf-8") if report.exists() else ""
     if not text:
-        lines = ran.stderr.strip().splitlines() or ["no report"]
-        if "connect" not in ran.stderr.lower() and "timed out" not in ran.stderr.lower():
+        if not any(words in ran.stderr.lower() for words in UNREACHABLE):
             print(f"audit: pip-audit failed:\n{ran.stderr}", file=sys.stderr)
             return 1
-        print(f"audit: not done, the vulnerability service cannot be reached from here ({lines[-1]})")
+        cause = ran.stderr.strip().splitlines()[-1].partition(":")[0]
+        print(f"audit: not done, the vulnerability service cannot be reached from here ({cause})")
         return 0
     packages = json.loads(text)["dependencies"]
     found = [(package, one) for package in packages for one in package.get("vulns", [])]
