@@ -43,6 +43,7 @@ $(TOOLS): requirements/develop.txt $(STAMP)
 
 # These need more than the service does.
 test check format lint types sql audit test-completion test-openai chaos fuzz: develop
+check: audit
 
 lock: ## renew the lock files in requirements/ from the ranges in setup.cfg; UPGRADE= keeps every version that still fits
 	@test -x $(UV) || { $(PYTHON) -m venv $(dir $(UV)).. && $(dir $(UV))python -m pip --disable-pip-version-check install -qq 'uv>=0.13,<1'; }

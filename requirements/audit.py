@@ -1,7 +1,7 @@
 """`make audit`: known vulnerabilities of the packages in the lock files, by pip-audit.
 
-pip-audit exits with 1 both for a vulnerability and for a service that it cannot reach. The two are told apart here by its report:
-without a connection it writes none. Then nothing is known, which is said, and is no failure: a build without the internet goes on.
+pip-audit exits with 1 both for a vulnerability and for a service that it cannot reach. Only in the first case it writes a report.
+In the second nothing is known: that is printed, and does not fail the build.
 """
 
 import json
@@ -23,7 +23,7 @@ def main() -> int:
         command += ["--timeout", str(TIMEOUT_S), "--format", "json", "--output", str(report)]
         for name in LOCKS:
             command += ["--requirement", str(HERE / name)]
-        ran = subprocess.run(command, check=False, capture_output=True, text=True)
+        ran = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - our own command
         text = report.read_text(encoding="utf-8") if report.exists() else ""
     if not text:
         if not any(words in ran.stderr.lower() for words in UNREACHABLE):

@@ -34,11 +34,8 @@ PRIVATE: list[tuple[str, str, type]] = [
 ]
 # public by their names, but in no documentation
 UNDOCUMENTED: list[tuple[Any, tuple[str, ...]]] = [
-    (
-        web.RequestHandler,
-        ("close", "connection_lost", "connection_made", "data_received", "force_close", "handle_error", "pause_writing")
-        + ("resume_writing", "shutdown", "transport", "writing_paused"),
-    ),
+    (web.RequestHandler, ("connection_lost", "connection_made", "data_received", "pause_writing", "resume_writing", "transport")),
+    (web.RequestHandler, ("close", "force_close", "handle_error", "shutdown", "writing_paused")),
     (web.StreamResponse, ("force_close", "keep_alive", "prepare", "write_eof")),
     (StreamReader, ("exception", "is_eof", "read_nowait", "readany")),
     (AbstractStreamWriter, ("buffer_size", "drain", "output_size", "write")),
