@@ -20,7 +20,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Everything is installed from the lock files in requirements/, whose hashes pip compares: the same packages here, in CI and in production.
+# Everything is installed from the lock files in requirements/, whose hashes pip verifies: the same packages here, in CI and in production.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --require-hashes
 
 install: $(STAMP) ## make .venv and install what the service needs to run
@@ -45,14 +45,14 @@ $(TOOLS): requirements/develop.txt $(STAMP)
 test check format lint types sql audit test-completion test-openai chaos fuzz: develop
 check: audit
 
-lock: ## renew the lock files in requirements/ from the ranges in setup.cfg; UPGRADE= keeps every version that still fits
+lock: ## renew the lock files in requirements/ from the ranges in setup.cfg; UPGRADE= keeps the versions that still fit
 	@test -x $(UV) || { $(PYTHON) -m venv $(dir $(UV)).. && $(dir $(UV))python -m pip --disable-pip-version-check install -qq 'uv>=0.13,<1'; }
 	@$(LOCK) requirements/build.in -o requirements/build.txt
 	@$(LOCK) setup.cfg -o requirements/run.txt
 	@$(LOCK) setup.cfg --extra test --extra dev -c requirements/run.txt -o requirements/develop.txt
 	@$(LOCK) setup.cfg --extra bench -c requirements/run.txt -c requirements/develop.txt -o requirements/bench.txt
 
-audit: ## known vulnerabilities of the locked packages; says so, and passes, where no vulnerability service can be reached
+audit: ## check the locked packages for known vulnerabilities; passes, and says so, where the vulnerability service is unreachable
 	@$(BIN)/python requirements/audit.py
 
 run: install ## the whole service: embedded PostgreSQL and the OpenRouter simulator where nothing else is configured
@@ -65,7 +65,7 @@ check: install lint types sql ## lint, types, SQL, tests, and that every branch 
 	@$(BIN)/python -m pytest --cov=gptutor.money --cov=gptutor.openrouter.bill --cov=gptutor.openrouter.retry --cov-branch \
 		--cov-report=term-missing:skip-covered --cov-fail-under=100
 
-format: install ## put the code into the project's form
+format: install ## format the code
 	@$(BIN)/ruff format .
 
 lint: install
@@ -108,8 +108,8 @@ docs: install ## the documentation at http://localhost:8080
 migrate: install ## bring the database of DATABASE_URL up to date
 	@$(BIN)/gptutor migrate
 
-# One that ends at once is started again after RestartSec (2), and a single look could find it running: so there are three.
-service: install ## run as a systemd service, with restart, until the next reboot; settings from gptutor.env
+# A service that exits at once is restarted after RestartSec (2 s), and a single check could find it running: so there are three.
+service: install ## run as a systemd service, restarted on exit, until the next reboot; settings from gptutor.env
 	@command -v systemd-run >/dev/null || { echo "There is no systemd here. Run it with: make run"; exit 1; }
 	@test -f gptutor.env || { echo "Write gptutor.env first: DATABASE_URL, OPENROUTER_API_KEY and GPTUTOR_SECRET_KEY, a line each (README, Going live)."; exit 1; }
 	@$(SYSTEMD_RUN) --unit=gptutor --collect --working-directory=$(CURDIR) -p User=$$(stat -c %U .) \
