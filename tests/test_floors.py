@@ -1,4 +1,4 @@
-"""The house stands: imports run one way, and the pure modules do no I/O (ARCHITECTURE.md, "Rooms and floors")."""
+"""Imports run one way, and the pure modules do no I/O (ARCHITECTURE.md, "Packages and the direction of imports")."""
 
 import ast
 from pathlib import Path

@@ -162,7 +162,7 @@ def test_the_wheel_has_all_it_needs(tmp_path: Path) -> None:
     assert expected - packed == set()
     environ = {**environment(tmp_path), "PYTHONPATH": str(installed)}
     ran = subprocess.run(
-        [sys.executable, "-c", "import gptutor, gptutor.cli; print(gptutor.__file__); gptutor.cli.app(['migrate'])"],
+        [sys.executable, "-c", "import gptutor; from gptutor.cli.main import app; print(gptutor.__file__); app(['migrate'])"],
         cwd=tmp_path, env=environ, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert str(installed) in ran.stdout
@@ -190,7 +190,7 @@ def test_the_unit_is_valid_and_its_stop_fits_the_drain(tmp_path: Path) -> None:
 def test_make_service_passes_the_units_own_properties(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / ".venv").mkdir(parents=True)
-    for name in ("Makefile", "setup.cfg", "pyproject.toml", "deploy"):
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "requirements", "deploy"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
     (source / ".venv" / ".installed").touch()
     environ = {**os.environ, "MAKEFLAGS": ""}
