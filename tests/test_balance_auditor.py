@@ -69,7 +69,7 @@ async def test_a_long_transaction_is_seen_when_it_ends(books: Database, database
     assert await watch.look() == {caller.account_id}
 
 
-@pytest.mark.parametrize("tuned", [{"recovery": {"watch_s": 0.05}}])
+@pytest.mark.parametrize("tuned", [{"recovery": {"audit_interval_s": 0.05}}])
 async def test_the_service_watches_while_it_serves(gateway: Gateway, database_url: str, caplog: pytest.LogCaptureFixture) -> None:
     caller = await gateway.caller()
     await gateway.chat(caller)

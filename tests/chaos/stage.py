@@ -31,7 +31,7 @@ SETTINGS = {
     "GPTUTOR_OPENROUTER__IDLE_S": "2",
     "GPTUTOR_OPENROUTER__TOTAL_S": "5",
     "GPTUTOR_RATE_LIMIT__CHAT_PER_MINUTE": "100000",  # counted, and never reached: fewer requests would be a milder storm
-    "GPTUTOR_RECOVERY__LOOK_MAX_S": "2",
+    "GPTUTOR_RECOVERY__LOOKUP_INTERVAL_MAX_S": "2",
     "GPTUTOR_RECOVERY__POLL_S": "0.2",
     "GPTUTOR_RELAY__LEAVER_DRAIN_S": "0.5",
     "GPTUTOR_RELAY__WRITE_S": "3",
