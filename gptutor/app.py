@@ -15,7 +15,7 @@ from gptutor.api import auth, models, payments, sign_in
 from gptutor.api.chat import completions
 from gptutor.api.chat.context import Services
 from gptutor.api.chat.event_stream import StreamLimits
-from gptutor.config.schema import Config
+from gptutor.config.schema import BillingSettings, Config
 from gptutor.database import migrations, pool
 from gptutor.http import health, middlewares
 from gptutor.http.address_limits import RequestCounter, limit_by_address, networks
@@ -216,7 +216,7 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
     metrics.IN_FLIGHT_REQUESTS.set_function(app[IN_FLIGHT].__len__)
     app[completions.SERVICES] = Services(
         ledger=ledger,
-        evaluate=LLMCostEvaluate(**{name: getattr(config.billing, name) for name in config.billing.__struct_fields__}),
+        evaluate=cost_evaluate(config.billing),
         upstream=app[UPSTREAM],
         catalogue=app[CATALOGUE],
         log=app[LOG],
@@ -236,7 +236,7 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         config.paths.data / JOURNALS,
         app[UPSTREAM].cost_of,
         poll_s=config.recovery.poll_s,
-        look_max_s=config.recovery.look_max_s,
+        look_max_s=config.recovery.lookup_interval_max_s,
         give_up_s=config.recovery.give_up_s,
     )
     opening = asyncio.create_task(open_for_business(app), name="open for business")
@@ -248,6 +248,22 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
     await asyncio.gather(opening, return_exceptions=True)
     unfreed = await ledger.drain(ORPHANS_DRAIN_S)
     app[JOURNAL].keep_when_empty = bool(late or unfreed)
+
+
+def cost_evaluate(billing: BillingSettings) -> LLMCostEvaluate:
+    return LLMCostEvaluate(
+        rub_per_usd=billing.rub_per_usd,
+        balance_min_rub=billing.balance_min_rub,
+        margin=billing.margin,
+        output_tokens_typical=billing.output_tokens_typical,
+        output_tokens_min=billing.output_tokens_min,
+        reserve=billing.reserve,
+        hold_default_rub=billing.hold_default_rub,
+        image_tokens=billing.image_tokens,
+        paid_tool_usd=billing.paid_tool_usd,
+        cache_write_factor=billing.cache_write_factor,
+        priority_tier_factor=billing.priority_tier_factor,
+    )
 
 
 async def open_for_business(app: web.Application) -> None:
@@ -271,7 +287,7 @@ async def open_for_business(app: web.Application) -> None:
     async with asyncio.TaskGroup() as for_ever:
         for_ever.create_task(app[RECOVERY].run(left), name="recovery")
         for_ever.create_task(
-            BalanceAuditor(app[health.DATABASE], app[CONFIG].recovery.watch_s).run(), name="watch over the books"
+            BalanceAuditor(app[health.DATABASE], app[CONFIG].recovery.audit_interval_s).run(), name="watch over the books"
         )
 
 

@@ -69,7 +69,7 @@ async def test_a_long_transaction_is_seen_when_it_ends(books: Database, database
     assert await auditor.check_once() == {caller.account_id}
 
 
-@pytest.mark.parametrize("tuned", [{"recovery": {"watch_s": 0.05}}])
+@pytest.mark.parametrize("tuned", [{"recovery": {"audit_interval_s": 0.05}}])
 async def test_the_service_audits_balances_while_it_serves(
     gateway: Gateway, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -197,7 +197,7 @@ async def test_one_key_too_many_is_told_so(gateway: Gateway, monkeypatch: pytest
 
 async def test_first_keys_race_and_one_is_the_main_one(books: Database) -> None:
     user, keys = await UserRepository(books).create(), KeyRing(books, VAULT)
-    limited = await keys.issue(user.account_id, "limited", KeyLimits(per_minute=1))
+    limited = await keys.issue(user.account_id, "limited", KeyLimits(requests_per_minute=1))
     beside = await keys.issue(user.account_id, "beside", beside=True)
     made = await asyncio.gather(*(keys.issue(user.account_id) for _ in range(10)))
     assert [key.is_main for _, key in (limited, beside)] == [False, False]
@@ -300,14 +300,14 @@ async def test_a_body_is_small_json_and_nothing_else(gateway: Gateway) -> None:
     ("before", "form", "after"),
     [
         (NO_LIMITS, {}, NO_LIMITS),
-        (NO_LIMITS, {"limit": 5}, KeyLimits(cap=parse_roubles("5"), cap_period="total")),
-        (NO_LIMITS, {"limit": 5, "limit_reset": "daily"}, KeyLimits(cap=parse_roubles("5"), cap_period="day")),
+        (NO_LIMITS, {"limit": 5}, KeyLimits(limit=parse_roubles("5"))),
+        (NO_LIMITS, {"limit": 5, "limit_reset": "daily"}, KeyLimits(limit=parse_roubles("5"), limit_reset="daily")),
         (NO_LIMITS, {"limit_reset": None}, NO_LIMITS),
-        (KeyLimits(cap=parse_roubles("5"), cap_period="day"), {"limit": 6}, KeyLimits(cap=parse_roubles("6"), cap_period="day")),
-        (KeyLimits(cap=parse_roubles("5"), cap_period="day"), {"limit_reset": None}, KeyLimits(cap=parse_roubles("5"), cap_period="total")),
-        (KeyLimits(cap=parse_roubles("5"), cap_period="day"), {"limit": None}, NO_LIMITS),
-        (KeyLimits(NOON, per_minute=4), {"limit": 0}, KeyLimits(NOON, parse_roubles("0"), "total", 4)),
-        (KeyLimits(NOON, per_minute=4), {"expires_at": None, "requests_per_minute": None}, NO_LIMITS),
+        (KeyLimits(limit=parse_roubles("5"), limit_reset="daily"), {"limit": 6}, KeyLimits(limit=parse_roubles("6"), limit_reset="daily")),
+        (KeyLimits(limit=parse_roubles("5"), limit_reset="daily"), {"limit_reset": None}, KeyLimits(limit=parse_roubles("5"))),
+        (KeyLimits(limit=parse_roubles("5"), limit_reset="daily"), {"limit": None}, NO_LIMITS),
+        (KeyLimits(NOON, requests_per_minute=4), {"limit": 0}, KeyLimits(NOON, parse_roubles("0"), None, 4)),
+        (KeyLimits(NOON, requests_per_minute=4), {"expires_at": None, "requests_per_minute": None}, NO_LIMITS),
     ],
 )  # fmt: skip
 def test_what_a_form_does_to_limits(before: KeyLimits, form: dict[str, Any], after: KeyLimits) -> None:

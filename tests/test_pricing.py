@@ -38,7 +38,7 @@ def evaluate(**changes: Any) -> LLMCostEvaluate:
         "image_tokens": 8192,
         "paid_tool_usd": Decimal("0.05"),
         "cache_write_factor": Decimal(2),
-        "hurry_factor": Decimal(3),
+        "priority_tier_factor": Decimal(3),
     }
     return LLMCostEvaluate(**{**policy, **changes})
 

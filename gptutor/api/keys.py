@@ -21,14 +21,12 @@ from gptutor.http.body import read_json_body
 from gptutor.http.json_body import Amount, Form, must_be
 from gptutor.http.json_response import amount, answer, moment
 from gptutor.money.amounts import NANO_MAX, NANO_PER_RUB, InvalidAmount, Nano, nano_of
-from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, CapPeriod, Key, KeyLimits, NoSuchKey, TooManyKeys
+from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, Key, KeyLimits, LimitReset, NoSuchKey, TooManyKeys
 
 BODY_BYTES_MAX = 16 * 1024
 NAME_CHARACTERS_MAX = 100
 END_MAX = datetime.datetime(3000, 1, 1, tzinfo=datetime.UTC)
 PACE_MAX = 1_000_000
-PERIODS: dict[str | None, CapPeriod] = {"daily": "day", None: "total"}
-RESETS: dict[CapPeriod | None, str | None] = {period: reset for reset, period in PERIODS.items()} | {None: None}
 
 
 class KeyLimitsPatch(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -96,22 +94,24 @@ async def revoke_key(request: web.Request) -> web.Response:
 
 def limits_after(form: KeyLimitsPatch, before: KeyLimits) -> KeyLimits:
     """The limits that a key has once the form is applied. Raises ApiError."""
-    cap = before.cap if isinstance(form.limit, UnsetType) else _cap(form.limit)
+    cap = before.limit if isinstance(form.limit, UnsetType) else _cap(form.limit)
     if cap is None:
-        period: CapPeriod | None = None
+        limit_reset: LimitReset | None = None
         if form.limit_reset == "daily":
             raise ApiError("invalid_request", must_be(KeyLimitsPatch, "limit_reset"))
     elif isinstance(form.limit_reset, UnsetType):
-        period = before.cap_period or "total"
+        limit_reset = before.limit_reset
     else:
-        period = PERIODS[form.limit_reset]
+        limit_reset = form.limit_reset
     if isinstance(form.expires_at, datetime.datetime) and not datetime.datetime.now(datetime.UTC) < form.expires_at < END_MAX:
         raise ApiError("invalid_request", must_be(KeyLimitsPatch, "expires_at"))
     return KeyLimits(
         expires_at=before.expires_at if isinstance(form.expires_at, UnsetType) else form.expires_at,
-        cap=cap,
-        cap_period=period,
-        per_minute=before.per_minute if isinstance(form.requests_per_minute, UnsetType) else form.requests_per_minute,
+        limit=cap,
+        limit_reset=limit_reset,
+        requests_per_minute=before.requests_per_minute
+        if isinstance(form.requests_per_minute, UnsetType)
+        else form.requests_per_minute,
     )
 
 
@@ -124,12 +124,12 @@ def shown(key: Key) -> dict[str, Any]:
         "label": key.shown,
         "is_main": key.is_main,
         "disabled": limits.expires_at is not None and limits.expires_at <= datetime.datetime.now(datetime.UTC),
-        "limit": None if limits.cap is None else amount(limits.cap),
-        "limit_reset": RESETS[limits.cap_period],
-        "limit_remaining": None if limits.cap is None else amount(max(0, limits.cap - key.spent - key.held)),
-        "usage": None if limits.cap is None else amount(key.spent),
-        "held": None if limits.cap is None else amount(key.held),
-        "requests_per_minute": limits.per_minute,
+        "limit": None if limits.limit is None else amount(limits.limit),
+        "limit_reset": limits.limit_reset,
+        "limit_remaining": None if limits.limit is None else amount(max(0, limits.limit - key.spent - key.held)),
+        "usage": None if limits.limit is None else amount(key.spent),
+        "held": None if limits.limit is None else amount(key.held),
+        "requests_per_minute": limits.requests_per_minute,
         "created_at": moment(key.created_at),
         "expires_at": None if limits.expires_at is None else moment(limits.expires_at),
     }

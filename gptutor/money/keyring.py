@@ -14,7 +14,8 @@ from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.keys import KeyClaim, display_prefix, hash_key, make_key
 from gptutor.money.vault import DecryptionFailed, EncryptedKey, Vault
 
-CapPeriod = Literal["day", "total"]
+LimitReset = Literal["daily"]
+"""How often the spending counted against a limit starts from zero; None: never."""
 KEYS_MAX = 100
 """For one account, without revoked keys."""
 REKEY_PAGE = 500
@@ -30,12 +31,15 @@ class TooManyKeys(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """What a key may do: until when, for how much in which period, how often in a minute. None: no limit of its own."""
+    """What a key may do beyond the limits of its account. None: the key has no such limit.
+
+    `limit` is the most that the key may spend, in nano-roubles; `limit_reset` is None where there is no `limit`.
+    """
 
     expires_at: datetime.datetime | None = None
-    cap: Nano | None = None
-    cap_period: CapPeriod | None = None
-    per_minute: int | None = None
+    limit: Nano | None = None
+    limit_reset: LimitReset | None = None
+    requests_per_minute: int | None = None
 
 
 NO_LIMITS = KeyLimits()
@@ -90,9 +94,9 @@ class KeyRing:
             encrypted.data,
             encrypted.secret_id,
             limits.expires_at,
-            limits.cap,
-            limits.cap_period,
-            limits.per_minute,
+            limits.limit,
+            _cap_period(limits),
+            limits.requests_per_minute,
         )
         if row is None:
             raise TooManyKeys
@@ -159,9 +163,9 @@ class KeyRing:
             "limit_key",
             account_id,
             key_id,
-            *(limits.cap, limits.cap_period, limits.per_minute, limits.expires_at),
+            *(limits.limit, _cap_period(limits), limits.requests_per_minute, limits.expires_at),
             seen is not None,
-            *(before.cap, before.cap_period, before.per_minute, before.expires_at),
+            *(before.limit, _cap_period(before), before.requests_per_minute, before.expires_at),
         )
         if row["outcome"] == "none":
             raise NoSuchKey(key_id)
@@ -214,13 +218,20 @@ class KeyRing:
             yield done, unreadable
 
 
+def _cap_period(limits: KeyLimits) -> str | None:
+    """As the column `cap_period` has it."""
+    if limits.limit is None:
+        return None
+    return "day" if limits.limit_reset == "daily" else "total"
+
+
 def key_of(row: Row) -> Key:
     return Key(
         key_id=row["key_id"],
         shown=row["shown"],
         name=row["name"],
         is_main=row["is_main"],
-        limits=KeyLimits(row["expires_at"], row["cap_nano"], row["cap_period"], row["per_minute"]),
+        limits=KeyLimits(row["expires_at"], row["cap_nano"], "daily" if row["cap_period"] == "day" else None, row["per_minute"]),
         spent=Nano(row["spent_nano"]),
         held=Nano(row["held_nano"]),
         created_at=row["created_at"],

@@ -160,7 +160,7 @@ class LLMCostEvaluate:
         image_tokens: int,
         paid_tool_usd: Decimal,
         cache_write_factor: Decimal,
-        hurry_factor: Decimal,
+        priority_tier_factor: Decimal,
     ) -> None:
         self.rub_per_usd = rub_per_usd
         self._balance_min = parse_roubles(f"{balance_min_rub:f}")
@@ -174,7 +174,7 @@ class LLMCostEvaluate:
         self._image_tokens = image_tokens
         self._paid_tool = self._scaled(paid_tool_usd)
         self._cache_write_factor = cache_write_factor
-        self._priority_tier_factor = hurry_factor.as_integer_ratio()
+        self._priority_tier_factor = priority_tier_factor.as_integer_ratio()
 
     def ceiling(self, size: RequestSize, prices: Sequence[ModelPrices | None]) -> Ceiling:
         """The most that a request of this size can cost, whichever of the models with these prices answers.
