@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from gptutor.database.pool import Database
-from gptutor.http.health import DATABASE, READINESS
+from gptutor.http.app_keys import DATABASE, READINESS
 from gptutor.money.amounts import AccountId, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing

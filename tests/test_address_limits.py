@@ -8,7 +8,7 @@ from aiohttp.test_utils import make_mocked_request
 from gptutor.config.load import load
 from gptutor.config.schema import ConfigError
 from gptutor.http import address_limits
-from gptutor.http.address_limits import RequestCounter, client_address, networks
+from gptutor.http.address_limits import RequestCounter, client_address, parse_networks
 from gptutor.money.keys import make_key
 from tests.support.gateway import Gateway
 
@@ -35,7 +35,7 @@ async def status(gateway: Gateway, path: str, key: str = "", **headers: str) -> 
         return response.status, response
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 3}, "server": {"trusted_proxies": ""}}])
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 3}, "server": {"trusted_proxies": ""}}])
 async def test_who_guesses_keys_is_held_off_before_the_database(gateway: Gateway, clock: list[float]) -> None:
     caller = await gateway.caller()
     for key in (make_key(caller.account_id), "sk-user-nonsense", ""):
@@ -54,7 +54,7 @@ async def test_who_guesses_keys_is_held_off_before_the_database(gateway: Gateway
     await gateway.idle()
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 2}, "server": {"trusted_proxies": ""}}])
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 2}, "server": {"trusted_proxies": ""}}])
 async def test_good_keys_and_other_refusals_are_not_counted(gateway: Gateway) -> None:
     caller, poor = await gateway.caller(), await gateway.caller("0")
     for _ in range(4):
@@ -94,7 +94,7 @@ async def test_nobody_can_say_himself_where_he_is(gateway: Gateway, clock: list[
 )
 def test_the_address_is_the_last_that_no_trusted_proxy_has(remote: str, forwarded: list[str], address: str) -> None:
     request = make_mocked_request("GET", "/", headers=[("X-Forwarded-For", value) for value in forwarded])  # type: ignore[arg-type]
-    assert client_address(request.clone(remote=remote), networks("10.0.0.0/8 ::1")) == address
+    assert client_address(request.clone(remote=remote), parse_networks("10.0.0.0/8 ::1")) == address
 
 
 def test_a_flood_of_addresses_fills_no_memory(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_what_is_no_network_stops_the_start() -> None:
         load({"GPTUTOR_SERVER__TRUSTED_PROXIES": "10.0.0.1/8"})
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 2}, "server": {"trusted_proxies": ""}}])
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 2}, "server": {"trusted_proxies": ""}}])
 async def test_strangers_do_not_hold_off_their_neighbours_who_have_a_key(gateway: Gateway, clock: list[float]) -> None:
     caller = await gateway.caller()
     assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
@@ -123,7 +123,7 @@ async def test_strangers_do_not_hold_off_their_neighbours_who_have_a_key(gateway
     await gateway.idle()
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 2, "models_per_minute": 2}}])
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 2, "models_per_minute": 2}}])
 async def test_a_proxy_that_does_not_say_for_whom_it_asks_locks_nobody_out(gateway: Gateway, clock: list[float]) -> None:
     caller = await gateway.caller()
     for _ in range(4):
@@ -133,7 +133,7 @@ async def test_a_proxy_that_does_not_say_for_whom_it_asks_locks_nobody_out(gatew
     await gateway.idle()
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"own_pages_per_minute": 2}}])
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"account_pages_per_minute": 2}}])
 async def test_an_account_does_not_read_its_own_pages_all_day(gateway: Gateway, clock: list[float]) -> None:
     caller, other = await gateway.caller(), await gateway.caller()
     codes = [(await status(gateway, "/v1/credits", Authorization=f"Bearer {caller.key}"))[0] for _ in range(3)]

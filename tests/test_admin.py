@@ -315,7 +315,7 @@ async def test_what_waits_for_evidence_is_listed(admin: Admin) -> None:
             "POST",
             "ID/keys",
             {"cap_period": "day"},
-            "'cap_period' is not a field of this request; it has cap, capPeriod, expires, ",
+            "'cap_period' is not a field of this request; known fields: cap, capPeriod, expires, ",
         ),
         (
             "POST",

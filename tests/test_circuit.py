@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from gptutor.app import UPSTREAM
+from gptutor.http.app_keys import SERVICES
 from gptutor.openrouter.circuit import FAILURES_MAX, PAUSE_S, CircuitBreaker
 from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.openrouter.connection_pool import Endpoint
@@ -35,7 +35,7 @@ async def test_while_openrouter_is_away_callers_learn_it_at_once_and_when_it_is_
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = await gateway.caller()
-    upstream = gateway.app[UPSTREAM]
+    upstream = gateway.app[SERVICES].upstream
     pool = upstream._pool
     real, pool._end = pool._end, Endpoint.of("http://127.0.0.1:1/api/v1")
     pool.close()
@@ -77,9 +77,9 @@ async def test_a_house_that_is_full_says_nothing_of_openrouter(gateway: Gateway)
 
 async def test_a_connection_closes_the_circuit_and_not_only_an_answer(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row upstream-20: OpenRouter is back, and takes its time for the first answer."""
-    circuit = gateway.app[UPSTREAM]._circuit
+    circuit = gateway.app[SERVICES].upstream._circuit
     circuit.failures, circuit.next_try_at = FAILURES_MAX, 0
-    monkeypatch.setattr(gateway.app[UPSTREAM]._pool, "free", lambda: None)  # none is kept from before the outage
+    monkeypatch.setattr(gateway.app[SERVICES].upstream._pool, "free", lambda: None)  # none is kept from before the outage
     gateway.simulator.first_word_s = 2
     caller = await gateway.caller()
     asking = asyncio.create_task(gateway.chat(caller))

@@ -12,10 +12,9 @@ import aiohttp
 import asyncpg
 import pytest
 
-from gptutor.app import CATALOGUE
 from gptutor.database.pool import DatabaseUnavailable
 from gptutor.errors import ERRORS
-from gptutor.http.health import DATABASE
+from gptutor.http.app_keys import DATABASE, SERVICES
 from gptutor.money.amounts import AccountId
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import make_key
@@ -233,7 +232,7 @@ async def test_an_unknown_model_is_refused_here_while_the_list_is_fresh(gateway:
     assert text.startswith("no/such is not a model")
     assert (await send(gateway, json={**ASK, "models": ["no/such"]}, headers=caller.headers))[:2] == (400, "model_not_found")
     await assert_nothing_happened(gateway)
-    gateway.app[CATALOGUE].read_at = -math.inf  # the list is old by now: who knows
+    gateway.app[SERVICES].catalogue.read_at = -math.inf  # the list is old by now: who knows
     status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=caller.headers)
     assert (status, code) == (400, "upstream_rejected")
     assert "no/such" in text
@@ -273,7 +272,7 @@ async def test_without_the_database_nothing_is_bought(gateway: Gateway, monkeypa
 
 async def test_a_bug_is_a_plain_500_and_leaves_no_hold(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     caller = await gateway.caller()
-    monkeypatch.setattr(gateway.app[CATALOGUE], "models", None)
+    monkeypatch.setattr(gateway.app[SERVICES].catalogue, "models", None)
     assert await send(gateway, json=ASK, headers=caller.headers) == (500, "internal_error", "Internal server error")
     await assert_nothing_happened(gateway)
 

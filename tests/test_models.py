@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gptutor.api.models import ModelList
-from gptutor.app import CATALOGUE
+from gptutor.http.app_keys import SERVICES
 from gptutor.openrouter.catalogue import Catalogue, ModelPrice, refreshed
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.retry import Failure
@@ -52,7 +52,7 @@ async def test_who_has_the_list_already_is_not_sent_it_again(gateway: Gateway, p
 
 
 async def test_the_tag_changes_with_the_list_alone(gateway: Gateway) -> None:
-    catalogue = gateway.app[CATALOGUE]
+    catalogue = gateway.app[SERVICES].catalogue
     version, tag = catalogue.version, (await get(gateway, "/v1/models"))[1]
     catalogue.replace(gateway.simulator._models)
     assert catalogue.version == version

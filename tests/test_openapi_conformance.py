@@ -42,7 +42,7 @@ OPERATIONS = {result.ok().label: result.ok() for result in SCHEMA.get_all_operat
 @pytest.fixture
 def tuned() -> dict[str, Any]:
     """Schemathesis asks without a key more often than a stranger may."""
-    return {"rate_limit": {"strangers_per_minute": 0}}
+    return {"rate_limit": {"unauthenticated_per_minute": 0}}
 
 
 def explore(

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from gptutor.api.keys import BODY_BYTES_MAX, KeyLimitsPatch, NewKey, limits_after
+from gptutor.api.keys import BODY_LIMITS, KeyLimitsPatch, NewKey, limits_after
 from gptutor.database.pool import Database
 from gptutor.errors import ApiError
 from gptutor.http.json_body import parse_json_body
-from gptutor.money.amounts import parse_roubles
+from gptutor.money.amounts import nano_of, parse_roubles, roubles
 from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, KeyLimits, KeyRing, TooManyKeys
 from gptutor.money.users import UserRepository
 from gptutor.web import openapi
@@ -55,7 +55,7 @@ async def test_a_key_is_shown_once_and_known_by_its_label(gateway: Gateway) -> N
     bot, key = await make(gateway, caller, name="Бот № 1", limit=100)
     assert key == {
         "id": key["id"], "name": "Бот № 1", "label": bot.key.rpartition("-")[0] + "-" + bot.key.rpartition("-")[2][:4],
-        "is_main": False, "disabled": False, "limit": 100, "limit_reset": None, "limit_remaining": 100, "usage": 0, "held": 0,
+        "is_main": False, "disabled": False, "limit": "100", "limit_reset": None, "limit_remaining": "100", "usage": "0", "held": "0",
         "requests_per_minute": None, "created_at": key["created_at"], "expires_at": None,
     }  # fmt: skip
     assert (await gateway.chat(bot))[0].status == 200
@@ -66,7 +66,7 @@ async def test_a_key_is_shown_once_and_known_by_its_label(gateway: Gateway) -> N
     assert bot.key not in text
     assert caller.key not in text
     spent = gateway.billed_usd() * 90
-    assert document["data"][0] == {**key, "usage": spent, "limit_remaining": 100 - spent}
+    assert document["data"][0] == {**key, "usage": roubles(nano_of(spent)), "limit_remaining": roubles(nano_of(100 - spent))}
     assert [document["data"][1][name] for name in ("limit", "limit_remaining", "usage", "held")] == [None] * 4
 
     assert await send(gateway, "DELETE", key["id"], caller) == (200, "", {"deleted": True})
@@ -76,13 +76,13 @@ async def test_a_key_is_shown_once_and_known_by_its_label(gateway: Gateway) -> N
     await assert_books_hold(gateway.books)
 
 
-async def test_amounts_are_numbers_that_are_spelled_exactly(gateway: Gateway) -> None:
+async def test_amounts_are_exact_strings(gateway: Gateway) -> None:
     caller = await gateway.caller()
     content = '{"name": "bot", "limit": 123456789.000000001}'
     headers = {**caller.headers, "Content-Type": "application/json"}
     async with gateway.session.post(f"{gateway.url}/v1/keys", data=content, headers=headers) as response:
         assert response.headers["Cache-Control"] == "no-store"
-        assert b'"limit":123456789.000000001,' in await response.read()
+        assert b'"limit":"123456789.000000001",' in await response.read()
 
 
 async def test_what_is_held_is_not_left(gateway: Gateway) -> None:
@@ -91,9 +91,9 @@ async def test_what_is_held_is_not_left(gateway: Gateway) -> None:
     bot, key = await make(gateway, caller, limit=50)
     asking = asyncio.create_task(gateway.chat(bot))
     async with asyncio.timeout(5):
-        while not (now := await shown(gateway, caller, key["id"]))["held"]:
+        while (now := await shown(gateway, caller, key["id"]))["held"] == "0":
             await asyncio.sleep(0.01)
-    assert (now["usage"], now["limit_remaining"]) == (0, 50 - now["held"])
+    assert (now["usage"], Decimal(now["limit_remaining"])) == ("0", 50 - Decimal(now["held"]))
     await asking
 
 
@@ -103,15 +103,15 @@ async def test_limits_are_changed_one_by_one(gateway: Gateway) -> None:
         gateway, caller, limit=10, limit_reset="daily", requests_per_minute=30, expires_at="2030-01-31T15:00:00+03:00"
     )
     names = ("limit", "limit_reset", "requests_per_minute", "expires_at")
-    assert [key[name] for name in names] == [10, "daily", 30, "2030-01-31T12:00:00.000Z"]
+    assert [key[name] for name in names] == ["10", "daily", 30, "2030-01-31T12:00:00.000Z"]
     for change, after in [
-        ({}, [10, "daily", 30, "2030-01-31T12:00:00.000Z"]),
-        ({"limit": "0.000000001"}, [Decimal("0.000000001"), "daily", 30, "2030-01-31T12:00:00.000Z"]),
-        ({"requests_per_minute": None}, [Decimal("0.000000001"), "daily", None, "2030-01-31T12:00:00.000Z"]),
-        ({"limit_reset": None}, [Decimal("0.000000001"), None, None, "2030-01-31T12:00:00.000Z"]),
-        ({"expires_at": None, "requests_per_minute": 1}, [Decimal("0.000000001"), None, 1, None]),
+        ({}, ["10", "daily", 30, "2030-01-31T12:00:00.000Z"]),
+        ({"limit": "0.000000001"}, ["0.000000001", "daily", 30, "2030-01-31T12:00:00.000Z"]),
+        ({"requests_per_minute": None}, ["0.000000001", "daily", None, "2030-01-31T12:00:00.000Z"]),
+        ({"limit_reset": None}, ["0.000000001", None, None, "2030-01-31T12:00:00.000Z"]),
+        ({"expires_at": None, "requests_per_minute": 1}, ["0.000000001", None, 1, None]),
         ({"limit": None}, [None, None, 1, None]),
-        ({"limit": 7, "limit_reset": "daily"}, [7, "daily", 1, None]),
+        ({"limit": 7, "limit_reset": "daily"}, ["7", "daily", 1, None]),
     ]:
         status, _, document = await send(gateway, "PATCH", key["id"], caller, change)
         assert (status, [document["data"][name] for name in names]) == (200, after)
@@ -142,7 +142,7 @@ async def test_a_sign_in_manages_keys_and_makes_none_the_main_one(gateway: Gatew
     user = (await sign_in(gateway, person.key))["dbUser"]
     assert user["apiKey"] != bot.key
     assert [one["is_main"] for one in (await send(gateway, "GET", None, person))[2]["data"]] == [True, False]
-    assert (await send(gateway, "PATCH", key["id"], person, {"limit": 2}))[2]["data"]["limit"] == 2
+    assert (await send(gateway, "PATCH", key["id"], person, {"limit": 2}))[2]["data"]["limit"] == "2"
     assert (await send(gateway, "DELETE", key["id"], person))[0] == 200
     async with gateway.session.get(f"{gateway.url}/v1/keys", headers=bearer(bot.key)) as response:
         assert response.status == 401
@@ -192,7 +192,7 @@ async def test_one_key_too_many_is_told_so(gateway: Gateway, monkeypatch: pytest
     monkeypatch.setattr("gptutor.money.keyring.KEYS_MAX", 1)
     status, code, document = await send(gateway, "POST", None, await gateway.caller(), {"name": "bot"})
     assert (status, code) == (409, "too_many_keys")
-    assert document == {"error": "An account may have 100 keys; revoke one that is not needed"}
+    assert document == {"error": "An account may have 100 keys; revoke one that is no longer needed"}
 
 
 async def test_first_keys_race_and_one_is_the_main_one(books: Database) -> None:
@@ -207,9 +207,9 @@ async def test_first_keys_race_and_one_is_the_main_one(books: Database) -> None:
 # -- what is refused
 
 AMOUNT = "limit must be an amount in roubles from 0 to 1000000000 with at most nine decimal places, or null"
-RESET = 'limit_reset must be "daily", where there is a limit, or null'
-END = "expires_at must be a time to come before the year 3000, such as 2030-01-31T12:00:00Z, or null"
-PACE = "requests_per_minute must be an integer from 1 to 1000000, or null"
+RESET = 'limit_reset must be "daily" if the key has a limit, or null'
+END = "expires_at must be a future time before the year 3000, such as 2030-01-31T12:00:00Z, or null"
+PER_MINUTE = "requests_per_minute must be an integer from 1 to 1000000, or null"
 NAME = "name must be a string of 1 to 100 printable characters"
 
 
@@ -224,7 +224,7 @@ NAME = "name must be a string of 1 to 100 printable characters"
         ('{"name": "x", "limit": NaN}', "invalid_json", None),
         ("[]", "invalid_request", "Request body must be a JSON object"),
         ("null", "invalid_request", "Request body must be a JSON object"),
-        ('{"name": "x", "name": "y"}', "duplicate_key", "'name' stands twice in one object"),
+        ('{"name": "x", "name": "y"}', "duplicate_field", "The field 'name' is duplicated in one object"),
         ("{}", "invalid_request", NAME),
         ('{"name": ""}', "invalid_request", NAME),
         ('{"name": null}', "invalid_request", NAME),
@@ -249,14 +249,14 @@ NAME = "name must be a string of 1 to 100 printable characters"
         ('{"name": "x", "expires_at": "9999-12-31T23:59:59-23:00"}', "invalid_request", END),
         ('{"name": "x", "expires_at": "0001-01-01T00:00:00+23:59"}', "invalid_request", END),
         ('{"name": "x", "expires_at": 1893456000}', "invalid_request", END),
-        ('{"name": "x", "requests_per_minute": 0}', "invalid_request", PACE),
-        ('{"name": "x", "requests_per_minute": 1.5}', "invalid_request", PACE),
-        ('{"name": "x", "requests_per_minute": 1000001}', "invalid_request", PACE),
-        ('{"name": "x", "requests_per_minute": 99999999999999999999}', "invalid_request", PACE),
+        ('{"name": "x", "requests_per_minute": 0}', "invalid_request", PER_MINUTE),
+        ('{"name": "x", "requests_per_minute": 1.5}', "invalid_request", PER_MINUTE),
+        ('{"name": "x", "requests_per_minute": 1000001}', "invalid_request", PER_MINUTE),
+        ('{"name": "x", "requests_per_minute": 99999999999999999999}', "invalid_request", PER_MINUTE),
         (
             '{"name": "x", "limits": 1}',
             "invalid_request",
-            "'limits' is not a field of this request; it has limit, limit_reset, expires_at, requests_per_minute, name",
+            "'limits' is not a field of this request; known fields: limit, limit_reset, expires_at, requests_per_minute, name",
         ),
         ('{"name": "x", "%s": 1}' % ("y" * 5000), "invalid_request", None),
     ],
@@ -276,7 +276,7 @@ async def test_a_form_that_is_wrong_names_its_field_and_what_is_allowed(
 
 async def test_a_body_is_small_json_and_nothing_else(gateway: Gateway) -> None:
     caller = await gateway.caller()
-    large = b'{"name": "%s"}' % (b"x" * BODY_BYTES_MAX)
+    large = b'{"name": "%s"}' % (b"x" * BODY_LIMITS.bytes_max)
 
     async def pieces() -> Any:
         yield large

@@ -63,7 +63,7 @@ async def shop(
            for name in schema.Config.__struct_fields__ if name != "yookassa"},
         yookassa=schema.YookassaSettings(
             shop_id=SHOP_ID, secret_key=SECRET_KEY, return_url="https://example.com/paid",
-            base_url=str(server.make_url("/v3")), timeout_s=0.5, at_once=3,
+            base_url=str(server.make_url("/v3")), timeout_s=0.5, concurrent_max=3,
         ),
     )  # fmt: skip
     config.paths.data.mkdir(parents=True)

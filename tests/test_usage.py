@@ -17,13 +17,13 @@ import pytest
 
 from gptutor.database import migrations
 from gptutor.database.pool import Database
-from gptutor.http.query import cursor_of
+from gptutor.http.query import encode_cursor
 from gptutor.integrations.vk import signature
 from gptutor.money.amounts import AccountId, Nano, roubles
 from gptutor.money.holds import Hold, HoldRequest, Release, Settlement, new_id
 from gptutor.money.journal_records import Charge
 from gptutor.money.pricing import Ceiling, charge
-from gptutor.money.usage import Cursor, Usage
+from gptutor.money.usage import Usage
 from gptutor.money.users import NoSuchUser
 from tests.support.gateway import Caller, Gateway, make_caller
 from tests.support.ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
@@ -542,7 +542,7 @@ async def test_any_cursor_that_can_be_spelt_is_a_place(gateway: Gateway) -> None
     caller = await gateway.caller("5")
     first, last = (datetime.datetime(year, 1, 1, tzinfo=datetime.UTC) for year in (1, 9999))
     for moment, count in [(first, 0), (NOON, 0), (last, 1)]:
-        cursor = cursor_of(Cursor(moment, uuid.UUID(int=2**128 - 1)))
+        cursor = encode_cursor(moment, uuid.UUID(int=2**128 - 1))
         assert len(await data(gateway, caller, "/v1/usage", cursor=cursor)) == count
 
 

@@ -12,8 +12,8 @@ from gptutor.admin.auth import administration_of
 from gptutor.admin.parameters import ID_MAX, account
 from gptutor.admin.responses import data_response
 from gptutor.errors import ApiError
+from gptutor.http.app_keys import DATABASE
 from gptutor.http.body import read_json_body
-from gptutor.http.health import DATABASE
 from gptutor.http.json_body import Amount
 from gptutor.http.query import Query
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
@@ -81,7 +81,7 @@ async def pay(request: web.Request) -> web.Response:
 async def ledger(request: web.Request) -> web.Response:
     """Newest first; `next` is the `before` of the next page, null on the last one."""
     asked = Query(request, ("limit", "before"))
-    limit = asked.whole("limit", least=1, most=PAGE_MAX, default=PAGE)
+    limit = asked.integer("limit", minimum=1, maximum=PAGE_MAX, default=PAGE)
     before = asked.text("before")
     try:
         last = None if before is None else uuid.UUID(before)
@@ -105,7 +105,7 @@ async def export_ledger(request: web.Request) -> web.StreamResponse:
     """CSV, as it is read from one snapshot: `?from=&to=&user=`. What breaks off does so without a proper end."""
     asked = Query(request, ("from", "to", "user"))
     period = asked.period(days_max=None)
-    user = AccountId(asked.whole("user", least=1, most=ID_MAX, default=0))
+    user = AccountId(asked.integer("user", minimum=1, maximum=ID_MAX, default=0))
     administration = administration_of(request)
     if user:
         await administration.users.find(user)

@@ -9,7 +9,7 @@ from gptutor.admin.auth import administration_of
 from gptutor.admin.parameters import ID_MAX, account
 from gptutor.admin.responses import data_response
 from gptutor.http.body import read_json_body
-from gptutor.http.json_body import Line
+from gptutor.http.json_body import PrintableText
 from gptutor.http.query import Query
 from gptutor.money.amounts import parse_positive
 from gptutor.money.key_limits import NAME_MAX, KeyLimitChanges, changed
@@ -20,7 +20,7 @@ PAGE = 100
 PAGE_MAX = 1000
 
 
-Name = Annotated[Line, msgspec.Meta(max_length=NAME_MAX)]
+Name = Annotated[PrintableText, msgspec.Meta(max_length=NAME_MAX)]
 
 
 class NewUser(msgspec.Struct, forbid_unknown_fields=True):
@@ -60,8 +60,8 @@ async def list_users(request: web.Request) -> web.Response:
     if wanted := (asked.text("query") or "").strip():
         found = await users.search(wanted)
     else:
-        after = asked.whole("after", least=0, most=ID_MAX, default=0)
-        found = await users.page(after, asked.whole("limit", least=1, most=PAGE_MAX, default=PAGE))
+        after = asked.integer("after", minimum=0, maximum=ID_MAX, default=0)
+        found = await users.page(after, asked.integer("limit", minimum=1, maximum=PAGE_MAX, default=PAGE))
     return data_response([user_json(user) for user in found])
 
 

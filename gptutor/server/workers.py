@@ -21,11 +21,11 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker as GunicornWorker
 
 from gptutor.admin.app import build_admin
-from gptutor.app import JOURNAL, build_app
+from gptutor.app import build_app
 from gptutor.config import load as configuration
 from gptutor.config.schema import Config, ConfigError
 from gptutor.config.secrets import secret_keys
-from gptutor.http.health import READINESS
+from gptutor.http.app_keys import JOURNAL, READINESS
 from gptutor.server.banner import banner
 from gptutor.server.listener import StartError, authority, complain_calmly, listening_by, listening_on
 from gptutor.server.serve import (

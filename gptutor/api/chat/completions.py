@@ -7,18 +7,16 @@ import re
 
 from aiohttp import web
 
-from gptutor.api.auth import CLAIM
 from gptutor.api.chat.context import RequestContext, Services
 from gptutor.api.chat.exchange import begin
 from gptutor.api.chat.request import ParsedRequest, parse_request
 from gptutor.errors import ApiError
+from gptutor.http.app_keys import CLAIM, KEYRING, READINESS, REQUEST_ID, SERVICES
 from gptutor.http.body import awaits_continue, read_body, require_json
-from gptutor.http.middlewares import REQUEST_ID
 from gptutor.money.keys import KeyClaim
 from gptutor.openrouter.service import SENT_ON
 from gptutor.telemetry.metrics import SLOW_PARSES
 
-SERVICES = web.AppKey("kit", Services)
 ON_THE_LOOP_BYTES_MAX = 1024 * 1024
 """A larger body would hold up everybody else. It is checked on the slow lane: by a thread, one at a time."""
 IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
@@ -29,10 +27,10 @@ async def complete(request: web.Request) -> web.StreamResponse:
     kit, claim = request.app[SERVICES], request[CLAIM]
     is_proven = awaits_continue(request) or (request.content_length or 0) > ON_THE_LOOP_BYTES_MAX
     if is_proven:
-        await _prove_key(kit, claim)
+        await _prove_key(request, claim)
     body = await read_body(request, kit.body_limits)
     if len(body) > ON_THE_LOOP_BYTES_MAX and not is_proven:
-        await _prove_key(kit, claim)
+        await _prove_key(request, claim)
     key = request.headers.get("Idempotency-Key")
     try:
         ask = await _checked(kit, body)
@@ -40,17 +38,17 @@ async def complete(request: web.Request) -> web.StreamResponse:
             raise ApiError("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
     except ApiError:
         # A stranger must not learn from his mistakes that his key is one: for him there is only one answer (contract B3).
-        await _prove_key(kit, claim)
+        await _prove_key(request, claim)
         raise
-    kit.readiness.require()
+    request.app[READINESS].require()
     body_hash = hashlib.sha256(body).digest() if key is not None else None
     headers = {name: request.headers[name] for name in SENT_ON if name in request.headers}
     return await begin(kit, request, RequestContext(request[REQUEST_ID], claim, ask, headers, key, body_hash))
 
 
-async def _prove_key(kit: Services, claim: KeyClaim) -> None:
+async def _prove_key(request: web.Request, claim: KeyClaim) -> None:
     """Where much is to be done before the hold, which proves the key otherwise. Raises ApiError."""
-    if not await kit.keyring.is_alive(claim):
+    if not await request.app[KEYRING].is_alive(claim):
         raise ApiError("invalid_key") from None
 
 

@@ -13,10 +13,8 @@ from gptutor.api.chat.event_stream import StreamLimits
 from gptutor.api.chat.in_flight import InFlight
 from gptutor.api.chat.request import ParsedRequest
 from gptutor.http.body import BodyLimits
-from gptutor.http.health import Readiness
 from gptutor.http.rate_limit import RateLimit
 from gptutor.money.amounts import AccountId
-from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
@@ -47,8 +45,6 @@ class Services:
     catalogue: Catalogue
     log: LoggerService
     in_flight: InFlight
-    readiness: Readiness
-    keyring: KeyRing
     slow_lane: ThreadPoolExecutor
     """Where large bodies are read, one at a time."""
     body_limits: BodyLimits

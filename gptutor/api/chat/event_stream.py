@@ -9,7 +9,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from gptutor.http.connection import ClientConnection
-from gptutor.http.response_head import UnbufferedResponse
+from gptutor.http.unbuffered_response import UnbufferedResponse
 from gptutor.openrouter.response import UpstreamResponse
 from gptutor.telemetry.metrics import CALLERS_DROPPED
 
@@ -78,10 +78,10 @@ class EventStream:
         if not isinstance(connection, ClientConnection) or connection.transport is None:
             self._leave()
             return
-        self._head = await self.response.spell(self._request)
+        self._head = await self.response.serialize_headers(self._request)
         self._transport, self._connection, self._reply = connection.transport, connection, reply
         self._transport.set_write_buffer_limits(high=self._patience.buffer_bytes)
-        connection.follow(self)
+        connection.set_write_listener(self)
 
     def write(self, chunk: bytes, *, is_last: bool = False) -> bool:
         """Passes bytes on. False: the caller is gone, and more has been read for his bill than is worth while."""
@@ -141,7 +141,7 @@ class EventStream:
             self._impatience.cancel()
             self._impatience = None
         if self._connection is not None:
-            self._connection.follow(None)
+            self._connection.set_write_listener(None)
         self._reply = None
 
     @property

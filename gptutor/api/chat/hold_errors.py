@@ -7,16 +7,16 @@ from gptutor.money.holds import InsufficientFunds, KeyCapReached, NotHeld, RateL
 CODES: dict[type[NotHeld], str] = {
     UnknownKey: "invalid_key",
     InsufficientFunds: "insufficient_balance",
-    KeyCapReached: "key_cap_reached",
-    TooManyAtOnce: "too_many_at_once",
+    KeyCapReached: "key_limit_reached",
+    TooManyAtOnce: "too_many_concurrent_requests",
 }
 
 
 def hold_error(error: NotHeld, pace: RateLimit) -> ApiError:
     """`pace` is the account's limit; of a key's own limit no figures are told."""
     if isinstance(error, RateLimited):
-        return (UNDISCLOSED if error.of_key else pace).refusal()
+        return (UNDISCLOSED if error.of_key else pace).error()
     if isinstance(error, RepeatedRequest):
-        code = "repeated_request" if error.same_body else "mismatched_request"
+        code = "duplicate_request" if error.same_body else "idempotency_mismatch"
         return ApiError(code, f"{ApiError(code).text}: {error.request_id}")
     return ApiError(CODES[type(error)])

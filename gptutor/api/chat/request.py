@@ -16,7 +16,7 @@ from msgspec import Meta, Raw
 
 from gptutor.api.chat.surrogates import mask, unmask
 from gptutor.errors import ApiError
-from gptutor.http.strict_json import reject_ambiguous_json
+from gptutor.http.json_body import ERROR_PATH, MISSING_FIELD, reject_ambiguous_json
 from gptutor.money.pricing import RequestSize
 
 MODEL_CHARACTERS_MAX = 200
@@ -104,8 +104,6 @@ ELEMENTS = {
     "stop": "a string",
     "tools": "an object",
 }
-PLACE = re.compile(r"`\$\.?(.*)`")
-MISSING = re.compile(r"missing required field `(\w+)`")
 
 _decode_request = msgspec.json.Decoder(ChatRequest).decode
 _decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
@@ -249,9 +247,9 @@ def _parts(message: Message, index: int) -> list[tuple[str, int]]:
 
 def _refusal(fault: str) -> ApiError:
     """The refusal for msgspec's fault, which ends in its place: ``Expected `float` <= 2.0 - at `$.temperature` ``."""
-    found = PLACE.search(fault)
+    found = ERROR_PATH.search(fault)
     place = found[1] if found else ""
-    if missing := MISSING.search(fault):
+    if missing := MISSING_FIELD.search(fault):
         place = f"{place}.{missing[1]}".lstrip(".")
     if place == "messages":
         return ApiError("invalid_request", "messages array is required")

@@ -11,7 +11,7 @@ from aiohttp.test_utils import make_mocked_request
 
 from gptutor.api.chat.event_stream import EventStream, StreamLimits
 from gptutor.http.connection import ClientConnection
-from gptutor.http.response_head import JOINED_BYTES_MAX, CompleteResponse
+from gptutor.http.unbuffered_response import JOINED_BYTES_MAX, CompleteResponse
 from gptutor.openrouter.response import UpstreamResponse
 from tests.support.gateway import Gateway
 from tests.support.wire import post, raw
@@ -106,7 +106,9 @@ async def test_an_answer_without_a_body_does_not_begin_the_next_one(scripted: An
 @pytest.mark.parametrize("value", ["a\r\nSet-Cookie: b", "a\nb", "a\rb"])
 async def test_a_field_with_a_line_break_is_no_field(value: str) -> None:
     with pytest.raises(ValueError, match="line break"):
-        await CompleteResponse(b"{}", status=200, headers={"X-Generation-Id": value}).spell(make_mocked_request("POST", "/"), 2)
+        await CompleteResponse(b"{}", status=200, headers={"X-Generation-Id": value}).serialize_headers(
+            make_mocked_request("POST", "/"), 2
+        )
 
 
 @pytest.mark.parametrize("size", [0, JOINED_BYTES_MAX, JOINED_BYTES_MAX + 1, 3_000_000])
