@@ -1,4 +1,4 @@
-"""`/v1/keys`: an account's own keys, made, shown, limited and revoked by their owner (contract D4 to D6, B1, B2)."""
+"""`/v1/keys`: an account's API keys, created, listed, limited and revoked by their owner (contract D4 to D6, B1, B2)."""
 
 import asyncio
 import datetime
@@ -85,7 +85,7 @@ async def test_amounts_are_exact_strings(gateway: Gateway) -> None:
         assert b'"limit":"123456789.000000001",' in await response.read()
 
 
-async def test_what_is_held_is_not_left(gateway: Gateway) -> None:
+async def test_limit_remaining_excludes_held_amounts(gateway: Gateway) -> None:
     gateway.simulator.first_word_s = 0.5
     caller = await gateway.caller()
     bot, key = await make(gateway, caller, limit=50)
@@ -118,7 +118,7 @@ async def test_limits_are_changed_one_by_one(gateway: Gateway) -> None:
         assert document["data"] == await shown(gateway, caller, key["id"])
 
 
-async def test_a_key_whose_time_has_come_is_disabled_and_can_be_woken(gateway: Gateway) -> None:
+async def test_an_expired_key_is_disabled_and_can_be_enabled_again(gateway: Gateway) -> None:
     caller = await gateway.caller()
     end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)
     bot, key = await make(gateway, caller, expires_at=end.isoformat())
@@ -134,7 +134,7 @@ async def test_a_key_whose_time_has_come_is_disabled_and_can_be_woken(gateway: G
 
 
 @with_vk
-async def test_a_sign_in_manages_keys_and_makes_none_the_main_one(gateway: Gateway) -> None:
+async def test_a_sign_in_manages_keys_and_none_of_them_becomes_the_main_key(gateway: Gateway) -> None:
     """The first request of a person may be this one."""
     person = Caller(launch(), (await make_caller(gateway.books, "0")).account_id, gateway.books)
     bot, key = await make(gateway, person, limit=1)
@@ -149,7 +149,7 @@ async def test_a_sign_in_manages_keys_and_makes_none_the_main_one(gateway: Gatew
 
 
 async def test_only_the_main_key_changes_keys(gateway: Gateway) -> None:
-    """Who was given a key with a cap must not lift it, nor make himself a key without one, nor revoke those of others."""
+    """The holder of a limited key must not lift its limit, create a key without one, or revoke other keys."""
     caller = await gateway.caller()
     bot, key = await make(gateway, caller, limit=1)
     assert (await send(gateway, "GET", None, bot))[0] == 200
@@ -161,7 +161,7 @@ async def test_only_the_main_key_changes_keys(gateway: Gateway) -> None:
     assert await shown(gateway, caller, key["id"]) == key
 
 
-async def test_another_accounts_key_is_none(gateway: Gateway) -> None:
+async def test_another_accounts_key_is_404(gateway: Gateway) -> None:
     owner, stranger = await gateway.caller(), await gateway.caller()
     bot, key = await make(gateway, owner, limit=50)
     for key_id in (key["id"], 10**17, 987_654_321_012_345_678):
@@ -173,12 +173,12 @@ async def test_another_accounts_key_is_none(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("key_id", ["0", "-1", "x", "1.5", "9" * 30, "1/2"])
-async def test_what_is_no_number_of_a_key_is_no_path(gateway: Gateway, key_id: str) -> None:
+async def test_a_malformed_key_id_is_404(gateway: Gateway, key_id: str) -> None:
     caller = await gateway.caller()
     assert (await send(gateway, "DELETE", key_id, caller))[:2] == (404, "not_found")  # type: ignore[arg-type]
 
 
-async def test_a_hundred_keys_and_not_one_more_however_many_ask(books: Database) -> None:
+async def test_concurrent_requests_create_at_most_a_hundred_keys(books: Database) -> None:
     caller, keys = await make_caller(books, "0"), KeyRing(books, VAULT)
     made = await asyncio.gather(*(keys.issue(caller.account_id, str(n)) for n in range(120)), return_exceptions=True)
     assert sum(isinstance(one, TooManyKeys) for one in made) == 120 - (KEYS_MAX - 1)
@@ -188,14 +188,14 @@ async def test_a_hundred_keys_and_not_one_more_however_many_ask(books: Database)
     await keys.issue(caller.account_id, "in its place")
 
 
-async def test_one_key_too_many_is_told_so(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_key_too_many_is_409(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptutor.money.keyring.KEYS_MAX", 1)
     status, code, document = await send(gateway, "POST", None, await gateway.caller(), {"name": "bot"})
     assert (status, code) == (409, "too_many_keys")
     assert document == {"error": "An account may have 100 keys; revoke one that is no longer needed"}
 
 
-async def test_first_keys_race_and_one_is_the_main_one(books: Database) -> None:
+async def test_of_concurrent_first_keys_one_is_the_main_key(books: Database) -> None:
     user, keys = await UserRepository(books).create(), KeyRing(books, VAULT)
     limited = await keys.issue(user.account_id, "limited", KeyLimits(per_minute=1))
     beside = await keys.issue(user.account_id, "beside", beside=True)
@@ -204,7 +204,7 @@ async def test_first_keys_race_and_one_is_the_main_one(books: Database) -> None:
     assert sum(key.is_main for _, key in made) == 1
 
 
-# -- what is refused
+# -- what is rejected
 
 AMOUNT = "limit must be an amount in roubles from 0 to 1000000000 with at most nine decimal places, or null"
 RESET = 'limit_reset must be "daily" if the key has a limit, or null'
@@ -261,7 +261,7 @@ NAME = "name must be a string of 1 to 100 printable characters"
         ('{"name": "x", "%s": 1}' % ("y" * 5000), "invalid_request", None),
     ],
 )  # fmt: skip
-async def test_a_form_that_is_wrong_names_its_field_and_what_is_allowed(
+async def test_an_invalid_body_names_the_field_and_what_is_allowed(
     gateway: Gateway, body: str | bytes, code: str, text: str | None
 ) -> None:
     caller = await gateway.caller()
@@ -274,7 +274,7 @@ async def test_a_form_that_is_wrong_names_its_field_and_what_is_allowed(
     assert len(await KeyRing(gateway.books, VAULT).list(caller.account_id)) == 1
 
 
-async def test_a_body_is_small_json_and_nothing_else(gateway: Gateway) -> None:
+async def test_the_body_must_be_small_json(gateway: Gateway) -> None:
     caller = await gateway.caller()
     large = b'{"name": "%s"}' % (b"x" * BODY_LIMITS.bytes_max)
 
@@ -310,16 +310,16 @@ async def test_a_body_is_small_json_and_nothing_else(gateway: Gateway) -> None:
         (KeyLimits(NOON, per_minute=4), {"expires_at": None, "requests_per_minute": None}, NO_LIMITS),
     ],
 )  # fmt: skip
-def test_what_a_form_does_to_limits(before: KeyLimits, form: dict[str, Any], after: KeyLimits) -> None:
+def test_limits_after_a_patch(before: KeyLimits, form: dict[str, Any], after: KeyLimits) -> None:
     assert limits_after(parse_json_body(json.dumps(form).encode(), KeyLimitsPatch), before) == after
 
 
-def test_a_period_needs_a_limit_in_a_change_too() -> None:
+def test_limit_reset_needs_a_limit_in_a_patch_too() -> None:
     with pytest.raises(ApiError, match="limit_reset must be"):
         limits_after(KeyLimitsPatch(limit_reset="daily"), NO_LIMITS)
 
 
-def test_described_forms_are_those_that_are_read() -> None:
+def test_described_bodies_are_accepted() -> None:
     document = openapi.describe()
     for method, path, form in (("post", "/v1/keys", NewKey), ("patch", "/v1/keys/{key_id}", KeyLimitsPatch)):
         content = document["paths"][path][method]["requestBody"]["content"]["application/json"]

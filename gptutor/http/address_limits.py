@@ -38,7 +38,7 @@ class RequestCounter:
     @property
     def is_empty(self) -> bool:
         """Whether nothing was counted in this minute. Mostly so, and then no address need be determined."""
-        return not self._current_counts()
+        return not (self._counts and self._current_counts())
 
     def is_used_up(self, key: str) -> bool:
         """The empty key, for an unknown address, is never limited."""
@@ -114,6 +114,8 @@ class RecentCredentials:
         self._older: set[int] = set()
 
     def add(self, credential: int) -> None:
+        if credential in self._newer:
+            return
         if len(self._newer) >= ADDRESSES_MAX:
             self._older, self._newer = self._newer, set()
         self._newer.add(credential)

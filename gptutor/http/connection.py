@@ -88,7 +88,8 @@ class ClientConnection(web.RequestHandler):
             self._headers_arriving = False
             if self._messages:
                 self._last_body = self._messages[-1][1]
-            self._cancel_header_timeout()
+            if self._header_timeout is not None:
+                self._cancel_header_timeout()
         elif data and not in_body:
             self._headers_arriving = True
             if self._header_timeout is None and self._is_waiting_for_request():

@@ -83,7 +83,8 @@ def body_limit(bytes_max: int) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if (request.content_length or 0) > bytes_max:
             raise ApiError("body_too_large", text)
-        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        encoding = request.headers.get("Content-Encoding")
+        if encoding is not None and encoding.lower() != "identity":
             raise ApiError("unsupported_encoding")
         return await handler(request)
 
