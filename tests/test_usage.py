@@ -249,7 +249,7 @@ async def test_entries_are_filtered_by_model_and_by_whole_utc_days(gateway: Gate
     assert await costs(model="a/late", cursor=page["next_cursor"]) == ["0.002"]
     assert await costs(cursor=page["next_cursor"], to="2026-03-10") == ["0.001"]
     (entry,) = await data(gateway, caller, "/v1/usage", to="2026-03-10")
-    assert entry["created_at"] == "2026-03-10T23:59:59.999999Z"
+    assert entry["created_at"] == "2026-03-10T23:59:59.999Z"
 
 
 # -- totals
@@ -493,7 +493,7 @@ async def test_of_requests_with_the_same_id_the_newest_is_shown(gateway: Gateway
         ("/v1/usage?limit=%D9%A3", "limit must be a whole number from 1 to 1000"),
         ("/v1/usage?limit=", "limit must be a whole number from 1 to 1000"),
         ("/v1/usage?limit=1&limit=2", "limit is given more than once"),
-        ("/v1/usage?form=2026-01-01", "'form' is not a parameter here; known are limit, cursor, from, to, model"),
+        ("/v1/usage?form=2026-01-01", "'form' is not a parameter here; known parameters: limit, cursor, from, to, model"),
         ("/v1/usage?from=yesterday", "from must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
         ("/v1/usage?from=2026-02-30", "from must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
         ("/v1/usage?from=20260201", "from must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
@@ -503,17 +503,17 @@ async def test_of_requests_with_the_same_id_the_newest_is_shown(gateway: Gateway
         ("/v1/usage?model=", "model must be a text of 1 to 200 printable characters"),
         ("/v1/usage?model=a%00b", "model must be a text of 1 to 200 printable characters"),
         ("/v1/usage?model=" + "a" * 201, "model must be a text of 1 to 200 printable characters"),
-        ("/v1/usage?cursor=abc", "cursor must be the next_cursor of an earlier answer, unchanged"),
-        ("/v1/usage?cursor=" + "_" * 36, "cursor must be the next_cursor of an earlier answer, unchanged"),
-        ("/v1/usage?cursor=f" + "_" * 31, "cursor must be the next_cursor of an earlier answer, unchanged"),
-        ("/v1/usage?cursor=%D1%8F", "cursor must be the next_cursor of an earlier answer, unchanged"),
+        ("/v1/usage?cursor=abc", "cursor must be the next_cursor of an earlier response, unchanged"),
+        ("/v1/usage?cursor=" + "_" * 36, "cursor must be the next_cursor of an earlier response, unchanged"),
+        ("/v1/usage?cursor=f" + "_" * 31, "cursor must be the next_cursor of an earlier response, unchanged"),
+        ("/v1/usage?cursor=%D1%8F", "cursor must be the next_cursor of an earlier response, unchanged"),
         ("/v1/usage/totals?by=week", "by must be one of: day; model; day,model"),
         (
             "/v1/usage/totals?from=2025-01-01&to=2026-01-02",
             "from and to must span at most 366 days: 2025-01-01 to 2026-01-02 is more",
         ),
-        ("/v1/usage/totals?limit=1", "'limit' is not a parameter here; known are from, to, by"),
-        ("/v1/generation", "id is required: a request id, or OpenRouter's id of a generation"),
+        ("/v1/usage/totals?limit=1", "'limit' is not a parameter here; known parameters: from, to, by"),
+        ("/v1/generation", "id is required: a request id, or OpenRouter's generation id"),
         ("/v1/generation?id=", "id must be a text of 1 to 200 printable characters"),
     ],
 )
