@@ -17,10 +17,10 @@ import aiohttp
 import asyncpg
 import pytest
 
-from gptutor.app import JOURNAL, build_app
+from gptutor.app import build_app
 from gptutor.config import schema
 from gptutor.database.pool import Database, DatabaseRefused, DatabaseUnavailable, RowsLocked, connected, translated
-from gptutor.http.health import READINESS
+from gptutor.http.app_keys import JOURNAL, READINESS
 from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
 from gptutor.telemetry.logs import LoggerService

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptutor.app import CONFIG
 from gptutor.database import pool
 from gptutor.database.pool import Database
+from gptutor.http.app_keys import CONFIG
 from gptutor.money.amounts import Nano, parse_roubles, roubles
 from gptutor.money.holds import (
     ConcurrencyLimitReached,
@@ -412,8 +412,8 @@ async def test_no_account_has_more_requests_at_once_than_it_may(
     await fill(3)
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"chat_at_once": 3}}])
-async def test_too_many_at_once_are_told_so_and_places_are_freed(gateway: Gateway, raw: asyncpg.Connection) -> None:
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"chat_concurrent_max": 3}}])
+async def test_too_many_concurrent_requests_are_told_so_and_places_are_freed(gateway: Gateway, raw: asyncpg.Connection) -> None:
     caller = await gateway.caller()
     gateway.simulator.first_word_s = 0.5
     replies = await asyncio.gather(*(gateway.chat(caller) for _ in range(20)))
@@ -422,7 +422,7 @@ async def test_too_many_at_once_are_told_so_and_places_are_freed(gateway: Gatewa
     for response in refused:
         assert (response.status, response.headers["X-Error-Code"], response.headers["Retry-After"]) == (
             429,
-            "too_many_at_once",
+            "too_many_concurrent_requests",
             "1",
         )
     gateway.simulator.first_word_s = 0
@@ -473,7 +473,7 @@ async def test_two_gateways_together_never_overspend_a_cap(gateway: Gateway, oth
     refused = [response for response, _ in replies if response.status != 200]
     assert len(replies) - len(refused) == 3
     for response in refused:
-        assert (response.status, response.headers["X-Error-Code"]) == (402, "key_cap_reached")
+        assert (response.status, response.headers["X-Error-Code"]) == (402, "key_limit_reached")
         assert response.headers["x-should-retry"] == "false"
     await other.idle()
     spent, held = await bot.counted()
@@ -502,7 +502,7 @@ async def test_limits_and_revocations_are_seen_at_once_by_every_process(gateway:
     url = f"{gateway.url}/v1/keys/{bot.key_id}"
     async with gateway.session.patch(url, json={"limit": 0}, headers=caller.headers) as response:
         assert response.status == 200
-    assert (await other.chat(bot))[0].headers["X-Error-Code"] == "key_cap_reached"
+    assert (await other.chat(bot))[0].headers["X-Error-Code"] == "key_limit_reached"
     async with gateway.session.patch(url, json={"limit": None}, headers=caller.headers) as response:
         assert response.status == 200
     assert (await other.chat(bot))[0].status == 200

@@ -18,10 +18,9 @@ import pytest
 from aiohttp import web
 
 from gptutor.api.chat.request import ParsedRequest
-from gptutor.app import JOURNAL
 from gptutor.config import schema
 from gptutor.database.pool import Database, DatabaseUnavailable
-from gptutor.http.health import DATABASE
+from gptutor.http.app_keys import DATABASE, JOURNAL
 from gptutor.money.administration import Bookkeeper
 from gptutor.money.amounts import Nano
 from gptutor.money.bookings import AlreadyBooked, Bookings

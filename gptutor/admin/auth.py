@@ -7,17 +7,14 @@ import hmac
 from collections.abc import Mapping
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
+from aiohttp.typedefs import Handler, Middleware
 
-from gptutor.api.auth import bearer_token
 from gptutor.errors import ApiError
-from gptutor.http.health import DATABASE
-from gptutor.http.middlewares import Handler
+from gptutor.http.app_keys import DATABASE, VAULT
+from gptutor.http.authorization import bearer_token
 from gptutor.money.administration import Administration
-from gptutor.money.vault import Vault
 
 WHO = web.RequestKey("who", str)
-VAULT = web.AppKey("admin_vault", Vault)
 UNAUTHENTICATED = "Invalid administrator token"
 
 

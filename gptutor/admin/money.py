@@ -11,15 +11,14 @@ from gptutor.admin.auth import administration_of
 from gptutor.admin.responses import data_response
 from gptutor.admin.users import AN_AMOUNT, ID_MAX, PAGE, PAGE_MAX, account_id_of
 from gptutor.errors import ApiError
+from gptutor.http.app_keys import DATABASE
 from gptutor.http.body import read_json_body
-from gptutor.http.health import DATABASE
 from gptutor.http.json_body import Amount
-from gptutor.http.query import Query, cursor_of
+from gptutor.http.query import Query, encode_cursor
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
 from gptutor.money.reconciliation import sum_of, waiting_holds
 from gptutor.money.records import booking_json, csv_header, csv_lines, entry_json, user_json, waiting_hold_json
-from gptutor.money.usage import Cursor
 
 LOGGER = logging.getLogger("gptutor.admin")
 LINE = r"^[^\x00-\x1f\x7f]*\Z"
@@ -79,14 +78,14 @@ async def pay(request: web.Request) -> web.Response:
 async def ledger(request: web.Request) -> web.Response:
     """A user's entries in pages, newest first."""
     query = Query(request, ("limit", "cursor"))
-    limit = query.whole("limit", least=1, most=PAGE_MAX, default=PAGE)
-    place = query.place("cursor")
+    limit = query.integer("limit", minimum=1, maximum=PAGE_MAX, default=PAGE)
+    place = query.cursor("cursor")
     administration = administration_of(request)
     account_id = account_id_of(request)
     await administration.users.find(account_id)
-    entries = await administration.bookings.entries(account_id, limit + 1, before=None if place is None else place.entry_id)
+    entries = await administration.bookings.entries(account_id, limit + 1, before=None if place is None else place[1])
     page = entries[:limit]
-    next_cursor = cursor_of(Cursor(page[-1].created_at, page[-1].entry_id)) if len(entries) > limit else None
+    next_cursor = encode_cursor(page[-1].created_at, page[-1].entry_id) if len(entries) > limit else None
     return data_response([entry_json(entry) for entry in page], next_cursor=next_cursor)
 
 
@@ -100,7 +99,7 @@ async def export_ledger(request: web.Request) -> web.StreamResponse:
     """CSV, streamed from one snapshot: `?from=&to=&user=`. A failed export aborts the connection: it must not look complete."""
     query = Query(request, ("from", "to", "user"))
     period = query.period(days_max=None)
-    user = AccountId(query.whole("user", least=1, most=ID_MAX, default=0))
+    user = AccountId(query.integer("user", minimum=1, maximum=ID_MAX, default=0))
     administration = administration_of(request)
     if user:
         await administration.users.find(user)

@@ -4,9 +4,9 @@ from typing import Any
 
 import orjson
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from gptutor.errors import ApiError
-from gptutor.http.middlewares import Handler
 from gptutor.money.administration import ReasonMissing
 from gptutor.money.amounts import InvalidAmount
 from gptutor.money.bookings import AlreadyBooked, Uncovered

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from gptutor.admin.auth import administration_of
 from gptutor.admin.responses import data_response
 from gptutor.http.body import read_json_body
-from gptutor.http.json_body import Amount, Line
+from gptutor.http.json_body import Amount, PrintableText
 from gptutor.http.query import Query
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, nano_of
 from gptutor.money.key_limits import NAME_MAX, KeyLimitChanges, changed_limits, parse_expiry
@@ -21,7 +21,7 @@ PAGE_MAX = 1000
 ID_MAX = 10**18 - 1
 AN_AMOUNT = "an amount in roubles, such as 99.50"
 
-Name = Annotated[Line, msgspec.Meta(max_length=NAME_MAX)]
+Name = Annotated[PrintableText, msgspec.Meta(max_length=NAME_MAX)]
 
 
 class NewUser(msgspec.Struct, forbid_unknown_fields=True):
@@ -64,8 +64,8 @@ async def list_users(request: web.Request) -> web.Response:
     users = administration_of(request).users
     if text := (query.text("query") or "").strip():
         return data_response([user_json(user) for user in await users.search(text)], next_cursor=None)
-    limit = query.whole("limit", least=1, most=PAGE_MAX, default=PAGE)
-    found = await users.page(query.whole("cursor", least=0, most=ID_MAX, default=0), limit + 1)
+    limit = query.integer("limit", minimum=1, maximum=PAGE_MAX, default=PAGE)
+    found = await users.page(query.integer("cursor", minimum=0, maximum=ID_MAX, default=0), limit + 1)
     page = found[:limit]
     next_cursor = str(page[-1].account_id) if len(found) > limit else None
     return data_response([user_json(user) for user in page], next_cursor=next_cursor)

@@ -183,11 +183,11 @@ class BillingSettings(Section, frozen=True):
 
 class RateLimitSettings(Section, frozen=True):
     chat_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
-    chat_at_once: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 200
+    chat_concurrent_max: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 200
     models_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
     sign_ins_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
-    strangers_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
-    own_pages_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
+    unauthenticated_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
+    account_pages_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
     notifications_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
 
 
@@ -233,7 +233,7 @@ class YookassaSettings(Section, frozen=True):
     payment_max_rub: Decimal = Decimal(100_000)
     base_url: BaseUrl = "https://api.yookassa.ru/v3"
     timeout_s: Seconds = 10
-    at_once: Count = 8
+    concurrent_max: Count = 8
 
     def __post_init__(self) -> None:
         given = [bool(text) for text in (self.shop_id, self.secret_key, self.return_url)]

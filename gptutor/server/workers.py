@@ -22,11 +22,11 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker as GunicornWorker
 
 from gptutor.admin.app import build_admin
-from gptutor.app import JOURNAL, build_app
+from gptutor.app import build_app
 from gptutor.config.load import load
 from gptutor.config.schema import Config, ConfigError
 from gptutor.config.secrets import secret_keys
-from gptutor.http.health import READINESS
+from gptutor.http.app_keys import JOURNAL, READINESS
 from gptutor.server.banner import banner
 from gptutor.server.listener import StartError, host_and_port, listening_on, listening_on_inherited_socket
 from gptutor.server.process import report_descriptor_exhaustion, run_loop, tune_garbage_collection

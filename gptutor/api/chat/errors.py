@@ -54,7 +54,7 @@ KEY_LIMIT_WORDS = ("key limit", "limit exceeded", "insufficient", "guardrail bud
 def error_for_hold(error: HoldRejected, rate_limit: RateLimit) -> ApiError:
     """`rate_limit` is the account's; the numbers of a key's own limit are not disclosed."""
     if isinstance(error, RateLimited):
-        return (UNDISCLOSED if error.of_key else rate_limit).refusal()
+        return (UNDISCLOSED if error.of_key else rate_limit).error()
     if isinstance(error, RepeatedRequest):
         code = "repeated_request" if error.same_body else "mismatched_request"
         return ApiError(code, f"{ApiError(code).text}: {error.request_id}")

@@ -21,8 +21,8 @@ from gptutor.api.chat.event_stream import EventStream
 from gptutor.api.chat.purchase import Purchase
 from gptutor.database.pool import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
-from gptutor.http.middlewares import LOGGED
-from gptutor.http.response_head import CompleteResponse
+from gptutor.http.app_keys import LOGGED
+from gptutor.http.unbuffered_response import CompleteResponse
 from gptutor.money.amounts import roubles
 from gptutor.money.holds import Hold, HoldId, HoldRejected, HoldRequest, UnknownKey, new_id
 from gptutor.money.journal import JournalError
