@@ -330,7 +330,7 @@ async def test_what_waits_for_evidence_is_listed(admin: Admin) -> None:
             "from must not be later than to: 2026-02-01 is later",
         ),
         ("GET", "/admin/export/ledger?user=999", None, "There is no such user"),
-        ("GET", "/admin/users?search=1", None, "'search' is not a parameter here; known are query, after, limit"),
+        ("GET", "/admin/users?search=1", None, "'search' is not a parameter here; known parameters: query, after, limit"),
         ("GET", "/admin/holds?user=1", None, "'user' is not a parameter here; there are none"),
         ("GET", "/admin/users/1?keys=1", None, "'keys' is not a parameter here; there are none"),
         ("GET", "/admin/users/1/keys?all=1", None, "'all' is not a parameter here; there are none"),
