@@ -321,7 +321,7 @@ async def test_holds_of_unknown_cost_are_listed(admin: Admin) -> None:
             "POST",
             "ID/keys",
             {"cap": "1"},
-            "'cap' is not a field of this request; it has limit, limit_reset, requests_per_minute, expires_at, name",
+            "'cap' is not a field of this request; known fields: limit, limit_reset, requests_per_minute, expires_at, name",
         ),
         (
             "POST",
@@ -336,7 +336,7 @@ async def test_holds_of_unknown_cost_are_listed(admin: Admin) -> None:
             "from must not be later than to: 2026-02-01 is later",
         ),
         ("GET", "/admin/export/ledger?user=999", None, "There is no user with this id"),
-        ("GET", "/admin/users?search=1", None, "'search' is not a parameter here; known are query, cursor, limit"),
+        ("GET", "/admin/users?search=1", None, "'search' is not a parameter here; known parameters: query, cursor, limit"),
         ("GET", "/admin/holds?user=1", None, "'user' is not a parameter here; there are none"),
         ("GET", "/admin/users/1?keys=1", None, "'keys' is not a parameter here; there are none"),
         ("GET", "/admin/users/1/keys?all=1", None, "'all' is not a parameter here; there are none"),

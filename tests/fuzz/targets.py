@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from gptutor.api.chat.request import ParsedRequest, parse_request
-from gptutor.config.load import CONFIG_PATH_NAME, SHORT_NAMES, load
+from gptutor.config.load import CONFIG_PATH_VARIABLE, SHORT_NAMES, load
 from gptutor.config.schema import Config, ConfigError
 from gptutor.errors import ApiError
 from gptutor.integrations.vk import InvalidLaunch, signature, verify
@@ -282,7 +282,7 @@ def fuzz_config(data: bytes) -> None:
     with tempfile.NamedTemporaryFile(prefix="gptutor-fuzz-") as file, suppress(ConfigError):
         file.write(decisions.input)
         file.flush()
-        loaded = load({**environ, CONFIG_PATH_NAME: file.name})
+        loaded = load({**environ, CONFIG_PATH_VARIABLE: file.name})
         assert isinstance(loaded, Config)
 
 
