@@ -87,7 +87,8 @@ class ConnectionPool:
         self._proxy = proxy
         self._connections_max = connections_max
         self._connect_s = connect_s
-        self._tls = verifying_context()
+        # Reading the certificates takes 20 ms.
+        self._tls = verifying_context() if end.is_secure else ReusingContext(ssl.PROTOCOL_TLS_CLIENT)
         self._proxy_tls = verifying_context() if proxy is not None and proxy.is_secure else None
         self._idle: deque[UpstreamConnection] = deque()
         self._busy: set[UpstreamConnection] = set()
