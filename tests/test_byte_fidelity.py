@@ -190,8 +190,8 @@ json_values = st.recursive(
 @st.composite
 def documents(draw: st.DrawFn) -> bytes:
     members = draw(st.dictionaries(st.sampled_from(["id", "object", "choices", "ключ", "error"]), json_values, max_size=4))
-    if isinstance(members.get("id"), str):
-        members["id"] = "gen-1" + members["id"]  # of two answers with one name, one would be an invention
+    if isinstance(name := members.get("id"), str):
+        members["id"] = "gen-1" + name  # of two answers with one name, one would be an invention
     spelled = json.dumps(
         {**members, "usage": "HERE"}, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1]))
     ).encode()

@@ -302,7 +302,7 @@ async def test_nothing_of_an_answer_stays_with_its_connection() -> None:
             connection = await pool.connect()
             await connection.ask(ASK, b"{}", 2)
             reply = UpstreamResponse(connection, pool.give_back, 5, 5)
-            await reply.pump(lambda piece, known=known: None, lambda known=known: None, 60)
+            await reply.pump(lambda piece, known=known: None, lambda known=known: None, 60)  # type: ignore[misc]
             reply.close()
             reply.close()
             del reply, known

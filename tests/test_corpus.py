@@ -33,6 +33,7 @@ def members(document: str) -> dict[str, str]:
     while name := NAME.match(document, at):
         _, after_name = end(document, name.end())
         colon = COLON.match(document, after_name)
+        assert colon is not None
         _, at = end(document, colon.end())
         spelled = document[name.end() : after_name]
         assert spelled not in found, f"{spelled} stands twice"

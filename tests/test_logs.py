@@ -60,7 +60,7 @@ class Deaf:
     def write(self, text: str) -> int:
         raise BrokenPipeError
 
-    flush = isatty = write  # type: ignore[assignment]
+    flush = isatty = write
 
 
 def test_who_reads_no_output_any_more_does_not_stop_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

