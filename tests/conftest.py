@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from gptutor.simulator import library
 from gptutor.simulator import server as simulator_server
 from gptutor.simulator.server import Simulator
 from tests.support.gateway import Gateway, config_for, gateway_on
-from tests.support.postgres import TestDatabase, running_postgres
+from tests.support.postgres import BINARIES, TestDatabase, running_postgres
 from tests.support.service import Service, start
 
 hypothesis_settings.register_profile("tests", deadline=None, print_blob=True)
@@ -32,6 +33,10 @@ def pytest_sessionstart() -> None:
     """The services that tests start read the `gptutor.env` of their folder, as every service does."""
     if Path(ENV_FILE).exists():
         pytest.exit(f"{Path(ENV_FILE).absolute()} has the settings of a living service: run the tests in another folder.", 1)
+
+
+def pytest_report_header() -> str:
+    return f"PostgreSQL: {os.environ.get(BINARIES, 'embedded')}"
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:

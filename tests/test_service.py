@@ -147,7 +147,10 @@ def test_a_database_of_ones_own_must_be_migrated_by_hand(tmp_path: Path, postgre
 def test_the_wheel_has_all_it_needs(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(
-        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".venv", "var", "logs", ".git", "node_modules", ".*cache")
+        ROOT,
+        source,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(".venv", "var", "logs", ".git", "node_modules", ".*cache", "__pycache__", ".hypothesis"),
     )
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")

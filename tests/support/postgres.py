@@ -15,7 +15,7 @@ import asyncpg
 from gptutor.database import migrations
 from gptutor.database.embedded import embedded_postgres
 
-BINARIES = "GPTUTOR_TEST_POSTGRES"
+BINARIES = "TEST_POSTGRES_BINARIES"
 """Names the folder of another PostgreSQL's binaries, which is then tested instead of the embedded one."""
 
 PAGES_MAX = 16
