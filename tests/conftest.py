@@ -18,8 +18,6 @@ from gptutor.config.files import ENV_FILE
 from gptutor.database import pool
 from gptutor.openrouter import catalogue
 from gptutor.server.serve import simulated_openrouter
-from gptutor.simulator import library
-from gptutor.simulator import server as simulator_server
 from gptutor.simulator.server import Simulator
 from tests.support.gateway import Gateway, config_for, gateway_on
 from tests.support.postgres import BINARIES, TestDatabase, running_postgres
@@ -46,10 +44,9 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
 
 @pytest.fixture(scope="session", autouse=True)
 def read_once() -> Iterator[None]:
-    """The simulator's model list is the same for every gateway: it is made once and read once, and not a thousand times."""
+    """The simulator's model list is the same for every gateway: it is parsed once, and not a thousand times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalogue, "parse_models", functools.lru_cache(maxsize=8)(catalogue.parse_models))
-        patch.setattr(simulator_server, "make_library", functools.cache(library.make_library))
         yield
 
 
