@@ -22,11 +22,12 @@ from gptutor.errors import ApiError
 from gptutor.http.body import read_json_body
 from gptutor.http.health import DATABASE, READINESS
 from gptutor.http.json_body import Amount
-from gptutor.integrations.yookassa import ID_FORM, YooKassa, YooKassaUnavailable
+from gptutor.integrations.yookassa import ID_PATTERN, YooKassa, YooKassaUnavailable
 from gptutor.money.administration import Bookkeeper
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles
 from gptutor.money.bookings import AlreadyBooked, Booking
 from gptutor.money.users import NoSuchUser
+from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.metrics import PAYMENT_NOTIFICATIONS
 
 LOGGER = logging.getLogger("gptutor.payments")
@@ -80,7 +81,7 @@ class PaymentService:
         self._most_rub = most_rub
         self._payments = ConcurrencyLimit(at_once)
         self._notifications = ConcurrencyLimit(at_once)
-        self._under_way: set[asyncio.Task[Outcome]] = set()
+        self._under_way = BackgroundTasks()
 
     def require(self) -> YooKassa:
         if self._yookassa is None:
@@ -119,14 +120,11 @@ class PaymentService:
 
         It goes on when the one who told of it has left: what is booked has its audit line.
         """
-        task = asyncio.create_task(self._take(notification, books))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._under_way.start(self._take(notification, books)))
 
     async def drain(self) -> None:
         """Waits for what is under way; each call to YooKassa has its time limit."""
-        await asyncio.gather(*self._under_way, return_exceptions=True)
+        await self._under_way.drain(None)
 
     async def _take(self, notification: Notification, books: Bookkeeper) -> Outcome:
         kind, _, _ = notification.event.partition(".")
@@ -140,11 +138,11 @@ class PaymentService:
     async def _take_payment(self, payment_id: str, books: Bookkeeper) -> Outcome:
         yookassa = self.require()
         reference = f"{PROVIDER}:{payment_id}"
-        if not ID_FORM.fullmatch(payment_id) or await books.bookings.find(reference):
+        if not ID_PATTERN.fullmatch(payment_id) or await books.bookings.find(reference):
             return "nothing"
         with self._notifications.passing(), _asked():
             payment = await yookassa.payment(payment_id)
-        if payment is None or not payment.is_money or payment.account_id is None or payment.amount_rub is None:
+        if payment is None or not payment.is_captured or payment.account_id is None or payment.amount_rub is None:
             return "nothing"
         return await _booked(books.pay, AccountId(payment.account_id), payment.amount_rub, reference, "payment")
 
@@ -152,7 +150,7 @@ class PaymentService:
         """A refund is of a payment that was booked: if its notification was lost, it is booked now, before the refund."""
         yookassa = self.require()
         reference = f"{PROVIDER}-refund:{refund_id}"
-        if not ID_FORM.fullmatch(refund_id) or await books.bookings.find(reference):
+        if not ID_PATTERN.fullmatch(refund_id) or await books.bookings.find(reference):
             return "nothing"
         with self._notifications.passing(), _asked():
             refund = await yookassa.refund(refund_id)
