@@ -156,7 +156,7 @@ async def test_an_export_of_any_length_takes_little_memory(books: Database, data
     await connection.close()
     file = tmp_path / "ledger.csv"
     measured = (
-        "import resource, sys; from gptutor.cli import app\n"
+        "import resource, sys; from gptutor.cli.main import app\n"
         "try: app(sys.argv[1:])\n"
         "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

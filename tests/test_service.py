@@ -165,7 +165,7 @@ def test_the_wheel_has_all_it_needs(tmp_path: Path) -> None:
     assert expected - packed == set()
     environ = {**environment(tmp_path), "PYTHONPATH": str(installed)}
     ran = subprocess.run(
-        [sys.executable, "-c", "import gptutor, gptutor.cli; print(gptutor.__file__); gptutor.cli.app(['migrate'])"],
+        [sys.executable, "-c", "import gptutor; from gptutor.cli.main import app; print(gptutor.__file__); app(['migrate'])"],
         cwd=tmp_path, env=environ, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert str(installed) in ran.stdout

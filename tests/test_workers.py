@@ -245,7 +245,7 @@ def test_the_simulator_of_a_trial_has_one_process(tmp_path: Path) -> None:
 
 
 async def test_a_worker_that_finishes_its_answers_is_not_taken_for_a_hung_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptutor.workers.NOTIFY_S", 0.01)
+    monkeypatch.setattr("gptutor.server.workers.NOTIFY_S", 0.01)
     worker, told = Worker.__new__(Worker), []
     worker.alive = False  # it was told to end
     worker.notify = lambda: told.append(1)
