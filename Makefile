@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 
 .DEFAULT_GOAL := help
 .PHONY: develop lock audit
-.PHONY: help install run test check format lint types sql test-completion test-openai docs migrate service chaos fuzz bench bench-growth
+.PHONY: help install run test test-pythons check format lint types sql test-completion test-openai docs migrate service chaos fuzz bench bench-growth
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,11 +58,22 @@ audit: ## check the locked packages for known vulnerabilities; passes, and says 
 run: install ## the whole service: embedded PostgreSQL and the OpenRouter simulator where nothing else is configured
 	@exec $(BIN)/gptutor serve
 
-test: install ## all tests, on a real PostgreSQL
-	@$(BIN)/python -m pytest
+# Each of the processes has a PostgreSQL of its own; whoever has nothing left takes tests from the others.
+PARALLEL := --numprocesses=logical --dist=worksteal
+# Tests start Python a hundred times: the bytecode is kept, even where the environment says otherwise.
+test check test-pythons: export PYTHONDONTWRITEBYTECODE :=
+
+test: install ## all tests, on a real PostgreSQL; some of them with pytest's arguments: T=tests/test_bill.py, T="-k retry -x"
+	@$(BIN)/python -m pytest $(or $(T),$(PARALLEL))
+
+test-pythons: ## all tests with each Python from 3.11 to 3.14 that is found, in an environment of its own below var/
+	@for version in 3.11 3.12 3.13 3.14; do \
+		command -v python$$version >/dev/null || { echo "Python $$version is not on PATH: skipped."; continue; }; \
+		echo "Python $$version"; \
+		$(MAKE) --no-print-directory test PYTHON=python$$version VENV=var/python$$version T='$(or $(T),$(PARALLEL))' || exit 1; done
 
 check: install lint types sql ## lint, types, SQL, tests, and that every branch of the money is tested: what a change must pass
-	@$(BIN)/python -m pytest --cov=gptutor.money --cov=gptutor.openrouter.bill --cov=gptutor.openrouter.retry --cov-branch \
+	@$(BIN)/python -m pytest $(PARALLEL) --cov=gptutor.money --cov=gptutor.openrouter.bill --cov=gptutor.openrouter.retry --cov-branch \
 		--cov-report=term-missing:skip-covered --cov-fail-under=100
 
 format: install ## format the code

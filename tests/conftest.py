@@ -1,12 +1,13 @@
 """What the tests stand on: a real PostgreSQL, the simulator as OpenRouter, and the gateway on a real socket."""
 
 import asyncio
-import tempfile
+import contextlib
+import functools
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 import uvloop
 from aiohttp import web
@@ -14,12 +15,12 @@ from hypothesis import settings as hypothesis_settings
 
 from gptutor.config import schema
 from gptutor.config.files import ENV_FILE
-from gptutor.database import migrations, pool
-from gptutor.database.embedded import embedded_postgres
+from gptutor.database import pool
+from gptutor.openrouter import catalogue
 from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.server import Simulator
-from tests.support.books import overruns
 from tests.support.gateway import Gateway, config_for, gateway_on
+from tests.support.postgres import BINARIES, TestDatabase, running_postgres
 from tests.support.service import Service, start
 
 hypothesis_settings.register_profile("tests", deadline=None, print_blob=True)
@@ -32,42 +33,54 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"{Path(ENV_FILE).absolute()} has the settings of a living service: run the tests in another folder.", 1)
 
 
+def pytest_report_header() -> str:
+    return f"PostgreSQL: {os.environ.get(BINARIES, 'embedded')}"
+
+
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The loop that the service runs on."""
     return {"uvloop": uvloop.new_event_loop}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def read_once() -> Iterator[None]:
+    """The simulator's model list is the same for every gateway: it is parsed once, and not a thousand times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "parse_models", functools.lru_cache(maxsize=8)(catalogue.parse_models))
+        yield
+
+
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """A server of the session's own, migrated; gives its URL."""
-    with (
-        tempfile.TemporaryDirectory(prefix="gptutor-tests-", ignore_cleanup_errors=True) as directory,
-        embedded_postgres(Path(directory) / "postgres") as url,
-    ):
-        asyncio.run(_prepare(url))
-        yield url
+def test_database() -> Iterator[TestDatabase]:
+    """A server of this process alone (pytest-xdist's workers have one each), with a migrated database."""
+    with running_postgres() as url, contextlib.closing(TestDatabase(url)) as database:
+        yield database
 
 
-async def _prepare(url: str) -> None:
-    server = await asyncpg.connect(url)
-    for setting in ("fsync", "full_page_writes", "synchronous_commit"):
-        await server.execute(f"ALTER SYSTEM SET {setting} = off")  # a test's database need not survive a power cut
-    await server.execute("SELECT pg_reload_conf()")
-    await server.close()
-    await migrations.migrate(url)
+@pytest.fixture(scope="session")
+def postgres(test_database: TestDatabase) -> str:
+    """The URL of the server's database, whatever is in it."""
+    return test_database.url
 
 
 @pytest.fixture
-async def database_url(postgres: str) -> str:
-    """The migrated database, empty. (Emptying it is much quicker than cloning a template.)"""
-    server = await asyncpg.connect(postgres)
-    tables = await server.fetch(
-        "SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'schema_migrations'"
-    )
-    await server.execute("SET session_replication_role = replica")  # the ledger's guard sleeps for a moment
-    await server.execute(f"TRUNCATE {', '.join(table['tablename'] for table in tables)} RESTART IDENTITY CASCADE")
-    await server.close()
-    return postgres
+def database_url(test_database: TestDatabase) -> str:
+    """The URL of the migrated database, empty. (Emptying it is much quicker than cloning a template.)"""
+    test_database.empty()
+    return test_database.url
+
+
+@pytest.fixture
+def new_tables(test_database: TestDatabase) -> None:
+    """Tables and indexes without the pages of earlier tests, for a test that counts pages."""
+    test_database.truncate()
+
+
+@pytest.fixture
+def covered_bills(test_database: TestDatabase) -> Iterator[None]:
+    """In no test is the simulator's bill above what was held for it (contract C4)."""
+    yield
+    assert test_database.overruns() == []
 
 
 @pytest.fixture
@@ -89,7 +102,7 @@ async def simulator() -> Simulator:
 
 @pytest.fixture
 async def gateway(
-    database_url: str, books: pool.Database, simulator: Simulator, tuned: dict[str, Any], tmp_path: Path
+    database_url: str, covered_bills: None, books: pool.Database, simulator: Simulator, tuned: dict[str, Any], tmp_path: Path
 ) -> AsyncIterator[Gateway]:
     async with (
         simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url,
@@ -97,7 +110,6 @@ async def gateway(
     ):
         yield running
         await running.idle()
-        assert await overruns(database_url) == []
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Clients without an account are limited by their address (contract A8; row auth-3 in part)."""
 
+import time
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tests.support.gateway import Gateway
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of day, in a list of one: it stands still unless a test advances it."""
     now = [1_795_500_000.0]
-    monkeypatch.setattr(address_limits.time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
     return now
 
 
@@ -93,7 +94,7 @@ async def test_a_client_cannot_choose_its_address(gateway: Gateway, clock: list[
     ],
 )
 def test_the_address_is_the_last_that_no_trusted_proxy_has(remote: str, forwarded: list[str], address: str) -> None:
-    request = make_mocked_request("GET", "/", headers=[("X-Forwarded-For", value) for value in forwarded])  # type: ignore[arg-type]
+    request = make_mocked_request("GET", "/", headers=[("X-Forwarded-For", value) for value in forwarded])
     assert client_address(request.clone(remote=remote), parse_networks("10.0.0.0/8 ::1")) == address
 
 

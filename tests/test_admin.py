@@ -201,8 +201,8 @@ async def test_a_payment_is_credited_once_with_the_same_response(admin: Admin, d
     assert await admin.request("POST", "/admin/payments", {**payment, "vk_id": "494075"}) == (200, later)
     for number in (1, "1"):
         assert await admin.request("POST", "/admin/payments", {**payment, "vk_id": number}) == (404, "not_found")
-    for number in (0, "0", "0494075", "", "x", "49407٥", " 494075", "1" * 19, 1.5, True):
-        assert await admin.request("POST", "/admin/payments", {**payment, "vk_id": number}) == (400, "invalid_request")
+    for invalid in (0, "0", "0494075", "", "x", "49407٥", " 494075", "1" * 19, 1.5, True):
+        assert await admin.request("POST", "/admin/payments", {**payment, "vk_id": invalid}) == (400, "invalid_request")
     assert await admin.request("POST", "/admin/payments", {**payment, "user_id": 1}) == (400, "invalid_request")
     assert (await UserRepository(admin.books).find(user.account_id)).balance == parse_roubles("99.9")
     assert [line["reference"] for line in admin.audit()] == ["bank:17"]

@@ -577,7 +577,7 @@ async def test_a_lock_on_one_account_row_delays_no_other_account(books: Database
     transaction = by_hand.transaction()
     await transaction.start()
     await by_hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", caller.account_id)
-    waiting = [asyncio.create_task(ledger.settle(settlement(held, "0.01")))]
+    waiting: list[asyncio.Task[Any]] = [asyncio.create_task(ledger.settle(settlement(held, "0.01")))]
     waiting += [asyncio.create_task(hold(books, caller, "1", ledger=ledger)) for _ in range(3)]
     releases = [asyncio.create_task(ledger.release(release(each))) for each in given_up]  # which begin with the other's row
     for _ in range(20):

@@ -190,8 +190,8 @@ json_values = st.recursive(
 @st.composite
 def documents(draw: st.DrawFn) -> bytes:
     members = draw(st.dictionaries(st.sampled_from(["id", "object", "choices", "ключ", "error"]), json_values, max_size=4))
-    if isinstance(members.get("id"), str):
-        members["id"] = "gen-1" + members["id"]  # two responses with one generation id cannot both be real
+    if isinstance(name := members.get("id"), str):
+        members["id"] = "gen-1" + name  # two responses with one generation id cannot both be real
     spelled = json.dumps(
         {**members, "usage": "HERE"}, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1]))
     ).encode()

@@ -301,7 +301,7 @@ async def test_an_idle_connection_keeps_no_reference_to_its_last_response() -> N
             connection = await pool.acquire()
             await connection.send_request(REQUEST, b"{}", 2)
             response = UpstreamResponse(connection, pool.release, 5, 5)
-            await response.stream_body(lambda piece, referent=referent: None, lambda referent=referent: None, 60)
+            await response.stream_body(lambda piece, referent=referent: None, lambda referent=referent: None, 60)  # type: ignore[misc]
             response.close()
             response.close()
             del response, referent

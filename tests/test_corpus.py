@@ -33,6 +33,7 @@ def members(document: str) -> dict[str, str]:
     while name := NAME.match(document, index):
         _, after_name = decode(document, name.end())
         colon = COLON.match(document, after_name)
+        assert colon is not None
         _, index = decode(document, colon.end())
         key = document[name.end() : after_name]
         assert key not in found, f"duplicate {key}"

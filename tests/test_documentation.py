@@ -23,7 +23,7 @@ from gptutor.app import build_app
 from gptutor.config.load import DEFAULT_FILE
 from gptutor.config.schema import Config, DocsSettings
 from gptutor.errors import ERRORS, ApiError
-from gptutor.server.serve import StartError
+from gptutor.server.listener import StartError
 from gptutor.telemetry.logs import LoggerService
 from gptutor.web import openapi, page
 from gptutor.web.site import build_site, documentation, preferred_language

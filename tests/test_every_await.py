@@ -253,7 +253,7 @@ def test_the_injection_works() -> None:
             log.append("finally")
 
     async def run(point: int, how: str) -> list[str]:
-        strike, log = Strike(), []
+        strike, log = Strike(), list[str]()
         strike.point, strike.how = point, how
         strike.start(work(log))
         while len(strike):

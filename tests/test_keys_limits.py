@@ -40,7 +40,7 @@ from tests.support.gateway import VAULT, Caller, Gateway, config_for, gateway_on
 from tests.support.ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
 
 SMALL = "openai/gpt-4o-mini"
-DEAR = {"model": SMALL, "max_tokens": 16_384}
+DEAR: dict[str, Any] = {"model": SMALL, "max_tokens": 16_384}
 """Held for with about 0.973 roubles, or the minimum of one: 16 384 tokens × 0.0000006 dollars × 90 roubles × 1.1."""
 
 
@@ -538,7 +538,7 @@ async def test_two_changes_of_one_key_at_once_are_both_made(books: Database) -> 
         await keys.limit(caller.account_id, key.key_id, KeyLimits())
         await asyncio.gather(
             keys.change(caller.account_id, key.key_id, lambda seen: replace(seen, limit=Nano(5))),
-            keys.change(caller.account_id, key.key_id, lambda seen, pace=number: replace(seen, requests_per_minute=pace)),
+            keys.change(caller.account_id, key.key_id, lambda seen, pace=number: replace(seen, requests_per_minute=pace)),  # type: ignore[misc]
         )
         after = (await keys.find(caller.account_id, key.key_id)).limits
         assert (after.limit, after.requests_per_minute) == (5, number)

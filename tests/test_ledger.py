@@ -17,7 +17,7 @@ from gptutor.database import pool
 from gptutor.database.pool import STATEMENTS, ConstraintViolated, Database
 from gptutor.money.amounts import AccountId, Nano, parse_roubles, roubles
 from gptutor.money.bookings import AlreadyBooked, Bookings
-from gptutor.money.holds import Hold, HoldRequest, InsufficientFunds, RepeatedRequest, UnknownKey, new_id
+from gptutor.money.holds import Hold, HoldId, HoldRequest, InsufficientFunds, RepeatedRequest, UnknownKey, new_id
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim, make_key, parse_key
 from gptutor.money.pricing import Ceiling
@@ -223,7 +223,7 @@ def test_any_history_agrees_with_a_model(database_url: str, history: list[tuple[
 async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
     async with pool.connected(url) as books:
         caller, ledger = await make_caller(books, "100"), ledger_of(books)
-        balance, open_holds, holds, closed = Decimal(100), {}, [], set()
+        balance, open_holds, holds, closed = Decimal(100), dict[HoldId, Decimal](), list[Hold](), set[HoldId]()
         for kind, *numbers in history:
             if kind == "hold":
                 try:
@@ -294,10 +294,12 @@ async def pages_read(connection: asyncpg.Connection, caller: Caller, times: int)
         explained = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {STATEMENTS['settle_and_hold']}"
         (plan,) = json.loads(await connection.fetchval(explained, False, *charges, uuid.uuid4(), 60.0, RATE, 0, 0, *holds))
         pages.append(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
-    return statistics.median(pages[-9:])
+    return float(statistics.median(pages[-9:]))
 
 
-async def test_a_long_history_makes_the_next_request_of_an_account_no_slower(books: Database, database_url: str) -> None:
+async def test_a_long_history_makes_the_next_request_of_an_account_no_slower(
+    new_tables: None, books: Database, database_url: str
+) -> None:
     """Although planned on a nearly empty table, the statements use the indexes, and read no more pages when the table has grown."""
     caller = await make_caller(books, "1000")
     connection = await asyncpg.connect(database_url)

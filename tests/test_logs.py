@@ -62,7 +62,7 @@ class BrokenPipe:
     def write(self, text: str) -> int:
         raise BrokenPipeError
 
-    flush = isatty = write  # type: ignore[assignment]
+    flush = isatty = write
 
 
 def test_a_closed_standard_output_does_not_stop_the_log_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

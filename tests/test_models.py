@@ -105,7 +105,7 @@ def test_the_highest_price_of_each_kind_bounds_the_cost() -> None:
             "overrides": [{"min_prompt_tokens": 200000, "prompt": "10", "completion": "20"}, {"prompt": "0.5"}],
         }
     )  # fmt: skip
-    assert price == ModelPrice(*map(Decimal, (10, 20, 4, 5, 6, 7, 20, 9)), None, None)
+    assert price == ModelPrice(*map(Decimal, (10, 20, 4, 5, 6, 7, 20, 9)), None, None)  # type: ignore[arg-type, call-arg]
 
 
 def test_a_model_is_found_by_its_variants_and_its_permanent_slug() -> None:

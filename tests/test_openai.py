@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import fasteners
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -417,13 +418,16 @@ def test_the_python_example_of_the_readme_runs(service: Service, readme: Path) -
 
 
 @pytest.fixture(scope="session")
-def node() -> str:
+def node(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Node with OpenAI's SDK, and the package of forms that it works with, beside it."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if not node or not npm:
         pytest.skip("node and npm are not installed: OpenAI's SDK for JavaScript is not checked")
-    if not all((JAVASCRIPT / "node_modules" / package).exists() for package in ("openai", "zod")):
-        subprocess.run([npm, "install", "--no-save", "--no-package-lock", "--silent"], cwd=JAVASCRIPT, check=True)
+    with fasteners.InterProcessLock(
+        tmp_path_factory.getbasetemp().parent / "npm.lock"
+    ):  # of several test processes, one installs
+        if not all((JAVASCRIPT / "node_modules" / package).exists() for package in ("openai", "zod")):
+            subprocess.run([npm, "install", "--no-save", "--no-package-lock", "--silent"], cwd=JAVASCRIPT, check=True)
     return node
 
 

@@ -54,7 +54,7 @@ def explore(
 
         @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
         @given(OPERATIONS[label].as_strategy(generation_mode=mode))
-        def claim(case: schemathesis.Case) -> None:
+        def claim(case: schemathesis.Case[Any]) -> None:
             if label == CHAT and mode is GenerationMode.POSITIVE:
                 make_sense(case)
             response = case.call_and_validate(base_url=gateway.url, session=session, headers=headers, checks=checks, timeout=30)
@@ -66,7 +66,7 @@ def explore(
     return answers
 
 
-def make_sense(case: schemathesis.Case) -> None:
+def make_sense(case: schemathesis.Case[Any]) -> None:
     """What the schema says in words only: models and modalities exist, only some messages may be empty, an integer is not written as 1.0.
 
     And a request that is tried again must not bear a name that was used.

@@ -282,8 +282,8 @@ async def test_a_log_at_debug_has_no_text_no_key_and_no_signature(gateway: Gatew
         finally:
             for name, level in before.items():
                 logging.getLogger(name).setLevel(level)
-    (path,) = (tmp_path / "chatty").iterdir()
-    text = path.read_text()
+    (log,) = (tmp_path / "chatty").iterdir()
+    text = log.read_text()
     assert len(text.splitlines()) > 12
     for secret in (CANARY, caller.key, caller.key[:-4], "sk-or-test", "vk_user_id", launch[-20:]):
         assert secret not in text, secret

@@ -293,7 +293,8 @@ async def test_topups_while_requests_run_add_up(gateway: Gateway, books: Databas
         response, _ = await gateway.chat(caller, f"Hello {number}", model="openai/gpt-4o-mini", max_tokens=64)
         return response.status
 
-    statuses, *_ = await asyncio.gather(
+    statuses: list[int]
+    statuses, *_ = await asyncio.gather(  # type: ignore[assignment]
         asyncio.gather(*(ask(number) for number in range(50))),
         *(bookings.book(caller.account_id, "topup", Nano(10**9 + number), reference=f"pay-{number}") for number in range(50)),
     )

@@ -81,7 +81,9 @@ def directory(tmp_path: Path) -> Path:
 
 async def row_of(books: Database, which: Hold) -> asyncpg.Record:
     async with books.snapshot() as connection:
-        return await connection.fetchrow("SELECT * FROM holds WHERE hold_id = $1", which.hold_id)
+        row = await connection.fetchrow("SELECT * FROM holds WHERE hold_id = $1", which.hold_id)
+    assert isinstance(row, asyncpg.Record)
+    return row
 
 
 @pytest.fixture

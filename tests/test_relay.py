@@ -151,7 +151,7 @@ async def test_sixty_concurrent_requests_with_a_balance_for_ten_never_overdraw(g
     # 16 384 tokens × 0.0000006 dollars × 90 roubles × 1.1 ≈ 0.973 roubles: ten such holds fit into ten roubles.
     caller = await gateway.caller("10")
     gateway.simulator.first_word_s = 0.3
-    members = {"model": "openai/gpt-4o-mini", "max_tokens": 16_384}
+    members: dict[str, Any] = {"model": "openai/gpt-4o-mini", "max_tokens": 16_384}
     replies = await asyncio.gather(*(gateway.chat(caller, **members) for _ in range(60)))
     statuses = [response.status for response, _ in replies]
     assert statuses.count(200) == 10

@@ -13,7 +13,7 @@ from gptutor.web import openapi
 from tests.support.gateway import Gateway
 
 DESCRIBED = openapi.describe()["paths"]
-SECURITY = {
+SECURITY: dict[str, list[dict[str, list[str]]]] = {
     "public": [],
     "api_key": [{"ApiKey": []}],
     "account": [{"ApiKey": []}, {"VkLaunch": []}],

@@ -146,7 +146,10 @@ def test_with_database_url_the_service_does_not_migrate(tmp_path: Path, postgres
 def test_the_wheel_is_complete_and_has_the_version(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(
-        ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".venv", "var", "logs", ".git", "node_modules", ".*cache")
+        ROOT,
+        source,
+        symlinks=True,
+        ignore=shutil.ignore_patterns(".venv", "var", "logs", ".git", "node_modules", ".*cache", "__pycache__", ".hypothesis"),
     )
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -176,7 +176,7 @@ async def test_named_tools_are_called(upstream: aiohttp.ClientSession, text: str
 
 
 async def test_streamed_tool_calls_add_up_to_the_plain_ones(upstream: aiohttp.ClientSession) -> None:
-    members = {"text": "tool:weather tool:clock", "tools": [WEATHER, CLOCK]}
+    members: dict[str, Any] = {"text": "tool:weather tool:clock", "tools": [WEATHER, CLOCK]}
     plain = (await completion(upstream, **members))["choices"][0]["message"]["tool_calls"]
     _, stream = await chat(upstream, stream=True, **members)
     fragments = [call for delta in deltas(stream) for call in delta.get("tool_calls", ())]
@@ -267,7 +267,7 @@ async def test_logprobs_are_returned_only_on_request(upstream: aiohttp.ClientSes
 
 
 async def test_models_with_image_or_audio_output_return_it(upstream: aiohttp.ClientSession) -> None:
-    image = {"model": "google/gemini-2.5-flash-image", "modalities": ["image", "text"]}
+    image: dict[str, Any] = {"model": "google/gemini-2.5-flash-image", "modalities": ["image", "text"]}
     plain = await completion(upstream, **image)
     assert plain["choices"][0]["message"]["images"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     _, stream = await chat(upstream, stream=True, **image)
@@ -297,11 +297,11 @@ def cached(ttl: dict[str, str]) -> Any:
     return [*parts(cache_control={"type": "ephemeral", **ttl}), {"role": "user", "content": "Hello"}]
 
 
-def tokens(usage: Any, prompt: str, completion: str) -> Decimal:
+def tokens(usage: dict[str, int], prompt: str, completion: str) -> Decimal:
     return usage["prompt_tokens"] * Decimal(prompt) + usage["completion_tokens"] * Decimal(completion)
 
 
-def text_only_cost(usage: Any) -> Decimal:
+def text_only_cost(usage: dict[str, int]) -> Decimal:
     return usage["prompt_tokens"] * SMALL + usage["completion_tokens"] * COMPLETION
 
 

@@ -379,7 +379,7 @@ def numbered(count: int, path: bytes = b"/health") -> bytes:
 
 async def test_ten_thousand_pipelined_requests_are_served_in_order_and_others_meanwhile(gateway: Gateway) -> None:
     received = b""
-    waits = []
+    waits: list[float] = []
     async with connection(gateway) as (reader, writer):
         writer.write(numbered(PIPELINED))
         while received.count(b"X-Request-ID: ") < PIPELINED and (piece := await reader.read(1 << 20)):

@@ -176,9 +176,9 @@ async def test_100_continue_is_sent_only_for_a_valid_key(gateway: Gateway) -> No
         assert b"100 Continue" not in answer
 
     whole = post(caller, extra="Expect: 100-continue\r\nConnection: close\r\n")
-    head, _, body = whole.partition(b"\r\n\r\n")
+    start, _, body = whole.partition(b"\r\n\r\n")
     async with connected(gateway) as (reader, writer):
-        writer.write(head + b"\r\n\r\n")
+        writer.write(start + b"\r\n\r\n")
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(body)
         assert (await reader.read()).startswith(b"HTTP/1.1 200 ")

@@ -77,7 +77,7 @@ def scan_in_parts(stream: bytes, splits: list[int], known: str | None) -> tuple[
     edges = sorted({0, len(stream), *(split % (len(stream) + 1) for split in splits)})
     for start, end in itertools.pairwise(edges):
         scanner.feed(stream[start:end])
-        assert len(scanner._rest) <= EVENT_BYTES_MAX + (end - start) + 64
+        assert len(scanner._partial) <= EVENT_BYTES_MAX + (end - start) + 64
     scanner.finish()
     bill = scanner.bill
     return (

@@ -14,6 +14,9 @@ from typing import Any
 import orjson
 import psutil
 
+from tests.support.command_server import CommandServer
+
+COMMANDS = CommandServer()
 START_S = 60
 STOP_S = 50
 
@@ -90,7 +93,15 @@ def running_with(text: str) -> list[int]:
 
 
 def run(environ: dict[str, str], *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "gptutor", *arguments], env=environ, check=check, capture_output=True, text=True)
+    """`gptutor <arguments>`, until it ends; the service itself is started for real, the other commands by a fork."""
+    if arguments[:1] == ("serve",):
+        return subprocess.run(
+            [sys.executable, "-m", "gptutor", *arguments], env=environ, check=check, capture_output=True, text=True
+        )
+    ended = COMMANDS.run(environ, arguments)
+    if check:
+        ended.check_returncode()
+    return ended
 
 
 def start(directory: Path, **settings: str) -> Service:
