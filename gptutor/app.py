@@ -54,6 +54,7 @@ from gptutor.openrouter.service import FORWARDED_HEADERS
 from gptutor.routes import METHODS, ROUTES
 from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.logs import LoggerService
+from gptutor.telemetry.metrics import IN_FLIGHT_REQUESTS
 
 LOGGER = logging.getLogger("gptutor.app")
 HOLD_SLACK_S = 60
@@ -150,6 +151,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             chat_at_once=config.rate_limit.chat_concurrent_max,
         )
         in_flight = BackgroundTasks()
+        IN_FLIGHT_REQUESTS.set_function(in_flight.__len__)
         app[SERVICES] = Services(
             ledger=ledger,
             evaluate=_cost_evaluation(config.billing),

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "api": ("errors", "tasks", "telemetry", "integrations", "database", "openrouter", "money", "http"),
     "admin": ("errors", "telemetry", "config", "database", "money", "http"),
     "routes": ("http", "api"),
-    "app": ("telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
+    "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
     "server": ("telemetry", "config", "simulator", "database", "money", "http", "admin", "app"),
     "web": ("errors", "config", "api.keys", "api.chat.request", "server.listener"),
     "cli": ("telemetry", "config", "simulator", "database", "openrouter", "money", "server", "web"),

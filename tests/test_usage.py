@@ -195,7 +195,7 @@ async def test_another_accounts_money_and_requests_are_not_shown(gateway: Gatewa
 async def test_pages_are_complete_and_repeat_nothing_while_new_entries_arrive(gateway: Gateway, past: Any) -> None:
     caller = await gateway.caller("100")
     for number in range(40):  # four of each moment: only their ids tell them apart
-        await past(caller, "0.001", NOON + number // 4 * TICK)
+        await past(caller, "0.001", NOON + number // 4 * datetime.timedelta(milliseconds=1))
     before = {entry["id"] for entry in await data(gateway, caller, "/v1/usage")}
     assert len(before) == 41
 

@@ -26,8 +26,8 @@ LOGGER = logging.getLogger("gptutor.upstream")
 BY_HOLD_ERROR: dict[type[HoldRejected], str] = {
     UnknownKey: "invalid_key",
     InsufficientFunds: "insufficient_balance",
-    KeyLimitReached: "key_cap_reached",
-    ConcurrencyLimitReached: "too_many_at_once",
+    KeyLimitReached: "key_limit_reached",
+    ConcurrencyLimitReached: "too_many_concurrent_requests",
 }
 # Upstream status → (our error code, whether OpenRouter's message is passed on)
 BY_UPSTREAM_STATUS: dict[int, tuple[str, bool]] = {
@@ -56,7 +56,7 @@ def error_for_hold(error: HoldRejected, rate_limit: RateLimit) -> ApiError:
     if isinstance(error, RateLimited):
         return (UNDISCLOSED if error.of_key else rate_limit).error()
     if isinstance(error, RepeatedRequest):
-        code = "repeated_request" if error.same_body else "mismatched_request"
+        code = "duplicate_request" if error.same_body else "idempotency_mismatch"
         return ApiError(code, f"{ApiError(code).text}: {error.request_id}")
     return ApiError(BY_HOLD_ERROR[type(error)])
 
