@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format lint types sql test-completion test-openai docs migrate service chaos fuzz bench bench-growth
+.PHONY: help install run test check format lint types sql schema test-completion test-openai docs migrate service chaos fuzz bench bench-growth
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ types: install
 
 sql: install
 	@$(BIN)/sqlfluff lint --disable-progress-bar sql
+
+schema: install ## renew sql/schema.sql from the migrations and functions
+	@$(BIN)/python -m tests.support.schema
 
 test-completion: install ## chat completions, plain and streamed, against a running gateway of its own
 	@$(BIN)/python -m pytest -v tests/test_completion.py

@@ -17,7 +17,7 @@ async def prepared(url: str, accounts: int) -> list[str]:
     """Migrates the database, and gives the keys of new accounts."""
     await migrations.migrate(url)
     keys = []
-    async with pool.connected(url) as books:
+    async with pool.open_database(url) as books:
         for _ in range(accounts):
             user = await UserRepository(books).create("bench")
             await Bookings(books).book(user.account_id, "topup", parse_roubles("1000000"))

@@ -23,10 +23,10 @@ import asyncpg
 import psutil
 
 from bench.subjects import cpu_s
-from bench.usage import fill, say
+from bench.usage import TOTALS, fill, say
 from gptutor.database import migrations
 from gptutor.database.embedded import embedded_postgres
-from gptutor.database.pool import STATEMENTS
+from gptutor.database.statements import STATEMENTS
 from gptutor.money.holds import new_id
 
 BATCH = 50
@@ -34,13 +34,8 @@ WARM_UP = 300
 ROUNDS = 400
 SMALL = 2_000
 KEYS = """
-INSERT INTO api_keys (account_id, key_hash, shown, is_main)
+INSERT INTO api_keys (account_id, key_hash, prefix, is_main)
 SELECT account_id, sha256(account_id::text::bytea), 'sk-user-' || account_id, TRUE FROM accounts
-"""
-TOTALS = """
-INSERT INTO usage_days (account_id, day, model, requests, cost_usd, charge_nano)
-SELECT account_id, (created_at AT TIME ZONE 'UTC')::date, model, count(*), sum(cost_usd), -sum(amount_nano)::bigint
-FROM ledger WHERE kind = 'charge' GROUP BY 1, 2, 3
 """
 OWNER = uuid.uuid4()
 

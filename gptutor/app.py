@@ -18,6 +18,7 @@ from gptutor.api.chat.event_stream import StreamLimits
 from gptutor.api.chat.in_flight import InFlight
 from gptutor.config.schema import Config
 from gptutor.database import migrations, pool
+from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.http import health, middlewares
 from gptutor.http.address_limits import RequestCounter, limit_by_address, networks
 from gptutor.http.body import BodyLimits, defer_continue
@@ -130,7 +131,7 @@ async def journal_context(app: web.Application) -> AsyncIterator[None]:
 
 async def database_context(app: web.Application) -> AsyncIterator[None]:
     limits = app[CONFIG].database
-    async with pool.connected(
+    async with pool.open_database(
         limits.url,
         name=connection_name(app[JOURNAL].owner),
         connections_min=0,  # the service starts, and says so, before PostgreSQL answers
@@ -258,7 +259,7 @@ async def open_for_business(app: web.Application) -> None:
                 raise migrations.MigrationError(f"The database lacks {', '.join(pending)}: gptutor migrate")
             left = [leftover for leftover in app[LEFTOVERS] if not await app[RECOVERY].replay(leftover)]
             readiness.obstacle = None
-        except (pool.DatabaseUnavailable, pool.DatabaseRefused, migrations.MigrationError) as error:
+        except (DatabaseUnavailable, DatabaseRefused, migrations.MigrationError) as error:
             readiness.obstacle = str(error)
             LOGGER.warning("Not ready yet: %s", error)
             await asyncio.sleep(DATABASE_RETRY_S)

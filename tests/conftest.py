@@ -61,9 +61,7 @@ async def _prepare(url: str) -> None:
 async def database_url(postgres: str) -> str:
     """The migrated database, empty. (Emptying it is much quicker than cloning a template.)"""
     server = await asyncpg.connect(postgres)
-    tables = await server.fetch(
-        "SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'schema_migrations'"
-    )
+    tables = await server.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public' AND tablename NOT LIKE 'schema%'")
     await server.execute("SET session_replication_role = replica")  # the ledger's guard sleeps for a moment
     await server.execute(f"TRUNCATE {', '.join(table['tablename'] for table in tables)} RESTART IDENTITY CASCADE")
     await server.close()
@@ -72,7 +70,7 @@ async def database_url(postgres: str) -> str:
 
 @pytest.fixture
 async def books(database_url: str) -> AsyncIterator[pool.Database]:
-    async with pool.connected(database_url, connections_max=8) as connected:
+    async with pool.open_database(database_url, connections_max=8) as connected:
         yield connected
 
 

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from gptutor.app import CATALOGUE
-from gptutor.database.pool import DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import ERRORS
 from gptutor.http.health import DATABASE
 from gptutor.money.amounts import AccountId

@@ -325,9 +325,7 @@ async def test_a_balance_that_cannot_be_kept_is_refused(books: Database, gateway
     assert await caller.balance() == 4 * 10**9
 
 
-async def test_a_reference_that_the_version_before_is_booking_at_this_moment_is_booked_once(
-    books: Database, database_url: str
-) -> None:
+async def test_a_reference_that_is_being_booked_by_other_means_is_booked_once(books: Database, database_url: str) -> None:
     """Rows money-12, operator-3: it takes no lock on the reference; the unique index decides."""
     caller = await make_caller(books, "0")
     old = await asyncpg.connect(database_url)

@@ -20,7 +20,8 @@ from aiohttp import web
 from gptutor.api.chat.request import ParsedRequest
 from gptutor.app import JOURNAL
 from gptutor.config import schema
-from gptutor.database.pool import Database, DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import Database
 from gptutor.http.health import DATABASE
 from gptutor.money.administration import Bookkeeper
 from gptutor.money.amounts import Nano
@@ -122,7 +123,7 @@ async def test_no_failure_of_upstream_leaks_a_hold(gateway: Gateway, fault: str,
     await gateway.idle()
     if fault == "fault:html=524":  # behind the edge it may still be running: this one waits for evidence, in everybody's sight
         assert response.status == 500
-        (waiting,) = await gateway.books.fetch("list_waiting_holds")
+        (waiting,) = await gateway.books.fetch("list_waiting_holds", 1000)
         assert (waiting["account_id"], waiting["state"]) == (caller.account_id, "open")
         assert await charges(caller) == []
     else:
@@ -154,7 +155,7 @@ async def test_no_exception_of_our_own_leaks_a_hold(gateway: Gateway, place: str
     assert await charges(caller) == []
     await gateway.idle()
     if place == "the upstream call":  # something may have been sent: the hold waits, and support can see it
-        assert [row["state"] for row in await gateway.books.fetch("list_waiting_holds")] == ["open"]
+        assert [row["state"] for row in await gateway.books.fetch("list_waiting_holds", 1000)] == ["open"]
     else:
         await assert_books_agree(gateway, caller)
 
@@ -164,7 +165,7 @@ async def test_one_request_has_one_hold_over_all_its_attempts(gateway: Gateway) 
     caller = await gateway.caller()
     response, _ = await gateway.chat(caller, "fault:status=503:0")
     assert response.status == 500
-    assert await gateway.books.fetch("list_waiting_holds") == []
+    assert await gateway.books.fetch("list_waiting_holds", 1000) == []
     async with gateway.books.snapshot() as connection:
         assert await connection.fetchval("SELECT count(*) FROM holds") == 1
     await assert_books_agree(gateway, caller)

@@ -16,7 +16,9 @@ import asyncpg
 import pytest
 
 from gptutor.api.chat.purchase import Purchase
-from gptutor.database.pool import STATEMENTS, Database, DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import Database
+from gptutor.database.statements import STATEMENTS
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.bookings import Bookings
@@ -129,7 +131,7 @@ async def test_a_name_that_a_dead_process_knew_is_asked_for_and_then_settled(boo
         (leftover,) = leftovers_in(directory)
         await heir.recovery.replay(leftover)
         row = await row_of(books, held)
-        assert (row["state"], row["is_sent"], row["generation_id"]) == ("open", True, "gen-1")
+        assert (row["state"], row["is_handed_over"], row["generation_id"]) == ("open", True, "gen-1")
         assert leftovers_in(directory) == []
 
         assert await heir.recovery.look() == 1
@@ -161,7 +163,7 @@ async def test_what_was_sent_and_has_no_name_waits(books: Database, directory: P
         await make_due(books)
         assert await heir.recovery.look() == 1
     row = await row_of(books, held)
-    assert (row["state"], row["is_sent"], row["looks"]) == ("open", True, 2)
+    assert (row["state"], row["is_handed_over"], row["recovery_attempts"]) == ("open", True, 2)
     assert (await caller.balance(), await caller.held()) == (100, 5)
     assert heir.generations.asked == []
 
@@ -218,7 +220,7 @@ async def test_what_an_incomplete_journal_does_not_know_may_have_been_sent_and_w
         await heir.recovery.replay(leftover)
         assert await heir.recovery.look() == 1
     row = await row_of(books, held)
-    assert (row["state"], row["is_sent"]) == ("open", True)
+    assert (row["state"], row["is_handed_over"]) == ("open", True)
     assert await caller.held() == 5
 
 
@@ -339,16 +341,16 @@ async def test_the_pause_between_looks_doubles_up_to_its_bound(
     caller = await make_caller(books, "100")
     await hold(books, caller, "5")
     connection = await asyncpg.connect(database_url)
-    await connection.execute("UPDATE holds SET is_sent = $1", is_sent)
+    await connection.execute("UPDATE holds SET is_handed_over = $1", is_sent)
     pauses = []
     for count in range(1, 14):
         async with connection.transaction():
             await connection.execute(DUE)
             assert len(await connection.fetch(STATEMENTS["claim_due_holds"], 50, 600.0)) == 1
-            assert await connection.fetchval("SELECT looks FROM holds") == count
+            assert await connection.fetchval("SELECT recovery_attempts FROM holds") == count
             pauses.append(await connection.fetchval("SELECT extract(EPOCH FROM due_at - now()) FROM holds"))
     assert pauses == expected
-    await connection.execute("UPDATE holds SET looks = 2000000000, due_at = now()")  # it never overflows
+    await connection.execute("UPDATE holds SET recovery_attempts = 2000000000, due_at = now()")  # it never overflows
     assert len(await connection.fetch(STATEMENTS["claim_due_holds"], 50, 600.0)) == 1
     await connection.close()
 
@@ -513,11 +515,11 @@ async def test_a_hold_of_a_machine_that_is_lost_does_not_count_as_running(
     with process(books, directory) as living:
         await change(DUE)
         assert await living.recovery.look() == 1
-        assert (await row_of(books, held))["is_sent"] is False  # its process may be alive yet
+        assert (await row_of(books, held))["is_handed_over"] is False  # its process may be alive yet
         await change("UPDATE holds SET due_at = now(), created_at = now() - interval '2 hours'")
         assert await living.recovery.look() == 1
     row = await row_of(books, held)
-    assert (row["state"], row["is_sent"]) == ("open", True)
+    assert (row["state"], row["is_handed_over"]) == ("open", True)
     async with books.snapshot() as connection:
         assert await connection.fetchval("SELECT open_requests FROM accounts WHERE account_id = $1", held.account_id) == 0
     assert await caller.held() == 5
@@ -534,7 +536,7 @@ async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence
         held = await hold(books, caller, "5")
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, name))
         await change(OLD)
-        await change("UPDATE holds SET looks = 10")
+        await change("UPDATE holds SET recovery_attempts = 10")
         with caplog.at_level(logging.ERROR, "gptutor.recovery"):
             assert await living.recovery.look() == 1
         (record,) = caplog.records
@@ -542,17 +544,17 @@ async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence
         row = await row_of(books, held)
         assert (row["state"], row["is_unresolved"], row["generation_id"]) == ("released", True, name)
         assert (await caller.balance(), await caller.held()) == (100, 0)
-        (waiting,) = await books.fetch("list_waiting_holds")
-        assert (waiting["account_id"], waiting["state"], waiting["generation_id"]) == (held.account_id, "released", name)
+        (waiting,) = await books.fetch("list_waiting_holds", 1000)
+        assert (waiting["account_id"], waiting["state"], waiting["generation_id"]) == (held.account_id, "unresolved", name)
         await assert_books_hold(books)
 
         assert await living.ledger.settle(settlement(held, "0.01")) == "settled_late"
-        assert await living.ledger.settle(settlement(held, "0.01")) == "already"
+        assert await living.ledger.settle(settlement(held, "0.01")) == "already_settled"
         row = await row_of(books, held)
         assert (row["state"], row["is_unresolved"], row["is_late"]) == ("settled", False, True)
         assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
         assert await living.recovery.look() == 0
-        assert await books.fetch("list_waiting_holds") == []
+        assert await books.fetch("list_waiting_holds", 1000) == []
     await assert_books_hold(books)
 
 

@@ -1,7 +1,6 @@
 """`/admin/…/bookings`, `ledger`, `holds`, `export`, `payments`: what has changed balances, and changing them."""
 
 import logging
-import uuid
 from contextlib import aclosing
 from typing import Annotated
 
@@ -15,11 +14,12 @@ from gptutor.errors import ApiError
 from gptutor.http.body import read_json_body
 from gptutor.http.health import DATABASE
 from gptutor.http.json_body import Amount
-from gptutor.http.query import Query
+from gptutor.http.query import Query, cursor_of
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
-from gptutor.money.reconciliation import sum_of, waiting_holds
+from gptutor.money.reconciliation import waiting_holds
 from gptutor.money.records import booking_json, csv_head, csv_lines, entry_json, user_json
+from gptutor.money.usage import Cursor
 
 LOGGER = logging.getLogger("gptutor.admin")
 PAGE = 100
@@ -82,23 +82,19 @@ async def ledger(request: web.Request) -> web.Response:
     """Newest first; `next` is the `before` of the next page, null on the last one."""
     asked = Query(request, ("limit", "before"))
     limit = asked.whole("limit", least=1, most=PAGE_MAX, default=PAGE)
-    before = asked.text("before")
-    try:
-        last = None if before is None else uuid.UUID(before)
-    except ValueError as error:
-        raise ApiError("invalid_request", "before must be the id of an entry") from error
+    last = asked.place("before")
     administration = administration_of(request)
     await administration.users.find(account(request))
     entries = await administration.bookings.entries(account(request), limit + 1, before=last)
     shown = entries[:limit]
-    more = str(shown[-1].entry_id) if len(entries) > limit else None
+    more = cursor_of(Cursor(shown[-1].created_at, shown[-1].entry_id)) if len(entries) > limit else None
     return data_response([entry_json(entry) for entry in shown], next=more)
 
 
 async def holds(request: web.Request) -> web.Response:
     Query(request, ())
     waiting = await waiting_holds(request.app[DATABASE])
-    return data_response([hold.as_json() for hold in waiting], atMost=roubles(sum_of(waiting)))
+    return data_response([hold.as_json() for hold in waiting.oldest], count=waiting.count, atMost=roubles(waiting.at_most))
 
 
 async def export_ledger(request: web.Request) -> web.StreamResponse:

@@ -48,7 +48,7 @@ def with_books(
             await migrations.migrate(url)
         elif pending := await migrations.pending_migrations(url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
-        async with pool.connected(url, statement_s=statement_s, idle_s=idle_s) as books:
+        async with pool.open_database(url, statement_s=statement_s, idle_s=idle_s) as books:
             return await work(books)
 
     with database_of(settings) as grounded:

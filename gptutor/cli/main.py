@@ -16,7 +16,8 @@ from gptutor.cli.keys import keys_app
 from gptutor.cli.users import user_app
 from gptutor.config import load
 from gptutor.config.schema import Config, ConfigError
-from gptutor.database import migrations, pool
+from gptutor.database import migrations
+from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.database.pool import Database
 from gptutor.money.administration import Administration, ReasonMissing
 from gptutor.money.amounts import InvalidAmount, roubles
@@ -25,7 +26,7 @@ from gptutor.money.invariants import check, load_invariants
 from gptutor.money.journal import JournalError
 from gptutor.money.key_limits import InvalidLimit
 from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
-from gptutor.money.reconciliation import WaitingHold, reconcile, sum_of, waiting_holds
+from gptutor.money.reconciliation import WaitingHolds, reconcile, waiting_holds
 from gptutor.money.users import NoSuchUser
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.totals import totals
@@ -50,7 +51,7 @@ app.add_typer(export_app, name="export")
 
 # Errors whose text is a sentence for the operator.
 SENTENCES = (
-    *(ConfigError, StartError, JournalError, migrations.MigrationError, pool.DatabaseRefused),
+    *(ConfigError, StartError, JournalError, migrations.MigrationError, DatabaseRefused),
     *(InvalidAmount, InvalidLimit, ReasonMissing),
 )
 
@@ -73,7 +74,7 @@ def main() -> None:
         fail("Less is available than this refund would take. `gptutor user adjust` can take more.")
     except AlreadyBooked as error:
         fail(f"The reference {error} was booked before; nothing was changed.")
-    except pool.DatabaseUnavailable as error:
+    except DatabaseUnavailable as error:
         fail(f"PostgreSQL does not answer: {error.__cause__ or error}")
     except OSError as error:
         if error.filename is None:
@@ -174,7 +175,7 @@ def reconcile_command(json: Json = False) -> None:
         return
     for day in found.days:
         out.print(f"{day.day}  ours {day.ours_usd:f}  OpenRouter {day.theirs_usd:f}  difference {day.difference_usd:f} dollars")
-    _print_waiting(found.waiting)
+    _print_waiting(WaitingHolds(found.waiting, found.waiting_count, found.at_most))
 
 
 @app.command("holds")
@@ -182,7 +183,13 @@ def holds_command(json: Json = False) -> None:
     """List the holds whose cost is not known: they wait for evidence, or were given up."""
     waiting = with_books(waiting_holds)
     if json:
-        print_json({"waiting": [hold.as_json() for hold in waiting], "waitingAtMost": roubles(sum_of(waiting))})
+        print_json(
+            {
+                "waiting": [hold.as_json() for hold in waiting.oldest],
+                "waitingCount": waiting.count,
+                "waitingAtMost": roubles(waiting.at_most),
+            }
+        )
     else:
         _print_waiting(waiting)
 
@@ -215,9 +222,9 @@ def rekey_command(json: Json = False) -> None:
         )
 
 
-def _print_waiting(waiting: list[WaitingHold]) -> None:
-    out.print(f"{len(waiting)} holds wait for evidence, or were given up; together at most {roubles(sum_of(waiting))} roubles:")
-    for hold in waiting:
+def _print_waiting(waiting: WaitingHolds) -> None:
+    out.print(f"{waiting.count} holds wait for evidence, or were given up; together at most {roubles(waiting.at_most)} roubles:")
+    for hold in waiting.oldest:
         out.print(
             f"  user {hold.account_id}  {hold.created_at:%Y-%m-%d %H:%M}  {hold.state}  at most {roubles(hold.amount)} roubles  "
             f"{hold.model}  {hold.generation_id or 'no name'}  request {hold.request_id}",

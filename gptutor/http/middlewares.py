@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gptutor.database.pool import DatabaseRefused, DatabaseUnavailable
+from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.errors import ApiError
 from gptutor.http.body import awaits_continue
 from gptutor.http.error_response import error_response

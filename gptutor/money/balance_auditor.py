@@ -9,7 +9,8 @@ import asyncio
 import logging
 from typing import Any
 
-from gptutor.database.pool import Database, DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import Database
 from gptutor.money.amounts import roubles
 from gptutor.telemetry.metrics import BROKEN_ACCOUNTS
 
@@ -39,8 +40,8 @@ class BalanceAuditor:
 
     async def look(self) -> set[int]:
         """Looks once; gives the accounts that are broken now. The first look only begins. Raises DatabaseUnavailable."""
-        row = await self._database.fetchrow("mark_now")
-        mark: str = row["mark"] if row is not None else ""
+        row = await self._database.fetchrow("oldest_transaction")
+        mark: str = row["xid"] if row is not None else ""
         if self._mark is not None:
             written = await self._database.fetch("list_accounts_written_since", self._mark)
             doubtful = sorted(self._broken.union(row["account_id"] for row in written))

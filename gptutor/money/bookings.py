@@ -1,5 +1,4 @@
-"""Entries by people and payments (contract C11): every change of a balance that is not a charge, and the reading of all
-entries."""
+"""Ledger entries that are not charges (contract C11): booking them, and reading entries of all kinds."""
 
 import asyncio
 import datetime
@@ -7,23 +6,31 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from gptutor.database.pool import ConstraintViolated, Database, DatabaseUnavailable, Row
+from gptutor.database.errors import ConstraintViolated, DatabaseUnavailable
+from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano
 from gptutor.money.holds import new_id
 from gptutor.money.users import NoSuchUser, User, UserRepository
 
+if TYPE_CHECKING:
+    from gptutor.money.usage import Cursor
+
 PAUSES_S = (0.2, 1.0)
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 EntryKind = Literal["charge", "topup", "refund", "adjustment", "bonus"]
 
-# The other leg of each booking: whose money moved into or out of the account.
+# The counter-account of each kind of entry, as the ledger's constraint has it.
 CONTRA: dict[str, str] = {"topup": "payments", "refund": "payments", "adjustment": "corrections", "bonus": "goodwill"}
 
 
+# A position before which every entry is.
+END_OF_LEDGER = (datetime.datetime.max.replace(tzinfo=datetime.UTC), uuid.UUID(int=2**128 - 1))
+
+
 class AlreadyBooked(Exception):
-    """An entry with this reference exists: the booking was made before, and is not repeated."""
+    """An entry with this reference exists, and another was not booked."""
 
 
 class Uncovered(Exception):
@@ -32,7 +39,7 @@ class Uncovered(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """What is known of an entry by the reference of its payment."""
+    """An entry as its reference identifies it."""
 
     account_id: AccountId
     entry_id: uuid.UUID
@@ -71,10 +78,9 @@ class Bookings:
         reference: str | None = None,
         covered: bool = False,
     ) -> Booking:
-        """`covered`: what is taken must be available.
+        """Books an entry. `covered`: what is taken must be available.
 
-        Raises NoSuchUser, Uncovered, InvalidAmount, and AlreadyBooked: a reference names one payment, whoever's account it was
-        booked on.
+        Raises NoSuchUser, Uncovered, InvalidAmount, and AlreadyBooked: a reference names one payment, over all accounts.
         """
         booking, is_new = await self._book(account_id, kind, amount, reason=reason, reference=reference, covered=covered)
         if not is_new:
@@ -82,16 +88,15 @@ class Bookings:
         return booking
 
     async def user(self, account_id: AccountId) -> User:
-        """As he is after a booking; asked for again as that is, so that what is booked does not look as if it were not."""
-        return await _until_known(lambda: self._users.find(account_id))
+        """The account after the booking. The read is retried, so that a failed read is not mistaken for a failed booking."""
+        return await _retry_while_unavailable(lambda: self._users.find(account_id))
 
     async def book_once(
         self, account_id: AccountId, kind: EntryKind, amount: Nano, *, reference: str, reason: str = ""
     ) -> tuple[Booking, bool]:
-        """The entry of this reference, made now or before; and whether now.
+        """Books an entry, or finds the one with this reference; and whether it is new. For payments that may be repeated.
 
-        Raises NoSuchUser, InvalidAmount, and AlreadyBooked where the entry made before is another one: of another account, kind
-        or amount.
+        Raises NoSuchUser, InvalidAmount, and AlreadyBooked if the existing entry differs in account, kind or amount.
         """
         booking, is_new = await self._book(account_id, kind, amount, reason=reason, reference=reference)
         if (booking.account_id, booking.kind, booking.amount) != (account_id, kind, amount):
@@ -110,20 +115,20 @@ class Bookings:
     ) -> tuple[Booking, bool]:
         entry_id = new_id()
         try:
-            row = await _until_known(
+            row = await _retry_while_unavailable(
                 lambda: self._database.fetchrow(
                     "book_entry", account_id, entry_id, kind, amount, CONTRA[kind], reason, reference, covered
                 )
             )
         except ConstraintViolated as violation:
-            if violation.name == "ledger_reference_is_booked_once":  # by a process of the version before
+            if violation.name == "ledger_reference_is_booked_once":  # by other means than book_entry
                 raise AlreadyBooked(reference) from violation
             if violation.name == "balance_is_bounded":
                 raise InvalidAmount("the balance would become larger than any that can be kept") from violation
             raise
         if row is None:
             raise NoSuchUser
-        if row["outcome"] == "uncovered":
+        if row["outcome"] == "insufficient":
             raise Uncovered
         booking = booking_of(row)
         return booking, row["outcome"] == "booked" or booking.entry_id == entry_id
@@ -133,27 +138,28 @@ class Bookings:
         row = await self._database.fetchrow("find_reference", reference)
         return None if row is None else booking_of(row)
 
-    async def entries(self, account_id: AccountId, limit: int, *, before: uuid.UUID | None = None) -> list[LedgerEntry]:
-        """The newest entries, newest first; the next page comes with the last entry of the one before it."""
-        rows = await self._database.fetch("list_entries", account_id, limit, before)
+    async def entries(self, account_id: AccountId, limit: int, *, before: "Cursor | None" = None) -> list[LedgerEntry]:
+        """A page of entries, newest first: those before the position `before`, or the newest."""
+        created_at, entry_id = before or END_OF_LEDGER
+        rows = await self._database.fetch("list_entries", account_id, created_at, entry_id, limit)
         return [entry_of(row) for row in rows]
 
     async def export(
         self, first: datetime.date | None, last: datetime.date | None, account_id: AccountId | None
     ) -> AsyncGenerator[list[tuple[AccountId, LedgerEntry]], None]:
-        """The entries of these UTC days, both included, by account and time, in pieces of one snapshot."""
+        """The entries of these UTC days, both included, by account and time, in pages of one snapshot."""
         async for rows in self._database.pages("export_entries", first, last, account_id):
             yield [(AccountId(row["account_id"]), entry_of(row)) for row in rows]
 
 
-async def _until_known(ask: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Asks again where the reply was lost: whoever is told of a failure books a second time by hand."""
+async def _retry_while_unavailable(attempt: Callable[[], Awaitable[Result]]) -> Result:
+    """Retries a few times: an administrator who sees a failure would book a second time by hand."""
     for pause_s in PAUSES_S:
         try:
-            return await ask()
+            return await attempt()
         except DatabaseUnavailable:
             await asyncio.sleep(pause_s)
-    return await ask()
+    return await attempt()
 
 
 def booking_of(row: Row) -> Booking:

@@ -7,7 +7,7 @@ an end, a cap on what it may spend and a pace. The limits are kept by the hold s
 import datetime
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import AccountId, Nano
@@ -89,10 +89,7 @@ class KeyRing:
             name,
             sealed.data,
             sealed.secret_id,
-            limits.expires_at,
-            limits.cap,
-            limits.cap_period,
-            limits.per_minute,
+            *_columns_of(limits),
         )
         if row is None:
             raise TooManyKeys
@@ -110,8 +107,8 @@ class KeyRing:
         """
         while True:
             row = await self._database.fetchrow("find_main_key", account_id)
-            if row is not None and row["encrypted"] is not None and not row["has_ended"]:
-                return self._vault.open(account_id, row["key_hash"], Sealed(row["encrypted"], row["secret_id"]))
+            if row is not None and row["encrypted_key"] is not None and not row["is_expired"]:
+                return self._vault.open(account_id, row["key_hash"], Sealed(row["encrypted_key"], row["secret_id"]))
             key, is_new = await self._renew(account_id, only_seen=True, seen=row["key_hash"] if row is not None else None)
             if is_new:  # otherwise another request was first, and its key is the one to show
                 return key
@@ -124,7 +121,7 @@ class KeyRing:
         key_hash = hash_key(key)
         sealed = self._vault.seal(account_id, key_hash, key)
         (row,) = await self._database.fetch(
-            "renew_key", account_id, others_too, only_seen, seen, key_hash, shown(key), sealed.data, sealed.secret_id
+            "replace_main_key", account_id, others_too, only_seen, seen, key_hash, shown(key), sealed.data, sealed.secret_id
         )
         return key, row["is_new"]
 
@@ -148,14 +145,14 @@ class KeyRing:
         """False: they are not those `seen` any more, and nothing was done. Raises NoSuchKey."""
         before = seen or NO_LIMITS
         (row,) = await self._database.fetch(
-            "limit_key",
+            "set_key_limits",
             account_id,
             key_id,
-            *(limits.cap, limits.cap_period, limits.per_minute, limits.expires_at),
+            *_columns_of(limits),
             seen is not None,
-            *(before.cap, before.cap_period, before.per_minute, before.expires_at),
+            *_columns_of(before),
         )
-        if row["outcome"] == "none":
+        if row["outcome"] == "not_found":
             raise NoSuchKey(key_id)
         return bool(row["outcome"] == "done")
 
@@ -174,42 +171,57 @@ class KeyRing:
         return None if row is None else LiveKey(row["key_id"], row["is_main"])
 
     async def find(self, account_id: AccountId, key_id: int) -> Key:
-        """Raises NoSuchKey."""
-        for key in await self.list(account_id):
-            if key.key_id == key_id:
-                return key
-        raise NoSuchKey(key_id)
+        """A key, revoked or not. Raises NoSuchKey."""
+        row = await self._database.fetchrow("find_key", account_id, key_id)
+        if row is None:
+            raise NoSuchKey(key_id)
+        return key_of(row)
 
     async def stale_copies(self) -> int:
         """How many copies `rekey` has before it."""
-        row = await self._database.fetchrow("count_copies", self._vault.secret_id)
-        return row["copies"] if row else 0
+        row = await self._database.fetchrow("count_keys_to_rekey", self._vault.secret_id)
+        return row["keys"] if row else 0
 
     async def rekey(self) -> AsyncIterator[tuple[int, int]]:
         """Seals every copy anew with the first secret; may be broken off and resumed. Yields (done, unreadable) after a page."""
         done = unreadable = 0
         account_id = key_id = 0
-        while rows := await self._database.fetch("list_copies", self._vault.secret_id, account_id, key_id, REKEY_PAGE):
+        while rows := await self._database.fetch("list_keys_to_rekey", self._vault.secret_id, account_id, key_id, REKEY_PAGE):
             for row in rows:
                 account_id, key_id = row["account_id"], row["key_id"]
                 try:
-                    key = self._vault.open(AccountId(account_id), row["key_hash"], Sealed(row["encrypted"], row["secret_id"]))
+                    key = self._vault.open(AccountId(account_id), row["key_hash"], Sealed(row["encrypted_key"], row["secret_id"]))
                 except Unreadable:
                     unreadable += 1
                     continue
                 sealed = self._vault.seal(AccountId(account_id), row["key_hash"], key)
-                await self._database.fetch("replace_copy", account_id, key_id, row["secret_id"], sealed.data, sealed.secret_id)
+                await self._database.fetch(
+                    "set_encrypted_key", account_id, key_id, row["secret_id"], sealed.data, sealed.secret_id
+                )
                 done += 1
             yield done, unreadable
+
+
+def _columns_of(limits: KeyLimits) -> tuple[Any, ...]:
+    """limit_nano, limit_reset, requests_per_minute, expires_at."""
+    reset = "daily" if limits.cap_period == "day" else None
+    return limits.cap, reset, limits.per_minute, limits.expires_at
+
+
+def _limits_of(row: Row) -> KeyLimits:
+    period: CapPeriod | None = None
+    if row["limit_nano"] is not None:
+        period = "day" if row["limit_reset"] == "daily" else "total"
+    return KeyLimits(row["expires_at"], row["limit_nano"], period, row["requests_per_minute"])
 
 
 def key_of(row: Row) -> Key:
     return Key(
         key_id=row["key_id"],
-        shown=row["shown"],
+        shown=row["prefix"],
         name=row["name"],
         is_main=row["is_main"],
-        limits=KeyLimits(row["expires_at"], row["cap_nano"], row["cap_period"], row["per_minute"]),
+        limits=_limits_of(row),
         spent=Nano(row["spent_nano"]),
         held=Nano(row["held_nano"]),
         created_at=row["created_at"],

@@ -17,13 +17,15 @@ exchange handed over; and open holds whose time is up. Any process does it; a cl
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from gptutor.database.pool import Database, DatabaseUnavailable, Row
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import Database, Row
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, roubles
 from gptutor.money.holds import HandOver, HoldId, Release, Settlement
@@ -36,6 +38,8 @@ LOGGER = logging.getLogger("gptutor.recovery")
 MACHINE_LOST_S = 3600
 """So old a hold of another process, which nobody has left to recovery: no stream is so long, and its machine is gone."""
 CLAIM_MAX = 50
+CLEAR_KEYS_EVERY_S = 60
+CLEARED_KEYS_MAX = 1000
 CLOSING_S = 5
 LOOKS_MIN = 10
 """So often, at least, is a name asked for: for a quarter of an hour."""
@@ -81,6 +85,7 @@ class Recovery:
         self._poll_s = poll_s
         self._look_max_s = look_max_s
         self._give_up_s = give_up_s
+        self._keys_cleared_until = 0.0
 
     async def run(self, left: Sequence[Leftover] = ()) -> None:
         """For ever: adopt the dead, then look at what is due. `left` is what this process found at its start, and still has."""
@@ -91,6 +96,7 @@ class Recovery:
                     for leftover in leftovers:
                         await self.replay(leftover)
                 await self.look()
+                await self.clear_idempotency_keys()
             except (DatabaseUnavailable, JournalError) as error:
                 LOGGER.warning("Recovery waits: %s", error)
             except Exception:
@@ -130,6 +136,14 @@ class Recovery:
         await _all_went_well(map(self._look_at, rows))
         return len(rows)
 
+    async def clear_idempotency_keys(self) -> None:
+        """Clears keys that are older than 24 hours, at most once a minute. Raises DatabaseUnavailable."""
+        if time.monotonic() < self._keys_cleared_until:
+            return
+        rows = await self._database.fetch("clear_idempotency_keys", CLEARED_KEYS_MAX)
+        if len(rows) < CLEARED_KEYS_MAX:  # otherwise there are more, and the next look clears them
+            self._keys_cleared_until = time.monotonic() + CLEAR_KEYS_EVERY_S
+
     async def _bring(self, known: Mapping[HoldId, HoldRecord]) -> bool:
         """Into the database what only a journal knew: prices are settled, the rest is handed over. Whether all of it is there."""
         return await _all_went_well(
@@ -146,9 +160,9 @@ class Recovery:
         own = self._ledger.journal
         if hold_id in self._ledger.active or hold_id in own.known:
             return  # a long answer, still running here; or one that was broken off just now
-        knowledge = HoldRecord(account_id, row["generation_id"]) if row["is_sent"] else None
+        knowledge = HoldRecord(account_id, row["generation_id"]) if row["is_handed_over"] else None
         # Who has a name is asked for a while, however old: nobody could be asked while OpenRouter, or this service, was away.
-        too_old = row["age_s"] > self._give_up_s and (row["generation_id"] is None or row["looks"] > LOOKS_MIN)
+        too_old = row["age_s"] > self._give_up_s and (row["generation_id"] is None or row["recovery_attempts"] > LOOKS_MIN)
         decision = decide(knowledge, never_sent=row["owner"] == own.owner, too_old=too_old)
         if decision == "look_up" and await self._look_up(row):
             return

@@ -23,6 +23,7 @@ from gptutor.config.schema import Config, ServerSettings
 from gptutor.config.schema import SimulatorSettings as SimulatorPlace
 from gptutor.config.secrets import kept_secret, secret_keys
 from gptutor.database import migrations, pool
+from gptutor.database.errors import DatabaseUnavailable
 from gptutor.http.connection import ClientConnection
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
@@ -197,7 +198,7 @@ async def prepare_database(config: Config, *, embedded: bool) -> None:
             await migrations.migrate(config.database.url)
         elif pending := await migrations.pending_migrations(config.database.url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
-    except pool.DatabaseUnavailable as error:
+    except DatabaseUnavailable as error:
         if embedded:
             raise
         print(f"PostgreSQL does not answer at DATABASE_URL yet ({error.__cause__ or error}): waiting for it.", flush=True)
@@ -206,7 +207,7 @@ async def prepare_database(config: Config, *, embedded: bool) -> None:
 async def demo_user(config: Config, vault: Vault) -> str:
     """The key of a user with some roubles to try the service with: made once, and kept while it lives."""
     path = config.paths.data / "demo-key"
-    async with pool.connected(config.database.url) as connected:
+    async with pool.open_database(config.database.url) as connected:
         users, keys = UserRepository(connected), KeyRing(connected, vault)
         if path.exists():
             key = path.read_text().strip()

@@ -52,7 +52,7 @@ def options() -> argparse.Namespace:
 async def make_accounts(url: str, dice: random.Random) -> list[Account]:
     await migrations.migrate(url)
     accounts = []
-    async with pool.connected(url) as connected:
+    async with pool.open_database(url) as connected:
         users, bookings = UserRepository(connected), Bookings(connected)
         for number in range(RICH + POOR):
             user = await users.create(f"user {number}")

@@ -33,7 +33,7 @@ EXCHANGE_S = 12.0
 """An exchange is over by then, whatever happened to it."""
 NOT_SETTLED = "named, and not settled in time"
 HOLDS = """
-SELECT account_id, hold_id, owner, state::text, is_sent, looks, request_id, generation_id, amount_nano, rub_per_usd, is_unresolved,
+SELECT account_id, hold_id, owner, state::text, is_handed_over, recovery_attempts, request_id, generation_id, amount_nano, rub_per_usd, is_unresolved,
     created_at, extract(EPOCH FROM now() - created_at)::float AS age_s
 FROM holds ORDER BY created_at
 """
@@ -122,7 +122,7 @@ async def settled(url: str, oracle: str, data: Path, living: int, within_s: floa
 
 
 def _may_be_handed_over(hold: asyncpg.Record, *, hurry: bool) -> bool:
-    return not hold["is_sent"] and (hold["age_s"] < EXCHANGE_S if hurry else hold["looks"] < 3)
+    return not hold["is_handed_over"] and (hold["age_s"] < EXCHANGE_S if hurry else hold["recovery_attempts"] < 3)
 
 
 def compare(books: Books, names_heard: Iterable[str], owners: set[str]) -> Findings:
@@ -174,9 +174,9 @@ def _compare_charge(charge: asyncpg.Record, bill: dict[str, Any] | None, hold: a
 
 def _explain(bill: dict[str, Any], holds: list[asyncpg.Record], found: Findings) -> None:
     """A bill that nobody is charged for must have its hold open, large enough, and without a name."""
-    waiting = [hold for hold in holds if hold["state"] == "open" and hold["is_sent"] and hold["generation_id"] is None]
+    waiting = [hold for hold in holds if hold["state"] == "open" and hold["is_handed_over"] and hold["generation_id"] is None]
     if len(waiting) != 1:
-        seen = [(hold["request_id"], hold["state"], hold["is_sent"], hold["generation_id"]) for hold in holds]
+        seen = [(hold["request_id"], hold["state"], hold["is_handed_over"], hold["generation_id"]) for hold in holds]
         found.faults.append(f"nobody is charged for {bill}, and no hold waits for it; its holds: {seen or 'none'}")
         return
     (hold,) = waiting
@@ -193,7 +193,7 @@ def _reason(hold: asyncpg.Record, asked: Counter[str], owners: set[str]) -> str:
     is_billed = asked[ask_of(hold)] > 0
     if hold["generation_id"] is not None:
         return NOT_SETTLED
-    if not hold["is_sent"]:
+    if not hold["is_handed_over"]:
         owner = "a living worker" if str(hold["owner"]) in owners else "a dead worker, whose journal is gone"
         return f"never sent, as far as is known; it belongs to {owner}"
     return "sent, and its name never came; " + ("OpenRouter has billed it" if is_billed else "OpenRouter has no bill")

@@ -20,7 +20,7 @@ from gptutor.api.chat.event_stream import EventStream
 from gptutor.api.chat.hold_errors import hold_error
 from gptutor.api.chat.purchase import Purchase
 from gptutor.api.chat.upstream_errors import to_api_error
-from gptutor.database.pool import DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.http.middlewares import LOGGED
 from gptutor.http.response_head import CompleteResponse
