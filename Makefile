@@ -10,10 +10,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format lint types sql schema test-completion test-openai docs migrate service chaos fuzz bench bench-growth
+.PHONY: help install run test check format lint types sql schema test-completion test-openai docs migrate convert-0.1 service chaos fuzz bench bench-growth
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv and install everything into it
 
@@ -77,6 +77,9 @@ bench-growth: $(BENCHED) ## the cost of a hold and its settlement with 1 million
 
 docs: install ## the documentation at http://localhost:8080
 	@exec $(BIN)/gptutor docs
+
+convert-0.1: install ## convert the database of GPTutor 0.1 to the schema of 0.2 (stop the service and make a backup first)
+	@$(BIN)/python deploy/convert-0.1.py
 
 migrate: install ## bring the database of DATABASE_URL up to date
 	@$(BIN)/gptutor migrate

@@ -1,4 +1,5 @@
--- Converts a database of GPTutor 0.1 to the schema of 0.2, in one transaction. Stop the service, make a backup, then, as the owner:
+-- Converts a database of GPTutor 0.1 to the schema of 0.2, in one transaction. Stop the service, make a backup, then `make
+-- convert-0.1`, which finds the database of the service; or, as the owner of the tables:
 --   psql -v ON_ERROR_STOP=1 -d gptutor -f deploy/convert-0.1.sql
 --   gptutor migrate        (it creates the functions)
 -- Nothing is copied: tables are altered in place, and two indexes of holds and one of usage_days are built.

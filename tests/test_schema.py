@@ -3,8 +3,11 @@
 import asyncio
 import hashlib
 import re
+import subprocess
+import sys
 import uuid
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -16,6 +19,7 @@ from gptutor.database.pool import open_database
 from gptutor.database.statements import SQL, STATEMENTS
 from gptutor.money.invariants import check
 from tests.support.schema import CONVERSION, SCHEMA, create_0_1, database, drop, dump, rows
+from tests.support.service import environment
 
 TABLES = ("accounts", "identities", "api_keys", "holds", "ledger", "usage_days")
 
@@ -268,19 +272,23 @@ def converted(table: str, row: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-async def test_a_database_of_0_1_is_converted_with_every_row(postgres: str) -> None:
+async def test_a_database_of_0_1_is_converted_with_every_row(postgres: str, tmp_path: Path) -> None:
     url, connection = await create_0_1(postgres, "convert_0_1")
     await fill_0_1(connection)
     before = await rows(connection, TABLES)
     assert all(before.values())
     assert {row["state"] for row in before["holds"]} == {"open", "settled", "released"}
     for apply in (pending_migrations, migrate):
-        with pytest.raises(MigrationError, match=r"schema of GPTutor 0\.1: convert it first, with deploy/convert-0\.1\.sql"):
+        with pytest.raises(MigrationError, match=r"schema of GPTutor 0\.1: convert it first, with make convert-0\.1"):
             await apply(url)
 
-    await connection.execute(CONVERSION.read_text(encoding="utf-8"))
     await connection.close()
-    assert await migrate(url) == [file.name for file in load_functions()]
+    script = [sys.executable, CONVERSION.with_suffix(".py")]
+    done = await asyncio.to_thread(
+        subprocess.run, script, cwd=tmp_path, env=environment(tmp_path, DATABASE_URL=url), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "The database is converted. `gptutor verify` checks it.\n"), done.stderr
+    assert await pending_migrations(url) == []
     connection = await asyncpg.connect(url)
     after = await rows(connection, TABLES)
     assert after == {table: [converted(table, row) for row in found] for table, found in before.items()}

@@ -105,7 +105,7 @@ async def _pending(connection: asyncpg.Connection) -> Pending:
 def _pending_migrations(applied: dict[str, str]) -> list[Migration]:
     known = load_migrations()
     if FIRST_OF_0_1 in applied:
-        raise MigrationError("The database has the schema of GPTutor 0.1: convert it first, with deploy/convert-0.1.sql.")
+        raise MigrationError("The database has the schema of GPTutor 0.1: convert it first, with make convert-0.1.")
     for migration in known:
         if applied.get(migration.name, migration.checksum) != migration.checksum:
             raise MigrationError(f"Migration {migration.name} was changed after it was applied; restore its file.")
