@@ -1,4 +1,5 @@
-"""Ledger entries that are not charges (contract C11): booking them, and reading entries of all kinds."""
+"""Entries by people and payments (contract C11): every change of a balance that is not a charge, and the reading of all
+entries."""
 
 import asyncio
 import datetime
@@ -18,19 +19,18 @@ if TYPE_CHECKING:
     from gptutor.money.usage import Cursor
 
 PAUSES_S = (0.2, 1.0)
-Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 EntryKind = Literal["charge", "topup", "refund", "adjustment", "bonus"]
 
-# The counter-account of each kind of entry, as the ledger's constraint has it.
+# The other leg of each booking: whose money moved into or out of the account.
 CONTRA: dict[str, str] = {"topup": "payments", "refund": "payments", "adjustment": "corrections", "bonus": "goodwill"}
 
-
-# A position before which every entry is.
+# A position that every entry is before.
 END_OF_LEDGER = (datetime.datetime.max.replace(tzinfo=datetime.UTC), uuid.UUID(int=2**128 - 1))
 
 
 class AlreadyBooked(Exception):
-    """An entry with this reference exists, and another was not booked."""
+    """An entry with this reference exists: the booking was made before, and is not repeated."""
 
 
 class Uncovered(Exception):
@@ -39,7 +39,7 @@ class Uncovered(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """An entry as its reference identifies it."""
+    """What is known of an entry by the reference of its payment."""
 
     account_id: AccountId
     entry_id: uuid.UUID
@@ -78,9 +78,10 @@ class Bookings:
         reference: str | None = None,
         covered: bool = False,
     ) -> Booking:
-        """Books an entry. `covered`: what is taken must be available.
+        """`covered`: what is taken must be available.
 
-        Raises NoSuchUser, Uncovered, InvalidAmount, and AlreadyBooked: a reference names one payment, over all accounts.
+        Raises NoSuchUser, Uncovered, InvalidAmount, and AlreadyBooked: a reference names one payment, whoever's account it was
+        booked on.
         """
         booking, is_new = await self._book(account_id, kind, amount, reason=reason, reference=reference, covered=covered)
         if not is_new:
@@ -88,15 +89,16 @@ class Bookings:
         return booking
 
     async def user(self, account_id: AccountId) -> User:
-        """The account after the booking. The read is retried, so that a failed read is not mistaken for a failed booking."""
-        return await _retry_while_unavailable(lambda: self._users.find(account_id))
+        """As he is after a booking; asked for again as that is, so that what is booked does not look as if it were not."""
+        return await _until_known(lambda: self._users.find(account_id))
 
     async def book_once(
         self, account_id: AccountId, kind: EntryKind, amount: Nano, *, reference: str, reason: str = ""
     ) -> tuple[Booking, bool]:
-        """Books an entry, or finds the one with this reference; and whether it is new. For payments that may be repeated.
+        """The entry of this reference, made now or before; and whether now.
 
-        Raises NoSuchUser, InvalidAmount, and AlreadyBooked if the existing entry differs in account, kind or amount.
+        Raises NoSuchUser, InvalidAmount, and AlreadyBooked where the entry made before is another one: of another account, kind
+        or amount.
         """
         booking, is_new = await self._book(account_id, kind, amount, reason=reason, reference=reference)
         if (booking.account_id, booking.kind, booking.amount) != (account_id, kind, amount):
@@ -115,13 +117,13 @@ class Bookings:
     ) -> tuple[Booking, bool]:
         entry_id = new_id()
         try:
-            row = await _retry_while_unavailable(
+            row = await _until_known(
                 lambda: self._database.fetchrow(
                     "book_entry", account_id, entry_id, kind, amount, CONTRA[kind], reason, reference, covered
                 )
             )
         except ConstraintViolated as violation:
-            if violation.name == "ledger_reference_is_booked_once":  # by other means than book_entry
+            if violation.name == "ledger_reference_is_booked_once":  # by a process of the version before
                 raise AlreadyBooked(reference) from violation
             if violation.name == "balance_is_bounded":
                 raise InvalidAmount("the balance would become larger than any that can be kept") from violation
@@ -147,19 +149,19 @@ class Bookings:
     async def export(
         self, first: datetime.date | None, last: datetime.date | None, account_id: AccountId | None
     ) -> AsyncGenerator[list[tuple[AccountId, LedgerEntry]], None]:
-        """The entries of these UTC days, both included, by account and time, in pages of one snapshot."""
+        """The entries of these UTC days, both included, by account and time, in pieces of one snapshot."""
         async for rows in self._database.pages("export_entries", first, last, account_id):
             yield [(AccountId(row["account_id"]), entry_of(row)) for row in rows]
 
 
-async def _retry_while_unavailable(attempt: Callable[[], Awaitable[Result]]) -> Result:
-    """Retries a few times: an administrator who sees a failure would book a second time by hand."""
+async def _until_known(ask: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Asks again where the reply was lost: whoever is told of a failure books a second time by hand."""
     for pause_s in PAUSES_S:
         try:
-            return await attempt()
+            return await ask()
         except DatabaseUnavailable:
             await asyncio.sleep(pause_s)
-    return await attempt()
+    return await ask()
 
 
 def booking_of(row: Row) -> Booking:

@@ -1,4 +1,4 @@
-"""The invariants of the money (contract C9): each file of `sql/invariants` is a query that must return no row."""
+"""The laws of the books (contract C9): each file of `sql/invariants` is a query that must return no row."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Invariant:
 class Finding:
     invariant: Invariant
     rows: list[dict[str, Any]]
-    """The first offending rows; empty if the invariant holds."""
+    """The first offending rows; empty when the law holds."""
 
 
 def load_invariants(directory: Path = SQL / "invariants") -> list[Invariant]:
@@ -35,7 +35,7 @@ def load_invariants(directory: Path = SQL / "invariants") -> list[Invariant]:
 
 
 async def check(database: Database) -> AsyncIterator[Finding]:
-    """Checks every invariant over one snapshot of the database, and yields each finding at once."""
+    """Checks every law over one snapshot of the database, yielding as it goes."""
     async with database.snapshot() as connection:
         for invariant in load_invariants():
             cursor = await connection.cursor(invariant.query)
