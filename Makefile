@@ -61,7 +61,7 @@ chaos: install ## real processes killed at random, then our books against OpenRo
 		--crashes-at-least $(or $(CRASHES),2) $(if $(SEED),--seed $(SEED))
 
 fuzz: install ## bytes that nobody meant, for each of what reads bytes: SECONDS=60 each
-	@for target in scanner ask key vk config models; do \
+	@for target in scanner request key vk config models; do \
 		$(BIN)/python -m tests.fuzz $$target --seconds $(or $(SECONDS),60) || exit 1; done
 
 BENCHED := $(VENV)/.bench-installed

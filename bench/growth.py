@@ -1,7 +1,7 @@
-"""`make bench-growth`: what a hold and its settlement cost in an empty database, and in one with years of them behind it.
+"""`make bench-growth`: the cost of a hold and its settlement in an empty database, and in one with years of history.
 
-In the empty one 2,000 accounts are busy; in the grown one as many, spread over all, and then all of them at random: there each
-request finds pages that nobody has touched before, and PostgreSQL writes each whole into its log.
+In the empty database 2,000 accounts are active. In the grown one first as many, spread over all accounts, and then all accounts at
+random: there each request touches pages that no other has touched since the checkpoint, and PostgreSQL writes full page images.
 """
 
 import argparse
@@ -23,16 +23,16 @@ import asyncpg
 import psutil
 
 from bench.subjects import cpu_s
-from bench.usage import TOTALS, fill, say
+from bench.usage import fill, log
 from gptutor.database import migrations
 from gptutor.database.embedded import embedded_postgres
 from gptutor.database.statements import STATEMENTS
 from gptutor.money.holds import new_id
 
 BATCH = 50
-WARM_UP = 300
-ROUNDS = 400
-SMALL = 2_000
+WARM_UP_BATCHES = 300
+BATCHES = 400
+ACTIVE_ACCOUNTS = 2_000
 KEYS = """
 INSERT INTO api_keys (account_id, key_hash, prefix, is_main)
 SELECT account_id, sha256(account_id::text::bytea), 'sk-user-' || account_id, TRUE FROM accounts
@@ -41,23 +41,23 @@ OWNER = uuid.uuid4()
 
 
 @dataclass(slots=True)
-class Trader:
-    """Asks for holds of BATCH accounts, and settles those of the batch before: what the gateway does under load."""
+class Load:
+    """In each batch, holds funds of BATCH accounts and settles the holds of the previous batch, as the gateway does under load."""
 
     connection: asyncpg.Connection
     accounts: Sequence[int]
     held: dict[uuid.UUID, int] = field(default_factory=dict)
 
-    async def one_batch(self) -> None:
+    async def run_batch(self) -> None:
         chosen = random.sample(self.accounts, BATCH)
         holds = [new_id() for _ in chosen]
-        charged = len(self.held)
-        names = [f"gen-{int(time.time())}-{random.getrandbits(64):016x}" for _ in self.held]
+        settled = len(self.held)
+        generation_ids = [f"gen-{int(time.time())}-{random.getrandbits(64):016x}" for _ in self.held]
         rows = await self.connection.fetch(
             STATEMENTS["settle_and_hold"],
             False,
-            *(list(self.held.values()), list(self.held), [1_350_000] * charged, [Decimal("0.000015")] * charged, names),
-            *([12] * charged, [100] * charged),
+            *(list(self.held.values()), list(self.held), [1_350_000] * settled, [Decimal("0.000015")] * settled, generation_ids),
+            *([12] * settled, [100] * settled),
             *(
                 OWNER,
                 600.0,
@@ -71,58 +71,57 @@ class Trader:
             *([160_000_000] * BATCH, [1_000_000] * BATCH, ["vendor-1/model-1"] * BATCH, [str(hold) for hold in holds]),
             *([None] * BATCH, [None] * BATCH),
         )
-        assert [row["outcome"] for row in rows] == ["settled"] * charged + ["granted"] * BATCH
+        assert [row["outcome"] for row in rows] == ["settled"] * settled + ["granted"] * BATCH
         self.held = dict(zip(holds, chosen, strict=True))
 
 
-async def cost(url: str, accounts: Sequence[int]) -> dict[str, float]:
-    """Microseconds per request: PostgreSQL's CPU, and the median time of a batch."""
+async def measure(url: str, accounts: Sequence[int]) -> dict[str, float]:
+    """Microseconds per request: CPU time of PostgreSQL, and the median time of a batch divided by its size."""
     connection = await asyncpg.connect(url)
-    trader = Trader(connection, accounts)
-    for _ in range(WARM_UP):
-        await trader.one_batch()
+    load = Load(connection, accounts)
+    for _ in range(WARM_UP_BATCHES):
+        await load.run_batch()
     await connection.execute("CHECKPOINT")
     servers = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "postgres"]
-    before, times = cpu_s(servers), []
+    cpu_before_s, times = cpu_s(servers), []
     clock = asyncio.get_running_loop().time
-    for _ in range(ROUNDS):
+    for _ in range(BATCHES):
         began = clock()
-        await trader.one_batch()
+        await load.run_batch()
         times.append((clock() - began) / BATCH * 1e6)
-    spent = (cpu_s(servers) - before) / ROUNDS / BATCH * 1e6
+    cpu_us = (cpu_s(servers) - cpu_before_s) / BATCHES / BATCH * 1e6
     await connection.close()
-    return {"cpu_us": round(spent, 1), "median_us": round(statistics.median(times), 1)}
+    return {"cpu_us": round(cpu_us, 1), "median_us": round(statistics.median(times), 1)}
 
 
 async def grow(url: str, rows: int, accounts: int) -> dict[str, Any]:
     server = await asyncpg.connect(url)
     await server.execute("ALTER SYSTEM SET max_wal_size = '8GB'")
     await server.execute("SELECT pg_reload_conf()")
-    found: dict[str, Any] = {"rows": rows, "accounts": accounts}
-    for name, size, people in (("empty", 0, SMALL), ("grown", rows, accounts)):
+    results: dict[str, Any] = {"rows": rows, "accounts": accounts}
+    for name, size, account_count in (("empty", 0, ACTIVE_ACCOUNTS), ("grown", rows, accounts)):
         await server.execute(f"CREATE DATABASE {name}")
-        own = url.replace("/postgres?", f"/{name}?")
-        await migrations.migrate(own)
-        connection = await asyncpg.connect(own)
+        database_url = url.replace("/postgres?", f"/{name}?")
+        await migrations.migrate(database_url)
+        connection = await asyncpg.connect(database_url)
         await connection.execute("INSERT INTO accounts (name) VALUES ('largest')")
         await connection.execute("SET synchronous_commit = off")
-        await fill(connection, size, people)
+        await fill(connection, size, account_count)
         await connection.execute(KEYS)
-        await connection.execute(TOTALS)
-        say("everybody has a key, and totals")
+        log("API keys are created")
         await connection.execute("VACUUM ANALYZE")
         await connection.close()
-        everybody = range(1, people + 1)
-        found[name] = await cost(own, random.sample(everybody, SMALL))
-        say(f"{name}: {found[name]}")
+        all_accounts = range(1, account_count + 1)
+        results[name] = await measure(database_url, random.sample(all_accounts, ACTIVE_ACCOUNTS))
+        log(f"{name}: {results[name]}")
         if rows and name == "grown":
-            found["grown_everybody"] = await cost(own, everybody)
-            say(f"grown, everybody: {found['grown_everybody']}")
+            results["grown_all_accounts"] = await measure(database_url, all_accounts)
+            log(f"grown, all accounts: {results['grown_all_accounts']}")
     await server.close()
-    for name in ("grown", "grown_everybody"):
-        found[name]["ratio_cpu"] = round(found[name]["cpu_us"] / found["empty"]["cpu_us"], 2)
-        found[name]["ratio_time"] = round(found[name]["median_us"] / found["empty"]["median_us"], 2)
-    return found
+    for name in ("grown", "grown_all_accounts"):
+        results[name]["ratio_cpu"] = round(results[name]["cpu_us"] / results["empty"]["cpu_us"], 2)
+        results[name]["ratio_time"] = round(results[name]["median_us"] / results["empty"]["median_us"], 2)
+    return results
 
 
 def main() -> None:
@@ -135,10 +134,10 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="gptutor-growth-") as directory,
         embedded_postgres(Path(directory) / "postgres") as url,
     ):
-        found = asyncio.run(grow(url, arguments.rows, arguments.accounts))
-    print(json.dumps(found, indent=1))
+        results = asyncio.run(grow(url, arguments.rows, arguments.accounts))
+    print(json.dumps(results, indent=1))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The bare relay that GPTutor is measured against: aiohttp on both sides, the ordinary way, without any of GPTutor's work.
+"""The bare relay that GPTutor is compared with: an ordinary aiohttp server and client, without any of GPTutor's work.
 
-No authentication, no money, no log. It passes the body on, and the answer back as it comes.
+It forwards the request body and the response, without authentication, billing or logging.
 """
 
+import ssl
 import sys
+from collections.abc import AsyncIterator
 
 import uvloop
 from aiohttp import ClientSession, ClientTimeout, TCPConnector, web
@@ -15,7 +17,7 @@ def build(upstream: str) -> web.Application:
     app = web.Application(client_max_size=10 << 20)
     session = web.AppKey("session", ClientSession)
 
-    async def connected(app: web.Application):
+    async def open_session(app: web.Application) -> AsyncIterator[None]:
         async with ClientSession(
             connector=TCPConnector(limit=0, ssl=ssl_context()), timeout=ClientTimeout(total=None), auto_decompress=False
         ) as opened:
@@ -24,25 +26,29 @@ def build(upstream: str) -> web.Application:
 
     async def relay(request: web.Request) -> web.StreamResponse:
         body = await request.read()
-        async with request.app[session].post(upstream, data=body, headers={"Content-Type": "application/json"}) as reply:
-            if reply.content_type != "text/event-stream":
-                return web.Response(body=await reply.read(), status=reply.status, content_type=reply.content_type)
-            response = web.StreamResponse(status=reply.status, headers={"Content-Type": "text/event-stream"})
+        async with request.app[session].post(
+            upstream, data=body, headers={"Content-Type": "application/json"}
+        ) as upstream_response:
+            if upstream_response.content_type != "text/event-stream":
+                return web.Response(
+                    body=await upstream_response.read(),
+                    status=upstream_response.status,
+                    content_type=upstream_response.content_type,
+                )
+            response = web.StreamResponse(status=upstream_response.status, headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
-            async for chunk in reply.content.iter_any():
+            async for chunk in upstream_response.content.iter_any():
                 await response.write(chunk)
             await response.write_eof()
             return response
 
-    app.cleanup_ctx.append(connected)
+    app.cleanup_ctx.append(open_session)
     app.router.add_post(PATH, relay)
     return app
 
 
-def ssl_context():
-    """Reads SSL_CERT_FILE now: aiohttp's own context was made when it was imported."""
-    import ssl
-
+def ssl_context() -> ssl.SSLContext:
+    """A new context, which trusts SSL_CERT_FILE. (aiohttp's default context is made when aiohttp is imported.)"""
     return ssl.create_default_context()
 
 

@@ -1,4 +1,4 @@
-"""The compiled half of the benchmark: OpenRouter's stand-in and the callers (`bench/rig`, in Go)."""
+"""The compiled part of the benchmark, in Go (`bench/rig`): a simulated OpenRouter and a load generator."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ SOURCE = Path(__file__).parent / "rig"
 
 
 @dataclass(frozen=True, slots=True)
-class Authority:
-    """Files in PEM: who signed, and a certificate of his for localhost, with its key."""
+class TlsFiles:
+    """PEM files: a certificate authority, and a certificate for localhost that it signed, with its private key."""
 
     authority: Path
     certificate: Path
@@ -21,8 +21,8 @@ class Authority:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What callers saw; times in milliseconds."""
+class LoadResult:
+    """What the load generator measured. Times are in milliseconds from sending a request."""
 
     requests: int
     seconds: float
@@ -32,18 +32,18 @@ class Seen:
     first_byte_p99_ms: float
 
 
-def built(directory: Path) -> Path:
-    """Compiles it. Raises RuntimeError, with a sentence."""
+def build_rig(directory: Path) -> Path:
+    """Compiles the rig, and returns the binary. Raises RuntimeError if Go is not installed."""
     if shutil.which("go") is None:
-        raise RuntimeError("The benchmark's callers are written in Go. On Debian or Ubuntu: apt install golang-go")
+        raise RuntimeError("The benchmark's load generator is written in Go. On Debian or Ubuntu: apt install golang-go")
     binary = directory / "rig"
     subprocess.run(["go", "build", "-o", str(binary), "."], cwd=SOURCE, check=True)
     return binary
 
 
 @contextmanager
-def upstream(rig: Path, models: Path, tls: Authority | None = None) -> Iterator[int]:
-    """The stand-in on a port of its own."""
+def upstream(rig: Path, models: Path, tls: TlsFiles | None = None) -> Iterator[int]:
+    """Runs the simulated OpenRouter on a free port, and yields the port."""
     command = [str(rig), "upstream", "-models", str(models)]
     if tls is not None:
         command += ["-cert", str(tls.certificate), "-key", str(tls.key)]
@@ -55,18 +55,18 @@ def upstream(rig: Path, models: Path, tls: Authority | None = None) -> Iterator[
             process.kill()
 
 
-def start_load(rig: Path, url: str, keys: Path | None, kind: str, callers: int, seconds: float) -> subprocess.Popen[str]:
-    command = [str(rig), "load", "-url", url, "-kind", kind, "-callers", str(callers), "-seconds", str(seconds)]
+def start_load(rig: Path, url: str, keys: Path | None, kind: str, clients: int, seconds: float) -> subprocess.Popen[str]:
+    command = [str(rig), "load", "-url", url, "-kind", kind, "-clients", str(clients), "-seconds", str(seconds)]
     if keys is not None:
         command += ["-keys", str(keys)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def seen(load: subprocess.Popen[str]) -> Seen:
-    """Waits for its end. Raises RuntimeError if a single request went wrong."""
+def load_result(load: subprocess.Popen[str]) -> LoadResult:
+    """Waits for the load generator to end. Raises RuntimeError if any request failed."""
     output, _ = load.communicate()
-    said = json.loads(output)
-    if said.pop("errors"):
-        raise RuntimeError(f"A request failed: {said['first_error']}")
-    del said["first_error"]
-    return Seen(**said)
+    result = json.loads(output)
+    if result.pop("errors"):
+        raise RuntimeError(f"A request failed: {result['first_error']}")
+    del result["first_error"]
+    return LoadResult(**result)

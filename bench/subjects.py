@@ -1,4 +1,4 @@
-"""What is measured: relays that take requests on a port, as processes whose CPU and memory can be told apart."""
+"""The measured programs: relays that listen on a port, as processes whose CPU time and memory can be measured separately."""
 
 import base64
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.rig import Authority
+from bench.rig import TlsFiles
 
 HERE = Path(__file__).parent
 START_S = 60
@@ -26,12 +26,12 @@ LITELLM = Path(os.environ.get("LITELLM_VENV", ".venv-litellm"))
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a subject finds OpenRouter's stand-in, and what it may use."""
+class Setup:
+    """What a subject is started with: its directory, the simulated OpenRouter, the database, and the file of API keys."""
 
     directory: Path
     upstream_port: int
-    tls: Authority | None
+    tls: TlsFiles | None
     database_url: str
     keys: Path
 
@@ -49,7 +49,7 @@ class Place:
 
 @dataclass(slots=True)
 class Running:
-    """A subject that takes requests at `url`."""
+    """A running subject. `url` is the address of its chat completions."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -68,7 +68,7 @@ class Running:
 
 
 def cpu_s(processes: list[psutil.Process]) -> float:
-    """Seconds of CPU of all of them, and of their children that have ended."""
+    """CPU seconds, user and system, of the processes and of their children that have ended."""
     total = 0.0
     for process in processes:
         try:
@@ -82,9 +82,9 @@ def cpu_s(processes: list[psutil.Process]) -> float:
 @dataclass(frozen=True, slots=True)
 class Subject:
     name: str
-    start: Callable[[Place], AbstractContextManager[Running]]
+    start: Callable[[Setup], AbstractContextManager[Running]]
     missing: Callable[[], str | None] = lambda: None
-    """What to install, as a sentence, where it cannot be measured."""
+    """The command that installs the program, or None if it is installed."""
 
 
 def free_port() -> int:
@@ -111,10 +111,10 @@ def _running(command: list[str], url: str, environ: dict[str, str], cwd: Path, k
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Until somebody answers there, whatever he says."""
+    """Waits until the process responds with any status but 503. Raises RuntimeError."""
     root = "/".join(url.split("/")[:3]) + ("/ready" if "gptutor" in str(process.args) else "/")
-    until = time.monotonic() + START_S
-    while time.monotonic() < until and process.poll() is None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(root, timeout=1)
             return
@@ -124,49 +124,49 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
         except OSError:
             pass
         time.sleep(0.1)
-    raise RuntimeError(f"{process.args} does not answer at {root}")
+    raise RuntimeError(f"{process.args!r} does not respond at {root}")
 
 
 @contextmanager
-def bare_relay(place: Place) -> Iterator[Running]:
+def bare_relay(setup: Setup) -> Iterator[Running]:
     port = free_port()
-    command = [sys.executable, str(HERE / "relay.py"), str(port), f"{place.base_url}/chat/completions"]
-    with _running(command, f"http://127.0.0.1:{port}/v1/chat/completions", place.environ, place.directory) as running:
+    command = [sys.executable, str(HERE / "relay.py"), str(port), f"{setup.base_url}/chat/completions"]
+    with _running(command, f"http://127.0.0.1:{port}/v1/chat/completions", setup.environ, setup.directory) as running:
         yield running
 
 
 @contextmanager
-def nginx(place: Place) -> Iterator[Running]:
+def nginx(setup: Setup) -> Iterator[Running]:
     port = free_port()
     text = (HERE / "nginx.conf").read_text()
     for name, value in {
-        "directory": str(place.directory),
+        "directory": str(setup.directory),
         "port": str(port),
-        "upstream": f"127.0.0.1:{place.upstream_port}",
-        "scheme": "http" if place.tls is None else "https",
-        "authority": str(place.tls.authority) if place.tls else "/dev/null",
-        "verify": "on" if place.tls else "off",
+        "upstream": f"127.0.0.1:{setup.upstream_port}",
+        "scheme": "http" if setup.tls is None else "https",
+        "authority": str(setup.tls.authority) if setup.tls else "/dev/null",
+        "verify": "on" if setup.tls else "off",
     }.items():
         text = text.replace(f"@{name}@", value)
-    if place.tls is None:
+    if setup.tls is None:
         text = re.sub(r".*proxy_ssl.*\n", "", text)
-    configuration = place.directory / "nginx.conf"
+    configuration = setup.directory / "nginx.conf"
     configuration.write_text(text)
-    command = [str(shutil.which("nginx")), "-p", str(place.directory), "-c", str(configuration)]
-    with _running(command, f"http://127.0.0.1:{port}/v1/chat/completions", place.environ, place.directory) as running:
+    command = [str(shutil.which("nginx")), "-p", str(setup.directory), "-c", str(configuration)]
+    with _running(command, f"http://127.0.0.1:{port}/v1/chat/completions", setup.environ, setup.directory) as running:
         yield running
 
 
-def gptutor(workers: int = 1) -> Callable[[Place], AbstractContextManager[Running]]:
+def gptutor(workers: int = 1) -> Callable[[Setup], AbstractContextManager[Running]]:
     @contextmanager
-    def start(place: Place) -> Iterator[Running]:
+    def start(setup: Setup) -> Iterator[Running]:
         port = free_port()
         environ = {
-            **place.environ,
+            **setup.environ,
             "PORT": str(port),
-            "DATABASE_URL": place.database_url,
+            "DATABASE_URL": setup.database_url,
             "OPENROUTER_API_KEY": "sk-or-bench",
-            "OPENROUTER_BASE_URL": place.base_url,
+            "OPENROUTER_BASE_URL": setup.base_url,
             "GPTUTOR_SECRET_KEY": base64.b64encode(bytes(32)).decode(),
             "GPTUTOR_WORKERS": str(workers),
             "GPTUTOR_RATE_LIMIT__CHAT_PER_MINUTE": "0",
@@ -175,35 +175,35 @@ def gptutor(workers: int = 1) -> Callable[[Place], AbstractContextManager[Runnin
         }
         command = [str(Path(sys.executable).with_name("gptutor")), "serve"]
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
-        with _running(command, url, environ, place.directory, place.keys) as running:
+        with _running(command, url, environ, setup.directory, setup.keys) as running:
             yield running
 
     return start
 
 
 @contextmanager
-def litellm(place: Place) -> Iterator[Running]:
-    """Its proxy without database and keys: only the relay, and its own reckoning of the cost."""
+def litellm(setup: Setup) -> Iterator[Running]:
+    """LiteLLM's proxy without database and keys: it only relays, and computes the cost."""
     port = free_port()
-    (place.directory / "litellm.yaml").write_text(
+    (setup.directory / "litellm.yaml").write_text(
         "model_list:\n"
         "  - model_name: google/gemini-2.5-flash-lite\n"
         "    litellm_params:\n"
         "      model: openrouter/google/gemini-2.5-flash-lite\n"
-        f"      api_base: {place.base_url}\n"
+        f"      api_base: {setup.base_url}\n"
         "      api_key: sk-or-bench\n"
     )
     command = [str(LITELLM.resolve() / "bin" / "litellm"), "--config", "litellm.yaml", "--port", str(port), "--num_workers", "1"]
-    environ = {**place.environ, "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
-    with _running(command, f"http://127.0.0.1:{port}/v1/chat/completions", environ, place.directory) as running:
+    environ = {**setup.environ, "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
+    with _running(command, f"http://127.0.0.1:{port}/v1/chat/completions", environ, setup.directory) as running:
         yield running
 
 
-def _without_nginx() -> str | None:
+def _nginx_missing() -> str | None:
     return None if shutil.which("nginx") else "apt install nginx-light"
 
 
-def _without_litellm() -> str | None:
+def _litellm_missing() -> str | None:
     if (LITELLM / "bin" / "litellm").exists():
         return None
     return f"python3 -m venv {LITELLM} && {LITELLM}/bin/pip install 'litellm[proxy]'"
@@ -214,7 +214,7 @@ SUBJECTS = {
     for subject in (
         Subject("bare relay", bare_relay),
         Subject("gptutor", gptutor()),
-        Subject("nginx", nginx, _without_nginx),
-        Subject("litellm", litellm, _without_litellm),
+        Subject("nginx", nginx, _nginx_missing),
+        Subject("litellm", litellm, _litellm_missing),
     )
 }

@@ -1,7 +1,7 @@
-"""How the questions about usage grow: `python -m bench.usage [--rows 10000000] [--accounts 100000]`.
+"""How the usage queries scale: `python -m bench.usage [--rows 10000000] [--accounts 100000]`.
 
-On a server of its own: runs every question on a small ledger, and on a large one, for the largest account. Prints the plan of each statement (generic, so that nothing is known of its parameters) and
-its time.
+On a PostgreSQL of its own, runs all usage queries for the largest account of a small ledger and of a large one. Prints the time of
+each, and for the large ledger its plan (generic, as for a prepared statement).
 """
 
 import argparse
@@ -28,7 +28,8 @@ CHUNK = 500_000
 TIMES = 100
 MODELS = "'vendor-' || i % 7 || '/model-' || i % 41"
 
-# Ids as they really are: a hold's begins with its time (UUIDv7), OpenRouter's names do, and a process counts its requests.
+# Ids as in production: hold ids (UUIDv7) and OpenRouter's generation ids begin with their time, request ids are a process id and a
+# counter.
 HOLDS = f"""
 INSERT INTO holds (account_id, hold_id, owner, amount_nano, rub_per_usd, model, request_id, due_at, generation_id, state,
     cost_usd, charge_nano, created_at, closed_at, key_id)
@@ -59,19 +60,19 @@ FROM (
 """
 
 
-TOTALS = """
+USAGE_DAYS = """
 INSERT INTO usage_days (account_id, day, model, requests, cost_usd, charge_nano)
 SELECT account_id, (created_at AT TIME ZONE 'UTC')::date, model, count(*), sum(cost_usd), -sum(amount_nano)::bigint
 FROM ledger WHERE kind = 'charge' GROUP BY 1, 2, 3
 """
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
-async def questions(connection: asyncpg.Connection) -> list[tuple[str, str, tuple[Any, ...]]]:
-    """Label, statement, parameters; for the largest account, and in the middle of its entries."""
+async def usage_queries(connection: asyncpg.Connection) -> list[tuple[str, str, tuple[Any, ...]]]:
+    """Label, statement name and parameters of each query, all for the largest account; some in the middle of its entries."""
     now = await connection.fetchval("SELECT now()")
     today, long_ago = now.date(), datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
     year = today - datetime.timedelta(days=365)
@@ -81,30 +82,31 @@ async def questions(connection: asyncpg.Connection) -> list[tuple[str, str, tupl
         LARGEST,
         count // 2,
     )
+    assert middle is not None
     end, nil = now + datetime.timedelta(days=1), uuid.UUID(int=0)
-    place = (middle["created_at"], middle["hold_id"])
+    position = (middle["created_at"], middle["hold_id"])
     return [
         ("credits", "find_credits", (LARGEST,)),
         ("first page of 100", "list_usage", (LARGEST, end, nil, long_ago, 101)),
-        ("a page of 100 from the middle", "list_usage", (LARGEST, *place, long_ago, 101)),
+        ("a page of 100 from the middle", "list_usage", (LARGEST, *position, long_ago, 101)),
         ("first page of 1000", "list_usage", (LARGEST, end, nil, long_ago, 1001)),
         ("first page of 100 of a model", "list_usage_of_model", (LARGEST, end, nil, long_ago, 101, middle["model"])),
-        ("a page of 100 of a model from the middle", "list_usage_of_model", (LARGEST, *place, long_ago, 101, middle["model"])),
+        ("a page of 100 of a model from the middle", "list_usage_of_model", (LARGEST, *position, long_ago, 101, middle["model"])),
         ("a page of a model never used", "list_usage_of_model", (LARGEST, end, nil, long_ago, 101, "no/such")),
         ("totals of 30 days by day", "sum_usage", (LARGEST, today - datetime.timedelta(days=29), today, True, False)),
         ("totals of 366 days by day", "sum_usage", (LARGEST, year, today, True, False)),
         ("totals of 366 days by model", "sum_usage", (LARGEST, year, today, False, True)),
         ("totals of 31 days by day and model", "sum_usage", (LARGEST, today - datetime.timedelta(days=30), today, True, True)),
-        ("a request by its own id", "find_request", (LARGEST, middle["request_id"])),
-        ("a request by OpenRouter's id", "find_request", (LARGEST, middle["generation_id"])),
-        ("a request that is not there", "find_request", (LARGEST, "no-such-request")),
+        ("a request by its request id", "find_request", (LARGEST, middle["request_id"])),
+        ("a request by its generation id", "find_request", (LARGEST, middle["generation_id"])),
+        ("a request that does not exist", "find_request", (LARGEST, "no-such-request")),
     ]
 
 
-async def ask(connection: asyncpg.Connection, *, plans: bool) -> dict[str, float]:
-    """Milliseconds, the median of many times, on a connection that keeps its prepared statements as the gateway's do."""
+async def measure_queries(connection: asyncpg.Connection, *, plans: bool) -> dict[str, float]:
+    """Median time of each query in milliseconds, as prepared statements of one connection, as in the gateway."""
     medians = {}
-    for label, name, parameters in await questions(connection):
+    for label, name, parameters in await usage_queries(connection):
         statement = await connection.prepare(STATEMENTS[name])
         times, rows = [], []
         for _ in range(TIMES):
@@ -122,7 +124,7 @@ async def ask(connection: asyncpg.Connection, *, plans: bool) -> dict[str, float
 
 
 async def fill(connection: asyncpg.Connection, rows: int, accounts: int) -> None:
-    """In bulk: without triggers and foreign keys, and with the indexes built afterwards."""
+    """Fills holds, ledger and balances in bulk: without triggers and foreign keys, and builds the indexes afterwards."""
     await connection.execute("SET session_replication_role = replica")
     await connection.execute("SET maintenance_work_mem = '512MB'; SET work_mem = '256MB'")
     indexes = await connection.fetch(
@@ -143,22 +145,23 @@ async def fill(connection: asyncpg.Connection, rows: int, accounts: int) -> None
     for first in range(1, rows + 1, CHUNK):
         last = min(first + CHUNK - 1, rows)
         await connection.execute(HOLDS, first, last, accounts, owner, now, float(rows))
-        say(f"{last:>12,} of {rows:,} holds")
+        log(f"{last:>12,} of {rows:,} holds")
     await connection.execute(LEDGER)
     await connection.execute(TOPUPS)
-    say("the ledger has as many charges")
+    log("the ledger is filled")
     for key in keys:
         await connection.execute(f"ALTER TABLE {key['relname']} ADD CONSTRAINT {key['conname']} {key['definition']}")
-        say(f"{key['relname']} has its key")
+        log(f"{key['relname']}: primary key built")
     for index in indexes:
         await connection.execute(index["indexdef"])
-        say(f"{index['indexname']} is there")
+        log(f"{index['indexname']} built")
     await connection.execute(BALANCES)
+    await connection.execute(USAGE_DAYS)
     await connection.execute("RESET session_replication_role")
-    say("balances are added up")
+    log("balances and daily usage are computed")
 
 
-async def grow(url: str, rows: int, accounts: int) -> None:
+async def run(url: str, rows: int, accounts: int) -> None:
     server = await asyncpg.connect(url)
     for setting, value in {
         "fsync": "off",
@@ -171,19 +174,17 @@ async def grow(url: str, rows: int, accounts: int) -> None:
     medians = []
     for name, size in (("small", SHARE), ("large", rows)):
         await server.execute(f"CREATE DATABASE {name}")
-        own = url.replace("/postgres?", f"/{name}?")
-        await migrations.migrate(own)
-        connection = await asyncpg.connect(own)
+        database_url = url.replace("/postgres?", f"/{name}?")
+        await migrations.migrate(database_url)
+        connection = await asyncpg.connect(database_url)
         await connection.execute("INSERT INTO accounts (name) VALUES ('largest')")
         await fill(connection, size, min(accounts, size))
-        began = time.monotonic()
-        await connection.execute(TOTALS)
-        say(f"the totals took {time.monotonic() - began:.1f} s")
         await connection.execute("VACUUM ANALYZE")
         count = await connection.fetchrow("SELECT count(*), count(*) FILTER (WHERE account_id = $1) FROM ledger", LARGEST)
+        assert count is not None
         size_mb = await connection.fetchval("SELECT pg_database_size(current_database()) / 1000000")
-        say(f"{name}: {count[0]:,} entries, of the largest account {count[1]:,}; {size_mb:,} MB")
-        medians.append(await ask(connection, plans=name == "large"))
+        log(f"{name}: {count[0]:,} ledger entries, {count[1]:,} of them of the largest account; {size_mb:,} MB")
+        medians.append(await measure_queries(connection, plans=name == "large"))
         await connection.close()
     print(f"\n{'median, ms':45} {'small':>10} {'large':>10}")
     for label in medians[0]:
@@ -200,7 +201,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix="gptutor-growth-") as directory,
         embedded_postgres(Path(directory) / "postgres") as url,
     ):
-        asyncio.run(grow(url, arguments.rows, arguments.accounts))
+        asyncio.run(run(url, arguments.rows, arguments.accounts))
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ async def scripted(
         return result
 
     async def models(request: web.Request) -> web.Response:
-        return web.Response(body=simulator._models, content_type="application/json")
+        return web.Response(body=simulator.model_list, content_type="application/json")
 
     app = web.Application()
     app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])

@@ -225,7 +225,7 @@ async def test_what_vk_has_not_signed_for_us_and_now_is_refused_without_asking_t
     "token",
     [
         lambda: launch(vk_access_token_settings="notify,menu", vk_ref="", vk_group_id=1),
-        lambda: launch(beside="&utm_source=x&lang=ru"),
+        lambda: launch(unsigned="&utm_source=x&lang=ru"),
         lambda: "&".join(reversed(launch().split("&"))),
         lambda: f"https://app.example/index.html?{launch()}#home",
     ],

@@ -381,7 +381,7 @@ async def test_nobody_comes_in_without_the_token(admin: Admin, path: str) -> Non
             assert (response.status, response.headers["X-Error-Code"]) == (401, "invalid_key")
             assert await response.json() == {"error": "Invalid administrator's token"}
     async with admin.session.get("http://admin/metrics", headers={"Authorization": f"Bearer {TOKEN}"}) as response:
-        assert "gptutor_in_flight" in await response.text()
+        assert "gptutor_in_flight_requests" in await response.text()
 
 
 async def test_it_is_never_on_the_public_side(gateway: Gateway) -> None:

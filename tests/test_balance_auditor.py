@@ -40,7 +40,7 @@ async def test_a_change_past_the_ledger_is_told_of_once_and_until_it_is_mended(
     await by_hand.execute(forgery, caller.account_id)
     for _ in range(2):
         assert await watch.look() == {caller.account_id}
-    assert REGISTRY.get_sample_value("gptutor_broken_accounts") == 1
+    assert REGISTRY.get_sample_value("gptutor_inconsistent_accounts") == 1
     told = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert [vars(record)["userId"] for record in told] == [str(caller.account_id)]
     await by_hand.execute(
@@ -50,7 +50,7 @@ async def test_a_change_past_the_ledger_is_told_of_once_and_until_it_is_mended(
     )
     await by_hand.close()
     assert await watch.look() == set()
-    assert REGISTRY.get_sample_value("gptutor_broken_accounts") == 0
+    assert REGISTRY.get_sample_value("gptutor_inconsistent_accounts") == 0
     assert other.account_id != caller.account_id
 
 

@@ -264,7 +264,7 @@ class Upstream:
                 await writer.wait_closed()
 
     def look_up(self, head: bytes, writer: asyncio.StreamWriter) -> None:
-        body = Simulator()._models if head.startswith(b"GET /models ") else b"{}"
+        body = Simulator().model_list if head.startswith(b"GET /models ") else b"{}"
         status = b"200 OK" if head.startswith(b"GET /models ") else b"404 Not Found"
         writer.write(b"HTTP/1.1 %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body))
 

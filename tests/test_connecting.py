@@ -21,7 +21,7 @@ from tests.support.gateway import Gateway, config_for, gateway_on
 async def gateway_of(config: Config, books: pool.Database) -> AsyncIterator[Gateway]:
     """A gateway that knows its models from before: its OpenRouter is not to be reached."""
     config.paths.data.mkdir(parents=True)
-    (config.paths.data / "models.json").write_bytes(Simulator()._models)
+    (config.paths.data / "models.json").write_bytes(Simulator().model_list)
     async with gateway_on(config, books, Simulator()) as gateway:
         yield gateway
 

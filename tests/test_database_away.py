@@ -133,7 +133,7 @@ async def test_before_the_hold_nothing_is_bought_and_all_goes_on_when_it_returns
         assert (response.status, response.headers["X-Error-Code"]) == (503, "database_unavailable")
         assert json.loads(document) == {"error": "Service temporarily unavailable"}
         assert await status_of(gateway, "/ready") == 503
-        assert len(gateway.simulator.books.records) == 1
+        assert len(gateway.simulator.billing.records) == 1
         await door.open()
         assert (await gateway.chat(caller))[0].status == 200
         await assert_books_agree(gateway, caller)
@@ -197,14 +197,14 @@ async def test_a_hold_whose_commit_was_not_acknowledged_is_released(
         await gateway.ready()
         caller = await make_caller(books, "100")
         assert (await gateway.chat(caller))[0].status == 200  # the statements are prepared now: one reply for each
-        bought = len(gateway.simulator.books.records)
+        bought = len(gateway.simulator.billing.records)
         await asyncio.sleep(0.2)
         door.swallow = size
         response, _ = await gateway.chat(caller)
         if response.status == 200:
             pytest.skip("recovery's own statement lost its reply, not the hold's")
         assert response.headers["X-Error-Code"] == "database_unavailable"
-        assert len(gateway.simulator.books.records) == bought
+        assert len(gateway.simulator.billing.records) == bought
         await gateway.recovered(caller)
         await assert_books_agree(gateway, caller)
 

@@ -1,4 +1,4 @@
-"""The documentation says what the code does, in both languages, and asks nobody but its own server (contract F4)."""
+"""The documentation matches the code, in both languages, and loads nothing from other hosts (contract F4)."""
 
 import asyncio
 import hashlib
@@ -35,7 +35,7 @@ VENDOR = page.HERE / "vendor" / "scalar"
 
 
 class Links(HTMLParser):
-    """What a document loads, where it leads, and what can be led to in it."""
+    """The URLs that a document loads, its links, and its anchors."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -65,18 +65,18 @@ def fences(text: str, language: str) -> list[str]:
 # -- the reference
 
 
-def test_description_names_the_routes_of_the_gateway() -> None:
+def test_openapi_describes_exactly_the_routes_of_the_gateway() -> None:
     app = build_app(Config(), log=LoggerService(), secrets=[b"x" * 32])
     routes = {(route.resource.canonical, route.method) for route in app.router.routes() if route.resource is not None}
     described = {(path, method.upper()) for path, item in openapi.describe()["paths"].items() for method in item}
     assert described == {(path, method) for path, method in routes if method != "HEAD"}
 
 
-def test_description_is_valid_openapi() -> None:
+def test_the_description_is_valid_openapi() -> None:
     validate(openapi.describe())
 
 
-def test_description_lists_every_error_code() -> None:
+def test_openapi_lists_every_error_code() -> None:
     components = openapi.describe()["components"]
     assert components["schemas"]["ErrorCode"]["enum"] == list(ERRORS)
     for code, kind in ERRORS.items():
@@ -86,40 +86,40 @@ def test_description_lists_every_error_code() -> None:
         assert response["content"]["application/json"]["examples"][code]["value"] == {"error": kind.text}
 
 
-def test_every_described_refusal_can_be_named_and_traced() -> None:
+def test_every_error_response_in_openapi_has_a_code_and_a_request_id() -> None:
     for path in openapi.describe()["paths"].values():
         for operation in path.values():
             for status, response in operation["responses"].items():
                 assert response.get("$ref") == f"#/components/responses/Refused{status}" or "X-Request-ID" in response["headers"]
 
 
-def test_request_rules_are_written_in_the_code_alone() -> None:
+def test_request_schemas_are_defined_only_in_the_code() -> None:
     written = yaml.safe_load(openapi.SOURCE.read_text(encoding="utf-8"))["components"]["schemas"]
     described = openapi.describe()["components"]["schemas"]
     for struct in (ChatRequest, Message, Tool):
-        words = written[struct.__name__]
-        assert set(words) == {"description", "properties"}
-        assert set(words["properties"]) == set(get_type_hints(struct)) == set(described[struct.__name__]["properties"])
-        assert all(set(field) == {"description"} for field in words["properties"].values())
+        descriptions = written[struct.__name__]
+        assert set(descriptions) == {"description", "properties"}
+        assert set(descriptions["properties"]) == set(get_type_hints(struct)) == set(described[struct.__name__]["properties"])
+        assert all(set(field) == {"description"} for field in descriptions["properties"].values())
         assert described[struct.__name__]["additionalProperties"] is True
     assert described["ChatRequest"]["properties"]["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 2}
 
 
-def test_described_requests_are_accepted() -> None:
+def test_example_requests_in_openapi_are_accepted() -> None:
     operation = openapi.describe()["paths"]["/v1/chat/completions"]["post"]
     examples = operation["requestBody"]["content"]["application/json"]["examples"]
     for example in examples.values():
         assert parse_request(json.dumps(example["value"]).encode(), default_model="some/model")
 
 
-def test_vendored_viewer_is_the_file_that_its_readme_names() -> None:
+def test_the_vendored_viewer_has_the_checksum_in_its_readme() -> None:
     digest = hashlib.sha256((VENDOR / "standalone.js").read_bytes()).hexdigest()
     assert digest in (VENDOR / "README.md").read_text(encoding="utf-8")
     assert "MIT License" in (VENDOR / "LICENSE").read_text(encoding="utf-8")
 
 
-def test_viewer_knows_every_option_that_is_set() -> None:
-    """An option that a new version has renamed would be ignored, and what it turned off would be on again."""
+def test_the_viewer_supports_every_option_that_is_set() -> None:
+    """A new version might rename an option; what the option turned off would then silently be on again."""
     viewer = (VENDOR / "standalone.js").read_text(encoding="utf-8")
     text = (page.HERE / "reference.html").read_text(encoding="utf-8")
     found = re.search(r"data-configuration='(.*?)'", text, re.DOTALL)
@@ -132,7 +132,7 @@ def test_viewer_knows_every_option_that_is_set() -> None:
 
 
 @pytest.mark.parametrize("language", page.LANGUAGES)
-def test_errors_page_has_every_code_with_its_status(language: str) -> None:
+def test_the_errors_page_lists_every_code_with_its_status(language: str) -> None:
     rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \|", source(language, "errors"), re.MULTILINE)
     assert sorted(rows) == sorted((str(kind.status), code) for code, kind in ERRORS.items())
 
@@ -147,15 +147,15 @@ def test_every_setting_is_in_the_settings_file() -> None:
 
 
 @pytest.mark.parametrize("language", page.LANGUAGES)
-def test_settings_file_is_shown_as_it_is(language: str) -> None:
+def test_the_operation_page_contains_the_settings_file(language: str) -> None:
     body = page.load_pages()[language, "operation"].body
     assert "  balance_min_rub: 1 " in body
     assert all(f"\n{section.name}:\n" in body for section in msgspec.structs.fields(Config))
 
 
 @pytest.mark.parametrize("name", page.NAMES)
-def test_languages_say_the_same_things(name: str) -> None:
-    """As far as a machine sees: sections, tables and examples of one kind, in the same order."""
+def test_pages_have_the_same_outline_in_both_languages(name: str) -> None:
+    """Sections, tables and examples of the same kinds, in the same order."""
     outline = re.compile(r"^(#+ |\|.*(?=\n\|[-| ]+$)|```\w*)", re.MULTILINE)
     shapes = [outline.findall(source(language, name)) for language in page.LANGUAGES]
     kinds = [["|" * line.count("|") if line.startswith("|") else line for line in shape] for shape in shapes]
@@ -172,34 +172,34 @@ def test_examples_are_requests_that_the_gateway_accepts(language: str, name: str
 
 
 @pytest.mark.parametrize("language", page.LANGUAGES)
-def test_quoted_refusal_is_what_the_gateway_says(language: str) -> None:
-    with pytest.raises(ApiError) as refused:
+def test_the_quoted_error_text_is_the_gateways(language: str) -> None:
+    with pytest.raises(ApiError) as caught:
         parse_request(b'{"messages": [{"role": "user", "content": "?"}], "temperature": 3}', default_model="some/model")
-    assert f"`{refused.value.text}`" in source(language, "request")
+    assert f"`{caught.value.text}`" in source(language, "request")
 
 
-async def test_every_page_renders_and_every_link_leads_somewhere(aiohttp_client: Any) -> None:
+async def test_every_page_renders_and_no_link_is_broken(aiohttp_client: Any) -> None:
     site = await aiohttp_client(build_site())
-    seen: dict[str, Links] = {}
+    visited: dict[str, Links] = {}
 
     async def visit(path: str) -> Links:
-        if path not in seen:
+        if path not in visited:
             async with site.get(path) as response:
                 assert response.status == 200, path
                 assert not response.history, f"{path} leads to a redirect"
-                seen[path] = Links(await response.text() if response.content_type == "text/html" else "")
-        return seen[path]
+                visited[path] = Links(await response.text() if response.content_type == "text/html" else "")
+        return visited[path]
 
     pages = [f"/{language}/{name}" for language, name in PAGES]
     for path in [*pages, "/reference"]:
         document = await visit(path)
         for link in [*document.links, *document.loaded]:
-            where = urlsplit(urljoin(path, link))
-            if where.scheme or where.path == "/":
+            target = urlsplit(urljoin(path, link))
+            if target.scheme or target.path == "/":
                 continue
-            led_to = await visit(where.path)
-            assert not where.fragment or unquote(where.fragment) in led_to.anchors, f"{path} → {link}"
-    assert all(path in seen for path in pages)
+            linked = await visit(target.path)
+            assert not target.fragment or unquote(target.fragment) in linked.anchors, f"{path} → {link}"
+    assert all(path in visited for path in pages)
 
 
 async def test_nothing_is_loaded_from_another_host(aiohttp_client: Any) -> None:
@@ -228,7 +228,7 @@ async def test_nothing_is_loaded_from_another_host(aiohttp_client: Any) -> None:
         ("en;q=nonsense, ,;;", "ru"),
     ],
 )
-async def test_readers_are_met_in_their_language(accepted: str, language: str, aiohttp_client: Any) -> None:
+async def test_the_start_page_follows_accept_language(accepted: str, language: str, aiohttp_client: Any) -> None:
     assert preferred_language(accepted) == language
     site = await aiohttp_client(build_site())
     async with site.get("/", headers={"Accept-Language": accepted}, allow_redirects=False) as response:
@@ -236,7 +236,7 @@ async def test_readers_are_met_in_their_language(accepted: str, language: str, a
         assert response.headers["Vary"] == "Accept-Language"
 
 
-async def test_busy_port_is_told_in_a_sentence() -> None:
+async def test_a_port_in_use_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(StartError, match=f"127.0.0.1:{port}"):
@@ -248,7 +248,7 @@ async def test_busy_port_is_told_in_a_sentence() -> None:
 
 
 def runnable() -> list[Any]:
-    """Program, options, code."""
+    """Parameters of the test below: the program with its options, and the code of an example."""
     examples = []
     for language in page.LANGUAGES:
         start, answer = source(language, "start"), source(language, "answer")
@@ -262,7 +262,7 @@ def runnable() -> list[Any]:
 
 
 @pytest.mark.parametrize(("program", "code"), runnable())
-async def test_examples_of_the_guide_work(program: list[str], code: str, gateway: Gateway) -> None:
+async def test_examples_of_the_guide_run(program: list[str], code: str, gateway: Gateway) -> None:
     needed = "curl" if program[0] == "sh" else program[0]
     if shutil.which(needed) is None:
         pytest.skip(f"{needed} is not installed")
@@ -286,7 +286,7 @@ async def test_examples_of_the_guide_work(program: list[str], code: str, gateway
 
 
 async def browse(url: str, directory: Path) -> tuple[str, list[str]]:
-    """The document as the browser has made it, and what the page had to say on its console."""
+    """The document as the browser rendered it, and the messages of its console."""
     assert BROWSER is not None
     process = await asyncio.create_subprocess_exec(
         BROWSER,
@@ -308,7 +308,7 @@ async def browse(url: str, directory: Path) -> tuple[str, list[str]]:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed (Debian: apt install chromium)")
-async def test_reference_renders_in_a_browser_and_asks_no_other_host(tmp_path: Path) -> None:
+async def test_the_reference_renders_in_a_browser_without_other_hosts(tmp_path: Path) -> None:
     async with documentation(Config(docs=DocsSettings(port=0))) as url:
         text, console = await browse(f"{url}/reference", tmp_path)
     for path in openapi.describe()["paths"].values():
@@ -316,5 +316,5 @@ async def test_reference_renders_in_a_browser_and_asks_no_other_host(tmp_path: P
             assert operation["summary"] in text
     for offer in ("Ask AI", "Generate MCP", "Developer Tools", "Test Request", "Open API Client"):
         assert offer not in text
-    # Its own name is all that the viewer has to say; whatever the policy blocks, and every failure, is told there too.
+    # The viewer logs its own name. Anything else would be a failure, or something that the Content-Security-Policy blocked.
     assert not [line for line in console if '"@scalar/api-reference@' not in line]

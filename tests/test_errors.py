@@ -41,7 +41,7 @@ async def send(
 
 async def assert_nothing_happened(gateway: Gateway) -> None:
     await gateway.idle()
-    assert not gateway.simulator.books.records
+    assert not gateway.simulator.billing.records
     assert [(user.held, user.balance % 10**9) async for user in UserRepository(gateway.books).all() if user.held] == []
 
 

@@ -152,7 +152,7 @@ async def assert_exact(gateway: Gateway, caller: Caller, books: Database, may_wa
             if len(nameless) == len(rows) and (nameless or not await caller.held()):
                 break
             await asyncio.sleep(0.02)
-    records = gateway.simulator.books.records.values()
+    records = gateway.simulator.billing.records.values()
     billed = sum(record.cost_usd for record in records)
     charged = await charged_usd(gateway, caller)
     if nameless:
@@ -176,7 +176,7 @@ async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
         point, settled, refused = 0, 0, 0
         while True:
             point += 1
-            simulator.books.records.clear()
+            simulator.billing.records.clear()
             caller = await make_caller(books, "100")
             async with process(config, books, simulator) as (gateway, strike):
                 strike.point, strike.how = point, how
@@ -227,7 +227,7 @@ async def test_a_stream_that_fails_at_a_piece_is_still_billed_exactly(
     ):
         for point in (1, 2, 5):
             piece = 0
-            simulator.books.records.clear()
+            simulator.billing.records.clear()
             caller = await make_caller(books, "100")
             await ask(gateway, Strike(), caller, stream=True)
             await gateway.idle()

@@ -1,4 +1,4 @@
-"""The short form of `make fuzz`: what reads bytes from outside fails only as it says it does (contract A4, B2, C6, F8; rows input-1 to
+"""A short `make fuzz`: the code that parses external input raises only what it declares (contract A4, B2, C6, F8; rows input-1 to
 input-6, -11, -13, -16, upstream-10, -15, auth-3)."""
 
 import contextlib
@@ -20,15 +20,21 @@ from tests.fuzz.engines import HAS_ATHERIS, run_hypothesis
 from tests.fuzz.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent
-RUNS = {"scanner": 300, "ask": 500, "key": 500, "vk": 500, "config": 200, "models": 400}
+RUNS = {"scanner": 300, "request": 500, "key": 500, "vk": 500, "config": 200, "models": 400}
 
 
-def test_the_seeds_go_through_the_gates_that_are_fuzzed() -> None:
+def test_the_seeds_are_accepted_or_rejected_as_intended() -> None:
     assert all(parse_request(body, default_model="a/b").members for body in targets.BODIES)
-    for body in targets.TWICE:
+    for body in targets.DUPLICATE_KEYS:
         with pytest.raises(ApiError):
             parse_request(body, default_model="a/b")
-    assert [targets.said(stream, [], None)[0] is not None for stream in targets.STREAMS] == [True, True, True, True, False]
+    assert [targets.scan_in_parts(stream, [], None)[0] is not None for stream in targets.STREAMS] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert all(parse_key(key.decode()) for key in targets.KEYS)
     assert [len(parse_models(document)) for document in targets.LISTS[:3]] == [1, 1, 1]
 
@@ -36,13 +42,13 @@ def test_the_seeds_go_through_the_gates_that_are_fuzzed() -> None:
 @pytest.mark.parametrize(
     "document", [b'{"data":[{"id":"a","\x80":1}]}', b'{"data":[{"id":"a","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}]}"]
 )
-def test_a_model_list_that_cannot_be_read_is_said_to_be_none(document: bytes) -> None:
-    with contextlib.suppress(CatalogueError):  # or the one model is left out
+def test_an_unreadable_model_list_is_an_error_or_empty(document: bytes) -> None:
+    with contextlib.suppress(CatalogueError):  # or its only model is left out
         assert parse_models(document) == []
 
 
 @pytest.mark.parametrize("document", [b"\xff", b"[" * 3000])
-def test_a_settings_file_that_cannot_be_read_is_named(document: bytes, tmp_path: Path) -> None:
+def test_an_unreadable_settings_file_is_named_in_the_error(document: bytes, tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_bytes(document)
     with pytest.raises(ConfigError, match=r"own\.yaml"):
@@ -58,13 +64,13 @@ def test_a_settings_file_that_cannot_be_read_is_named(document: bytes, tmp_path:
         ("OPENROUTER_BASE_URL", "https://[::1"),
     ],
 )
-def test_a_setting_that_cannot_be_read_is_named(name: str, value: str) -> None:
+def test_an_unreadable_setting_is_an_error(name: str, value: str) -> None:
     with pytest.raises(ConfigError):
         load({"OPENROUTER_API_KEY": "x", name: value})
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_any_bytes_end_in_what_is_declared(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_any_input_is_accepted_or_raises_what_is_declared(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "gptutor")
     run_hypothesis(TARGETS[name], runs=RUNS[name], seed=1)
 

@@ -487,7 +487,7 @@ async def test_what_the_cap_leaves_is_sent_as_max_tokens(gateway: Gateway) -> No
     for who in (caller, bot):
         response, _ = await gateway.chat(who, model="anthropic/claude-sonnet-4.5")
         assert response.status == 200
-    free, narrow = (json.loads(record.body) for record in gateway.simulator.books.records.values())
+    free, narrow = (json.loads(record.body) for record in gateway.simulator.billing.records.values())
     assert "max_tokens" not in free
     assert 1300 < narrow["max_tokens"] < 3 / 90 / 0.0000225  # its price for a long prompt
     await assert_books_agree(gateway, caller, "100000")

@@ -1,4 +1,4 @@
-"""Files by day, retention, and one JSON line for each record (contract F1)."""
+"""Log files: one per day, retention, and one JSON line per record (contract F1)."""
 
 import datetime
 import json
@@ -13,7 +13,7 @@ from gptutor.telemetry import logs
 from gptutor.telemetry.log_writer import DailyFile, logging_to
 
 
-def test_each_day_has_its_file_and_old_ones_go(tmp_path: Path) -> None:
+def test_each_day_has_its_file_and_expired_files_are_deleted(tmp_path: Path) -> None:
     for day in ("2020-01-01", "2099-01-30", "2099-01-31"):
         (tmp_path / f"combined-{day}.log").write_text("old")
     (tmp_path / "other.log").write_text("not ours")
@@ -28,7 +28,9 @@ def test_each_day_has_its_file_and_old_ones_go(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_every_record_is_one_json_line_written_before_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_record_is_one_json_line_and_is_written_before_logging_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with logging_to(tmp_path, level="info", retention_days=1, stdout=True) as log:
         log.http(method="GET", path="/", status=404, request_id="r\n1", duration_ms=2, code="not_found")
         try:
@@ -47,15 +49,15 @@ def test_every_record_is_one_json_line_written_before_the_end(tmp_path: Path, ca
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_a_command_run_by_root_does_not_shut_the_service_out(tmp_path: Path) -> None:
+def test_a_file_created_by_root_stays_writable_for_the_service(tmp_path: Path) -> None:
     os.chown(tmp_path, 12345, 12345)
     DailyFile(tmp_path, retention_days=1).close()
     (path,) = tmp_path.iterdir()
     assert path.stat().st_uid == 12345
 
 
-class Deaf:
-    """A stream whose reader has died."""
+class BrokenPipe:
+    """A stream whose reader is gone."""
 
     def write(self, text: str) -> int:
         raise BrokenPipeError
@@ -63,10 +65,10 @@ class Deaf:
     flush = isatty = write  # type: ignore[assignment]
 
 
-def test_who_reads_no_output_any_more_does_not_stop_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_standard_output_does_not_stop_the_log_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with logging_to(tmp_path, level="info", retention_days=1, stdout=True) as log:
-        monkeypatch.setattr("sys.stdout", Deaf())
-        monkeypatch.setattr("sys.stderr", Deaf())
+        monkeypatch.setattr("sys.stdout", BrokenPipe())
+        monkeypatch.setattr("sys.stderr", BrokenPipe())
         for number in range(3):
             log.http(method="GET", path=f"/{number}", status=200, request_id="r", duration_ms=1, code=None)
             time.sleep(0.1)
@@ -75,7 +77,7 @@ def test_who_reads_no_output_any_more_does_not_stop_the_file(tmp_path: Path, mon
     assert len(path.read_text().splitlines()) == 3
 
 
-def test_a_day_whose_file_cannot_be_opened_is_tried_again(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_tried_again(tmp_path: Path) -> None:
     file = DailyFile(tmp_path, retention_days=2)
     (tmp_path / "combined-2099-02-01.log").mkdir()
     with pytest.raises(OSError, match="directory"):

@@ -1,4 +1,4 @@
-"""Figures for the operator (contract F11, B6)."""
+"""Prometheus metrics (contract F11, B6)."""
 
 import datetime
 import re
@@ -22,17 +22,17 @@ def value(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-async def test_what_happens_is_counted(gateway: Gateway) -> None:
+async def test_completions_errors_failures_and_retries_are_counted(gateway: Gateway) -> None:
     caller = await gateway.caller()
     counted = [
         ("gptutor_completions_total", {"outcome": "settled"}),
         ("gptutor_completions_total", {"outcome": "upstream_account"}),
-        ("gptutor_refusals_total", {"code": "upstream_account"}),
-        ("gptutor_upstream_account_refusals_total", {"status": "402"}),
+        ("gptutor_errors_total", {"code": "upstream_account"}),
+        ("gptutor_upstream_account_errors_total", {"status": "402"}),
         ("gptutor_upstream_failures_total", {"kind": "status", "status": "402"}),
         ("gptutor_upstream_failures_total", {"kind": "status", "status": "503"}),
         ("gptutor_upstream_retries_total", {}),
-        ("gptutor_completion_seconds_count", {}),
+        ("gptutor_completion_duration_seconds_count", {}),
     ]
     before = [value(name, **labels) for name, labels in counted]
     await gateway.chat(caller)
@@ -44,8 +44,10 @@ async def test_what_happens_is_counted(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize(("date", "skew"), [("Tue, 24 Nov 2026 10:00:00 GMT", 3600), ("nonsense", 0)])
-async def test_a_clock_that_is_off_shows(aiohttp_server: Any, monkeypatch: pytest.MonkeyPatch, date: str, skew: float) -> None:
-    """Row operator-10: against the Date of OpenRouter's answers."""
+async def test_clock_skew_is_measured_against_openrouter(
+    aiohttp_server: Any, monkeypatch: pytest.MonkeyPatch, date: str, skew: float
+) -> None:
+    """Row operator-10: by the Date header of OpenRouter's responses."""
 
     async def models(request: web.Request) -> web.Response:
         return web.Response(body=b"{}", headers={"Date": date})
@@ -62,22 +64,22 @@ async def test_a_clock_that_is_off_shows(aiohttp_server: Any, monkeypatch: pytes
     assert value("gptutor_clock_skew_seconds") == skew
 
 
-async def test_the_public_side_does_not_tell(gateway: Gateway) -> None:
+async def test_the_public_listener_does_not_serve_metrics(gateway: Gateway) -> None:
     async with gateway.session.get(f"{gateway.url}/metrics") as response:
         assert response.status == 404
 
 
-async def test_they_are_told_on_a_listener_of_their_own(tmp_path: Path, unused_tcp_port: int) -> None:
+async def test_metrics_are_served_on_their_own_listener(tmp_path: Path, unused_tcp_port: int) -> None:
     service = start(tmp_path, GPTUTOR_METRICS__PORT=str(unused_tcp_port))
     async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{unused_tcp_port}/metrics") as response:
         text = await response.text()
     assert service.stop() == 0
     assert response.content_type == "text/plain"
-    assert "gptutor_in_flight 0.0" in text
+    assert "gptutor_in_flight_requests 0.0" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_every_figure_is_documented(page: Path) -> None:
+def test_every_metric_is_documented(page: Path) -> None:
     assert build_metrics()
     ours = {metric.name for metric in REGISTRY.collect() if metric.name.startswith("gptutor_")}
     assert len(ours) >= 11

@@ -54,7 +54,7 @@ async def test_who_has_the_list_already_is_not_sent_it_again(gateway: Gateway, p
 async def test_the_tag_changes_with_the_list_alone(gateway: Gateway) -> None:
     catalogue = gateway.app[CATALOGUE]
     version, tag = catalogue.version, (await get(gateway, "/v1/models"))[1]
-    catalogue.replace(gateway.simulator._models)
+    catalogue.replace(gateway.simulator.model_list)
     assert catalogue.version == version
     catalogue.replace(listing({"id": "a/b"}))
     assert (await get(gateway, "/v1/models"))[1] != tag

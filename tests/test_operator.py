@@ -179,7 +179,7 @@ async def test_a_new_openrouter_key_serves_from_the_restart_on(
         return web.json_response({"data": {"id": request.query["id"], "total_cost": 0.01}})
 
     async def models(request: web.Request) -> web.Response:
-        return web.Response(body=simulator._models, content_type="application/json")
+        return web.Response(body=simulator.model_list, content_type="application/json")
 
     upstream = web.Application()
     upstream.add_routes(
@@ -254,7 +254,7 @@ async def test_a_clock_that_is_off_by_an_hour_lets_nobody_in_by_vk_and_all_in_by
         config_for(database_url, "http://127.0.0.1:9", tmp_path / "clock"), vk=VkSettings(app_id=5, secret_key="s")
     )
     config.paths.data.mkdir(parents=True)
-    (config.paths.data / "models.json").write_bytes(simulator._models)  # it is ready without its OpenRouter
+    (config.paths.data / "models.json").write_bytes(simulator.model_list)  # it is ready without its OpenRouter
     now = time.time()
     signed = {"vk_user_id": "494075", "vk_app_id": "5", "vk_ts": str(int(now))}
     launch = urlencode({**signed, "sign": signature(signed, "s")})

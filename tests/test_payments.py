@@ -67,7 +67,7 @@ async def shop(
         ),
     )  # fmt: skip
     config.paths.data.mkdir(parents=True)
-    (config.paths.data / "models.json").write_bytes(simulator._models)  # it is ready without its OpenRouter
+    (config.paths.data / "models.json").write_bytes(simulator.model_list)  # it is ready without its OpenRouter
     with logging_to(tmp_path / "lines", level="debug", retention_days=1, stdout=False):
         async with gateway_on(config, books, simulator) as running:
             yield Shop(running, yookassa)
@@ -195,7 +195,7 @@ async def test_notifications_ask_so_many_at_once_and_no_more(shop: Shop) -> None
     names = [shop.yookassa.add_payment(caller.account_id) for _ in range(12)]
     statuses = await asyncio.gather(*(shop.notify("payment.succeeded", name) for name in names))
     assert sorted(statuses) == [200] * 3 + [503] * 9
-    assert shop.yookassa.most_under_way == 3
+    assert shop.yookassa.in_flight_max == 3
     shop.yookassa.pause_s = 0
     for name in names:
         assert await shop.notify("payment.succeeded", name) == 200
@@ -384,7 +384,7 @@ async def test_a_payment_without_an_address_to_pay_at_is_no_payment(shop: Shop) 
     caller = await shop.gateway.caller("0")
     headers = {"Idempotency-Key": "order-2"}
     await shop.order(caller, 50, **headers)
-    for _, answer in shop.yookassa.idempotent.values():
+    for _, answer in shop.yookassa.idempotent_responses.values():
         answer["confirmation"] = None
     assert (await shop.order(caller, 50, **headers))[0] == 503
     assert (await shop.order(caller, 50, **{"Idempotency-Key": "x" * 256}))[0] == 400

@@ -1,5 +1,5 @@
-"""What the users of other gateways complain of, each as a test that those gateways fail (`design/peers.md`, the numbers in the
-docstrings; contract C2 to C9, B4, B8). OpenRouter's books are the simulator's, or a script's where it must say odd things."""
+"""What users of other gateways complain of, each complaint as a test that those gateways fail (`design/peers.md`; the docstrings give
+its numbers; contract C2 to C9, B4, B8). OpenRouter is the simulator, or a scripted server where the response must be unusual."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ SMALL = "openai/gpt-4o-mini"
 
 
 async def charges(caller: Caller) -> list[Decimal]:
-    """What the caller was charged, in roubles, the newest first."""
+    """The charges of the user, in roubles, the newest first."""
     entries = await Bookings(caller.books).entries(caller.account_id, 1000)
     return [Decimal(-entry.amount) / 10**9 for entry in entries if entry.kind == "charge"]
 
@@ -50,11 +50,11 @@ async def charges(caller: Caller) -> list[Decimal]:
 # -- parallel overdraft
 
 
-async def test_parallel_calls_never_overdraw(gateway: Gateway) -> None:
-    """Complaints 1, 24 (LiteLLM #34732, one-api #505, sub2api #3384): parallel calls read the same balance, and all passed."""
+async def test_parallel_requests_never_overdraw(gateway: Gateway) -> None:
+    """Complaints 1, 24 (LiteLLM #34732, one-api #505, sub2api #3384): parallel requests read the same balance, and all were accepted."""
     gateway.simulator.first_word_s = 0.2
     caller = await gateway.caller("5")
-    # 16 384 tokens × 0.0000006 dollars × 90 roubles × 1.1 ≈ 0.973 roubles: five such holds fit into five roubles.
+    # 16,384 tokens × 0.0000006 dollars × 90 roubles × 1.1 ≈ 0.973 roubles: five such holds fit into five roubles.
     replies = await asyncio.gather(*(gateway.chat(caller, model=SMALL, max_tokens=16_384) for _ in range(40)))
     statuses = [response.status for response, _ in replies]
     assert sorted(set(statuses)) == [200, 402]
@@ -64,35 +64,35 @@ async def test_parallel_calls_never_overdraw(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings", "/v1/responses", "/chat/completions", "/v1/messages"])
-async def test_no_route_goes_around_the_till(gateway: Gateway, path: str) -> None:
-    """Complaint 23 (Bifrost #2873): a passed-through route skipped the budget."""
+async def test_no_route_bypasses_billing(gateway: Gateway, path: str) -> None:
+    """Complaint 23 (Bifrost #2873): a pass-through route skipped the budget."""
     caller = await gateway.caller()
     body = {"model": SMALL, "messages": [{"role": "user", "content": "Hello"}]}
     async with gateway.session.post(gateway.url + path, json=body, headers=caller.headers) as response:
         assert response.status == 404
-    assert not gateway.simulator.books.records
+    assert not gateway.simulator.billing.records
 
 
-async def test_a_rich_caller_is_held_like_a_poor_one(gateway: Gateway) -> None:
-    """Complaint 24 (new-api and one-api's trust threshold): whoever had much was not held at all, and his parallel calls were free."""
+async def test_a_large_balance_is_held_like_a_small_one(gateway: Gateway) -> None:
+    """Complaint 24 (new-api and one-api's trust threshold): users with a large balance had no holds, and their parallel requests were free."""
     gateway.simulator.first_word_s = 0.2
     caller = await gateway.caller("1000000")
     waiting = asyncio.create_task(gateway.chat(caller, model=SMALL, max_tokens=16_384))
     async with asyncio.timeout(5):
-        while not gateway.simulator.books.records:
+        while not gateway.simulator.billing.records:
             await asyncio.sleep(0.005)
     assert await caller.held() > Decimal("0.9")
     await waiting
 
 
-async def test_no_database_means_no_answer(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Complaint 2 (LiteLLM #26672): where the budget could not be read, the call was let through."""
+async def test_without_database_requests_are_rejected(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complaint 2 (LiteLLM #26672): if the budget could not be read, the request was accepted."""
     caller = await gateway.caller()
-    books = gateway.app[DATABASE]
-    Statements(books, monkeypatch).lost_requests.append("settle_and_hold")
+    database = gateway.app[DATABASE]
+    Statements(database, monkeypatch).lost_requests.append("settle_and_hold")
     response, _ = await gateway.chat(caller)
     assert response.status == 503
-    assert not gateway.simulator.books.records
+    assert not gateway.simulator.billing.records
     await assert_books_agree(gateway, caller)
 
 
@@ -116,52 +116,52 @@ FAILURES = [
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", FAILURES)
-async def test_no_failure_of_upstream_leaks_a_hold(gateway: Gateway, fault: str, stream: bool) -> None:
-    """Complaints 3, 16 (LiteLLM #27639, new-api #4429, one-api): a hold of a call that failed was never given back."""
+async def test_no_upstream_failure_leaks_a_hold(gateway: Gateway, fault: str, stream: bool) -> None:
+    """Complaints 3, 16 (LiteLLM #27639, new-api #4429, one-api): the hold of a failed request was never released."""
     caller = await gateway.caller()
     response, _ = await gateway.chat(caller, fault, stream=stream)
     await gateway.idle()
-    if fault == "fault:html=524":  # behind the edge it may still be running: this one waits for evidence, in everybody's sight
+    if fault == "fault:html=524":  # it may still be running behind the edge proxy: the hold waits for evidence, and is listed
         assert response.status == 500
         (waiting,) = await gateway.books.fetch("list_waiting_holds", 1000)
-        assert (waiting["account_id"], waiting["state"]) == (caller.account_id, "open")
+        assert (waiting["account_id"], waiting["state"]) == (caller.account_id, "awaiting_evidence")
         assert await charges(caller) == []
     else:
         await assert_books_agree(gateway, caller)
 
 
-PLACES: dict[str, tuple[type, str]] = {
+BROKEN_METHODS: dict[str, tuple[type, str]] = {
     "the ceiling": (LLMCostEvaluate, "ceiling"),
     "the body for upstream": (ParsedRequest, "upstream_body"),
-    "the journal's first line": (Journal, "sent"),
-    "the way upstream": (OpenRouterService, "complete"),
+    "the first journal record": (Journal, "sent"),
+    "the client for OpenRouter": (OpenRouterService, "complete"),
     "the upstream call": (OpenRouterService, "_attempt"),
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-async def test_no_exception_of_our_own_leaks_a_hold(gateway: Gateway, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Complaint 16 (new-api #4429): six of eight holds were neither settled nor returned after a panic."""
+@pytest.mark.parametrize("place", BROKEN_METHODS)
+async def test_no_internal_exception_leaks_a_hold(gateway: Gateway, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complaint 16 (new-api #4429): six of eight holds were neither settled nor released after a panic."""
     caller = await gateway.caller()
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError(f"a bug in {place}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*PLACES[place], broken)
+        patch.setattr(*BROKEN_METHODS[place], broken)
         response, document = await gateway.chat(caller)
     assert (response.status, json.loads(document)) == (500, {"error": "Internal server error"})
-    assert not gateway.simulator.books.records
+    assert not gateway.simulator.billing.records
     assert await charges(caller) == []
     await gateway.idle()
-    if place == "the upstream call":  # something may have been sent: the hold waits, and support can see it
-        assert [row["state"] for row in await gateway.books.fetch("list_waiting_holds", 1000)] == ["open"]
+    if place == "the upstream call":  # something may have been sent: the hold waits for evidence, and is listed
+        assert [row["state"] for row in await gateway.books.fetch("list_waiting_holds", 1000)] == ["awaiting_evidence"]
     else:
         await assert_books_agree(gateway, caller)
 
 
-async def test_one_request_has_one_hold_over_all_its_attempts(gateway: Gateway) -> None:
-    """Complaint 3 (one-api's retry loop): each attempt took a new hold, and one was given back."""
+async def test_one_request_has_one_hold_for_all_its_attempts(gateway: Gateway) -> None:
+    """Complaint 3 (one-api's retry loop): each attempt made a new hold, and only one was released."""
     caller = await gateway.caller()
     response, _ = await gateway.chat(caller, "fault:status=503:0")
     assert response.status == 500
@@ -177,27 +177,27 @@ async def test_one_request_has_one_hold_over_all_its_attempts(gateway: Gateway) 
 @pytest.mark.parametrize("steps", [("release", "release"), ("release", "settle"), ("settle", "release"), ("settle", "settle")])
 @pytest.mark.parametrize("at_once", [False, True])
 async def test_nothing_is_refunded_or_charged_twice(books: Database, steps: tuple[str, str], at_once: bool) -> None:
-    """Complaint 17 (new-api #5556): amount and state were not changed together, so a repeated refund was paid twice."""
+    """Complaint 17 (new-api #5556): amount and state were not changed in one transaction, so a repeated refund was paid twice."""
     caller = await make_caller(books, "100")
     ledgers = ledger_of(books), ledger_of(books)  # two processes
     held, other = await hold(books, caller, "5"), await hold(books, caller, "5")
-    works: list[Awaitable[Any]] = [
+    operations: list[Awaitable[Any]] = [
         ledger.release(release(held)) if step == "release" else ledger.settle(settlement(held, "0.01"))
         for step, ledger in zip(steps, ledgers, strict=True)
     ]
     if at_once:
-        await asyncio.gather(*works)
+        await asyncio.gather(*operations)
     else:
-        for work in works:
-            await work
+        for operation in operations:
+            await operation
     assert await caller.balance() == (Decimal("99.1") if "settle" in steps else 100)
-    assert await caller.held() == 5  # the other one's, untouched
+    assert await caller.held() == 5  # the other hold is unchanged
     assert other.amount == 5 * 10**9
     await assert_books_hold(books)
 
 
-async def test_a_top_up_that_is_told_twice_is_credited_once(books: Database) -> None:
-    """Complaint 17, and every payment hook: a repeated message is not a second payment."""
+async def test_a_top_up_that_is_reported_twice_is_credited_once(books: Database) -> None:
+    """Complaint 17, and every payment webhook: a repeated notification is not a second payment."""
     caller = await make_caller(books, "0")
     await asyncio.gather(
         *(Bookings(books).book(caller.account_id, "topup", Nano(10**9), reference="pay") for _ in range(5)),
@@ -205,28 +205,32 @@ async def test_a_top_up_that_is_told_twice_is_credited_once(books: Database) -> 
     )
     with pytest.raises(AlreadyBooked):
         await Bookings(books).book(caller.account_id, "topup", Nano(10**9), reference="pay")
-    with pytest.raises(AlreadyBooked):  # nor on somebody else's account
+    with pytest.raises(AlreadyBooked):  # nor to another account
         await Bookings(books).book((await make_caller(books, "0")).account_id, "topup", Nano(10**9), reference="pay")
     assert await caller.balance() == 1
     await assert_books_hold(books)
 
 
-# -- free rides
+# -- responses without charge
 
 
 def reset_on_close(response: aiohttp.ClientResponse) -> None:
-    """The caller's end is a reset, not a polite good-bye."""
+    """The connection will be closed with a reset (RST) instead of an orderly FIN."""
     assert response.connection is not None
     assert response.connection.transport is not None
     sock = response.connection.transport.get_extra_info("socket")
     sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
 
 
-@pytest.mark.parametrize("rude", [False, True])
+@pytest.mark.parametrize("with_reset", [False, True])
 @pytest.mark.parametrize("model", [SMALL, "google/gemini-2.5-flash-lite"])
-@pytest.mark.parametrize("moment", ["before the first byte", "after the first byte", "in mid-stream", "right before the bill"])
-async def test_a_caller_who_leaves_pays_what_openrouter_charges(gateway: Gateway, moment: str, model: str, rude: bool) -> None:
-    """Complaints 5, 6, 19, 20 (LiteLLM #14457, new-api #7062): whoever left before the usage chunk had a free answer."""
+@pytest.mark.parametrize(
+    "moment", ["before the first byte", "after the first byte", "in the middle of the stream", "right before the usage"]
+)
+async def test_a_client_that_disconnects_pays_what_openrouter_charges(
+    gateway: Gateway, moment: str, model: str, with_reset: bool
+) -> None:
+    """Complaints 5, 6, 19, 20 (LiteLLM #14457, new-api #7062): clients that disconnected before the usage chunk paid nothing."""
     gateway.simulator.word_s = 0.005
     gateway.simulator.first_word_s = 0.1
     caller = await gateway.caller()
@@ -234,17 +238,21 @@ async def test_a_caller_who_leaves_pays_what_openrouter_charges(gateway: Gateway
     if moment == "before the first byte":
         request = asyncio.create_task(gateway.session.post(gateway.chat_url, json=body, headers=caller.headers))
         async with asyncio.timeout(5):
-            while not gateway.simulator.books.records:
+            while not gateway.simulator.billing.records:
                 await asyncio.sleep(0.001)
         request.cancel()
         await asyncio.gather(request, return_exceptions=True)
     else:
-        mark = {"after the first byte": b":", "in mid-stream": b"simulator", "right before the bill": b'"finish_reason":"stop"'}
+        marker = {
+            "after the first byte": b":",
+            "in the middle of the stream": b"simulator",
+            "right before the usage": b'"finish_reason":"stop"',
+        }
         async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
-            seen = b""
-            while mark[moment] not in seen:
-                seen += await response.content.readany()
-            if rude and response.connection is not None:
+            received = b""
+            while marker[moment] not in received:
+                received += await response.content.readany()
+            if with_reset and response.connection is not None:
                 reset_on_close(response)
             response.close()
     await gateway.idle()
@@ -254,33 +262,33 @@ async def test_a_caller_who_leaves_pays_what_openrouter_charges(gateway: Gateway
     await assert_books_agree(gateway, caller)
 
 
-async def test_leaving_again_and_again_with_the_useful_head_is_paid_each_time(gateway: Gateway) -> None:
-    """Complaint 20 (new-api #4186): read the useful head, drop before usage, repeat."""
+async def test_disconnecting_repeatedly_before_the_usage_is_charged_each_time(gateway: Gateway) -> None:
+    """Complaint 20 (new-api #4186): read the useful part of the stream, disconnect before the usage, repeat."""
     gateway.simulator.word_s = 0.002
     caller = await gateway.caller()
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
 
-    async def head() -> None:
+    async def read_and_disconnect() -> None:
         async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
             while b"simulator" not in await response.content.readany():
                 pass
             response.close()
 
-    await asyncio.gather(*(head() for _ in range(10)))
+    await asyncio.gather(*(read_and_disconnect() for _ in range(10)))
     await assert_books_agree(gateway, caller)
     assert len(await charges(caller)) == 10
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", ["no-usage", "cost=null", "cost=-1"])
-async def test_a_bill_that_is_missing_is_no_refund(gateway: Gateway, fault: str, stream: bool) -> None:
-    """Complaints 19, 7 (new-api #7062, LiteLLM #16021): no usage in the answer meant quota 0, while upstream charged."""
-    gateway.simulator.known_after_s = 0.3  # OpenRouter knows it later, as it does
+async def test_a_missing_cost_is_not_a_refund(gateway: Gateway, fault: str, stream: bool) -> None:
+    """Complaints 19, 7 (new-api #7062, LiteLLM #16021): a response without usage was charged 0, while upstream charged for it."""
+    gateway.simulator.generation_delay_s = 0.3  # as with OpenRouter, GET /generation returns it only later
     caller = await gateway.caller()
     response, _ = await gateway.chat(caller, f"fault:{fault}", stream=stream)
     assert response.status == 200
     assert await charges(caller) == []
-    assert await caller.held() > 0  # not silently free, not silently estimated: waiting, in everybody's sight
+    assert await caller.held() > 0  # neither free nor estimated: the hold waits for evidence, and is listed
     await gateway.recovered(caller)
     assert len(await charges(caller)) == 1
     await assert_books_agree(gateway, caller)
@@ -293,43 +301,41 @@ async def test_a_bill_that_is_missing_is_no_refund(gateway: Gateway, fault: str,
 async def scripted(
     database_url: str, books: Database, simulator: Simulator, tmp_path: Path
 ) -> AsyncIterator[Callable[[bytes], Gateway]]:
-    """A gateway whose OpenRouter answers with the given body."""
-    answers: list[bytes] = []
+    """A gateway whose OpenRouter sends the given body as its response."""
+    bodies: list[bytes] = []
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def respond(request: web.Request) -> web.StreamResponse:
         await request.read()
-        stream = answers[-1].startswith(b"data:")
-        return web.Response(body=answers[-1], headers={"Content-Type": "text/event-stream" if stream else "application/json"})
+        stream = bodies[-1].startswith(b"data:")
+        return web.Response(body=bodies[-1], headers={"Content-Type": "text/event-stream" if stream else "application/json"})
 
     async def models(request: web.Request) -> web.Response:
-        return web.Response(body=simulator._models, content_type="application/json")
+        return web.Response(body=simulator.model_list, content_type="application/json")
 
     app = web.Application()
-    app.add_routes([web.post("/chat/completions", answer), web.get("/models", models)])
+    app.add_routes([web.post("/chat/completions", respond), web.get("/models", models)])
     async with (
         listening(app, schema.Config(server=schema.ServerSettings(port=0, shutdown_s=1))) as base_url,
         gateway_on(config_for(database_url, base_url, tmp_path / "scripted"), books, simulator) as running,
     ):
 
-        def answering(document: bytes) -> Gateway:
-            answers.append(document)
+        def responding_with(document: bytes) -> Gateway:
+            bodies.append(document)
             return running
 
-        yield answering
+        yield responding_with
 
 
-def spoken(document: dict[str, Any], stream: bool) -> bytes:
+def as_response(document: dict[str, Any], stream: bool) -> bytes:
     text = json.dumps(document).encode()
     return b"data: " + text + b"\n\ndata: [DONE]\n\n" if stream else text
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_with_a_provider_key_of_ours_the_fee_is_not_the_whole_price(
-    scripted: Callable[[bytes], Gateway], stream: bool
-) -> None:
-    """Complaints 7, 19 (LiteLLM #16021 and all who read `usage.cost` alone): on BYOK that is OpenRouter's fee, a twentieth of it."""
+async def test_with_byok_the_charge_includes_the_providers_price(scripted: Callable[[bytes], Gateway], stream: bool) -> None:
+    """Complaints 7, 19 (LiteLLM #16021 and all who read `usage.cost` alone): with BYOK, `usage.cost` is OpenRouter's fee, 5 % of the price."""
     usage = {"cost": 0.001, "is_byok": True, "cost_details": {"upstream_inference_cost": 0.02}}
-    gateway = scripted(spoken({"id": "gen-byok", "choices": [], "usage": usage}, stream))
+    gateway = scripted(as_response({"id": "gen-byok", "choices": [], "usage": usage}, stream))
     caller = await gateway.caller()
     await gateway.chat(caller, stream=stream)
     assert await charges(caller) == [Decimal("1.89")]  # 0.021 dollars × 90
@@ -337,19 +343,19 @@ async def test_with_a_provider_key_of_ours_the_fee_is_not_the_whole_price(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_a_model_writes_is_not_a_bill(scripted: Callable[[bytes], Gateway], stream: bool) -> None:
-    """Complaint 18 (new-api #5287): what was charged depended on the answer's text, which the caller can dictate."""
-    lure = '"usage":{"cost":0} \n\ndata: {"usage":{"cost":0}}\n\n'
-    choice = {"message": {"content": lure}, "usage": {"cost": 0}, "delta": {"content": lure}}
-    gateway = scripted(spoken({"id": "gen-lure", "choices": [choice], "usage": {"cost": 0.01}}, stream))
+async def test_the_text_of_a_response_does_not_change_its_charge(scripted: Callable[[bytes], Gateway], stream: bool) -> None:
+    """Complaint 18 (new-api #5287): the charge depended on the text of the response, which the client can dictate."""
+    fake_usage = '"usage":{"cost":0} \n\ndata: {"usage":{"cost":0}}\n\n'
+    choice = {"message": {"content": fake_usage}, "usage": {"cost": 0}, "delta": {"content": fake_usage}}
+    gateway = scripted(as_response({"id": "gen-fake-usage", "choices": [choice], "usage": {"cost": 0.01}}, stream))
     caller = await gateway.caller()
     await gateway.chat(caller, stream=stream)
     assert await charges(caller) == [Decimal("0.9")]
 
 
-async def test_an_empty_answer_is_charged_as_openrouter_charges_it(scripted: Callable[[bytes], Gateway]) -> None:
-    """Complaint 21 (new-api #3275): charged for nothing; OpenRouter's own zero is an entry of zero."""
-    gateway = scripted(spoken({"id": "gen-empty", "choices": [], "usage": {"cost": 0}}, stream=False))
+async def test_an_empty_response_is_charged_as_openrouter_charges_it(scripted: Callable[[bytes], Gateway]) -> None:
+    """Complaint 21 (new-api #3275): an empty response was charged. A cost of 0 from OpenRouter is a ledger entry of 0."""
+    gateway = scripted(as_response({"id": "gen-empty", "choices": [], "usage": {"cost": 0}}, stream=False))
     caller = await gateway.caller()
     await gateway.chat(caller)
     assert await charges(caller) == [0]
@@ -357,13 +363,13 @@ async def test_an_empty_answer_is_charged_as_openrouter_charges_it(scripted: Cal
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_price_of_minus_one_is_no_credit(gateway: Gateway, stream: bool) -> None:
-    """Complaint 7 (price tables that drift): a router's list price "-1" went into arithmetic, and calls were held, or paid, backwards."""
+async def test_a_list_price_of_minus_one_is_not_a_credit(gateway: Gateway, stream: bool) -> None:
+    """Complaint 7 (price tables that drift): the list price "-1" of a router was used in arithmetic, and made negative holds or charges."""
     caller = await gateway.caller("100")
     gateway.simulator.first_word_s = 0.1
     waiting = asyncio.create_task(gateway.chat(caller, model=ROUTER, stream=stream))
     async with asyncio.timeout(5):
-        while not gateway.simulator.books.records:
+        while not gateway.simulator.billing.records:
             await asyncio.sleep(0.005)
     assert await caller.held() == schema.BillingSettings().hold_default_rub
     response, _ = await waiting
@@ -377,8 +383,8 @@ async def test_a_price_of_minus_one_is_no_credit(gateway: Gateway, stream: bool)
 # -- retry storms
 
 
-async def test_no_money_is_a_402_that_no_sdk_repeats(gateway: Gateway) -> None:
-    """Complaint 14 (LightRAG #3736: 93 % of all traffic): a budget used up was a 429, which every SDK repeats."""
+async def test_insufficient_balance_is_a_402_that_no_sdk_retries(gateway: Gateway) -> None:
+    """Complaint 14 (LightRAG #3736: 93 % of all traffic): an exhausted budget was a 429, which every SDK retries."""
     caller = await gateway.caller("0")
     response, document = await gateway.chat(caller)
     assert (response.status, document) == (402, b'{"error": "Insufficient balance"}')
@@ -386,28 +392,28 @@ async def test_no_money_is_a_402_that_no_sdk_repeats(gateway: Gateway) -> None:
     assert response.headers["X-Error-Code"] == "insufficient_balance"
     assert "Retry-After" not in response.headers
 
-    asked = 0
-    books, fetch = gateway.app[DATABASE], gateway.app[DATABASE].fetch
+    statements = 0
+    database, fetch = gateway.app[DATABASE], gateway.app[DATABASE].fetch
 
     async def counted(statement: str, *arguments: Any) -> Any:
-        nonlocal asked
-        asked += statement == "settle_and_hold"
+        nonlocal statements
+        statements += statement == "settle_and_hold"
         return await fetch(statement, *arguments)
 
-    books.fetch = counted  # type: ignore[method-assign]
+    database.fetch = counted  # type: ignore[method-assign]
     async with openai.AsyncOpenAI(api_key=caller.key, base_url=f"{gateway.url}/v1", max_retries=5) as client:
         with pytest.raises(openai.APIStatusError, match="402"):
             await client.chat.completions.create(model=SMALL, messages=[{"role": "user", "content": "Hello"}])
-    assert asked == 1
+    assert statements == 1
 
 
-async def test_what_may_have_been_bought_is_not_bought_again_by_an_sdk(gateway: Gateway) -> None:
-    """Complaint 25 (ComfyUI #16204): a failure after sixty seconds and the SDK's retries were four charges, and no result."""
+async def test_a_request_that_may_have_been_billed_is_not_retried_by_an_sdk(gateway: Gateway) -> None:
+    """Complaint 25 (ComfyUI #16204): a failure after sixty seconds and the SDK's retries made four charges and no result."""
     caller = await gateway.caller()
     async with openai.AsyncOpenAI(api_key=caller.key, base_url=f"{gateway.url}/v1", max_retries=5) as client:
         with pytest.raises(openai.InternalServerError):
             await client.chat.completions.create(model=SMALL, messages=[{"role": "user", "content": "fault:cut-inside=0"}])
-    assert len(gateway.simulator.books.records) == 1
+    assert len(gateway.simulator.billing.records) == 1
     await assert_books_agree(gateway, caller)
     assert len(await charges(caller)) == 1
 
@@ -415,14 +421,14 @@ async def test_what_may_have_been_bought_is_not_bought_again_by_an_sdk(gateway: 
 # -- restarts
 
 
-def stop_hard(gateway: Gateway) -> None:
-    """From now on nothing that this process does has an effect; what the kernel and PostgreSQL have, they keep."""
+def kill(gateway: Gateway) -> None:
+    """Simulates a kill: from now on nothing the gateway does reaches the database or the journal."""
 
-    async def nowhere(*_: Any, **__: Any) -> Any:
+    async def never(*_: Any, **__: Any) -> Any:
         await asyncio.Event().wait()
 
-    gateway.app[DATABASE].fetch = nowhere  # type: ignore[method-assign]
-    gateway.app[DATABASE].fetchrow = nowhere  # type: ignore[method-assign]
+    gateway.app[DATABASE].fetch = never  # type: ignore[method-assign]
+    gateway.app[DATABASE].fetchrow = never  # type: ignore[method-assign]
     journal = gateway.app[JOURNAL]
     journal._append = lambda lines: None  # type: ignore[method-assign]
     journal.close = lambda: None  # type: ignore[method-assign]
@@ -430,10 +436,10 @@ def stop_hard(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("callers", [1, 12])
-async def test_a_spend_that_was_not_settled_yet_survives_the_end_of_the_process(
+async def test_an_unsettled_charge_survives_the_end_of_the_process(
     database_url: str, books: Database, tmp_path: Path, stream: bool, callers: int
 ) -> None:
-    """Complaints 4, 12 (LiteLLM #34805, #35531, Bifrost's ten seconds, one-api's goroutine): spend kept in memory died with it."""
+    """Complaints 4, 12 (LiteLLM #34805, #35531, Bifrost's ten seconds, one-api's goroutine): charges that were only in memory were lost with the process."""
     simulator = Simulator()
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(database_url, base_url, tmp_path, {"relay": {"leaver_drain_s": 0.1}})
@@ -442,46 +448,46 @@ async def test_a_spend_that_was_not_settled_yet_survives_the_end_of_the_process(
         async with gateway_on(config, books, simulator) as dying:
             fetch = dying.app[DATABASE].fetch
 
-            async def unsettling(statement: str, *arguments: Any) -> Any:
+            async def fetch_without_settling(statement: str, *arguments: Any) -> Any:
                 if statement != "settle_and_hold" or not arguments[1]:
                     return await fetch(statement, *arguments)
                 waits, holds = arguments[0], arguments[2]
                 if waits:
-                    raise DatabaseUnavailable("away, just now")
+                    raise DatabaseUnavailable("temporarily unavailable")
                 rows = await fetch(statement, waits, *([] for _ in range(7)), *arguments[8:])
                 return [*rows, *({"hold_id": hold_id, "outcome": "locked"} for hold_id in holds)]
 
-            dying.app[DATABASE].fetch = unsettling  # type: ignore[method-assign]
+            dying.app[DATABASE].fetch = fetch_without_settling  # type: ignore[method-assign]
             body = {"messages": [{"role": "user", "content": "Hello"}], "stream": stream}
 
-            async def ask(caller: Caller) -> int:
+            async def post(caller: Caller) -> int:
                 async with dying.session.post(dying.chat_url, json=body, headers=caller.headers) as response:
                     await response.read()
                     return response.status
 
-            asked = [asyncio.create_task(ask(caller)) for caller in people]
+            requests = [asyncio.create_task(post(caller)) for caller in people]
             async with asyncio.timeout(10):
-                while sum(what.price is not None for what in dying.app[JOURNAL].known.values()) < callers:
+                while sum(record.price is not None for record in dying.app[JOURNAL].known.values()) < callers:
                     await asyncio.sleep(0.005)
             assert [await charges(caller) for caller in people] == [[]] * callers
-            stop_hard(dying)
+            kill(dying)
             with contextlib.suppress(aiohttp.ClientError):
-                await asyncio.gather(*asked)
-        assert simulator.books.total_usd() > 0
-        async with gateway_on(config, books, simulator) as heir:
+                await asyncio.gather(*requests)
+        assert simulator.billing.total_usd() > 0
+        async with gateway_on(config, books, simulator) as successor:
             for caller in people:
-                await heir.recovered(caller)
-        async with gateway_on(config, books, simulator):  # and another start changes nothing
+                await successor.recovered(caller)
+        async with gateway_on(config, books, simulator):  # another restart changes nothing
             pass
     charged = [await charges(caller) for caller in people]
     assert [len(each) for each in charged] == [1] * callers
-    assert sum(sum(each) for each in charged) == simulator.books.total_usd() * 90
+    assert sum(sum(each) for each in charged) == simulator.billing.total_usd() * 90
     assert [await caller.balance() for caller in people] == [100 - each[0] for each in charged]
     assert [finding.invariant.name async for finding in check(books) if finding.rows] == []
 
 
-async def test_a_process_that_ends_in_order_settles_what_is_under_way(database_url: str, books: Database, tmp_path: Path) -> None:
-    """Complaints 4, 12 (LiteLLM #14334): a deploy cut live streams, and their spend with them."""
+async def test_an_orderly_shutdown_settles_the_requests_in_flight(database_url: str, books: Database, tmp_path: Path) -> None:
+    """Complaints 4, 12 (LiteLLM #14334): a deployment cut running streams, and their charges were lost."""
     simulator = Simulator(word_s=0.005, first_word_s=0.05)
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(database_url, base_url, tmp_path)
@@ -491,14 +497,14 @@ async def test_a_process_that_ends_in_order_settles_what_is_under_way(database_u
             async with gateway_on(config, books, simulator) as ending:
                 response = await session.post(ending.chat_url, json=body, headers=caller.headers)
                 await response.content.readany()
-            answer = await response.read()
-        assert answer.endswith(b"data: [DONE]\n\n")
-        assert await charges(caller) == [simulator.books.total_usd() * 90]
+            received = await response.read()
+        assert received.endswith(b"data: [DONE]\n\n")
+        assert await charges(caller) == [simulator.billing.total_usd() * 90]
         assert list((tmp_path / "var" / "journal").glob("*/*.log")) == []
         await assert_books_hold(books)
 
 
-async def test_a_refund_whose_reply_is_lost_is_not_measured_against_itself(
+async def test_a_refund_whose_reply_is_lost_is_not_checked_against_the_balance_after_itself(
     books: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = await make_caller(books, "60")
@@ -508,7 +514,7 @@ async def test_a_refund_whose_reply_is_lost_is_not_measured_against_itself(
     await assert_books_hold(books)
 
 
-async def test_a_booking_that_could_not_be_made_is_said_not_to_be(books: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_booking_that_failed_is_reported_as_failed(books: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptutor.money.bookings.PAUSES_S", (0, 0))
     caller = await make_caller(books, "0")
     Statements(books, monkeypatch).lost_requests.extend(["book_entry"] * 3)
@@ -517,7 +523,7 @@ async def test_a_booking_that_could_not_be_made_is_said_not_to_be(books: Databas
     assert await caller.balance() == 0
 
 
-async def test_what_is_booked_has_its_audit_line_and_does_not_look_as_if_it_were_not(
+async def test_a_booking_has_its_audit_line_and_is_not_reported_as_failed(
     books: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caller = await make_caller(books, "0")
@@ -529,7 +535,7 @@ async def test_what_is_booked_has_its_audit_line_and_does_not_look_as_if_it_were
 
 
 @pytest.mark.parametrize("reference", [None, "pay-1"])
-async def test_a_booking_whose_reply_is_lost_is_made_once_and_said_to_be_made(
+async def test_a_booking_whose_reply_is_lost_is_made_once_and_reported_as_made(
     books: Database, monkeypatch: pytest.MonkeyPatch, reference: str | None
 ) -> None:
     caller = await make_caller(books, "0")

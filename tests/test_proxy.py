@@ -112,7 +112,7 @@ async def test_openrouter_is_reached_through_the_proxy_and_learns_nothing_of_it(
         response, _ = await gateway.chat(caller, stream=stream)
         assert response.status == 200
         await assert_books_agree(gateway, caller)
-        (record,) = gateway.simulator.books.records.values()
+        (record,) = gateway.simulator.billing.records.values()
     assert not [name for name in record.headers if name.lower().startswith(("proxy-", "via", "x-forwarded"))]
     assert "CONNECT localhost" in log.read_text()
 
@@ -151,7 +151,7 @@ async def assert_unreachable(gateway: Gateway) -> None:
     async with asyncio.timeout(20):
         response, _ = await gateway.chat(caller)
     assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_unreachable")
-    assert not gateway.simulator.books.records
+    assert not gateway.simulator.billing.records
     assert await caller.held() == 0
     assert await caller.balance() == 100
 

@@ -741,7 +741,7 @@ async def test_the_same_key_and_body_is_refused_and_names_the_first_request(gate
     assert headers["x-should-retry"] == "false"
     assert headers["X-Request-ID"] == "the-second"
     assert answer == {"error": "A request with this Idempotency-Key was made before: the-first"}
-    assert len(gateway.simulator.books.records) == 1
+    assert len(gateway.simulator.billing.records) == 1
     await assert_bought(gateway, caller, 1)
 
 
@@ -752,7 +752,7 @@ async def test_the_same_key_with_another_body_is_refused_as_a_mistake(gateway: G
     status, headers, answer = await ask(gateway, caller, "order 66", "Something else")
     assert (status, headers["X-Error-Code"], headers["x-should-retry"]) == (422, "mismatched_request", "false")
     assert answer == {"error": "This Idempotency-Key was used for a different request: the-first"}
-    assert len(gateway.simulator.books.records) == 1
+    assert len(gateway.simulator.billing.records) == 1
     await assert_bought(gateway, caller, 1)
 
 
@@ -762,7 +762,7 @@ async def test_two_at_once_under_one_key_are_one(gateway: Gateway) -> None:
     gateway.simulator.first_word_s = 0.1
     replies = await asyncio.gather(*(ask(gateway, caller, "order 66") for _ in range(2)))
     assert sorted(status for status, _, _ in replies) == [200, 409]
-    assert len(gateway.simulator.books.records) == 1
+    assert len(gateway.simulator.billing.records) == 1
     await assert_bought(gateway, caller, 1)
 
 
@@ -773,7 +773,7 @@ async def test_ten_at_once_under_one_key_are_one(gateway: Gateway) -> None:
     statuses = sorted(status for status, _, _ in replies)
     assert statuses[0] == 200
     assert set(statuses[1:]) <= {409, 422}
-    assert len(gateway.simulator.books.records) == 1
+    assert len(gateway.simulator.billing.records) == 1
     await assert_bought(gateway, caller, 1)
 
 

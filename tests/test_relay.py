@@ -127,7 +127,7 @@ async def test_upstream_is_not_read_for_ever_for_a_caller_who_left(gateway: Gate
             pass
         response.close()
     await gateway.idle()
-    (record,) = gateway.simulator.books.records.values()
+    (record,) = gateway.simulator.billing.records.values()
     assert record.cancelled
     assert record.completion_tokens < 10 or model == MODEL
     assert gateway.billed_usd() > 0
@@ -162,11 +162,11 @@ async def test_sixty_at_once_on_money_for_ten_never_overdraw(gateway: Gateway) -
 async def test_where_the_balance_limits_the_output_upstream_is_told(gateway: Gateway) -> None:
     caller = await gateway.caller("1.1")
     await gateway.chat(caller)
-    (record,) = gateway.simulator.books.records.values()
+    (record,) = gateway.simulator.billing.records.values()
     # 1.1 roubles / (0.0000004 dollars × 90 × 1.1) ≈ 27 777 tokens, less the prompt; the model could write 65 535
     assert 27_000 < json.loads(record.body)["max_tokens"] < 27_777
     await gateway.chat(await gateway.caller("100"))
-    assert "max_tokens" not in json.loads(list(gateway.simulator.books.records.values())[1].body)
+    assert "max_tokens" not in json.loads(list(gateway.simulator.billing.records.values())[1].body)
 
 
 async def test_what_reaches_openrouter_is_what_the_caller_sent_and_nothing_of_who_he_is(gateway: Gateway) -> None:
@@ -178,7 +178,7 @@ async def test_what_reaches_openrouter_is_what_the_caller_sent_and_nothing_of_wh
         async with gateway.session.post(gateway.chat_url, data=body, headers=headers) as response:
             assert response.status == 200
     await gateway.idle()
-    first, second = gateway.simulator.books.records.values()
+    first, second = gateway.simulator.billing.records.values()
     assert first.body == second.body
     pseudonym = json.loads(first.body)["user"]
     assert re.fullmatch(r"[0-9a-f]{32}", pseudonym)
@@ -189,7 +189,7 @@ async def test_what_reaches_openrouter_is_what_the_caller_sent_and_nothing_of_wh
     assert first.headers["Authorization"] == "Bearer sk-or-test"
     assert first.headers["Accept-Encoding"] == "identity"
     await gateway.chat(await gateway.caller())
-    assert json.loads(list(gateway.simulator.books.records.values())[2].body)["user"] != pseudonym
+    assert json.loads(list(gateway.simulator.billing.records.values())[2].body)["user"] != pseudonym
 
 
 # -- a scripted upstream: bytes that no simulator would send

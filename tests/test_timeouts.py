@@ -160,7 +160,7 @@ async def test_a_body_that_drips_is_refused(gateway: Gateway, tuned: dict[str, A
     assert b"X-Error-Code: body_too_slow" in answer
     await assert_serves(gateway)
     await gateway.idle()
-    assert not gateway.simulator.books.records
+    assert not gateway.simulator.billing.records
 
 
 @pytest.mark.parametrize("tuned", [{"server": {"linger_s": 0.1}}])

@@ -40,7 +40,7 @@ async def test_characters_that_trouble_databases_and_logs_pass_and_are_charged(
     body = b'{"messages":[{"role":"user","content":"%s"}],"x_new":"%s"}' % ((text.encode(),) * 2)
     with logging_to(tmp_path / "odd", level="debug", retention_days=1, stdout=False):
         assert await send(gateway, caller, body) == 200
-    (record,) = gateway.simulator.books.records.values()
+    (record,) = gateway.simulator.billing.records.values()
     assert record.body.startswith(body[:-1])
     (path,) = (tmp_path / "odd").glob("combined-*.log")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -72,7 +72,7 @@ async def test_an_image_is_never_fetched_here_and_goes_up_as_it_is(
     part = b'{"type":"image_url","image_url":{"url":"%s"}}' % url.encode()
     body = b'{"messages":[{"role":"user","content":[%s]}],"max_tokens":1}' % part
     assert await send(gateway, caller, body) == 200
-    (record,) = gateway.simulator.books.records.values()
+    (record,) = gateway.simulator.billing.records.values()
     assert part in record.body
     assert asked == ["/v1/chat/completions", "/api/v1/chat/completions"]
     await assert_books_agree(gateway, caller)
@@ -123,7 +123,7 @@ async def test_what_makes_a_request_dear_is_held_for(gateway: Gateway, members: 
 async def test_the_price_is_asked_for_whatever_the_caller_wishes(gateway: Gateway, wish: dict[str, Any] | None) -> None:
     caller = await gateway.caller()
     await gateway.chat(caller, stream=True, stream_options=wish, usage={"include": False})
-    (record,) = gateway.simulator.books.records.values()
+    (record,) = gateway.simulator.billing.records.values()
     assert json.loads(record.body)["stream_options"]["include_usage"] is True
     assert json.loads(record.body)["usage"]["include"] is True
     await assert_books_agree(gateway, caller)

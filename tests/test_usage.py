@@ -81,7 +81,7 @@ async def test_everything_agrees_with_openrouters_bills_to_the_last_digit(gatewa
     caller = await gateway.caller("100")
     for number, model in enumerate([*MODELS, *MODELS[:2], MODELS[0]]):
         await gateway.chat(caller, f"Tell me {number} stories", model=model, stream=number % 2 == 0)
-    bills = gateway.simulator.books.records
+    bills = gateway.simulator.billing.records
     spent = sum((charge(bill.cost_usd, RATE) for bill in bills.values()), 0)
     assert len(bills) == 6
     assert spent > 0

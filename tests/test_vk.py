@@ -1,4 +1,4 @@
-"""VK's launch parameters (contract D2; rows auth-9 to -12)."""
+"""Verification of VK launch parameters (contract D2; rows auth-9 to -12)."""
 
 from urllib.parse import urlencode
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptutor.integrations.vk import NotSigned, signature, verify
+from gptutor.integrations.vk import InvalidLaunch, signature, verify
 
 SECRET = "wvl68m4dR1UpLrVRli"
 NOW = 1_795_500_000
@@ -16,13 +16,13 @@ PUBLISHED = (
 )
 
 
-def token(*, sign: str | None = None, secret: str = SECRET, beside: str = "", **changed: str | None) -> str:
+def token(*, sign: str | None = None, secret: str = SECRET, unsigned: str = "", **changed: str | None) -> str:
     given = {
         "vk_user_id": "494075", "vk_app_id": "6736218", "vk_is_app_user": "1", "vk_language": "ru",
         "vk_access_token_settings": "notify,menu", "vk_platform": "desktop_web", "vk_ts": str(NOW - 60), **changed,
     }  # fmt: skip
     signed = {name: value for name, value in given.items() if value is not None}
-    return urlencode(signed) + beside + f"&sign={signature(signed, secret) if sign is None else sign}"
+    return urlencode(signed) + unsigned + f"&sign={signature(signed, secret) if sign is None else sign}"
 
 
 def user_of(text: str, *, app_id: int = 6736218, now: float = NOW) -> int:
@@ -40,7 +40,7 @@ def test_the_published_example_verifies() -> None:
         token(),
         "?" + token(),
         "https://prod-app.example.com/index.html?" + token() + "#home",
-        token(beside="&utm_source=x&other="),
+        token(unsigned="&utm_source=x&other="),
         token(vk_access_token_settings=""),
         token(vk_new_parameter="", vk_ref="other"),
         "&".join(reversed(token().split("&"))),
@@ -48,7 +48,7 @@ def test_the_published_example_verifies() -> None:
         token(vk_ts=str(NOW - 3600)),
     ],
 )
-def test_what_vk_signed_is_let_in(text: str) -> None:
+def test_parameters_signed_by_vk_are_accepted(text: str) -> None:
     assert user_of(text) == 494075
 
 
@@ -76,29 +76,29 @@ def test_what_vk_signed_is_let_in(text: str) -> None:
         token(vk_ts=str(NOW + 61)),
         token() + "&vk_user_id=1",
         token() + "&sign=x",
-        token(beside="&a=1&a=2"),
+        token(unsigned="&a=1&a=2"),
         token().replace("vk_user_id", "vk_user_id%5B%5D"),
-        token(beside="&x=%FF"),
-        token(beside="&x=" + "y" * 5000),
+        token(unsigned="&x=%FF"),
+        token(unsigned="&x=" + "y" * 5000),
         token() + "&ключ=1",
     ],
 )
-def test_all_else_is_not(text: str) -> None:
-    with pytest.raises(NotSigned) as told:
+def test_everything_else_is_rejected(text: str) -> None:
+    with pytest.raises(InvalidLaunch) as caught:
         user_of(text)
-    assert "494075" not in str(told.value)
+    assert "494075" not in str(caught.value)
 
 
-def test_another_apps_launch_is_not_ours() -> None:
-    with pytest.raises(NotSigned):
+def test_a_launch_of_another_app_is_rejected() -> None:
+    with pytest.raises(InvalidLaunch):
         user_of(token(), app_id=1)
 
 
-@given(place=st.integers(0, len(token()) - 1), letter=st.characters(min_codepoint=33, max_codepoint=126))
-def test_no_single_letter_can_be_changed(place: int, letter: str) -> None:
+@given(index=st.integers(0, len(token()) - 1), character=st.characters(min_codepoint=33, max_codepoint=126))
+def test_no_single_character_can_be_changed(index: int, character: str) -> None:
     whole = token()
-    changed = whole[:place] + letter + whole[place + 1 :]
-    if changed.replace("%2c", "%2C") == whole:  # the same comma, spelled otherwise
+    changed = whole[:index] + character + whole[index + 1 :]
+    if changed.replace("%2c", "%2C") == whole:  # the same comma, encoded differently
         return
-    with pytest.raises(NotSigned):
+    with pytest.raises(InvalidLaunch):
         user_of(changed)

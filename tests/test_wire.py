@@ -20,7 +20,7 @@ from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import make_key
 from gptutor.money.users import UserRepository
 from gptutor.telemetry.log_writer import logging_to
-from gptutor.telemetry.logs import WIRE
+from gptutor.telemetry.logs import HTTP_SERVER_LOGGER
 from tests.support.books import assert_books_agree
 from tests.support.gateway import VAULT, Gateway
 from tests.support.wire import post, raw
@@ -41,7 +41,7 @@ async def test_malformed_http_is_refused_and_its_bytes_are_in_no_log(gateway: Ga
     caller = await gateway.caller()
     with logging_to(tmp_path / "wire", level="debug", retention_days=1, stdout=False):
         answer = await raw(gateway, request_of(caller.key.encode()))
-        WIRE.error("at least one line")
+        HTTP_SERVER_LOGGER.error("at least one line")
     assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400", b"HTTP/1.1 401")) or answer == b""
     (path,) = (tmp_path / "wire").glob("combined-*.log")
     text = path.read_text()
@@ -194,7 +194,7 @@ async def test_a_fallback_or_a_variant_cannot_take_a_balance_below_zero(
     async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
         await response.read()
     await gateway.idle()
-    if gateway.simulator.books.records:
-        (record,) = gateway.simulator.books.records.values()
+    if gateway.simulator.billing.records:
+        (record,) = gateway.simulator.billing.records.values()
         assert ("max_tokens" in json.loads(record.body)) is limited
     assert await caller.balance() >= 0

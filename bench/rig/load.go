@@ -21,31 +21,32 @@ var prompts = map[string]string{
 	"idle":   `{"model":"google/gemini-2.5-flash-lite","messages":[{"role":"user","content":"pause=250"}],"stream":true}`,
 }
 
-// What one run of callers saw; times in milliseconds.
-type figures struct {
-	Requests  int     `json:"requests"`
-	Errors    int     `json:"errors"`
-	Seconds   float64 `json:"seconds"`
-	P50       float64 `json:"p50_ms"`
-	P99       float64 `json:"p99_ms"`
-	FirstP50  float64 `json:"first_byte_p50_ms"`
-	FirstP99  float64 `json:"first_byte_p99_ms"`
-	FirstFail string  `json:"first_error"`
+// What the load generator measured; times in milliseconds.
+type result struct {
+	Requests   int     `json:"requests"`
+	Errors     int     `json:"errors"`
+	Seconds    float64 `json:"seconds"`
+	P50        float64 `json:"p50_ms"`
+	P99        float64 `json:"p99_ms"`
+	FirstP50   float64 `json:"first_byte_p50_ms"`
+	FirstP99   float64 `json:"first_byte_p99_ms"`
+	FirstError string  `json:"first_error"`
 }
 
-type caller struct {
+// Durations in milliseconds: of whole responses, and until their first byte.
+type client struct {
 	whole, first []float64
 	errors       int
-	fault        string
+	firstError   string
 }
 
 func load(arguments []string) error {
 	flags := flag.NewFlagSet("load", flag.ExitOnError)
 	url := flags.String("url", "", "address of chat/completions")
-	keys := flags.String("keys", "", "file of keys, one a line; callers share them out")
+	keys := flags.String("keys", "", "file of API keys, one per line; the clients take turns")
 	kind := flags.String("kind", "plain", "plain, stream, paced or idle")
-	callers := flags.Int("callers", 1, "callers at once")
-	seconds := flags.Float64("seconds", 3, "how long")
+	clients := flags.Int("clients", 1, "concurrent clients")
+	seconds := flags.Float64("seconds", 3, "duration")
 	flags.Parse(arguments)
 	credentials := []string{"none"}
 	if *keys != "" {
@@ -55,44 +56,44 @@ func load(arguments []string) error {
 		}
 		credentials = strings.Fields(string(read))
 	}
-	client := &http.Client{Transport: &http.Transport{MaxIdleConns: *callers, MaxIdleConnsPerHost: *callers, DisableCompression: true}}
-	began := time.Now()
-	end := began.Add(time.Duration(*seconds * float64(time.Second)))
-	seen := make([]caller, *callers)
-	var all sync.WaitGroup
-	for number := range seen {
-		all.Add(1)
-		go func(own *caller, key string) {
-			defer all.Done()
+	httpClient := &http.Client{Transport: &http.Transport{MaxIdleConns: *clients, MaxIdleConnsPerHost: *clients, DisableCompression: true}}
+	started := time.Now()
+	end := started.Add(time.Duration(*seconds * float64(time.Second)))
+	all := make([]client, *clients)
+	var group sync.WaitGroup
+	for number := range all {
+		group.Add(1)
+		go func(own *client, key string) {
+			defer group.Done()
 			buffer := make([]byte, 64*1024)
 			for time.Now().Before(end) {
-				own.ask(client, *url, key, prompts[*kind], *kind != "plain", buffer)
+				own.send(httpClient, *url, key, prompts[*kind], *kind != "plain", buffer)
 			}
-		}(&seen[number], credentials[number%len(credentials)])
+		}(&all[number], credentials[number%len(credentials)])
 	}
-	all.Wait()
-	return json.NewEncoder(os.Stdout).Encode(sum(seen, time.Since(began).Seconds()))
+	group.Wait()
+	return json.NewEncoder(os.Stdout).Encode(sum(all, time.Since(started).Seconds()))
 }
 
-func (own *caller) ask(client *http.Client, url, key, prompt string, stream bool, buffer []byte) {
-	began := time.Now()
+func (own *client) send(httpClient *http.Client, url, key, prompt string, stream bool, buffer []byte) {
+	started := time.Now()
 	request, _ := http.NewRequest(http.MethodPost, url, strings.NewReader(prompt))
 	request.Header.Set("Content-Type", "application/json")
 	request.Header.Set("Authorization", "Bearer "+key)
-	answer, err := client.Do(request)
+	response, err := httpClient.Do(request)
 	if err != nil {
 		own.fail(err.Error())
 		return
 	}
-	defer answer.Body.Close()
+	defer response.Body.Close()
 	var first time.Duration
 	var tail []byte
 	size := 0
 	for {
-		count, err := answer.Body.Read(buffer)
+		count, err := response.Body.Read(buffer)
 		if count > 0 {
 			if size == 0 {
-				first = time.Since(began)
+				first = time.Since(started)
 			}
 			size += count
 			tail = append(tail, buffer[max(0, count-32):count]...)
@@ -110,31 +111,31 @@ func (own *caller) ask(client *http.Client, url, key, prompt string, stream bool
 	if stream {
 		whole = bytes.HasSuffix(tail, []byte("data: [DONE]\n\n")) && size > chunks*100
 	}
-	if answer.StatusCode != http.StatusOK || !whole {
-		own.fail(fmt.Sprintf("status %d, %d bytes, …%s", answer.StatusCode, size, tail))
+	if response.StatusCode != http.StatusOK || !whole {
+		own.fail(fmt.Sprintf("status %d, %d bytes, …%s", response.StatusCode, size, tail))
 		return
 	}
-	own.whole = append(own.whole, milliseconds(time.Since(began)))
+	own.whole = append(own.whole, milliseconds(time.Since(started)))
 	own.first = append(own.first, milliseconds(first))
 }
 
-func (own *caller) fail(fault string) {
+func (own *client) fail(message string) {
 	own.errors++
-	if own.fault == "" {
-		own.fault = fault
+	if own.firstError == "" {
+		own.firstError = message
 	}
 	time.Sleep(10 * time.Millisecond)
 }
 
-func sum(seen []caller, seconds float64) figures {
-	total := figures{Seconds: seconds}
+func sum(all []client, seconds float64) result {
+	total := result{Seconds: seconds}
 	var whole, first []float64
-	for _, own := range seen {
+	for _, own := range all {
 		whole = append(whole, own.whole...)
 		first = append(first, own.first...)
 		total.Errors += own.errors
-		if total.FirstFail == "" {
-			total.FirstFail = own.fault
+		if total.FirstError == "" {
+			total.FirstError = own.firstError
 		}
 	}
 	total.Requests = len(whole)

@@ -1,7 +1,7 @@
-// The rig of the benchmark: the stand-in for OpenRouter, and the callers. Compiled, so that neither is what is measured.
+// The rig of the benchmark: a simulated OpenRouter and a load generator, compiled so that they cost little beside what is measured.
 //
 //	rig upstream -port N [-models FILE] [-cert FILE -key FILE]
-//	rig load -url URL -keys FILE -kind plain|stream|paced|idle -callers N -seconds S
+//	rig load -url URL -keys FILE -kind plain|stream|paced|idle -clients N -seconds S
 package main
 
 import (

@@ -22,7 +22,7 @@ const (
 )
 
 var (
-	mark    = []byte("pause=") // a prompt may say how many milliseconds lie between chunks
+	mark    = []byte("pause=") // a prompt may set the milliseconds between chunks
 	streams = regexp.MustCompile(`"stream": ?true`)
 	filler  = bytes.Repeat([]byte("The quick brown fox. "), plainBytes/21)
 	chunk   = `","object":"chat.completion.chunk","created":1760000000,"model":"google/gemini-2.5-flash-lite","choices":`
@@ -33,13 +33,13 @@ var (
 
 var served atomic.Uint64
 
-// OpenRouter as the relay sees it: names, prices and framing are right, the books are off.
+// OpenRouter as a relay sees it: with generation ids, costs and framing as there, but without billing records.
 func upstream(arguments []string) error {
 	flags := flag.NewFlagSet("upstream", flag.ExitOnError)
 	port := flags.Int("port", 0, "port")
 	models := flags.String("models", "", "file for GET /models")
 	cert := flags.String("cert", "", "certificate")
-	key := flags.String("key", "", "its key")
+	key := flags.String("key", "", "private key of the certificate")
 	flags.Parse(arguments)
 	list := []byte(`{"data":[]}`)
 	if *models != "" {
@@ -49,25 +49,25 @@ func upstream(arguments []string) error {
 		}
 		list = read
 	}
-	life := strconv.FormatInt(time.Now().UnixNano(), 36)
+	epoch := strconv.FormatInt(time.Now().UnixNano(), 36)
 	server := &http.Server{
 		ErrorLog: log.New(io.Discard, "", 0),
-		Handler: http.HandlerFunc(func(answer http.ResponseWriter, request *http.Request) {
+		Handler: http.HandlerFunc(func(response http.ResponseWriter, request *http.Request) {
 			if request.Method == http.MethodGet {
-				answer.Header().Set("Content-Type", "application/json")
-				answer.Write(list)
+				response.Header().Set("Content-Type", "application/json")
+				response.Write(list)
 				return
 			}
 			body, err := io.ReadAll(request.Body)
 			if err != nil {
 				return
 			}
-			name := "gen-" + life + "-" + strconv.FormatUint(served.Add(1), 10)
-			answer.Header().Set("X-Generation-Id", name)
+			generationID := "gen-" + epoch + "-" + strconv.FormatUint(served.Add(1), 10)
+			response.Header().Set("X-Generation-Id", generationID)
 			if streams.Match(body) {
-				stream(answer, name, pause(body))
+				stream(response, generationID, pause(body))
 			} else {
-				plain(answer, name)
+				plain(response, generationID)
 			}
 		}),
 	}
@@ -95,28 +95,28 @@ func pause(body []byte) time.Duration {
 	return time.Duration(milliseconds) * time.Millisecond
 }
 
-func plain(answer http.ResponseWriter, name string) {
-	answer.Header().Set("Content-Type", "application/json")
-	fmt.Fprintf(answer, `{"id":"%s","object":"chat.completion","created":1760000000,"model":"google/gemini-2.5-flash-lite",`+
-		`"choices":[{"index":0,"message":{"role":"assistant","content":"%s"},"finish_reason":"stop"}]%s`, name, filler, usage)
+func plain(response http.ResponseWriter, generationID string) {
+	response.Header().Set("Content-Type", "application/json")
+	fmt.Fprintf(response, `{"id":"%s","object":"chat.completion","created":1760000000,"model":"google/gemini-2.5-flash-lite",`+
+		`"choices":[{"index":0,"message":{"role":"assistant","content":"%s"},"finish_reason":"stop"}]%s`, generationID, filler, usage)
 }
 
-// Each chunk is one write of its own on the wire, as OpenRouter's are.
-func stream(answer http.ResponseWriter, name string, pause time.Duration) {
-	answer.Header().Set("Content-Type", "text/event-stream")
-	flush := answer.(http.Flusher).Flush
-	event := append([]byte(`data: {"id":"`+name), word...)
+// Each chunk is sent with a write of its own, as OpenRouter does.
+func stream(response http.ResponseWriter, generationID string, pause time.Duration) {
+	response.Header().Set("Content-Type", "text/event-stream")
+	flush := response.(http.Flusher).Flush
+	event := append([]byte(`data: {"id":"`+generationID), word...)
 	flush()
 	for number := 0; number < chunks; number++ {
 		if pause > 0 {
 			time.Sleep(pause)
 		}
-		if _, err := answer.Write(event); err != nil {
+		if _, err := response.Write(event); err != nil {
 			return
 		}
 		flush()
 	}
-	fmt.Fprintf(answer, `data: {"id":"%s%s[]%s`+"\n\n", name, chunk, usage)
+	fmt.Fprintf(response, `data: {"id":"%s%s[]%s`+"\n\n", generationID, chunk, usage)
 	flush()
-	io.WriteString(answer, "data: [DONE]\n\n")
+	io.WriteString(response, "data: [DONE]\n\n")
 }

@@ -58,7 +58,7 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
             web.post("/admin/payments", money.pay, expect_handler=defer_continue),
             web.get("/admin/holds", money.holds),
             web.get("/admin/export/ledger", money.export_ledger),
-            web.get("/metrics", metrics.show),
+            web.get("/metrics", metrics.show_metrics),
         ]
     )
     return app

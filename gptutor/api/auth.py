@@ -15,7 +15,7 @@ from gptutor.http.address_limits import RequestCounter
 from gptutor.http.health import DATABASE, READINESS
 from gptutor.http.middlewares import Handler
 from gptutor.http.rate_limit import RateLimit
-from gptutor.integrations.vk import Launch, NotSigned, verify
+from gptutor.integrations.vk import InvalidLaunch, Launch, verify
 from gptutor.money.amounts import Nano
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim, hash_key, parse_key
@@ -44,7 +44,7 @@ class VkSignIn:
             raise ApiError("invalid_key", cause="VK_SECRET_KEY is not set")
         try:
             return verify(token, app_id=self._app_id, secret=self._secret, now=time.time(), age_s_max=self._age_s_max)
-        except NotSigned as error:
+        except InvalidLaunch as error:
             raise ApiError("invalid_key", cause=f"VK: {error}") from error
 
     async def admit(self, users: UserRepository, token: str) -> tuple[User, Launch]:

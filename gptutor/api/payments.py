@@ -22,7 +22,7 @@ from gptutor.errors import ApiError
 from gptutor.http.body import read_json_body
 from gptutor.http.health import DATABASE, READINESS
 from gptutor.http.json_body import Amount
-from gptutor.integrations.yookassa import ID_FORM, YooKassa, YooKassaUnavailable
+from gptutor.integrations.yookassa import ID_PATTERN, YooKassa, YooKassaUnavailable
 from gptutor.money.administration import Bookkeeper
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles
 from gptutor.money.bookings import AlreadyBooked, Booking
@@ -140,11 +140,11 @@ class PaymentService:
     async def _take_payment(self, payment_id: str, books: Bookkeeper) -> Outcome:
         yookassa = self.require()
         reference = f"{PROVIDER}:{payment_id}"
-        if not ID_FORM.fullmatch(payment_id) or await books.bookings.find(reference):
+        if not ID_PATTERN.fullmatch(payment_id) or await books.bookings.find(reference):
             return "nothing"
         with self._notifications.passing(), _asked():
             payment = await yookassa.payment(payment_id)
-        if payment is None or not payment.is_money or payment.account_id is None or payment.amount_rub is None:
+        if payment is None or not payment.is_captured or payment.account_id is None or payment.amount_rub is None:
             return "nothing"
         return await _booked(books.pay, AccountId(payment.account_id), payment.amount_rub, reference, "payment")
 
@@ -152,7 +152,7 @@ class PaymentService:
         """A refund is of a payment that was booked: if its notification was lost, it is booked now, before the refund."""
         yookassa = self.require()
         reference = f"{PROVIDER}-refund:{refund_id}"
-        if not ID_FORM.fullmatch(refund_id) or await books.bookings.find(reference):
+        if not ID_PATTERN.fullmatch(refund_id) or await books.bookings.find(reference):
             return "nothing"
         with self._notifications.passing(), _asked():
             refund = await yookassa.refund(refund_id)

@@ -18,7 +18,7 @@ from aiohttp.typedefs import Middleware
 from gptutor.errors import ApiError
 from gptutor.http.middlewares import Handler
 from gptutor.http.rate_limit import MINUTE_S, RateLimit
-from gptutor.integrations.vk import StaleLaunch
+from gptutor.integrations.vk import ExpiredLaunch
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 ADDRESSES_MAX = 100_000
@@ -81,7 +81,7 @@ def limit_by_address(
         try:
             response = await handler(request)
         except ApiError as refusal:
-            if refusal.code == "invalid_key" and not isinstance(refusal.__cause__, StaleLaunch):
+            if refusal.code == "invalid_key" and not isinstance(refusal.__cause__, ExpiredLaunch):
                 strangers.add(client_address(request, proxies))
             raise
         known.add(key)

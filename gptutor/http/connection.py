@@ -15,9 +15,9 @@ from aiohttp import StreamReader, web
 
 from gptutor.errors import ApiError
 from gptutor.http.error_response import error_response
-from gptutor.telemetry.metrics import MALFORMED_REQUESTS, SLOW_HEADS
+from gptutor.telemetry.metrics import HEADER_TIMEOUTS, MALFORMED_REQUESTS
 
-LOGGER = logging.getLogger("gptutor.wire")
+LOGGER = logging.getLogger("gptutor.http_server")
 LOOK_S = 0.05
 
 
@@ -150,5 +150,5 @@ class ClientConnection(web.RequestHandler):
     def _give_up(self) -> None:
         self._impatience = None
         if self._waits():
-            SLOW_HEADS.inc()
+            HEADER_TIMEOUTS.inc()
             self.force_close()

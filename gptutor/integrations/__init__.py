@@ -1,1 +1,1 @@
-"""Services of others: VK's sign-in, YooKassa's payments."""
+"""Clients of external services: sign-in with VK, payments with YooKassa."""

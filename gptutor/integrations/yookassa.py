@@ -1,6 +1,6 @@
-"""YooKassa's API, as far as top-ups need it: make a payment, look a payment or a refund up. No money of ours, no database.
+"""A client of YooKassa's API: create a payment, get a payment or a refund. No ledger and no database.
 
-Every call has Basic authentication by the shop's id and secret key. Source: yookassa.ru/developers/api.
+Every call uses Basic authentication with the shop's id and secret key. Source: yookassa.ru/developers/api.
 """
 
 import re
@@ -14,19 +14,19 @@ from typing import Any
 import aiohttp
 import orjson
 
-ID_FORM = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""All ids of YooKassa are written so; anything else need not be asked about."""
-ACCOUNT = "gptutor_account_id"
-"""Our own mark on a payment. A shop may have other sellers beside us, whose payments are not ours to credit."""
+ID_PATTERN = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""All ids of YooKassa have this format; no request is made for any other."""
+ACCOUNT_ID_METADATA = "gptutor_account_id"
+"""The metadata field by which payments of GPTutor are recognised. Other payments of the same shop must not be credited."""
 
 
 class YooKassaUnavailable(Exception):
-    """YooKassa did not answer, or not as it should; the text is for the log, and has no secret in it."""
+    """No response from YooKassa, an error, or a malformed response. The message is for the log and contains no secrets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Payment:
-    """`account_id` is what our own metadata name, `amount_rub` None if the currency is another."""
+    """`account_id` is read from the metadata, None if absent. `amount_rub` is None if the currency is not the rouble."""
 
     payment_id: str
     status: str
@@ -36,8 +36,8 @@ class Payment:
     confirmation_url: str | None
 
     @property
-    def is_money(self) -> bool:
-        """Whether it has been paid, and is ours to keep."""
+    def is_captured(self) -> bool:
+        """Whether the payment was made and the money captured."""
         return self.status == "succeeded" and self.is_paid
 
 
@@ -50,7 +50,7 @@ class Refund:
 
 
 class YooKassa:
-    """`session` bears the shop's authentication."""
+    """`session` carries the shop's authentication. `return_url` is where people land after paying."""
 
     def __init__(self, session: aiohttp.ClientSession, base_url: str, return_url: str) -> None:
         self._session = session
@@ -58,46 +58,46 @@ class YooKassa:
         self._return_url = return_url
 
     async def create_payment(self, account_id: int, amount_rub: str, idempotence_key: str | None) -> Payment:
-        """A payment that waits for the person at `confirmation_url`. Raises YooKassaUnavailable."""
+        """Creates a payment, which the person then makes at its `confirmation_url`. Raises YooKassaUnavailable."""
         body = {
             "amount": {"value": amount_rub, "currency": "RUB"},
             "capture": True,
             "confirmation": {"type": "redirect", "return_url": self._return_url},
             "description": f"GPTutor, account {account_id}",
-            "metadata": {ACCOUNT: str(account_id)},
+            "metadata": {ACCOUNT_ID_METADATA: str(account_id)},
         }
         headers = {"Idempotence-Key": idempotence_key or str(uuid.uuid4())}
         document = await self._call("POST", "/payments", body, headers)
         if document is None:
-            raise YooKassaUnavailable("404 for a new payment")
-        return payment_of(document)
+            raise YooKassaUnavailable("status 404 for a new payment")
+        return parse_payment(document)
 
     async def payment(self, payment_id: str) -> Payment | None:
-        """None: this shop has no such payment. Raises YooKassaUnavailable."""
-        document = await self._look_up("payments", payment_id)
-        return None if document is None else payment_of(document)
+        """The payment, or None if the shop has no such payment. Raises YooKassaUnavailable."""
+        document = await self._get("payments", payment_id)
+        return None if document is None else parse_payment(document)
 
     async def refund(self, refund_id: str) -> Refund | None:
-        """None: this shop has no such refund. Raises YooKassaUnavailable."""
-        document = await self._look_up("refunds", refund_id)
-        return None if document is None else refund_of(document)
+        """The refund, or None if the shop has no such refund. Raises YooKassaUnavailable."""
+        document = await self._get("refunds", refund_id)
+        return None if document is None else parse_refund(document)
 
-    async def _look_up(self, kind: str, name: str) -> Mapping[str, Any] | None:
-        if not ID_FORM.fullmatch(name):
+    async def _get(self, collection: str, object_id: str) -> Mapping[str, Any] | None:
+        if not ID_PATTERN.fullmatch(object_id):
             return None
-        document = await self._call("GET", f"/{kind}/{name}")
-        if document is not None and document.get("id") != name:
-            raise YooKassaUnavailable(f"another of the {kind} than was asked for")
+        document = await self._call("GET", f"/{collection}/{object_id}")
+        if document is not None and document.get("id") != object_id:
+            raise YooKassaUnavailable(f"the response of /{collection} has another id than the request")
         return document
 
     async def _call(
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> Mapping[str, Any] | None:
         data = None if body is None else orjson.dumps(body)
-        named = {**(headers or {}), **({} if body is None else {"Content-Type": "application/json"})}
+        content_type = {} if body is None else {"Content-Type": "application/json"}
         try:
             async with self._session.request(
-                method, self._base_url + path, data=data, headers=named, allow_redirects=False
+                method, self._base_url + path, data=data, headers={**(headers or {}), **content_type}, allow_redirects=False
             ) as response:
                 if response.status == 404:
                     return None
@@ -107,57 +107,57 @@ class YooKassa:
         except (aiohttp.ClientError, TimeoutError, OSError, orjson.JSONDecodeError) as error:
             raise YooKassaUnavailable(type(error).__name__) from error
         if not isinstance(document, dict):
-            raise YooKassaUnavailable("the answer is no object")
+            raise YooKassaUnavailable("the response is not a JSON object")
         return document
 
 
-def _description(answer: bytes) -> str:
-    """What YooKassa says is wrong, such as a receipt that the shop must send."""
+def _description(body: bytes) -> str:
+    """YooKassa's own description of an error, such as a missing receipt."""
     try:
-        return str(orjson.loads(answer)["description"])[:200]
+        return str(orjson.loads(body)["description"])[:200]
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return "without a description"
+        return "no description"
 
 
-def payment_of(document: Mapping[str, Any]) -> Payment:
-    """Raises YooKassaUnavailable where the form is not YooKassa's."""
+def parse_payment(document: Mapping[str, Any]) -> Payment:
+    """Raises YooKassaUnavailable if a field is missing or malformed."""
     metadata = document.get("metadata")
-    account = metadata.get(ACCOUNT) if isinstance(metadata, dict) else None
+    account = metadata.get(ACCOUNT_ID_METADATA) if isinstance(metadata, dict) else None
     confirmation = document.get("confirmation")
     url = confirmation.get("confirmation_url") if isinstance(confirmation, dict) else None
     return Payment(
-        payment_id=_text(document, "id"),
-        status=_text(document, "status"),
+        payment_id=_string(document, "id"),
+        status=_string(document, "status"),
         is_paid=document.get("paid") is True,
-        amount_rub=_roubles(document),
+        amount_rub=_amount_rub(document),
         account_id=int(account) if isinstance(account, str) and re.fullmatch(r"[1-9][0-9]{0,17}", account) else None,
         confirmation_url=url if isinstance(url, str) else None,
     )
 
 
-def refund_of(document: Mapping[str, Any]) -> Refund:
-    """Raises YooKassaUnavailable where the form is not YooKassa's."""
-    return Refund(_text(document, "id"), _text(document, "payment_id"), _text(document, "status"), _roubles(document))
+def parse_refund(document: Mapping[str, Any]) -> Refund:
+    """Raises YooKassaUnavailable if a field is missing or malformed."""
+    return Refund(_string(document, "id"), _string(document, "payment_id"), _string(document, "status"), _amount_rub(document))
 
 
-def _text(document: Mapping[str, Any], name: str) -> str:
-    value = document.get(name)
+def _string(document: Mapping[str, Any], field: str) -> str:
+    value = document.get(field)
     if not isinstance(value, str):
-        raise YooKassaUnavailable(f"no {name} in the answer")
+        raise YooKassaUnavailable(f"no {field} in the response")
     return value
 
 
-def _roubles(document: Mapping[str, Any]) -> Decimal | None:
+def _amount_rub(document: Mapping[str, Any]) -> Decimal | None:
     amount = document.get("amount")
     value = amount.get("value") if isinstance(amount, dict) else None
     if not isinstance(amount, dict) or not isinstance(value, str):
-        raise YooKassaUnavailable("no amount in the answer")
+        raise YooKassaUnavailable("no amount in the response")
     try:
         number = Decimal(value)
     except InvalidOperation as error:
-        raise YooKassaUnavailable("the amount is no number") from error
+        raise YooKassaUnavailable("the amount is not a number") from error
     if not number.is_finite() or number <= 0:
-        raise YooKassaUnavailable("the amount is no amount")
+        raise YooKassaUnavailable("the amount is not positive")
     return number if amount.get("currency") == "RUB" else None
 
 
@@ -165,7 +165,7 @@ def _roubles(document: Mapping[str, Any]) -> Decimal | None:
 async def connected(
     *, shop_id: str, secret_key: str, base_url: str, return_url: str, timeout_s: float
 ) -> AsyncIterator[YooKassa]:
-    """A session with the shop's authentication, closed at the end."""
+    """A client whose session is closed at the end of the context."""
     async with aiohttp.ClientSession(
         headers={"Authorization": aiohttp.encode_basic_auth(shop_id, secret_key)},
         timeout=aiohttp.ClientTimeout(total=timeout_s),

@@ -12,7 +12,7 @@ from typing import Any
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database
 from gptutor.money.amounts import roubles
-from gptutor.telemetry.metrics import BROKEN_ACCOUNTS
+from gptutor.telemetry.metrics import INCONSISTENT_ACCOUNTS
 
 LOGGER = logging.getLogger("gptutor.watch")
 AT_ONCE = 500
@@ -53,7 +53,7 @@ class BalanceAuditor:
                     if row["account_id"] not in self._broken:
                         _tell(row)
             self._broken = broken
-            BROKEN_ACCOUNTS.set(len(broken))
+            INCONSISTENT_ACCOUNTS.set(len(broken))
         self._mark = mark
         return self._broken
 

@@ -35,7 +35,7 @@ from gptutor.server.banner import banner
 from gptutor.server.listener import Connecting, StartError, complain_calmly, listening_at, listening_on
 from gptutor.simulator.server import Simulator
 from gptutor.telemetry.log_writer import logging_to
-from gptutor.telemetry.logs import WIRE
+from gptutor.telemetry.logs import HTTP_SERVER_LOGGER
 from gptutor.telemetry.metrics import build_metrics
 
 try:
@@ -165,7 +165,7 @@ def connection_of(config: Config) -> Connecting:
         max_headers=HEADERS_MAX,
         auto_decompress=False,  # a compressed body is refused, unopened
         access_log=None,
-        logger=WIRE,
+        logger=HTTP_SERVER_LOGGER,
     )
 
 

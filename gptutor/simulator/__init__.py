@@ -1,7 +1,9 @@
-"""A faithful OpenRouter, with faults on demand and its own books.
+"""A simulator of OpenRouter's API, with exact bills of everything served and with faults on demand.
 
-`library` is its model list, `speech` what a model says, `schema` how it fills in a form, `tariff` what is billed for it;
-`generation` is a finished answer with its price, `script` turns it into timed steps of bytes, `faults` changes either, `books`
-keeps the bill of everything served, `server` speaks HTTP. A new fault is one function: in `answer_faults` if OpenRouter says
-something else, in `wire_faults` if the same comes in another way.
+`model_library` is its model list, `response_content` what a model replies (for structured output with the help of `json_schema`),
+and `tariff` the price. `generation` is a complete response with its usage, and `response_script` turns it into timed writes of
+bytes. `faults` changes either of them. `billing_records` keeps the bill of every generation, and `server` speaks HTTP.
+
+A new fault is one function: in `response_faults` if OpenRouter sends something else, in `transport_faults` if the same content is
+sent in another way.
 """

@@ -1,4 +1,4 @@
-"""What a simulated model says to a request: a finished answer as a row of pieces, of which each is a token."""
+"""What a simulated model replies to a request: a complete response as a sequence of deltas, each of which is one token."""
 
 import json
 import math
@@ -7,8 +7,18 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from gptutor.simulator.library import SimulatedModel
-from gptutor.simulator.speech import Delta, Media, calls_of, media_of, text_of, thought, thoughts_of, tool_deltas, words_of
+from gptutor.simulator.model_library import SimulatedModel
+from gptutor.simulator.response_content import (
+    Delta,
+    Media,
+    make_media,
+    make_reasoning,
+    make_text,
+    make_tool_calls,
+    reasoning_detail,
+    split_words,
+    tool_call_deltas,
+)
 from gptutor.simulator.tariff import Input, Output, read_input, usage
 
 OUTPUT_TOKENS_DEFAULT = 400
@@ -19,56 +29,56 @@ class Generation:
     generation_id: str
     model: SimulatedModel
     created: int
-    pieces: Sequence[Delta]
+    deltas: Sequence[Delta]
     finish_reason: str
-    given: Input
+    input: Input
     choices: int = 1
-    reasoning: int = 0
-    """So many of the pieces, the first ones, are thought and not said."""
+    reasoning_deltas: int = 0
+    """How many of `deltas`, from the first, are reasoning."""
     media: Media | None = None
     top_logprobs: int | None = None
-    """How many alternatives are told for each word; None: nothing is told."""
+    """How many alternatives `logprobs` lists for each token; None: `logprobs` is null."""
     fallbacks: Sequence[SimulatedModel] = ()
-    byok: bool = False
+    is_byok: bool = False
 
-    def usage(self, words: int | None = None) -> dict[str, Any]:
-        """The `usage` object for the first `words` pieces (all, if None)."""
-        count = len(self.pieces) if words is None else words
-        media = self.media if self.media is not None and count >= len(self.pieces) else Media({})
-        made = Output(
-            words=count * self.choices,
-            reasoning=min(count, self.reasoning) * self.choices,
-            images=media.images * self.choices,
-            audio=media.audio * self.choices,
+    def usage(self, delta_count: int | None = None) -> dict[str, Any]:
+        """The `usage` object for the first `delta_count` deltas (all, if None)."""
+        count = len(self.deltas) if delta_count is None else delta_count
+        media = self.media if self.media is not None and count >= len(self.deltas) else Media({})
+        output = Output(
+            text_tokens=count * self.choices,
+            reasoning_tokens=min(count, self.reasoning_deltas) * self.choices,
+            image_tokens=media.image_tokens * self.choices,
+            audio_tokens=media.audio_tokens * self.choices,
         )
-        return usage(self.model, self.given, made, byok=self.byok)
+        return usage(self.model, self.input, output, is_byok=self.is_byok)
 
     def message(self) -> dict[str, Any]:
-        """The plain answer's message."""
-        said = "".join(piece.get("content", "") for piece in self.pieces)
-        thoughts = "".join(piece.get("reasoning", "") for piece in self.pieces)
+        """The `message` object of a plain response."""
+        content = "".join(delta.get("content", "") for delta in self.deltas)
+        reasoning = "".join(delta.get("reasoning", "") for delta in self.deltas)
         calls: list[dict[str, Any]] = []
-        for call in (call for piece in self.pieces for call in piece.get("tool_calls", ())):
+        for call in (call for delta in self.deltas for call in delta.get("tool_calls", ())):
             if "id" in call:
                 calls.append({**call, "function": dict(call["function"])})
             else:
                 calls[-1]["function"]["arguments"] += call["function"]["arguments"]
         return {
             "role": "assistant",
-            "content": said or None,
+            "content": content or None,
             "refusal": None,
-            **({"reasoning": thoughts, "reasoning_details": [thought(thoughts)]} if thoughts else {}),
+            **({"reasoning": reasoning, "reasoning_details": [reasoning_detail(reasoning)]} if reasoning else {}),
             **({"tool_calls": calls} if calls else {}),
             **(self.media.delta if self.media else {}),
         }
 
-    def logprobs(self, pieces: Sequence[Delta]) -> dict[str, Any] | None:
-        """How sure the model was of what it says in these pieces."""
+    def logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
+        """The `logprobs` object for the text in these deltas, or None if the request did not ask for it."""
         if self.top_logprobs is None:
             return None
-        words = [piece["content"] for piece in pieces if piece.get("content")]
+        tokens = [delta["content"] for delta in deltas if delta.get("content")]
         return {
-            "content": [{**_sure(word), "top_logprobs": [_sure(word)] * self.top_logprobs} for word in words],
+            "content": [{**_logprob(token), "top_logprobs": [_logprob(token)] * self.top_logprobs} for token in tokens],
             "refusal": None,
         }
 
@@ -80,49 +90,53 @@ def generate(
     created: int,
     fallbacks: Sequence[SimulatedModel] = (),
 ) -> Generation:
-    """Raises NoEndpoint, and whatever a senseless request makes it raise."""
+    """Raises NoEndpoint; KeyError, TypeError, ValueError or the like for an invalid request."""
     prompt = last_text(request["messages"])
-    calls = calls_of(request, prompt)
-    thoughts, is_told = thoughts_of(request)
-    thinking: list[Delta] = [
-        {"reasoning": word, "reasoning_details": [thought(word)]} if is_told else {"content": ""} for word in thoughts
+    calls = make_tool_calls(request, prompt)
+    reasoning, is_shown = make_reasoning(request)
+    reasoning_deltas: list[Delta] = [
+        {"reasoning": word, "reasoning_details": [reasoning_detail(word)]} if is_shown else {"content": ""} for word in reasoning
     ]
-    saying = tool_deltas(generation_id, calls) if calls else [{"content": word} for word in words_of(text_of(request, prompt))]
-    pieces = [*thinking, *saying]
-    asked_limit = request.get("max_tokens") or request.get("max_completion_tokens")
-    limit = asked_limit or OUTPUT_TOKENS_DEFAULT
-    media = None if calls else media_of(generation_id, request, model)
-    is_whole = len(pieces) <= limit
-    if media is not None and asked_limit and len(pieces) + media.images + media.audio > asked_limit:
-        media, is_whole = None, False
+    content_deltas = (
+        tool_call_deltas(generation_id, calls)
+        if calls
+        else [{"content": word} for word in split_words(make_text(request, prompt))]
+    )
+    deltas = [*reasoning_deltas, *content_deltas]
+    requested_limit = request.get("max_tokens") or request.get("max_completion_tokens")
+    limit = requested_limit or OUTPUT_TOKENS_DEFAULT
+    media = None if calls else make_media(generation_id, request, model)
+    is_complete = len(deltas) <= limit
+    if media is not None and requested_limit and len(deltas) + media.image_tokens + media.audio_tokens > requested_limit:
+        media, is_complete = None, False
     return Generation(
         generation_id,
         model,
         created,
-        pieces[:limit],
-        ("tool_calls" if calls else "stop") if is_whole else "length",
+        deltas[:limit],
+        ("tool_calls" if calls else "stop") if is_complete else "length",
         read_input(request),
         choices=request.get("n") or 1,
-        reasoning=min(len(thinking), limit),
+        reasoning_deltas=min(len(reasoning_deltas), limit),
         media=media,
         top_logprobs=(request.get("top_logprobs") or 0) if request.get("logprobs") else None,
         fallbacks=fallbacks,
     )
 
 
-def with_words(generation: Generation, words: Sequence[str]) -> Generation:
-    """The same answer, which begins with these words."""
-    thought_of = generation.reasoning
-    said = [{"content": word} for word in words]
-    return replace(generation, pieces=[*generation.pieces[:thought_of], *said, *generation.pieces[thought_of:]])
+def with_leading_text(generation: Generation, pieces: Sequence[str]) -> Generation:
+    """The same generation with a delta for each of `pieces` before its own text."""
+    start = generation.reasoning_deltas
+    leading = [{"content": piece} for piece in pieces]
+    return replace(generation, deltas=[*generation.deltas[:start], *leading, *generation.deltas[start:]])
 
 
-def _sure(word: str) -> dict[str, Any]:
-    return {"token": word, "logprob": -math.log1p(1 / (1 + len(word))), "bytes": list(word.encode("utf-8", "replace"))}
+def _logprob(token: str) -> dict[str, Any]:
+    return {"token": token, "logprob": -math.log1p(1 / (1 + len(token))), "bytes": list(token.encode("utf-8", "replace"))}
 
 
 def last_text(messages: list[Any]) -> str:
-    """The text of the last message, for the echo and for faults that are asked for in words."""
+    """The text of the last message, which is echoed and may name faults."""
     content = messages[-1].get("content") if isinstance(messages[-1], dict) else None
     if isinstance(content, list):
         content = " ".join(part.get("text", "") for part in content if isinstance(part, dict))
@@ -130,7 +144,7 @@ def last_text(messages: list[Any]) -> str:
 
 
 def dumps(value: Any) -> bytes:
-    """JSON as OpenRouter's servers print it: compact, costs as the shortest spelling of a double."""
+    """JSON as OpenRouter's servers write it: compact, with costs as the shortest decimal form of a double."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_double).encode("utf-8", "replace")
 
 
@@ -141,5 +155,5 @@ def _double(value: object) -> float:
 
 
 def as_billed(cost: Decimal) -> Decimal:
-    """The cost that a reader of our JSON sees, exactly."""
+    """`cost` rounded as in the JSON of `dumps`: what a client reads there, exactly."""
     return Decimal(repr(float(cost)))

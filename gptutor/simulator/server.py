@@ -1,4 +1,4 @@
-"""The simulator over HTTP: OpenRouter's paths below `/api/v1`, and its books below `/simulator`."""
+"""The simulator as an HTTP application: OpenRouter's API below `/api/v1`, and the bills at `/simulator/bills`."""
 
 import asyncio
 import datetime
@@ -10,26 +10,30 @@ from typing import Any
 
 from aiohttp import web
 
-from gptutor.simulator.books import BillingRecords, Record
-from gptutor.simulator.faults import FaultError, apply_faults, change_generation
+from gptutor.simulator.billing_records import BillingRecord, BillingRecords
+from gptutor.simulator.faults import FaultError, apply_generation_faults, apply_script_faults
 from gptutor.simulator.generation import Generation, as_billed, dumps, generate, last_text
-from gptutor.simulator.library import SimulatedModel, find, make_library
-from gptutor.simulator.script import Script, plain, refused, streamed
-from gptutor.simulator.speech import NoEndpoint
+from gptutor.simulator.model_library import SimulatedModel, find_model, make_model_library
+from gptutor.simulator.response_content import NoEndpoint
+from gptutor.simulator.response_script import Script, error_response, plain_response, streamed_response
 
 BODY_BYTES_MAX = 64 * 1024 * 1024
 
 
 class Simulator:
-    """`word_s` and `first_word_s` are the pace of an answer; `known_after_s` is how late `/generation` learns of it."""
+    """`first_word_s` and `word_s` are the time before the first word of a response and between its words.
 
-    def __init__(self, *, word_s: float = 0.0, first_word_s: float = 0.0, known_after_s: float = 0.0) -> None:
-        self.books = BillingRecords()
+    `generation_delay_s` is the time after the end of a response from which `GET /generation` returns it. `model_list` is the body
+    of `GET /models`.
+    """
+
+    def __init__(self, *, word_s: float = 0.0, first_word_s: float = 0.0, generation_delay_s: float = 0.0) -> None:
+        self.billing = BillingRecords()
         self.word_s = word_s
         self.first_word_s = first_word_s
-        self.known_after_s = known_after_s
-        self._library = make_library()
-        self._models = dumps({"data": [model.listing() for model in self._library.values()]})
+        self.generation_delay_s = generation_delay_s
+        self._library = make_model_library()
+        self.model_list = dumps({"data": [model.listing() for model in self._library.values()]})
         self._numbers = itertools.count(1)
         self._epoch = int(time.time())
 
@@ -50,95 +54,100 @@ class Simulator:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         if not request.headers.get("Authorization", "").startswith("Bearer "):
-            return _answer(refused(401, "No auth credentials found"))
+            return _send_at_once(error_response(401, "No auth credentials found"))
         try:
-            ask = json.loads(body)
-            stream = bool(ask.get("stream"))
-            names = [ask.get("model") or ask["models"][0], *(ask.get("models") or [])]
-            models = [find(self._library, name) for name in names]
+            document = json.loads(body)
+            stream = bool(document.get("stream"))
+            model_ids = [document.get("model") or document["models"][0], *(document.get("models") or [])]
+            models = [find_model(self._library, model_id) for model_id in model_ids]
             if None in models:
-                return _answer(refused(400, f"{names[models.index(None)]} is not a valid model ID"))
-            asked = f"{_fault_header(request)} {last_text(ask['messages'])}"
-            generation, script = self._perform(ask, [model for model in models if model is not None], asked, stream=stream)
+                return _send_at_once(error_response(400, f"{model_ids[models.index(None)]} is not a valid model ID"))
+            faults = f"{_fault_header(request)} {last_text(document['messages'])}"
+            generation, script = self._respond(document, [model for model in models if model is not None], faults, stream=stream)
         except FaultError as error:
-            return _answer(refused(400, str(error)))
+            return _send_at_once(error_response(400, str(error)))
         except NoEndpoint as error:
-            return _answer(refused(404, str(error)))
+            return _send_at_once(error_response(404, str(error)))
         except (ValueError, KeyError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
-            return _answer(refused(400, "Invalid request"))
-        if script.billed_words is None:
-            return _answer(script)
-        record = Record(generation.generation_id, generation.model.id, stream, body, dict(request.headers), time.time())
-        self.books.open(record)
-        return await self._play(request, script, generation, record)
+            return _send_at_once(error_response(400, "Invalid request"))
+        if script.billed_deltas is None:
+            return _send_at_once(script)
+        record = BillingRecord(generation.generation_id, generation.model.id, stream, body, dict(request.headers), time.time())
+        self.billing.add(record)
+        return await self._send(request, script, generation, record)
 
-    def _perform(
-        self, ask: dict[str, Any], models: list[SimulatedModel], asked: str, *, stream: bool
+    def _respond(
+        self, document: dict[str, Any], models: list[SimulatedModel], faults: str, *, stream: bool
     ) -> tuple[Generation, Script]:
-        """What the first of the models says to the ask, under the faults asked for."""
+        """The response of the first model, with the faults named in `faults`. Raises FaultError and what `generate` raises."""
         model, *others = models
-        name = f"gen-{self._epoch}-{next(self._numbers):08d}"
+        generation_id = f"gen-{self._epoch}-{next(self._numbers):08d}"
         fallbacks = [other for other in others if other is not model]
-        generation = change_generation(generate(name, ask, model, int(time.time()), fallbacks), asked)
-        if (tokens := generation.given.prompt_tokens) > generation.model.context:
+        generation = apply_generation_faults(generate(generation_id, document, model, int(time.time()), fallbacks), faults)
+        if (tokens := generation.input.prompt_tokens) > generation.model.context:
             limit = generation.model.context
-            return generation, refused(400, f"This endpoint's maximum context length is {limit} tokens. You asked for {tokens}.")
-        script = (streamed if stream else plain)(generation, self.first_word_s, self.word_s)
-        return generation, apply_faults(script, generation, asked)
+            return generation, error_response(
+                400, f"This endpoint's maximum context length is {limit} tokens. You asked for {tokens}."
+            )
+        make_script = streamed_response if stream else plain_response
+        script = make_script(generation, self.first_word_s, self.word_s)
+        return generation, apply_script_faults(script, generation, faults)
 
-    async def _play(self, request: web.Request, script: Script, generation: Generation, record: Record) -> web.StreamResponse:
-        """Sends the script. What is billed: all of it at the end or at a break, what was said if a caller left in time."""
+    async def _send(
+        self, request: web.Request, script: Script, generation: Generation, record: BillingRecord
+    ) -> web.StreamResponse:
+        """Sends the script and bills it: whole, or what was sent if the client disconnected and the model can be cancelled."""
         response = web.StreamResponse(status=script.status, headers={**script.headers, "Content-Type": script.content_type})
-        said = 0
+        billed_deltas = 0
         try:
             if not script.is_stream:
-                await asyncio.sleep(script.steps[0].pause_s)  # a plain answer is made before its headers are sent
+                await asyncio.sleep(script.steps[0].pause_s)  # a plain response is complete before its headers are sent
             await response.prepare(request)
             for number, step in enumerate(script.steps):
                 if step.pause_s and (number or script.is_stream):
                     await asyncio.sleep(step.pause_s)
                 if (transport := request.transport) is None:
                     raise ConnectionResetError
-                if step.act in ("reset", "close"):
-                    transport.abort() if step.act == "reset" else transport.close()
+                if step.action in ("reset", "close"):
+                    transport.abort() if step.action == "reset" else transport.close()
                     break
-                said = step.words
-                if step.act == "raw":
+                billed_deltas = step.billed_deltas
+                if step.action == "raw":
                     transport.write(step.data)
                 else:
                     await response.write(step.data)
         except (asyncio.CancelledError, ConnectionError):
             record.cancelled = script.is_stream
             if script.is_stream and generation.model.cancellable:
-                self._bill(record, generation, said)
+                self._bill(record, generation, billed_deltas)
                 raise
-            self._bill(record, generation, script.billed_words or 0)
+            self._bill(record, generation, script.billed_deltas or 0)
             raise
-        self._bill(record, generation, script.billed_words or 0)
+        self._bill(record, generation, script.billed_deltas or 0)
         return response
 
-    def _bill(self, record: Record, generation: Generation, words: int) -> None:
-        usage = generation.usage(words)
+    def _bill(self, record: BillingRecord, generation: Generation, delta_count: int) -> None:
+        usage = generation.usage(delta_count)
         record.prompt_tokens = usage["prompt_tokens"]
         record.completion_tokens = usage["completion_tokens"]
-        record.is_byok = generation.byok
-        if words:  # if nothing was said, OpenRouter does not charge for the prompt either
+        record.is_byok = generation.is_byok
+        if delta_count:  # without any output, OpenRouter does not charge for the prompt either
             record.fee_usd = as_billed(usage["cost"])
             record.provider_usd = as_billed(usage["cost_details"]["upstream_inference_cost"] or Decimal(0))
         record.finished = True
-        record.known_at = asyncio.get_running_loop().time() + self.known_after_s
+        record.available_at = asyncio.get_running_loop().time() + self.generation_delay_s
 
     async def models(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._models, content_type="application/json")
+        return web.Response(body=self.model_list, content_type="application/json")
 
     async def generation(self, request: web.Request) -> web.Response:
-        record = self.books.records.get(request.query.get("id", ""))
-        if record is None or not record.finished or asyncio.get_running_loop().time() < record.known_at:
-            return _answer(refused(404, "Generation not found"))
+        record = self.billing.records.get(request.query.get("id", ""))
+        if record is None or not record.finished or asyncio.get_running_loop().time() < record.available_at:
+            return _send_at_once(error_response(404, "Generation not found"))
         return _json({"data": record.stats()})
 
     async def key(self, request: web.Request) -> web.Response:
-        usage = self.books.total_usd() - self.books.provider_usd()
+        usage = self.billing.total_usd() - self.billing.provider_usd()
         return _json(
             {
                 "data": {
@@ -149,7 +158,7 @@ class Simulator:
                     "usage_daily": usage,
                     "usage_weekly": usage,
                     "usage_monthly": usage,
-                    "byok_usage": self.books.provider_usd(),
+                    "byok_usage": self.billing.provider_usd(),
                     "is_free_tier": False,
                     "is_management_key": False,
                 }
@@ -157,15 +166,15 @@ class Simulator:
         )
 
     async def activity(self, request: web.Request) -> web.Response:
-        """Past days, which a simulator has not lived through: one, on which nothing was asked."""
+        """The usage of past days: one day, without requests, because the simulator keeps no history."""
         yesterday = datetime.datetime.now(datetime.UTC).date() - datetime.timedelta(days=1)
         return _json({"data": [{"date": f"{yesterday} 00:00:00", "model": "openai/gpt-4o-mini", "usage": 0, "requests": 0}]})
 
     async def bills(self, request: web.Request) -> web.Response:
-        """Everything served, as the simulator would bill it: the oracle of our own books."""
+        """All bills, as the reference for GPTutor's ledger."""
         return _json(
             {
-                "total_usd": str(self.books.total_usd()),
+                "total_usd": str(self.billing.total_usd()),
                 "bills": [
                     {
                         "id": record.generation_id,
@@ -175,13 +184,13 @@ class Simulator:
                         "finished": record.finished,
                         "cost_usd": str(record.cost_usd),
                     }
-                    for record in self.books.records.values()
+                    for record in self.billing.records.values()
                 ],
             }
         )
 
 
-def _answer(script: Script) -> web.Response:
+def _send_at_once(script: Script) -> web.Response:
     body = b"".join(step.data for step in script.steps)
     return web.Response(status=script.status, body=body, headers={**script.headers, "Content-Type": script.content_type})
 

@@ -1,4 +1,4 @@
-"""What OpenRouter bills for a request: tokens of every kind at their own price, and fees beside them. All of it exact."""
+"""What OpenRouter bills for a request: tokens of each kind at their own price, and additional fees. All amounts are exact."""
 
 import json
 from collections.abc import Iterator
@@ -6,131 +6,131 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from gptutor.simulator.library import SimulatedModel
+from gptutor.simulator.model_library import SimulatedModel
 
 IMAGE_TOKENS = 1024
-SOUND_BYTES_PER_TOKEN = 100
+AUDIO_BYTES_PER_TOKEN = 100
 SEARCH_RESULT_USD = Decimal("0.004")
 SEARCH_RESULTS = 5
 SERVER_TOOL_USD = Decimal("0.01")
 OCR_PAGE_USD = Decimal("0.002")
-TIERS = {"priority": Decimal(2), "flex": Decimal("0.5")}
-CACHE_WRITE = {"5m": Decimal("1.25"), "1h": Decimal(2)}
+TIER_FACTORS = {"priority": Decimal(2), "flex": Decimal("0.5")}
+CACHE_WRITE_FACTORS = {"5m": Decimal("1.25"), "1h": Decimal(2)}
 BYOK_FEE = Decimal("0.05")
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """The billed side of a request."""
+    """What is billed for the request itself."""
 
     prompt_tokens: int
-    """All of them; those below are among them."""
+    """All prompt tokens, including the audio and cache write tokens."""
     audio_tokens: int = 0
-    written_tokens: int = 0
-    written_factor: Decimal = Decimal(1)
+    cache_write_tokens: int = 0
+    cache_write_factor: Decimal = Decimal(1)
     images: int = 0
-    searches: int = 0
+    web_searches: int = 0
     fees_usd: Decimal = Decimal(0)
     tier: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The tokens of an answer, all choices together."""
+    """The tokens of a response, all choices together."""
 
-    words: int
-    reasoning: int = 0
-    """So many of the words."""
-    images: int = 0
-    audio: int = 0
+    text_tokens: int
+    """Including the reasoning tokens."""
+    reasoning_tokens: int = 0
+    image_tokens: int = 0
+    audio_tokens: int = 0
 
 
 def read_input(request: dict[str, Any]) -> Input:
-    """What of a request will be billed. Raises whatever a senseless request makes it raise."""
+    """Reads the billed parts of a request. Raises KeyError, TypeError, ValueError or the like for an invalid request."""
     messages = request["messages"]
     tools = request.get("tools") or []
     counts = [_tokens(message) for message in messages]
     prompt_tokens = sum(counts) + (len(_json(tools)) // 4 if tools else 0)
-    marked = [(index, ttl) for index, message in enumerate(messages) if (ttl := _cache_ttl(message))]
-    written = sum(counts[: marked[-1][0] + 1]) if marked else 0
-    ttl = marked[-1][1] if marked else "5m"
+    breakpoints = [(index, ttl) for index, message in enumerate(messages) if (ttl := _cache_ttl(message))]
+    cached = sum(counts[: breakpoints[-1][0] + 1]) if breakpoints else 0
+    ttl = breakpoints[-1][1] if breakpoints else "5m"
     if request.get("cache_control"):
-        written, ttl = prompt_tokens, request["cache_control"].get("ttl", "5m")
-    searches, search_usd = _web_search(request)
+        cached, ttl = prompt_tokens, request["cache_control"].get("ttl", "5m")
+    web_searches, search_usd = _web_search(request)
     server_tools = sum(tool["type"] not in ("function", "custom") for tool in tools)
     return Input(
         prompt_tokens=prompt_tokens,
-        audio_tokens=_sound_tokens(messages),
-        written_tokens=written,
-        written_factor=CACHE_WRITE[ttl],
+        audio_tokens=_audio_tokens(messages),
+        cache_write_tokens=cached,
+        cache_write_factor=CACHE_WRITE_FACTORS[ttl],
         images=sum(1 for _ in _parts(messages, "image_url")),
-        searches=searches + server_tools,
-        fees_usd=search_usd + server_tools * SERVER_TOOL_USD + _ocr(request),
+        web_searches=web_searches + server_tools,
+        fees_usd=search_usd + server_tools * SERVER_TOOL_USD + _ocr_usd(request),
         tier=request.get("service_tier"),
     )
 
 
-def usage(model: SimulatedModel, given: Input, made: Output, *, byok: bool = False) -> dict[str, Any]:
+def usage(model: SimulatedModel, request: Input, response: Output, *, is_byok: bool = False) -> dict[str, Any]:
     """The `usage` object. Costs are exact decimals; see `generation.dumps`."""
-    priced = model.at(given.prompt_tokens)
-    factor = TIERS.get(given.tier or "", Decimal(1))
-    prompt_usd = factor * _prompt_usd(priced, given) + priced.usd("request") + given.images * priced.usd("image")
-    completion_usd = factor * _completion_usd(priced, made)
-    cost = prompt_usd + completion_usd + given.fees_usd
-    completion = made.words + made.images + made.audio
+    priced = model.with_prices_for(request.prompt_tokens)
+    factor = TIER_FACTORS.get(request.tier or "", Decimal(1))
+    prompt_usd = factor * _prompt_usd(priced, request) + priced.price_usd("request") + request.images * priced.price_usd("image")
+    completion_usd = factor * _completion_usd(priced, response)
+    cost = prompt_usd + completion_usd + request.fees_usd
+    completion = response.text_tokens + response.image_tokens + response.audio_tokens
     return {
-        "prompt_tokens": given.prompt_tokens,
+        "prompt_tokens": request.prompt_tokens,
         "completion_tokens": completion,
-        "total_tokens": given.prompt_tokens + completion,
-        "cost": cost * BYOK_FEE if byok else cost,
-        "is_byok": byok,
+        "total_tokens": request.prompt_tokens + completion,
+        "cost": cost * BYOK_FEE if is_byok else cost,
+        "is_byok": is_byok,
         "prompt_tokens_details": {
             "cached_tokens": 0,
-            **_some(cache_write_tokens=given.written_tokens, audio_tokens=given.audio_tokens),
+            **_nonzero(cache_write_tokens=request.cache_write_tokens, audio_tokens=request.audio_tokens),
         },
         "cost_details": {
-            "upstream_inference_cost": cost if byok else None,
+            "upstream_inference_cost": cost if is_byok else None,
             "upstream_inference_prompt_cost": prompt_usd,
             "upstream_inference_completions_cost": completion_usd,
         },
         "completion_tokens_details": {
-            "reasoning_tokens": made.reasoning,
-            **_some(image_tokens=made.images, audio_tokens=made.audio),
+            "reasoning_tokens": response.reasoning_tokens,
+            **_nonzero(image_tokens=response.image_tokens, audio_tokens=response.audio_tokens),
         },
-        **({"server_tool_use": {"web_search_requests": given.searches}} if given.searches else {}),
+        **({"server_tool_use": {"web_search_requests": request.web_searches}} if request.web_searches else {}),
     }
 
 
-def _prompt_usd(priced: SimulatedModel, given: Input) -> Decimal:
-    price = priced.usd("prompt")
-    read = given.prompt_tokens - given.audio_tokens
-    dearer = given.written_tokens * (given.written_factor - 1)
-    return (read + dearer) * price + given.audio_tokens * (priced.usd("audio") or price)
+def _prompt_usd(priced: SimulatedModel, request: Input) -> Decimal:
+    price = priced.price_usd("prompt")
+    text_tokens = request.prompt_tokens - request.audio_tokens
+    cache_write_surcharge = request.cache_write_tokens * (request.cache_write_factor - 1)
+    return (text_tokens + cache_write_surcharge) * price + request.audio_tokens * (priced.price_usd("audio") or price)
 
 
-def _completion_usd(priced: SimulatedModel, made: Output) -> Decimal:
-    """Thinking, images and sounds cost what is listed for them, and otherwise what words cost."""
-    price = priced.usd("completion")
+def _completion_usd(priced: SimulatedModel, response: Output) -> Decimal:
+    """Reasoning, image and audio tokens have the price listed for them, or else the price of text tokens."""
+    price = priced.price_usd("completion")
     return (
-        (made.words - made.reasoning) * price
-        + made.reasoning * (priced.usd("internal_reasoning") or price)
-        + made.images * (priced.usd("image_output") or price)
-        + made.audio * (priced.usd("audio_output") or price)
+        (response.text_tokens - response.reasoning_tokens) * price
+        + response.reasoning_tokens * (priced.price_usd("internal_reasoning") or price)
+        + response.image_tokens * (priced.price_usd("image_output") or price)
+        + response.audio_tokens * (priced.price_usd("audio_output") or price)
     )
 
 
 def _tokens(message: dict[str, Any]) -> int:
-    """A token of a real prompt is about four bytes; one is never shorter than a byte. What is seen or heard counts by itself."""
+    """About four bytes of JSON are one token, as in real prompts. Images and audio are counted separately."""
     content = message.get("content")
-    read = message
+    text_only = message
     if isinstance(content, list):
-        read = {**message, "content": [part for part in content if part.get("type") not in ("image_url", "input_audio")]}
-    seen = sum(1 for _ in _parts([message], "image_url"))
-    return max(1, len(_json(read)) // 4) + seen * IMAGE_TOKENS + _sound_tokens([message])
+        text_only = {**message, "content": [part for part in content if part.get("type") not in ("image_url", "input_audio")]}
+    images = sum(1 for _ in _parts([message], "image_url"))
+    return max(1, len(_json(text_only)) // 4) + images * IMAGE_TOKENS + _audio_tokens([message])
 
 
-def _sound_tokens(messages: list[dict[str, Any]]) -> int:
-    return sum(-(-len(part["input_audio"]["data"]) // SOUND_BYTES_PER_TOKEN) for part in _parts(messages, "input_audio"))
+def _audio_tokens(messages: list[dict[str, Any]]) -> int:
+    return sum(-(-len(part["input_audio"]["data"]) // AUDIO_BYTES_PER_TOKEN) for part in _parts(messages, "input_audio"))
 
 
 def _parts(messages: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any]]:
@@ -141,15 +141,15 @@ def _parts(messages: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any]
 
 
 def _cache_ttl(message: dict[str, Any]) -> str | None:
-    """How long a provider is asked to keep everything up to this message."""
+    """How long the provider is to cache everything up to this message, or None."""
     content = message.get("content")
     parts = content if isinstance(content, list) else []
-    marks = [mark for part in (message, *parts) if (mark := part.get("cache_control"))]
-    return str(marks[-1].get("ttl", "5m")) if marks else None
+    controls = [control for part in (message, *parts) if (control := part.get("cache_control"))]
+    return str(controls[-1].get("ttl", "5m")) if controls else None
 
 
 def _web_search(request: dict[str, Any]) -> tuple[int, Decimal]:
-    """How often the web is searched before the answer, and the price of the results."""
+    """How many web searches precede the response, and the price of their results."""
     for plugin in request.get("plugins") or []:
         if plugin.get("id") == "web":
             return 1, SEARCH_RESULT_USD * plugin.get("max_results", SEARCH_RESULTS)
@@ -157,8 +157,8 @@ def _web_search(request: dict[str, Any]) -> tuple[int, Decimal]:
     return (1, SEARCH_RESULT_USD * SEARCH_RESULTS) if is_online else (0, Decimal(0))
 
 
-def _ocr(request: dict[str, Any]) -> Decimal:
-    """Reading files as pictures, a page each."""
+def _ocr_usd(request: dict[str, Any]) -> Decimal:
+    """The fee for OCR of the attached files, each counted as one page."""
     engines = [
         plugin.get("pdf", {}).get("engine") for plugin in request.get("plugins") or [] if plugin.get("id") == "file-parser"
     ]
@@ -166,7 +166,7 @@ def _ocr(request: dict[str, Any]) -> Decimal:
     return files * OCR_PAGE_USD if "mistral-ocr" in engines else Decimal(0)
 
 
-def _some(**counts: int) -> dict[str, int]:
+def _nonzero(**counts: int) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 

@@ -1,7 +1,8 @@
 """Writing the log: JSON lines in `logs/combined-YYYY-MM-DD.log` and on standard output (contract F1, F2).
 
-A request's own lines are spelled at once: their fields are known, and a record for another thread would cost more than the line.
-All other records are laid down as they are. A thread spells those, and writes everything out, many lines at once, within BATCH_S.
+The lines of LoggerService are serialised at once, by the calling thread: building a LogRecord for another thread would cost more
+than serialising. Records of the standard `logging` are queued as they are. A writer thread serialises those, and writes all
+queued lines in batches, within BATCH_S.
 """
 
 import contextlib
@@ -23,15 +24,15 @@ from typing import Any, BinaryIO
 import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from gptutor.telemetry.logs import AUDIT, LOGGER, LoggerService, say_by_logging
+from gptutor.telemetry.logs import AUDIT_LOGGER, LOGGER, LoggerService, write_line_by_logging
 
 BATCH_S = 0.05
-"""For so long records are collected before they are written."""
+"""The longest time that a line waits in the queue before it is written."""
 LEVELS = {level: logging.getLevelName(level).lower() for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)}
 
 
 class DailyFile:
-    """`combined-YYYY-MM-DD.log` of the current day (UTC); files older than the retention are deleted."""
+    """`combined-YYYY-MM-DD.log` of the current day (UTC). Files older than `retention_days` are deleted."""
 
     def __init__(self, directory: Path, retention_days: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -42,16 +43,16 @@ class DailyFile:
         self._prune()
 
     def write(self, day: datetime.date, lines: bytes) -> None:
-        """Lines of one day, all of them at once."""
+        """Appends lines that were logged on `day`. Opens a new file when the day changes. Raises OSError."""
         if day > self._day:
-            yesterday, before = self._file, self._day
+            previous_file, previous_day = self._file, self._day
             self._day = day
             try:
                 self._file = self._open()
             except OSError:
-                self._day = before  # the old file goes on, and the new one is tried again
+                self._day = previous_day  # the next call tries to open the new file again
                 raise
-            yesterday.close()
+            previous_file.close()
             self._prune()
         self._file.write(lines)
         self._file.flush()
@@ -64,7 +65,7 @@ class DailyFile:
         file = path.open("ab")
         owner = self._directory.stat()
         if os.geteuid() == 0 != owner.st_uid:
-            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)  # a command run by root must not shut the service out
+            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)  # the service must be able to append to a file created by root
         return file
 
     def _prune(self) -> None:
@@ -76,126 +77,126 @@ class DailyFile:
 
 
 @functools.lru_cache(maxsize=2)
-def _second(second: int) -> tuple[datetime.date, str]:
-    """Many lines have the same one."""
-    moment = datetime.datetime.fromtimestamp(second, datetime.UTC)
+def _date_and_timestamp(unix_second: int) -> tuple[datetime.date, str]:
+    """Cached, because many lines are logged within the same second."""
+    moment = datetime.datetime.fromtimestamp(unix_second, datetime.UTC)
     return moment.date(), f"{moment:%Y-%m-%d %H:%M:%S}"
 
 
 class LineFormatter(OrjsonFormatter):
-    """The field names and the time format of the contract's example."""
+    """Field names and time format as in the contract's example (F1)."""
 
     def __init__(self) -> None:
         super().__init__(["message"])
 
     def add_fields(self, log_data: dict[str, object], record: logging.LogRecord, message_dict: dict[str, object]) -> None:
-        log_data["timestamp"] = _second(int(record.created))[1]
+        log_data["timestamp"] = _date_and_timestamp(int(record.created))[1]
         log_data["level"] = record.levelname.lower()
         super().add_fields(log_data, record, message_dict)
 
 
-class Writer(logging.Handler):
-    """Takes lines and records without waiting for anything; a thread of its own writes them out."""
+class LogWriter(logging.Handler):
+    """Queues lines and records without blocking; a writer thread writes them to the file and to standard output."""
 
     def __init__(self, file: DailyFile, *, stdout: bool) -> None:
         super().__init__()
         self._file = file
         self._stdout = stdout
         self._formatter = LineFormatter()
-        self._laid_down: deque[tuple[float, bytes | logging.LogRecord]] = deque()
-        """Each with the second of its making."""
-        self._woken = threading.Event()
-        self._hurries = threading.Event()
-        self._ends = False
-        self._thread = threading.Thread(target=self._work, name="log", daemon=True)
+        self._queue: deque[tuple[float, bytes | logging.LogRecord]] = deque()
+        """Serialised lines and records, each with its Unix time."""
+        self._has_lines = threading.Event()
+        self._flush_now = threading.Event()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
-    def say(self, level: int, message: str, fields: dict[str, Any]) -> None:
-        """A line of a request; see `logs.Say`."""
+    def write_line(self, level: int, message: str, fields: dict[str, Any]) -> None:
+        """Serialises and queues one line; see `logs.WriteLine`."""
         if not LOGGER.isEnabledFor(level):
             return
         now = time.time()
-        said = {"timestamp": _second(int(now))[1], "level": LEVELS[level], "message": message, **fields}
+        document = {"timestamp": _date_and_timestamp(int(now))[1], "level": LEVELS[level], "message": message, **fields}
         try:
-            line = orjson.dumps(said, option=orjson.OPT_APPEND_NEWLINE)
-        except orjson.JSONEncodeError:  # half a character in a path
-            say_by_logging(level, message, fields)
+            line = orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)
+        except orjson.JSONEncodeError:  # a lone surrogate, such as in a path; LineFormatter can write it
+            write_line_by_logging(level, message, fields)
             return
-        self._laid_down.append((now, line))
-        if not self._woken.is_set():
-            self._woken.set()
+        self._queue.append((now, line))
+        if not self._has_lines.is_set():
+            self._has_lines.set()
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """A deque takes from any thread; the standard's lock would only guard it once more."""
-        self._laid_down.append((record.created, record))
-        if record.levelno >= logging.ERROR or record.name == AUDIT.name:
-            self._hurries.set()  # what was changed by hand, and what goes wrong, is written at once
-        if not self._woken.is_set():
-            self._woken.set()
+        """Queues a record of the standard `logging`. `deque.append` is thread-safe: the lock of Handler.handle is not needed."""
+        self._queue.append((record.created, record))
+        if record.levelno >= logging.ERROR or record.name == AUDIT_LOGGER.name:
+            self._flush_now.set()  # errors and audit lines are written at once
+        if not self._has_lines.is_set():
+            self._has_lines.set()
         return True
 
     def close(self) -> None:
-        """Once all is written."""
-        self._ends = True
-        self._hurries.set()
-        self._woken.set()
+        """Waits until all queued lines are written."""
+        self._is_closing = True
+        self._flush_now.set()
+        self._has_lines.set()
         self._thread.join()
         self._file.close()
         super().close()
 
-    def _work(self) -> None:
-        while not self._ends:
-            self._woken.wait()
-            self._hurries.wait(BATCH_S)
-            self._woken.clear()
-            self._hurries.clear()
-            self._write()
-        self._write()
+    def _run(self) -> None:
+        while not self._is_closing:
+            self._has_lines.wait()
+            self._flush_now.wait(BATCH_S)
+            self._has_lines.clear()
+            self._flush_now.clear()
+            self._write_queue()
+        self._write_queue()
 
-    def _write(self) -> None:
-        spelled: list[tuple[datetime.date, bytes]] = []
+    def _write_queue(self) -> None:
+        dated: list[tuple[datetime.date, bytes]] = []
         with contextlib.suppress(IndexError):
             while True:
-                created, said = self._laid_down.popleft()
-                line = said if isinstance(said, bytes) else self._spelled(said)
-                spelled.append((_second(int(created))[0], line))
-        for day, lines in itertools.groupby(spelled, key=operator.itemgetter(0)):
+                created, queued = self._queue.popleft()
+                line = queued if isinstance(queued, bytes) else self._serialised(queued)
+                dated.append((_date_and_timestamp(int(created))[0], line))
+        for day, lines in itertools.groupby(dated, key=operator.itemgetter(0)):
             text = b"".join(line for _, line in lines)
             try:
                 self._file.write(day, text)
-            except (OSError, ValueError) as error:  # a full disk
-                _complain(error)
+            except (OSError, ValueError) as error:  # such as a full disk
+                _report_lost_lines(error)
             if self._stdout:
                 try:
                     sys.stdout.write(text.decode())
                     sys.stdout.flush()
-                except (OSError, ValueError) as error:  # nobody reads it any more
-                    _complain(error)
+                except (OSError, ValueError) as error:  # the reader of standard output is gone
+                    _report_lost_lines(error)
 
-    def _spelled(self, record: logging.LogRecord) -> bytes:
+    def _serialised(self, record: logging.LogRecord) -> bytes:
         try:
             return self._formatter.format(record).encode() + b"\n"
         except Exception:
-            self.handleError(record)  # says so on standard error; the other lines must not suffer for it
+            self.handleError(record)  # reports the record on standard error; the other lines are still written
             return b""
 
 
-def _complain(error: Exception) -> None:
-    """On standard error, if anybody hears that."""
+def _report_lost_lines(error: Exception) -> None:
+    """Reports on standard error; if that is closed as well, does nothing."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"gptutor: a line of the log is lost: {error}", file=sys.stderr)
+        print(f"gptutor: log lines were lost: {error}", file=sys.stderr)
 
 
 @contextmanager
 def logging_to(directory: Path, *, level: str, retention_days: int, stdout: bool) -> Iterator[LoggerService]:
-    """Sets up logging for the life of a process; all lines are written when the context ends."""
+    """Sets up logging for the life of a process; when the context ends, all queued lines are written."""
     root = logging.getLogger()
-    writer = Writer(DailyFile(directory, retention_days), stdout=stdout)
+    writer = LogWriter(DailyFile(directory, retention_days), stdout=stdout)
     root.addHandler(writer)
     root.setLevel(logging.WARNING)
     LOGGER.setLevel(level.upper())
     try:
-        yield LoggerService(writer.say)
+        yield LoggerService(writer.write_line)
     finally:
         root.removeHandler(writer)
         writer.close()

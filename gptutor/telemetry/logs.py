@@ -1,7 +1,7 @@
-"""What is logged (contract F1, F2); how it is written stands in `log_writer.py`.
+"""What is logged (contract F1, F2); `log_writer.py` writes it to files.
 
-What may be logged of a request is decided here, in the methods for its lines: no key, no message text, no signature can reach a
-line, because none is a parameter.
+LoggerService decides what is logged about a request: no key, no message text and no signature can reach a log line, because no
+method has a parameter for them.
 """
 
 import logging
@@ -10,8 +10,8 @@ from decimal import Decimal
 from typing import Any
 
 LOGGER = logging.getLogger("gptutor")
-WIRE = logging.getLogger("gptutor.wire")
-"""What the HTTP server says of malformed requests. Its tracebacks quote the request's bytes, keys included: they are cut off."""
+HTTP_SERVER_LOGGER = logging.getLogger("gptutor.http_server")
+"""Used by the HTTP server, for malformed requests. Tracebacks are removed: they quote bytes of the request, API keys included."""
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -21,29 +21,29 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
-WIRE.addFilter(_without_traceback)
-AUDIT = logging.getLogger("gptutor.audit")
-"""Who changed what. Its lines are written at every `logs.level`."""
-AUDIT.setLevel(logging.INFO)
+HTTP_SERVER_LOGGER.addFilter(_without_traceback)
+AUDIT_LOGGER = logging.getLogger("gptutor.audit")
+"""Audit lines: who changed what. They are written whatever `logs.level` is."""
+AUDIT_LOGGER.setLevel(logging.INFO)
 
 
-Say = Callable[[int, str, dict[str, Any]], None]
-"""Takes a line of a request: its level, its message, and its fields."""
+WriteLine = Callable[[int, str, dict[str, Any]], None]
+"""Writes one log line: level, message, fields."""
 
 
-def say_by_logging(level: int, message: str, fields: dict[str, Any]) -> None:
-    """The standard's way, to whatever listens; `log_writer.py` has one that costs a fraction of it."""
+def write_line_by_logging(level: int, message: str, fields: dict[str, Any]) -> None:
+    """Passes the line to the handlers of the standard `logging`. `LogWriter.write_line` is a much cheaper equivalent."""
     LOGGER.log(level, message, extra=fields)
 
 
 class LoggerService:
-    """The lines of a request. Amounts are roubles and durations milliseconds."""
+    """The log lines of a request. Amounts are in roubles, durations in milliseconds."""
 
-    def __init__(self, say: Say = say_by_logging) -> None:
-        self._say = say
+    def __init__(self, write_line: WriteLine = write_line_by_logging) -> None:
+        self._write_line = write_line
 
     def llm_request(self, *, model: str, user_id: int, request_id: str, stream: bool, messages: int) -> None:
-        self._say(
+        self._write_line(
             logging.INFO,
             f"LLM Request: {model}",
             {
@@ -72,8 +72,8 @@ class LoggerService:
         cost_rub: str | None,
         cause: str | None,
     ) -> None:
-        """`outcome` is `settled`, `released` or `awaiting_evidence` for an answer, else the code of the refusal."""
-        self._say(
+        """`outcome` is `settled`, `released` or `awaiting_evidence`, or the code of the error that the client received."""
+        self._write_line(
             logging.INFO if cause is None else logging.WARNING,
             f"LLM Response: {model}",
             {
@@ -94,7 +94,7 @@ class LoggerService:
         )
 
     def http(self, *, method: str, path: str, status: int, request_id: str, duration_ms: int, code: str | None) -> None:
-        self._say(
+        self._write_line(
             logging.INFO,
             f"HTTP {method} {path} {status}",
             {
@@ -110,8 +110,8 @@ class LoggerService:
 
 
 def audit(
-    who: str,
-    what: str,
+    actor: str,
+    action: str,
     *,
     user_id: int | None = None,
     amount_rub: str | None = None,
@@ -120,14 +120,14 @@ def audit(
     key_id: int | None = None,
     limits: dict[str, object] | None = None,
 ) -> None:
-    """One line for each change by hand or by a payment. Of a key there is only its number."""
-    AUDIT.info(
+    """Writes the audit line of a change made by `actor` (an administrator, the CLI, a payment). Keys appear by `key_id` only."""
+    AUDIT_LOGGER.info(
         "Audit: %s",
-        what,
+        action,
         extra={
             "type": "audit",
-            "who": who,
-            "what": what,
+            "who": actor,
+            "what": action,
             "userId": None if user_id is None else str(user_id),
             "amount": amount_rub,
             "reference": reference,

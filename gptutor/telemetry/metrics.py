@@ -1,7 +1,7 @@
-"""Figures for the operator's monitoring, in Prometheus's form (contract F11); what each means stands in its help text.
+"""Prometheus metrics for the operator (contract F11). Each metric's help text says what it counts.
 
-They are served on a listener of their own, off unless `metrics.port` is set: who asks how much, and how often it fails, is not
-for the public.
+They are served on a listener of their own, which is off unless `metrics.port` is set, because traffic and error rates are not
+public. The client library adds `_total` to the names of counters.
 """
 
 from aiohttp import web
@@ -9,48 +9,60 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, His
 
 COMPLETIONS = Counter(
     "gptutor_completions",
-    "Chat completions that have ended, by outcome: settled, released, awaiting_evidence, or a code.",
+    "Finished chat completion requests, by outcome: settled, released, awaiting_evidence, or an error code.",
     ["outcome"],
 )
-COMPLETION_SECONDS = Histogram(
-    "gptutor_completion_seconds",
-    "From the request's arrival until its money is closed.",
+COMPLETION_DURATION = Histogram(
+    "gptutor_completion_duration_seconds",
+    "Time from the arrival of a chat completion request until its hold is settled, released or handed over to recovery.",
     buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
 )
-IN_FLIGHT = Gauge("gptutor_in_flight", "Requests whose money is not closed yet.")
-REFUSALS = Counter("gptutor_refusals", "Answers of refusal, by their code.", ["code"])
-MALFORMED_REQUESTS = Counter("gptutor_malformed_requests", "Requests that were not HTTP.")
-SLOW_HEADS = Counter("gptutor_slow_heads", "Connections closed because the head of a request did not come in time.")
-SLOW_PARSES = Counter("gptutor_slow_parses", "Requests so large that they were checked beside the event loop.")
-CALLERS_DROPPED = Counter("gptutor_callers_dropped", "Streams whose caller stopped reading, or left.")
-UPSTREAM_FAILURES = Counter(
-    "gptutor_upstream_failures", "Attempts that OpenRouter did not answer, by kind and status.", ["kind", "status"]
+IN_FLIGHT_REQUESTS = Gauge(
+    "gptutor_in_flight_requests", "Chat completion requests whose hold is not yet settled, released or handed over to recovery."
 )
-UPSTREAM_RETRIES = Counter("gptutor_upstream_retries", "Second and later attempts at one request.")
-UPSTREAM_ACCOUNT = Counter(
-    "gptutor_upstream_account_refusals",
-    "OpenRouter's refusals of our own account: its key, its credit, its limits. Look at once.",
+ERROR_RESPONSES = Counter("gptutor_errors", "Error responses, by error code.", ["code"])
+MALFORMED_REQUESTS = Counter("gptutor_malformed_requests", "Requests that could not be parsed as HTTP.")
+HEADER_TIMEOUTS = Counter(
+    "gptutor_header_timeouts", "Connections closed because the headers of a request did not arrive within the timeout."
+)
+OFFLOADED_PARSES = Counter(
+    "gptutor_offloaded_parses", "Request bodies so large that they were parsed in a thread instead of the event loop."
+)
+DISCONNECTED_CLIENTS = Counter(
+    "gptutor_disconnected_clients", "Streamed responses whose client disconnected or stopped reading before the end."
+)
+UPSTREAM_FAILURES = Counter(
+    "gptutor_upstream_failures", "Failed attempts to call OpenRouter, by kind of failure and HTTP status.", ["kind", "status"]
+)
+UPSTREAM_RETRIES = Counter("gptutor_upstream_retries", "Second and later attempts to call OpenRouter for one request.")
+UPSTREAM_ACCOUNT_ERRORS = Counter(
+    "gptutor_upstream_account_errors",
+    "Errors of OpenRouter about the operator's own account: key, credit or limits. Alert on any increase.",
     ["status"],
 )
-CLOCK_SKEW = Gauge("gptutor_clock_skew_seconds", "Our clock less that of OpenRouter's answers; sign-in by VK needs it right.")
-BROKEN_ACCOUNTS = Gauge(
-    "gptutor_broken_accounts",
-    "Accounts whose balance is not the sum of their entries, or whose reserve is not that of their open holds. Look at once.",
+CLOCK_SKEW = Gauge(
+    "gptutor_clock_skew_seconds",
+    "Local clock minus the clock of OpenRouter, by the Date header of its responses. Sign-in with VK needs a correct clock.",
 )
-CATALOGUE_AGE = Gauge("gptutor_catalogue_age_seconds", "Since the model list was read from OpenRouter.")
+INCONSISTENT_ACCOUNTS = Gauge(
+    "gptutor_inconsistent_accounts",
+    "Accounts whose balance is not the sum of their ledger entries, or whose held amount is not the sum of their open holds. "
+    "Alert on any.",
+)
+CATALOGUE_AGE = Gauge("gptutor_catalogue_age_seconds", "Time since the model list was last read from OpenRouter.")
 PAYMENT_NOTIFICATIONS = Counter(
     "gptutor_payment_notifications",
-    "Notifications of the payment provider, by outcome: booked, nothing, unavailable, conflict.",
+    "Notifications from the payment provider, by outcome: booked, nothing, unavailable, conflict.",
     ["outcome"],
 )
 
 
-async def show(request: web.Request) -> web.Response:
+async def show_metrics(request: web.Request) -> web.Response:
     return web.Response(body=generate_latest(REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def build_metrics() -> web.Application:
-    """The page as an application of its own."""
+    """The application that serves `GET /metrics`."""
     app = web.Application()
-    app.router.add_get("/metrics", show)
+    app.router.add_get("/metrics", show_metrics)
     return app

@@ -1,4 +1,4 @@
-"""A page of the guide: Markdown of `pages/<name>.<language>.md`, rendered once into the frame of `page.html`."""
+"""Rendering the pages of the guide: Markdown in `pages/<name>.<language>.md`, inside the template `page.html`."""
 
 import html
 import re
@@ -14,7 +14,7 @@ from gptutor.config.load import DEFAULT_FILE
 
 HERE = Path(__file__).parent
 NAMES = ("start", "account", "request", "answer", "money", "usage", "errors", "limits", "operation")
-"""The pages in reading order; the first is the way in."""
+"""The pages in reading order; the first is the start page."""
 
 LANGUAGES: Mapping[str, Mapping[str, str]] = {
     "ru": {
@@ -36,7 +36,7 @@ LANGUAGES: Mapping[str, Mapping[str, str]] = {
         "skip": "To the text",
     },
 }
-"""The words of the frame. The first language is the default."""
+"""The texts of the template. The first language is the default."""
 
 Pages = Mapping[tuple[str, str], "Page"]
 
@@ -69,21 +69,23 @@ def read_page(source: str) -> Page:
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = markdown.parse(source)
     title, headings = "", []
-    for place, token in enumerate(tokens):
+    for index, token in enumerate(tokens):
         if token.type == "heading_open":
-            text = plain(tokens[place + 1])
+            text = plain_text(tokens[index + 1])
             token.attrSet("id", anchor_of(text))
             if token.tag == "h1":
                 title = text
             elif token.tag == "h2":
                 headings.append(Heading(anchor_of(text), text))
         elif token.type == "fence" and token.info == DEFAULT_FILE.name:
-            token.content = DEFAULT_FILE.read_text(encoding="utf-8")  # the file itself: settings are described once
+            token.content = DEFAULT_FILE.read_text(
+                encoding="utf-8"
+            )  # the settings file itself, so that settings are described only once
     return Page(title, tuple(headings), markdown.renderer.render(tokens, markdown.options, {}))
 
 
-def plain(inline: Token) -> str:
-    """A heading's text without its marks."""
+def plain_text(inline: Token) -> str:
+    """The text of a heading without its markup."""
     return "".join(child.content for child in inline.children or ())
 
 
@@ -92,37 +94,37 @@ def anchor_of(text: str) -> str:
 
 
 def render(pages: Pages, language: str, name: str) -> str:
-    """The whole HTML document of one page."""
-    page, words = pages[language, name], LANGUAGES[language]
-    place = NAMES.index(name)
+    """One page as a whole HTML document."""
+    page, texts = pages[language, name], LANGUAGES[language]
+    position = NAMES.index(name)
     return Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
-        {key: html.escape(word) for key, word in words.items()},
+        {key: html.escape(text) for key, text in texts.items()},
         language=language,
         title=html.escape(page.title),
         languages=" ".join(language_link(other, name, current=other == language) for other in LANGUAGES),
         navigation="\n".join(navigation(pages, language, name)),
         body=page.body,
-        turning="\n".join(
-            f'<a class="{side}" href="{NAMES[at]}"><small>{html.escape(words[side])}</small> '
-            f"{html.escape(pages[language, NAMES[at]].title)}</a>"
-            for side, at in (("previous", place - 1), ("next", place + 1))
-            if 0 <= at < len(NAMES)
+        pager="\n".join(
+            f'<a class="{side}" href="{NAMES[neighbour]}"><small>{html.escape(texts[side])}</small> '
+            f"{html.escape(pages[language, NAMES[neighbour]].title)}</a>"
+            for side, neighbour in (("previous", position - 1), ("next", position + 1))
+            if 0 <= neighbour < len(NAMES)
         ),
     )
 
 
 def language_link(language: str, name: str, *, current: bool) -> str:
-    mark = ' aria-current="true"' if current else ""
-    return f'<a href="/{language}/{name}" hreflang="{language}" lang="{language}"{mark}>{LANGUAGES[language]["name"]}</a>'
+    attribute = ' aria-current="true"' if current else ""
+    return f'<a href="/{language}/{name}" hreflang="{language}" lang="{language}"{attribute}>{LANGUAGES[language]["name"]}</a>'
 
 
 def navigation(pages: Pages, language: str, current: str) -> list[str]:
-    """List items: every page, and below the current one its sections."""
+    """List items of every page, with the sections of the current page below it."""
     items = []
     for name in NAMES:
         page = pages[language, name]
-        mark = ' aria-current="page"' if name == current else ""
-        items.append(f'<li><a href="{name}"{mark}>{html.escape(page.title)}</a>')
+        attribute = ' aria-current="page"' if name == current else ""
+        items.append(f'<li><a href="{name}"{attribute}>{html.escape(page.title)}</a>')
         if name == current and page.headings:
             sections = (f'<li><a href="#{h.anchor}">{html.escape(h.text)}</a></li>' for h in page.headings)
             items.append(f"<ul>{''.join(sections)}</ul>")

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos`: a storm, and its audit. Exits with 1 if a single nano-rouble is not where it belongs."""
+"""`python -m tests.chaos`: a storm and its audit. Exits with 1 if any nano-rouble is not accounted for."""
 
 import argparse
 import asyncio
@@ -22,181 +22,190 @@ from gptutor.money.keyring import KeyRing
 from gptutor.money.users import UserRepository
 from gptutor.money.vault import Vault
 from tests.chaos import audit
-from tests.chaos.callers import Account, Callers
+from tests.chaos.clients import Account, Clients
+from tests.chaos.processes import SECRET, Postgres, all_listening, free_port, postgres, simulator, workers
 from tests.chaos.proxy import Proxy, proxied
-from tests.chaos.stage import SECRET, Postgres, all_listening, free_port, postgres, simulator, workers
-from tests.chaos.storm import Storm, broken_invariants
+from tests.chaos.storm import Storm, violated_invariants
 
 RICH, POOR = 5, 2
 PROGRESS_S = 5.0
 STOP_S = 30.0
 
 
-def options() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.chaos", description="A storm over real processes, and an audit of the books."
+        prog="python -m tests.chaos",
+        description="Injects faults into real processes under load, then compares the ledger with OpenRouter's bills.",
     )
-    parser.add_argument("--seconds", type=float, default=60, help="how long the storm lasts (60)")
-    parser.add_argument("--seed", type=int, default=None, help="the dice; without one they are new, and printed")
-    parser.add_argument("--workers", type=int, default=2, help="gateway processes (2)")
-    parser.add_argument("--callers", type=int, default=32, help="callers at once (32)")
-    parser.add_argument("--kills-at-least", type=int, default=0, help="go on until so many workers were killed")
-    parser.add_argument("--crashes-at-least", type=int, default=0, help="go on until PostgreSQL has crashed so often")
-    parser.add_argument("--patience", type=float, default=120, help="seconds that recovery has afterwards (120)")
-    parser.add_argument("--hurry", action="store_true", help="do not wait for holds that recovery looks at only in a minute")
-    parser.add_argument("--list", action="store_true", help="list every hold that is left waiting, not only their reasons")
+    parser.add_argument("--seconds", type=float, default=60, help="duration of the storm (default: 60)")
+    parser.add_argument("--seed", type=int, default=None, help="random seed (default: a new one, which is printed)")
+    parser.add_argument("--workers", type=int, default=2, help="gateway processes (default: 2)")
+    parser.add_argument("--clients", type=int, default=32, help="concurrent clients (default: 32)")
+    parser.add_argument("--kills-at-least", type=int, default=0, help="continue until at least this many workers were killed")
+    parser.add_argument(
+        "--crashes-at-least", type=int, default=0, help="continue until PostgreSQL has crashed at least this often"
+    )
+    parser.add_argument("--recovery-s", type=float, default=120, help="seconds that recovery may take afterwards (default: 120)")
+    parser.add_argument(
+        "--skip-slow-holds", action="store_true", help="do not wait for holds that recovery looks at only after a minute"
+    )
+    parser.add_argument("--list", action="store_true", help="list every hold that remains open, not only the reasons")
     parser.add_argument("--keep", action="store_true", help="keep the directory with logs and journals")
     return parser.parse_args()
 
 
-async def make_accounts(url: str, dice: random.Random) -> list[Account]:
+async def make_accounts(url: str, rng: random.Random) -> list[Account]:
     await migrations.migrate(url)
     accounts = []
-    async with pool.open_database(url) as connected:
-        users, bookings = UserRepository(connected), Bookings(connected)
+    async with pool.open_database(url) as database:
+        users, bookings = UserRepository(database), Bookings(database)
         for number in range(RICH + POOR):
             user = await users.create(f"user {number}")
             await bookings.book(user.account_id, "topup", parse_roubles("10000" if number < RICH else "3"))
-            key, _ = await KeyRing(connected, Vault([SECRET])).issue(user.account_id)
+            key, _ = await KeyRing(database, Vault([SECRET])).issue(user.account_id)
             accounts.append(Account(key, user.account_id, is_poor=number >= RICH))
-    dice.shuffle(accounts)
+    rng.shuffle(accounts)
     return accounts
 
 
-async def run(chosen: argparse.Namespace, directory: Path, server: Postgres) -> list[str]:
-    """Gives the faults that were found."""
+async def run(arguments: argparse.Namespace, directory: Path, server: Postgres) -> list[str]:
+    """Returns descriptions of all errors that were found."""
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    dice = random.Random(chosen.seed)
-    accounts = await make_accounts(server.url, dice)
+    rng = random.Random(arguments.seed)
+    accounts = await make_accounts(server.url, rng)
     async with (
-        proxied(server.socket, random.Random(dice.random())) as proxy,
-        simulator(free_port(dice), directory / "simulator.out") as oracle,
-        workers(chosen.workers, directory, proxy.url, oracle, dice) as crew,
+        proxied(server.socket, random.Random(rng.random())) as proxy,
+        simulator(free_port(rng), directory / "simulator.out") as simulator_url,
+        workers(arguments.workers, directory, proxy.url, simulator_url, rng) as running,
     ):
-        callers = Callers(accounts, crew, random.Random(dice.random()))
-        storm = Storm(crew, server, random.Random(dice.random()))
-        began = time.monotonic()
+        clients = Clients(accounts, running, random.Random(rng.random()))
+        storm = Storm(running, server, random.Random(rng.random()))
+        started = time.monotonic()
 
         def is_over() -> bool:
-            if storm.kills < chosen.kills_at_least or storm.crashes < chosen.crashes_at_least:
+            if storm.kills < arguments.kills_at_least or storm.crashes < arguments.crashes_at_least:
                 return False
-            return time.monotonic() - began >= float(chosen.seconds)
+            return time.monotonic() - started >= float(arguments.seconds)
 
-        progress = asyncio.create_task(_progress(began, callers, storm, proxy))
+        progress = asyncio.create_task(_progress(started, clients, storm, proxy))
         try:
-            await all_listening(crew)
+            await all_listening(running)
             async with asyncio.TaskGroup() as group:
-                group.create_task(storm.rage(is_over, [account for account in accounts if account.is_poor]))
-                group.create_task(callers.call(chosen.callers, is_over))
+                group.create_task(storm.run(is_over, [account for account in accounts if account.is_poor]))
+                group.create_task(clients.run(arguments.clients, is_over))
         finally:
             progress.cancel()
-        lasted = time.monotonic() - began
-        proxy.calm = True
-        print(f"{lasted:6.1f} s  calm: the callers have gone, recovery has at most {chosen.patience:.0f} s", flush=True)
-        await all_listening(crew)
+        lasted = time.monotonic() - started
+        proxy.is_calm = True
+        print(f"{lasted:6.1f} s  storm over: waiting at most {arguments.recovery_s:.0f} s for recovery", flush=True)
+        await all_listening(running)
         data = directory / "var"
-        books = await audit.settled(server.url, oracle, data, len(crew), chosen.patience, hurry=chosen.hurry)
-        for bill in books.bills.values():
-            bill["wish"] = callers.wishes.get(bill["ask"])
-        found = audit.compare(books, callers.names, audit.owners_alive(data))
-        broken = storm.broken + await broken_invariants(server.url)
-        codes = await asyncio.gather(*(worker.stop(STOP_S) for worker in crew))
-        found.faults += [f"a worker was asked to stop, and ended with {code}" for code in codes if code != 0]
-        found.faults += [death for worker in crew for death in worker.deaths]
-        found.faults += audit.leftovers(data) + _payments(books, accounts, storm)
+        records = await audit.wait_for_recovery(
+            server.url, simulator_url, data, len(running), arguments.recovery_s, skip_slow_holds=arguments.skip_slow_holds
+        )
+        for bill in records.bills.values():
+            bill["description"] = clients.descriptions.get(bill["job_id"])
+        found = audit.compare(records, clients.generation_ids, audit.running_owners(data))
+        violations = storm.violations + await violated_invariants(server.url)
+        codes = await asyncio.gather(*(worker.stop(STOP_S) for worker in running))
+        found.errors += [f"a worker exited with {code} after SIGTERM" for code in codes if code != 0]
+        found.errors += [exit_text for worker in running for exit_text in worker.unexpected_exits]
+        found.errors += audit.leftovers(data) + _payment_errors(records, accounts, storm)
 
-    _report(chosen, lasted, callers, storm, proxy, books, found)
-    print(f"  exceptions in logs    {_told(exceptions(directory / 'logs'))}")
-    print(f"  invariants broken     {len(broken)}, in {storm.checks} checks meanwhile and one at the end")
-    return found.faults + broken
+    _report(arguments, lasted, clients, storm, proxy, records, found)
+    print(f"  exceptions in logs    {_summary(exceptions(directory / 'logs'))}")
+    print(f"  invariants violated   {len(violations)}, in {storm.checks} checks during the storm and one at the end")
+    return found.errors + violations
 
 
 def _report(
-    chosen: argparse.Namespace,
+    arguments: argparse.Namespace,
     lasted: float,
-    callers: Callers,
+    clients: Clients,
     storm: Storm,
     proxy: Proxy,
-    books: audit.Books,
+    records: audit.Records,
     found: audit.Findings,
 ) -> None:
-    print(f"\nseed {chosen.seed}: {lasted:.0f} s, {chosen.workers} workers, {callers.requests} requests for {callers.asks} asks")
-    print(f"  callers saw           {_told(callers.outcomes)}")
-    print(f"  workers killed        {storm.kills}, {storm.kills_booting} of them while starting")
+    print(
+        f"\nseed {arguments.seed}: {lasted:.0f} s, {arguments.workers} workers, {clients.requests} requests for {clients.jobs} jobs"
+    )
+    print(f"  responses             {_summary(clients.outcomes)}")
+    print(f"  workers killed        {storm.kills}, {storm.kills_while_starting} of them while starting")
     print(f"  database crashes      {storm.crashes}")
-    print(f"  statements            {_told(proxy.done)}")
-    print(f"  holds                 {_told(found.states)}; {len(books.bills)} generations at OpenRouter")
+    print(f"  statements            {_summary(proxy.counts)}")
+    print(f"  holds                 {_summary(found.states)}; {len(records.bills)} generations at OpenRouter")
     print(f"  charges compared      {found.compared}, together {found.charged_usd:f} dollars")
     print(f"  difference            {found.difference_usd.normalize():f} dollars")
-    print(f"  bills without a name  {found.unnamed_bills}, together {found.unnamed_usd:f} dollars")
-    print(f"  … at most lost        {roubles(found.unnamed_bound_nano)} roubles, which their holds cover")
-    print(f"  holds left waiting    {sum(map(len, found.waiting.values()))}")
+    print(f"  unidentified bills    {found.unidentified_bills}, together {found.unidentified_usd:f} dollars")
+    print(f"  … their holds         {roubles(found.unidentified_held_nano)} roubles, the most that can be lost")
+    print(f"  holds still open      {sum(map(len, found.waiting.values()))}")
     for reason, holds in found.waiting.items():
         print(f"    {len(holds):>5}  {reason}; at most {_sum(holds)} roubles")
-        print(f"           {_told(Counter(_wish(hold, callers).partition('=')[0] for hold in holds))}")
-        for hold in holds if chosen.list else ():
+        print(f"           {_summary(Counter(_description(hold, clients).partition('=')[0] for hold in holds))}")
+        for hold in holds if arguments.list else ():
             print(
-                f"           {hold['created_at']:%H:%M:%S}  {hold['request_id']:<12} {_wish(hold, callers):<24} {_sum([hold]):>12}"
+                f"           {hold['created_at']:%H:%M:%S}  {hold['request_id']:<12} {_description(hold, clients):<24} {_sum([hold]):>12}"
             )
 
 
-async def _progress(began: float, callers: Callers, storm: Storm, proxy: Proxy) -> None:
+async def _progress(started: float, clients: Clients, storm: Storm, proxy: Proxy) -> None:
     while True:
         await asyncio.sleep(PROGRESS_S)
         print(
-            f"{time.monotonic() - began:6.1f} s  {callers.requests} requests, {callers.outcomes['200']} answers in full, "
-            f"{callers.outcomes['left']} callers left; {storm.kills} kills, {storm.crashes} crashes of the database, "
-            f"{proxy.done['reply lost']} commits unknown, {len(storm.broken)} invariants broken",
+            f"{time.monotonic() - started:6.1f} s  {clients.requests} requests, {clients.outcomes['200']} complete responses, "
+            f"{clients.outcomes['disconnected']} disconnected; {storm.kills} kills, {storm.crashes} crashes of the database, "
+            f"{proxy.counts['reply lost']} commit replies lost, {len(storm.violations)} invariants violated",
             flush=True,
         )
 
 
-def _payments(books: audit.Books, accounts: list[Account], storm: Storm) -> list[str]:
-    """Every payment is booked once, whatever happened while it was."""
-    faults = []
+def _payment_errors(records: audit.Records, accounts: list[Account], storm: Storm) -> list[str]:
+    """Descriptions of accounts whose payments are not booked exactly once."""
+    errors = []
     for account in accounts:
         due = (3 if account.is_poor else 10_000) + storm.paid.get(account.account_id, 0)
-        if books.topups[account.account_id] != due * audit.NANO:
-            faults.append(
-                f"account {account.account_id} paid {due} roubles, and {books.topups[account.account_id]} nano are booked"
+        if records.topups[account.account_id] != due * audit.NANO:
+            errors.append(
+                f"account {account.account_id} paid {due} roubles, but {records.topups[account.account_id]} nano-roubles are booked"
             )
-    return faults
+    return errors
 
 
 def exceptions(directory: Path) -> Counter[str]:
-    """Tracebacks in the workers' log, by their last lines: material for a developer, not a verdict."""
-    seen: Counter[str] = Counter()
+    """Exceptions in the workers' log, by message and last line. They are information, not errors of the test."""
+    counts: Counter[str] = Counter()
     for path in directory.glob("combined-*.log"):
         for line in path.read_bytes().splitlines():
             with contextlib.suppress(orjson.JSONDecodeError):  # a kill may tear a line
                 record = orjson.loads(line)
                 if "exc_info" in record:
-                    seen[f"{record['message']}: {record['exc_info'].strip().splitlines()[-1]}"] += 1
-    return seen
+                    counts[f"{record['message']}: {record['exc_info'].strip().splitlines()[-1]}"] += 1
+    return counts
 
 
-def _wish(hold: asyncpg.Record, callers: Callers) -> str:
-    return callers.wishes[audit.ask_of(hold)]
+def _description(hold: asyncpg.Record, clients: Clients) -> str:
+    return clients.descriptions[audit.job_of(hold)]
 
 
 def _sum(holds: list[asyncpg.Record]) -> str:
     return roubles(sum(hold["amount_nano"] for hold in holds))
 
 
-def _told(counts: Counter[str]) -> str:
-    return ", ".join(f"{what} {count}" for what, count in sorted(counts.items())) or "none"
+def _summary(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
 
 
 def main() -> int:
-    chosen = options()
-    if chosen.seed is None:
-        chosen.seed = secrets.randbelow(10**6)
-    print(f"chaos with seed {chosen.seed}", flush=True)
+    arguments = parse_arguments()
+    if arguments.seed is None:
+        arguments.seed = secrets.randbelow(10**6)
+    print(f"chaos with seed {arguments.seed}", flush=True)
     with contextlib.ExitStack() as stack:
-        if chosen.keep:
+        if arguments.keep:
             directory = Path(tempfile.mkdtemp(prefix="gptutor-chaos-"))
             print(f"kept in {directory}", flush=True)
         else:
@@ -205,18 +214,18 @@ def main() -> int:
             )
         server = stack.enter_context(postgres(directory / "postgres"))
         try:
-            faults = asyncio.run(run(chosen, directory, server))
+            errors = asyncio.run(run(arguments, directory, server))
         except asyncio.CancelledError:
-            print("Interrupted; everything is stopped.")
+            print("Interrupted; all processes are stopped.")
             return 130
-    for fault in faults:
-        print(f"FAULT {fault}")
-    if faults:
+    for error in errors:
+        print(f"ERROR {error}")
+    if errors:
         print(
-            f"{len(faults)} faults. The same dice again: python -m tests.chaos --seed {chosen.seed} --seconds {chosen.seconds:.0f}"
+            f"{len(errors)} errors. Run with the same seed: python -m tests.chaos --seed {arguments.seed} --seconds {arguments.seconds:.0f}"
         )
         return 1
-    print("Every nano-rouble is where it belongs.")
+    print("Every nano-rouble is accounted for.")
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Between the workers and PostgreSQL: a TCP proxy that makes the network worse, above all at the moment of a commit.
+"""A TCP proxy between the workers and PostgreSQL that injects network faults, above all around commits.
 
-What matters most is the reply that never comes: the statement was carried out, and its sender cannot know it. So the proxy
-knows just enough of the protocol to meet statements and not the small talk around them: asyncpg begins an execution with a Bind
-message, and the server ends its answer with ReadyForQuery, which it sends after the commit.
+The most important fault is the lost reply: the statement was executed, and its sender cannot know. So the proxy knows enough of the
+protocol to hit statements and not other messages: asyncpg begins an execution with a Bind message, and the server ends its reply with
+ReadyForQuery, which it sends after the commit.
 
-Bytes of a caller who has died meanwhile are still delivered, as a kernel would deliver them.
+Bytes that a worker sent before it died are still delivered, as a kernel would deliver them.
 """
 
 import asyncio
@@ -18,40 +18,40 @@ from pathlib import Path
 
 BIND = b"B"
 ERROR = b"E"
-READY = b"Z\x00\x00\x00\x05I"  # ReadyForQuery, no transaction open: whatever was asked is committed
-PIECE = 1 << 16
+READY = b"Z\x00\x00\x00\x05I"  # ReadyForQuery, no transaction open: the statement is committed
+CHUNK_BYTES = 1 << 16
 
-# What becomes of a statement, and how often.
-FATES = {
-    "late": 0.10,  # it reaches the server a little later
-    "very late": 0.002,  # … and its sender has given up by then
+# The faults of statements, with their probabilities.
+FAULTS = {
+    "late": 0.10,  # it reaches the server late
+    "very late": 0.002,  # it reaches the server after the sender's timeout
     "lost": 0.005,  # it never reaches the server, and the connection breaks
-    "reply lost": 0.015,  # it is carried out, the reply is swallowed, and the connection breaks: commit unknown
-    "reply torn": 0.003,  # … after half of the reply
+    "reply lost": 0.015,  # it is executed, the reply is dropped, and the connection breaks
+    "reply torn": 0.003,  # it is executed, and the connection breaks after half of the reply
 }
 LATE_S = (0.0, 0.1)
 VERY_LATE_S = (2.0, 5.0)
-CONNECTIONS_CUT = 0.02
+CONNECTION_REFUSED = 0.02
 
 
 @dataclass(slots=True)
 class Link:
-    """One connection, and what is to become of the reply that is awaited on it."""
+    """One proxied connection, and the fault to inject into the next reply."""
 
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter
-    fate: str = ""
+    fault: str = ""
 
 
 @dataclass
 class Proxy:
-    """`calm` ends all faults; `done` counts those that came to pass."""
+    """`is_calm` disables all faults; `counts` are the injected ones by name."""
 
     socket: Path
-    dice: random.Random
+    rng: random.Random
     url: str = ""
-    calm: bool = False
-    done: Counter[str] = field(default_factory=Counter)
+    is_calm: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
     _links: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -61,7 +61,7 @@ class Proxy:
         try:
             await self._connect(reader, writer)
         except asyncio.CancelledError:
-            pass  # the end of the run; asyncio's own callback would complain of a cancelled handler
+            pass  # the end of the run; asyncio would log the cancelled handler as an error
         finally:
             writer.transport.abort()
             self._links.discard(task)
@@ -72,15 +72,18 @@ class Proxy:
         await asyncio.gather(*self._links, return_exceptions=True)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not self.calm and self.dice.random() < CONNECTIONS_CUT:
-            self.done["connection refused"] += 1
+        if not self.is_calm and self.rng.random() < CONNECTION_REFUSED:
+            self.counts["connection refused"] += 1
             return
         try:
             server_reader, server_writer = await asyncio.open_unix_connection(str(self.socket))
         except OSError:
             return  # PostgreSQL is down
         link = Link(writer, server_writer)
-        pumps = [asyncio.create_task(self._ask(reader, link)), asyncio.create_task(self._answer(server_reader, link))]
+        pumps = [
+            asyncio.create_task(self._forward_statements(reader, link)),
+            asyncio.create_task(self._forward_replies(server_reader, link)),
+        ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -89,47 +92,47 @@ class Proxy:
             await asyncio.gather(*pumps, return_exceptions=True)
             server_writer.transport.abort()
 
-    async def _ask(self, reader: asyncio.StreamReader, link: Link) -> None:
+    async def _forward_statements(self, reader: asyncio.StreamReader, link: Link) -> None:
         with contextlib.suppress(ConnectionError):
-            while chunk := await reader.read(PIECE):
-                fate = self._draw() if chunk.startswith(BIND) else ""
-                if fate == "lost":
-                    self.done[fate] += 1
+            while chunk := await reader.read(CHUNK_BYTES):
+                fault = self._choose_fault() if chunk.startswith(BIND) else ""
+                if fault == "lost":
+                    self.counts[fault] += 1
                     return
-                if fate in ("late", "very late"):
-                    self.done[fate] += 1
-                    await asyncio.sleep(self.dice.uniform(*(LATE_S if fate == "late" else VERY_LATE_S)))
-                elif fate:
-                    link.fate = fate
+                if fault in ("late", "very late"):
+                    self.counts[fault] += 1
+                    await asyncio.sleep(self.rng.uniform(*(LATE_S if fault == "late" else VERY_LATE_S)))
+                elif fault:
+                    link.fault = fault
                 link.server.write(chunk)
                 await link.server.drain()
 
-    async def _answer(self, reader: asyncio.StreamReader, link: Link) -> None:
-        held_back = b""
+    async def _forward_replies(self, reader: asyncio.StreamReader, link: Link) -> None:
+        withheld = b""
         with contextlib.suppress(ConnectionError):
-            while chunk := await reader.read(PIECE):
-                if not link.fate:
+            while chunk := await reader.read(CHUNK_BYTES):
+                if not link.fault:
                     link.client.write(chunk)
                     await link.client.drain()
                     continue
-                held_back += chunk
-                if not held_back.endswith(READY):
+                withheld += chunk
+                if not withheld.endswith(READY):
                     continue
-                if link.fate == "reply torn":
-                    link.client.write(held_back[: len(held_back) // 2])
+                if link.fault == "reply torn":
+                    link.client.write(withheld[: len(withheld) // 2])
                     await link.client.drain()
-                self.done["refusal lost" if held_back.startswith(ERROR) else link.fate] += 1
+                self.counts["error lost" if withheld.startswith(ERROR) else link.fault] += 1
                 return
 
-    def _draw(self) -> str:
-        if self.calm:
+    def _choose_fault(self) -> str:
+        if self.is_calm:
             return ""
-        return self.dice.choices([*FATES, ""], [*FATES.values(), 1 - sum(FATES.values())])[0]
+        return self.rng.choices([*FAULTS, ""], [*FAULTS.values(), 1 - sum(FAULTS.values())])[0]
 
 
 @asynccontextmanager
-async def proxied(socket: Path, dice: random.Random) -> AsyncIterator[Proxy]:
-    proxy = Proxy(socket, dice)
+async def proxied(socket: Path, rng: random.Random) -> AsyncIterator[Proxy]:
+    proxy = Proxy(socket, rng)
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     proxy.url = f"postgresql://postgres@127.0.0.1:{server.sockets[0].getsockname()[1]}/postgres"
     try:

@@ -1,4 +1,4 @@
-"""What goes wrong from outside: workers are killed, PostgreSQL crashes, and money is paid in all the while."""
+"""Faults from outside: workers are killed and PostgreSQL crashes, while payments are booked and invariants checked."""
 
 import asyncio
 import random
@@ -11,33 +11,33 @@ from gptutor.database.errors import DatabaseUnavailable
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.invariants import check
-from tests.chaos.callers import Account
-from tests.chaos.stage import Postgres, Worker
+from tests.chaos.clients import Account
+from tests.chaos.processes import Postgres, Worker
 
 KILL_EVERY_S = (0.3, 1.5)
 CRASH_EVERY_S = (4.0, 10.0)
 DOWN_S = (0.0, 0.2, 2.0)
-POLITE = 0.1
-"""How often a kill is announced by SIGTERM, and comes in the middle of the orderly end."""
-BOOTING = 0.1
-"""How often it meets a worker that is still starting, replaying its predecessor's journal perhaps."""
+SIGTERM_PROBABILITY = 0.1
+"""How often SIGTERM precedes a kill, which then interrupts the orderly shutdown."""
+STARTING_PROBABILITY = 0.1
+"""How often a kill may hit a worker that is still starting, and perhaps replaying its predecessor's journal."""
 
 
 @dataclass
 class Storm:
-    crew: list[Worker]
+    workers: list[Worker]
     postgres: Postgres
-    dice: random.Random
+    rng: random.Random
     kills: int = 0
-    kills_booting: int = 0
+    kills_while_starting: int = 0
     crashes: int = 0
     checks: int = 0
     paid: dict[int, int] = field(default_factory=dict)
-    """How many top-ups of one rouble each account got."""
-    broken: list[str] = field(default_factory=list)
-    """Invariants that did not hold in the middle of the storm."""
+    """Account id → number of its top-ups of one rouble."""
+    violations: list[str] = field(default_factory=list)
+    """Invariants that were violated during the storm."""
 
-    async def rage(self, is_over: Callable[[], bool], poor: list[Account]) -> None:
+    async def run(self, is_over: Callable[[], bool], poor: list[Account]) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._kill(is_over))
             group.create_task(self._crash(is_over))
@@ -46,34 +46,34 @@ class Storm:
 
     async def _kill(self, is_over: Callable[[], bool]) -> None:
         while not is_over():
-            await asyncio.sleep(self.dice.uniform(*KILL_EVERY_S))
-            ready = [worker for worker in self.crew if worker.is_listening]
-            if not ready or self.dice.random() < BOOTING:
-                ready = self.crew
-            victim = self.dice.choice(ready)
+            await asyncio.sleep(self.rng.uniform(*KILL_EVERY_S))
+            candidates = [worker for worker in self.workers if worker.is_listening]
+            if not candidates or self.rng.random() < STARTING_PROBABILITY:
+                candidates = self.workers
+            victim = self.rng.choice(candidates)
             if not victim.is_listening:
-                self.kills_booting += 1
-            if self.dice.random() < POLITE:
+                self.kills_while_starting += 1
+            if self.rng.random() < SIGTERM_PROBABILITY:
                 victim.kill(signal.SIGTERM)
-                await asyncio.sleep(self.dice.uniform(0.05, 1.0))
+                await asyncio.sleep(self.rng.uniform(0.05, 1.0))
             victim.kill()
             victim.is_listening = False
             self.kills += 1
 
     async def _crash(self, is_over: Callable[[], bool]) -> None:
         while not is_over():
-            await asyncio.sleep(self.dice.uniform(*CRASH_EVERY_S))
+            await asyncio.sleep(self.rng.uniform(*CRASH_EVERY_S))
             await asyncio.to_thread(self.postgres.crash)
-            await asyncio.sleep(self.dice.choice(DOWN_S))
+            await asyncio.sleep(self.rng.choice(DOWN_S))
             await asyncio.to_thread(self.postgres.start)
             self.crashes += 1
 
     async def _pay(self, is_over: Callable[[], bool], poor: list[Account]) -> None:
-        """Each payment is booked until it is certain that it is: a repeated reference books nothing."""
+        """Repeats each booking until it is certain: a repeated reference is not booked again."""
         number = 0
         while not is_over():
-            await asyncio.sleep(self.dice.uniform(0.2, 1.0))
-            account = self.dice.choice(poor)
+            await asyncio.sleep(self.rng.uniform(0.2, 1.0))
+            account = self.rng.choice(poor)
             number += 1
             while True:
                 try:
@@ -88,18 +88,18 @@ class Storm:
             self.paid[account.account_id] = self.paid.get(account.account_id, 0) + 1
 
     async def _check(self, is_over: Callable[[], bool]) -> None:
-        """All invariants, in the middle of it; while the database is away there is nothing to see."""
+        """Checks all invariants every few seconds, whenever the database is available."""
         while not is_over():
             await asyncio.sleep(5)
             try:
-                self.broken += await broken_invariants(self.postgres.url)
+                self.violations += await violated_invariants(self.postgres.url)
                 self.checks += 1
             except DatabaseUnavailable:
                 continue
 
 
-async def broken_invariants(url: str) -> list[str]:
-    """Raises DatabaseUnavailable."""
+async def violated_invariants(url: str) -> list[str]:
+    """Descriptions of the invariants that are violated now. Raises DatabaseUnavailable."""
     async with pool.open_database(url, connections_min=0) as connected:
         return [
             f"invariant {finding.invariant.name}: {finding.invariant.meaning} {finding.rows}"

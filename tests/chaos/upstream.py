@@ -1,7 +1,7 @@
-"""OpenRouter for a storm: `gptutor simulator`, whose bills also say what was asked and under whose pseudonym.
+"""OpenRouter for the chaos test: the simulator, whose bills also contain the job and the user's pseudonym.
 
-A worker that dies between sending and hearing never learns the name of what it bought. The text of the request is then the only
-link between the simulator's bill and our hold, so each one begins with its number (`ASK`), and the bills repeat it.
+A worker that dies after it sent a request and before the response arrived never learns the generation id. The text of the request is
+then the only link between the simulator's bill and the hold. So each text begins with the id of its job, and the bills contain it.
 """
 
 import asyncio
@@ -16,20 +16,20 @@ from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.generation import last_text
 from gptutor.simulator.server import Simulator
 
-ASK = re.compile(r"ask-\d+")
+JOB_ID = re.compile(r"job-\d+")
 
 
-class TalkativeSimulator(Simulator):
+class DetailedBillsSimulator(Simulator):
     async def bills(self, request: web.Request) -> web.Response:
         bills = []
-        for record in self.books.records.values():
-            asked = json.loads(record.body)
-            found = ASK.match(last_text(asked["messages"]))
+        for record in self.billing.records.values():
+            body = json.loads(record.body)
+            job_id = JOB_ID.match(last_text(body["messages"]))
             bills.append(
                 {
                     "id": record.generation_id,
-                    "ask": found[0] if found else None,
-                    "user": asked.get("user"),
+                    "job_id": job_id[0] if job_id else None,
+                    "user": body.get("user"),
                     "model": record.model,
                     "cancelled": record.cancelled,
                     "finished": record.finished,
@@ -40,7 +40,7 @@ class TalkativeSimulator(Simulator):
 
 
 async def main(port: int) -> None:
-    simulator = TalkativeSimulator(word_s=0.005, first_word_s=0.03, known_after_s=0.3)
+    simulator = DetailedBillsSimulator(word_s=0.005, first_word_s=0.03, generation_delay_s=0.3)
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=port)):
         await asyncio.Event().wait()
 

@@ -1,5 +1,5 @@
 // The JavaScript clients of record.py, which starts this with the server's URL and the directory in the environment, and the cases of
-// asks.json on stdin.
+// requests.json on stdin.
 import { existsSync, readFileSync } from 'node:fs';
 import { createOpenAI } from '@ai-sdk/openai';
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
@@ -14,12 +14,12 @@ import { z } from 'zod';
 
 globalThis.AI_SDK_LOG_WARNINGS = false;
 const { RECORDER: url, KEY: apiKey, OUTDIR } = process.env;
-const asks = JSON.parse(readFileSync(0, 'utf8'));
+const requests = JSON.parse(readFileSync(0, 'utf8'));
 const model = 'google/gemini-2.5-flash-lite';
 const hello = [{ role: 'user', content: 'Hello' }];
 const user = 'ivan.petrov@example.com';
-const said = (name) => asks[name].messages[0].content;
-const part = (name) => asks[name].messages[0].content[1];
+const contentOf = (name) => requests[name].messages[0].content;
+const part = (name) => requests[name].messages[0].content[1];
 const base64 = (uri) => uri.split(',')[1];
 const png = part('image-data').image_url.url;
 const pdf = part('file-data').file.file_data;
@@ -32,7 +32,7 @@ globalThis.fetch = async (where, how) =>
   String(where.url ?? where).startsWith(url)
     ? fetch(where, how)
     : new Response(Buffer.from(base64(png), 'base64'), { headers: { 'Content-Type': 'image/png' } });
-const texts = ['unicode', 'escapes', 'long', ...Object.keys(asks).filter((name) => /^surrogate-(?!in-tool)/.test(name))];
+const texts = ['unicode', 'escapes', 'long', ...Object.keys(requests).filter((name) => /^surrogate-(?!in-tool)/.test(name))];
 
 async function drained(stream) {
   for await (const chunk of await stream) void chunk;
@@ -41,11 +41,11 @@ async function drained(stream) {
 function openaiNode() {
   const at = (name) => new OpenAI({ baseURL: `${url}/openai-node/${name}`, apiKey, maxRetries: 0 }).chat.completions;
   const create = async (name, members) => {
-    const answer = await at(name).create(members);
-    if (members.stream) await drained(answer);
+    const response = await at(name).create(members);
+    if (members.stream) await drained(response);
   };
   return {
-    ...Object.fromEntries(Object.entries(asks).map(([name, members]) => [name, () => create(name, members)])),
+    ...Object.fromEntries(Object.entries(requests).map(([name, members]) => [name, () => create(name, members)])),
     'model-undefined': () => create('model-undefined', { model: undefined, messages: hello }),
     'surrogate-beside-noncharacter': () =>
       create('surrogate-beside-noncharacter', { model, messages: [{ role: 'user', content: '\ud83d \ufdd0' }] }),
@@ -112,7 +112,7 @@ function langchainNode() {
     ],
     'cache-control': [new SystemMessage({ content: [{ type: 'text', text: 'Rules.', cache_control: { type: 'ephemeral' } }] }), ...turn],
     empty: [new HumanMessage(''), new AIMessage(''), new HumanMessage({ content: [] })],
-    ...Object.fromEntries(texts.map((name) => [name, [new HumanMessage(said(name))]])),
+    ...Object.fromEntries(texts.map((name) => [name, [new HumanMessage(contentOf(name))]])),
   };
   const tools = {
     tools: {},
@@ -179,7 +179,7 @@ function aiSdk(at, own) {
     'cache-control': { messages: [{ role: 'user', content: [{ ...text, providerOptions: cached }, text], providerOptions: cached }] },
     empty: { messages: [{ role: 'user', content: '' }, { role: 'assistant', content: '' }, ...hello] },
     headers: { headers: { 'X-Own': '1' } },
-    ...Object.fromEntries(texts.map((name) => [name, { prompt: said(name) }])),
+    ...Object.fromEntries(texts.map((name) => [name, { prompt: contentOf(name) }])),
     ...Object.fromEntries(Object.entries(own).map(([name, providerOptions]) => [name, { providerOptions }])),
   };
   const input = (members) => ('messages' in members ? members : { prompt: 'Hello', ...members });
@@ -248,7 +248,7 @@ for (const client of process.argv.slice(2)) {
     try {
       await play();
     } catch (error) {
-      // After its body was kept, a client may dislike the recorder's only answer.
+      // Errors after the body was recorded are about the recorder's response, and are ignored.
       if (!existsSync(`${OUTDIR}/${client}/${name}.json`)) console.log(`${client}/${name}: not recorded: ${error}`.slice(0, 200));
     }
   }

@@ -1,7 +1,7 @@
-"""Records what client libraries put on the wire: `python tests/corpus/record.py OUTDIR [CLIENT …]`; see README.md beside it.
+"""Records the requests of client libraries: `python tests/corpus/record.py OUTDIR [CLIENT …]`; see README.md in this directory.
 
-A server that stands for OpenRouter keeps each body as it came in OUTDIR/CLIENT/CASE.json. Clients and cases are told apart by the
-path, `/CLIENT/CASE/chat/completions`. `asks.json` holds the requests of the clients that take OpenAI's own form, by case.
+A server in the place of OpenRouter writes each request body unchanged to OUTDIR/CLIENT/CASE.json. It takes client and case from the
+path, `/CLIENT/CASE/chat/completions`. `requests.json` contains, by case, the requests for clients that take OpenAI's own format.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ HERE = Path(__file__).parent
 MODEL = "google/gemini-2.5-flash-lite"
 HELLO = [{"role": "user", "content": "Hello"}]
 KEY = "sk-recorded"
-ANSWER = '{"name":"Paris","population":2100000}'
-OF_THE_CONNECTION = {"Host", "Connection", "Content-Length", "Transfer-Encoding"}
+CONTENT = '{"name":"Paris","population":2100000}'
+CONNECTION_HEADERS = {"Host", "Connection", "Content-Length", "Transfer-Encoding"}
 
 Cases = Mapping[str, Callable[[], Any]]
-"""What to do for each case, by name."""
+"""The function that sends the request of each case, by name of the case."""
 
 
 # -- the server
@@ -36,37 +36,37 @@ Cases = Mapping[str, Callable[[], Any]]
 class Recorder(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     directory: Path
-    headers_of: dict[str, dict[str, str]]  # by client; the first case that has a header says its value
+    headers_of: dict[str, dict[str, str]]  # by client; the value of a header is that of the first case that has it
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         _, client, case, *rest = self.path.split("/")
         assert rest == ["chat", "completions"], self.path
         file = self.directory / client / f"{case}.json"
-        assert not file.exists(), f"{client} asked twice in {case}"
+        assert not file.exists(), f"{client} sent two requests in {case}"
         file.write_bytes(body)
         for name, value in self.headers.items():
-            if name.title() not in OF_THE_CONNECTION:
+            if name.title() not in CONNECTION_HEADERS:
                 self.headers_of[client].setdefault(name, value.replace(KEY, "sk-..."))
         stream = bool(json.loads(body).get("stream"))
-        answer = streamed() if stream else json.dumps(completion("message", "chat.completion")).encode()
+        response = streamed_completion() if stream else json.dumps(completion("message", "chat.completion")).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream" if stream else "application/json")
-        self.send_header("Content-Length", str(len(answer)))
+        self.send_header("Content-Length", str(len(response)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(response)
 
     def log_message(self, *_: Any) -> None:
         pass
 
 
-def completion(part: str, kind: str) -> dict[str, Any]:
-    choice = {"index": 0, part: {"role": "assistant", "content": ANSWER}, "finish_reason": "stop"}
+def completion(content_field: str, kind: str) -> dict[str, Any]:
+    choice = {"index": 0, content_field: {"role": "assistant", "content": CONTENT}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
     return {"id": "gen-1", "object": kind, "created": 1, "model": MODEL, "choices": [choice], "usage": usage}
 
 
-def streamed() -> bytes:
+def streamed_completion() -> bytes:
     return f"data: {json.dumps(completion('delta', 'chat.completion.chunk'))}\n\ndata: [DONE]\n\n".encode()
 
 
@@ -87,9 +87,9 @@ def serving(directory: Path, clients: list[str]) -> Iterator[str]:
 # -- the requests
 
 
-def asks() -> dict[str, dict[str, Any]]:
-    """Each case's members, in OpenAI's form."""
-    cases = json.loads((HERE / "asks.json").read_text())
+def requests() -> dict[str, dict[str, Any]]:
+    """The members of the request of each case, in OpenAI's format."""
+    cases = json.loads((HERE / "requests.json").read_text())
     cases["long"] = {"messages": [{"role": "user", "content": "Очень long text, « 😀 ». " * 700}]}
     schema: dict[str, Any] = {"type": "string"}
     for depth in range(60):
@@ -116,8 +116,8 @@ def openai_python(url: str) -> Cases:
     def create(case: str, members: dict[str, Any]) -> None:
         extra = {name: value for name, value in members.items() if name not in known}
         named = {name: value for name, value in members.items() if name in known}
-        answer = client(case).create(**named, **({"extra_body": extra} if extra else {}))
-        list(answer if members.get("stream") else [])
+        response = client(case).create(**named, **({"extra_body": extra} if extra else {}))
+        list(response if members.get("stream") else [])
 
     def stream_helper() -> None:
         with client("stream-helper").stream(model=MODEL, messages=HELLO, response_format=City) as stream:
@@ -125,7 +125,7 @@ def openai_python(url: str) -> Cases:
 
     tool = openai.pydantic_function_tool(City)
     return {
-        **{case: lambda case=case, members=members: create(case, members) for case, members in asks().items()},
+        **{case: lambda case=case, members=members: create(case, members) for case, members in requests().items()},
         "pydantic": lambda: client("pydantic").parse(model=MODEL, messages=HELLO, response_format=City),
         "pydantic-tool": lambda: client("pydantic-tool").parse(model=MODEL, messages=HELLO, tools=[tool]),
         "stream-helper": stream_helper,
@@ -145,13 +145,13 @@ def litellm(url: str, client: str = "litellm", provider: str = "openai") -> Case
 
     def complete(case: str, members: dict[str, Any]) -> None:
         members = {**members, "model": f"{provider}/{members['model'] or MODEL}"}
-        answer = litellm.completion(
+        response = litellm.completion(
             **members, api_base=f"{url}/{client}/{case}", api_key=KEY, num_retries=0, max_retries=0,
             allowed_openai_params=[name for name in members if name not in ("model", "messages")],
         )  # fmt: skip
-        list(answer if members.get("stream") else [])
+        list(response if members.get("stream") else [])
 
-    return {case: lambda case=case, members=members: complete(case, members) for case, members in asks().items()}
+    return {case: lambda case=case, members=members: complete(case, members) for case, members in requests().items()}
 
 
 def litellm_openrouter(url: str) -> Cases:
@@ -175,13 +175,13 @@ def langchain_python(url: str) -> Cases:
         """The weather of a city"""
         return city + unit
 
-    said = {case: members["messages"][0]["content"] for case, members in asks().items()}
-    parts = {part["type"]: part for case in ("image-data", "file-data", "audio") for part in said[case]}
+    contents = {case: members["messages"][0]["content"] for case, members in requests().items()}
+    parts = {part["type"]: part for case in ("image-data", "file-data", "audio") for part in contents[case]}
     png = parts["image_url"]["image_url"]["url"].partition(",")[2]
     call = AIMessage("", tool_calls=[{"name": "get_weather", "args": {"city": "Париж", "x": 1.0}, "id": "call_1"}])
     legacy = AIMessage("", additional_kwargs={"function_call": {"name": "get_weather", "arguments": "{}"}})
-    tool_turn = [HumanMessage("Weather?"), call, ToolMessage("21", tool_call_id="call_1")]
-    talk = [SystemMessage("Be brief."), HumanMessage("Hello", name="Ivan"), AIMessage("Hi"), HumanMessage("Again")]
+    tool_result_turn = [HumanMessage("Weather?"), call, ToolMessage("21", tool_call_id="call_1")]
+    conversation = [SystemMessage("Be brief."), HumanMessage("Hello", name="Ivan"), AIMessage("Hi"), HumanMessage("Again")]
     cached = SystemMessage([{"type": "text", "text": "Rules.", "cache_control": {"type": "ephemeral"}}])
     extra = {"provider": {"sort": "price"}, "usage": {"include": True}, "models": [MODEL], "transforms": [], "top_k": 1.0}
     tools: dict[str, dict[str, Any]] = {
@@ -197,17 +197,17 @@ def langchain_python(url: str) -> Cases:
         "model-kwargs": {"model_kwargs": {"user": "ivan.petrov@example.com", "prediction": {"type": "content", "content": "x"}}},
     }  # fmt: skip
     messages: dict[str, list[Any]] = {
-        "conversation": talk, "developer": [ChatMessage("Be brief.", role="developer"), HumanMessage("Hello")],
-        "tool-turn": tool_turn, "functions": [HumanMessage("Weather?"), legacy, FunctionMessage("21", name="get_weather")],
+        "conversation": conversation, "developer": [ChatMessage("Be brief.", role="developer"), HumanMessage("Hello")],
+        "tool-turn": tool_result_turn, "functions": [HumanMessage("Weather?"), legacy, FunctionMessage("21", name="get_weather")],
         "image": [HumanMessage([{"type": "image", "base64": png, "mime_type": "image/png"}, {"type": "text", "text": "?"}])],
         "image-url": [HumanMessage([{"type": "image", "url": "https://example.com/a.png"}])],
         "parts": [HumanMessage([parts["text"], parts["image_url"], parts["file"], parts["input_audio"]])],
         "file": [HumanMessage([{"type": "file", "base64": png, "mime_type": "application/pdf", "filename": "отчёт.pdf"}])],
         "audio": [HumanMessage([{"type": "audio", "base64": png, "mime_type": "audio/wav"}])],
-        "cache-control": [cached, HumanMessage("Hello")], "refusal": [AIMessage("", additional_kwargs={"refusal": "No."}), *talk],
+        "cache-control": [cached, HumanMessage("Hello")], "refusal": [AIMessage("", additional_kwargs={"refusal": "No."}), *conversation],
         "empty": [HumanMessage(""), AIMessage(""), HumanMessage([])],
-        "unicode": [HumanMessage(said["unicode"])],
-        "escapes": [HumanMessage(said["escapes"])],
+        "unicode": [HumanMessage(contents["unicode"])],
+        "escapes": [HumanMessage(contents["escapes"])],
     }  # fmt: skip
 
     def model(case: str, **members: Any) -> Any:
@@ -222,7 +222,7 @@ def langchain_python(url: str) -> Cases:
         **{f"structured-{method}": lambda method=method:
                model(f"structured-{method}").with_structured_output(City, method=method).invoke("Paris")
            for method in ("json_schema", "json_mode", "function_calling")},
-        "tool-turn-with-tools": lambda: model("tool-turn-with-tools").bind_tools([get_weather]).invoke(tool_turn),
+        "tool-turn-with-tools": lambda: model("tool-turn-with-tools").bind_tools([get_weather]).invoke(tool_result_turn),
         "stream": lambda: list(model("stream").stream("Hello")),
         "stream-usage": lambda: list(model("stream-usage", stream_usage=True).stream("Hello")),
         "stream-without-usage": lambda: list(model("stream-without-usage", stream_usage=False).stream("Hello")),
@@ -241,10 +241,10 @@ JAVASCRIPT = ["openai-node", "langchain-node", "ai-sdk-openai", "ai-sdk-openai-c
 
 
 def record(client: str, url: str, directory: Path) -> None:
-    """Plays all cases of a client; tells which it would not send. After that, a client may dislike the server's only answer."""
-    for case, play in PYTHON[client][1](url).items():
+    """Sends all cases of a client, and reports those it refused to send. Errors after sending (about the response) are ignored."""
+    for case, send in PYTHON[client][1](url).items():
         try:
-            play()
+            send()
         except Exception as error:
             if not (directory / client / f"{case}.json").exists():
                 print(f"{client}/{case}: not recorded: {error!r}"[:200])
@@ -264,7 +264,9 @@ def main(directory: Path, *wanted: str) -> None:
         if names:
             path = f"{HERE / 'node_modules' / '.bin'}{os.pathsep}{os.environ['PATH']}"
             environ = {**os.environ, "PATH": path, "RECORDER": url, "OUTDIR": str(directory), "KEY": KEY}
-            subprocess.run(["node", HERE / "record.mjs", *names], input=json.dumps(asks()), text=True, env=environ, check=True)
+            subprocess.run(
+                ["node", HERE / "record.mjs", *names], input=json.dumps(requests()), text=True, env=environ, check=True
+            )
     for client in clients:
         print(f"{client}: {len(list((directory / client).iterdir())) - 1} cases")
 

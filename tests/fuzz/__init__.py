@@ -1,1 +1,1 @@
-"""Fuzzing of what reads bytes from outside: `python -m tests.fuzz TARGET --seconds 60`."""
+"""Fuzzing of everything that parses external input: `python -m tests.fuzz TARGET --seconds 60`."""

@@ -1,4 +1,4 @@
-"""Two ways to think up inputs: atheris, guided by the branches that are reached, and Hypothesis, which is everywhere."""
+"""Two fuzzing engines: atheris, guided by branch coverage, and Hypothesis, which is available on every machine."""
 
 import importlib.util
 import os
@@ -22,20 +22,20 @@ BATCH = 2000
 
 
 def inputs(target: "Target") -> st.SearchStrategy[bytes]:
-    """Any bytes, and seeds with some places changed."""
+    """Random bytes, and seeds with random edits."""
     edits = st.lists(st.tuples(st.integers(0, INPUT_BYTES_MAX), st.integers(0, 8), st.binary(max_size=8)), max_size=6)
     return st.one_of(st.binary(max_size=200), st.builds(edited, st.sampled_from(target.seeds), edits))
 
 
 def edited(seed: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
-    for place, size, new in edits:
-        place %= len(seed) + 1
-        seed = seed[:place] + new + seed[place + size :]
+    for index, size, new in edits:
+        index %= len(seed) + 1
+        seed = seed[:index] + new + seed[index + size :]
     return seed
 
 
 def run_hypothesis(target: "Target", *, runs: int, seed: int) -> None:
-    """Raises what the target raises, for the smallest input that was found."""
+    """Raises what the target raises for the smallest failing input that was found."""
 
     @seeded(seed)
     @settings(
@@ -55,19 +55,19 @@ def run_hypothesis(target: "Target", *, runs: int, seed: int) -> None:
 
 
 def run_hypothesis_for(target: "Target", *, seconds: float, seed: int) -> int:
-    """Gives the number of runs."""
-    ends = time.monotonic() + seconds
+    """Returns the number of runs. Raises what the target raises."""
+    deadline = time.monotonic() + seconds
     batches = 0
-    while time.monotonic() < ends:
+    while time.monotonic() < deadline:
         run_hypothesis(target, runs=BATCH, seed=seed + batches)
         batches += 1
     return batches * BATCH
 
 
 def run_atheris(target: "Target", *, seconds: int, seed: int, corpus: Path | None) -> int:
-    """Gives the exit code: 0, or another after an input that fails was printed; it is then kept in the directory of the inputs.
+    """Returns the exit code: 0, or another after a failing input was printed and written to the corpus directory.
 
-    libFuzzer ends its process without a word to Python, so it gets one of its own.
+    libFuzzer ends its process without returning to Python, so it runs in a child process.
     """
     directory = corpus or Path(tempfile.mkdtemp(prefix="gptutor-fuzz-"))
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""What is fuzzed: each target takes any bytes, and fails with anything but what the code declares.
+"""The fuzz targets. Each takes any bytes, and fails if the code raises an exception that it does not declare.
 
-A target draws its decisions from the bytes themselves (Dice), so that a fuzzer which changes bytes changes decisions. Its seeds
-are inputs worth changing.
+A target takes its decisions from the input itself (Decisions), so that a fuzzer that changes bytes also changes decisions. Its seeds
+are valid and nearly valid inputs.
 """
 
 import itertools
@@ -15,15 +15,16 @@ from typing import Any
 from urllib.parse import urlencode
 
 from gptutor.api.chat.request import ParsedRequest, parse_request
-from gptutor.config import load
+from gptutor.config.load import CONFIG_PATH_NAME, SHORT_NAMES, load
+from gptutor.config.schema import Config, ConfigError
 from gptutor.errors import ApiError
-from gptutor.integrations.vk import NotSigned, signature, verify
+from gptutor.integrations.vk import InvalidLaunch, signature, verify
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import FORM, hash_key, make_key, parse_key
 from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner
 from gptutor.openrouter.catalogue import CatalogueError, parse_models
 
-APART = b"\xfe\xfd"
+SEPARATOR = b"\xfe\xfd"
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,21 @@ class Target:
     seeds: tuple[bytes, ...]
 
 
-class Dice:
-    """Decisions, taken from what stands behind APART; `rest` is what stands before it, and is what the target reads."""
+class Decisions:
+    """The bytes after SEPARATOR, as decisions of the target. `input` is what precedes it: the input of the tested code."""
 
     def __init__(self, data: bytes) -> None:
-        self.rest, _, self._decisions = data.partition(APART)
+        self.input, _, self._bytes = data.partition(SEPARATOR)
 
     def number(self, below: int) -> int:
-        return int.from_bytes(self.part(2), "big") % below
+        return int.from_bytes(self.take(2), "big") % below
 
-    def part(self, size: int) -> bytes:
-        taken, self._decisions = self._decisions[:size], self._decisions[size:]
+    def take(self, size: int) -> bytes:
+        taken, self._bytes = self._bytes[:size], self._bytes[size:]
         return taken
 
 
-# -- scanner: any split gives the same bill, and memory is bounded
+# -- scanner: the result does not depend on how the stream is split, and memory is bounded
 
 EVENT = b'data: {"id":"gen-1","choices":[{"delta":{"content":"\\"usage\\""}}],"usage":{"cost":0.25,"is_byok":false}}'
 STREAMS = (
@@ -56,24 +57,24 @@ STREAMS = (
     b'data: {"error":{"code":502},"usage":{"cost":1E-3,"is_byok":true,"cost_details":{"upstream_inference_cost":0.5}}}\n\n',
     b'data: {"usage":{"cost":null}}\n\ndata: {"usage":[1]}\n\ndata: [[[[\n\ndata: {"id":5}\n\r',
 )
-TOO_LONG = EVENT + b"x" * 100 + b"\n\n" + EVENT + b"\n\n" + APART + bytes([0, 0, 0, 199, 0, 3, 0, 90, 0, 95, 0, 200])
+TOO_LONG = EVENT + b"x" * 100 + b"\n\n" + EVENT + b"\n\n" + SEPARATOR + bytes([0, 0, 0, 199, 0, 3, 0, 90, 0, 95, 0, 200])
 
 
-def scan(data: bytes) -> None:
-    dice = Dice(data)
-    known = "gen-0" if dice.number(2) else None
-    filler = b"x" * (EVENT_BYTES_MAX - 20) if dice.number(200) == 199 else b""
-    places = [dice.number(1 << 16) for _ in range(dice.number(20))]
-    stream = filler + dice.rest
-    whole = said(stream, [], known)
-    assert said(stream, [place + len(filler) for place in places] + places, known) == whole
+def fuzz_scanner(data: bytes) -> None:
+    decisions = Decisions(data)
+    known = "gen-0" if decisions.number(2) else None
+    filler = b"x" * (EVENT_BYTES_MAX - 20) if decisions.number(200) == 199 else b""
+    splits = [decisions.number(1 << 16) for _ in range(decisions.number(20))]
+    stream = filler + decisions.input
+    expected = scan_in_parts(stream, [], known)
+    assert scan_in_parts(stream, [split + len(filler) for split in splits] + splits, known) == expected
     if not filler and len(stream) < 300:
-        assert said(stream, list(range(len(stream))), known) == whole
+        assert scan_in_parts(stream, list(range(len(stream))), known) == expected
 
 
-def said(stream: bytes, places: list[int], known: str | None) -> tuple[Any, ...]:
+def scan_in_parts(stream: bytes, splits: list[int], known: str | None) -> tuple[Any, ...]:
     scanner = BillScanner(known)
-    edges = sorted({0, len(stream), *(place % (len(stream) + 1) for place in places)})
+    edges = sorted({0, len(stream), *(split % (len(stream) + 1) for split in splits)})
     for start, end in itertools.pairwise(edges):
         scanner.feed(stream[start:end])
         assert len(scanner._rest) <= EVENT_BYTES_MAX + (end - start) + 64
@@ -82,7 +83,7 @@ def said(stream: bytes, places: list[int], known: str | None) -> tuple[Any, ...]
     return (bill.cost_usd, bill.prompt_tokens, bill.completion_tokens) if bill else None, scanner.generation_id, scanner.has_ended
 
 
-# -- ask: nothing but a ApiError, and what is let through goes on as it was written
+# -- request: only ApiError is raised, and accepted bodies are forwarded unchanged except for GPTutor's own fields
 
 BODIES = (
     b'{"messages":[{"role":"user","content":"Hi"}]}',
@@ -92,7 +93,7 @@ BODIES = (
     b'{"messages":[{"role":"user","content":"Hi"}],"model":"a/b:online","models":["c"],"max_tokens":5,"stop":["a"],"tools":[{}]}',
     b'{"messages":[{"role":"system","content":"\\u0000"}],"\\u0061":1e308,"\\"":{"":[]},"temperature":2,"max_completion_tokens":null}',
 )
-TWICE = (
+DUPLICATE_KEYS = (
     b'{"messages":[{"role":"user","content":"Hi"}],"max_tokens":1,"max_tokens":9}',
     b'{"messages":[{"role":"user","content":"Hi"}],"x":[{"a":1,"\\u0061":2}]}',
 )
@@ -112,48 +113,48 @@ TOKENS = (
     ),
     *(b'"stream":false,', b'"usage":{"include":false},', b'"max_tokens":1,', b'"\\u006dodel":"y",', b" ", b"\n", b"\xef\xbb\xbf"),
 )
-OURS = {"user", "usage", "model", "stream_options", "max_tokens"}
+OWN_FIELDS = {"user", "usage", "model", "stream_options", "max_tokens"}
 
 
-def ask(data: bytes) -> None:
-    dice = Dice(data)
-    body = bytearray(dice.rest)
-    for _ in range(dice.number(6)):
-        place = dice.number(len(body) + 1)
-        cut = dice.number(4)
-        body[place : place + cut] = TOKENS[dice.number(len(TOKENS))]
-    body = body[: len(body) - dice.number(2)]
-    output_limit = dice.number(2) * 16 or None
+def fuzz_request(data: bytes) -> None:
+    decisions = Decisions(data)
+    body = bytearray(decisions.input)
+    for _ in range(decisions.number(6)):
+        index = decisions.number(len(body) + 1)
+        length = decisions.number(4)
+        body[index : index + length] = TOKENS[decisions.number(len(TOKENS))]
+    body = body[: len(body) - decisions.number(2)]
+    output_limit = decisions.number(2) * 16 or None
     with suppress(ApiError):
-        asked = parse_request(bytes(body), default_model="default/model")
-        assert_faithful(bytes(body), asked, output_limit)
+        parsed = parse_request(bytes(body), default_model="default/model")
+        assert_forwarded_unchanged(bytes(body), parsed, output_limit)
 
 
-def assert_faithful(body: bytes, asked: ParsedRequest, output_limit: int | None) -> None:
-    sent = asked.upstream_body(user="0" * 32, output_limit=output_limit)
+def assert_forwarded_unchanged(body: bytes, parsed: ParsedRequest, output_limit: int | None) -> None:
+    sent = parsed.upstream_body(user="0" * 32, output_limit=output_limit)
     document = strictly_parsed(sent)
     assert document["user"] == "0" * 32
     assert document["usage"]["include"] is True
-    assert not asked.stream or document["stream_options"]["include_usage"] is True
+    assert not parsed.stream or document["stream_options"]["include_usage"] is True
     assert output_limit is None or document["max_tokens"] == output_limit
     before, after = members(body), members(sent)
-    ours = OURS if asked.stream else OURS - {"stream_options"}
-    ours = ours if output_limit is not None else ours - {"max_tokens"}
-    ours = ours if strictly_parsed(body).get("model") is None else ours - {"model"}
-    assert {name: value for name, value in after.items() if name not in ours} == {
-        name: value for name, value in before.items() if name not in ours
+    own_fields = OWN_FIELDS if parsed.stream else OWN_FIELDS - {"stream_options"}
+    own_fields = own_fields if output_limit is not None else own_fields - {"max_tokens"}
+    own_fields = own_fields if strictly_parsed(body).get("model") is None else own_fields - {"model"}
+    assert {name: value for name, value in after.items() if name not in own_fields} == {
+        name: value for name, value in before.items() if name not in own_fields
     }
-    assert [name for name in after if name in before] == list(before)  # in their order
+    assert [name for name in after if name in before] == list(before)  # in the same order
 
 
 def strictly_parsed(document: bytes) -> Any:
-    """By the standard library, which must find each name once."""
+    """Parses with the standard library, and asserts that no object has a duplicate key."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        assert len(dict(pairs)) == len(pairs), "a key stands twice"
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len(dict(pairs)) == len(pairs), "duplicate key"
         return dict(pairs)
 
-    return json.loads(document, object_pairs_hook=once)
+    return json.loads(document, object_pairs_hook=unique)
 
 
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -161,42 +162,42 @@ decode_value = json.JSONDecoder().raw_decode
 
 
 def members(document: bytes) -> dict[str, str]:
-    """Name → its value as it is written, of a JSON object."""
+    """The members of a JSON object: name → text of its value."""
     return dict(_members(document.decode()))
 
 
 def _members(text: str) -> Iterator[tuple[str, str]]:
-    place = after_space(text, text.index("{") + 1)
-    while text[place] != "}":
-        name, place = decode_value(text, place)
-        start = after_space(text, after_space(text, place) + 1)
+    index = after_space(text, text.index("{") + 1)
+    while text[index] != "}":
+        name, index = decode_value(text, index)
+        start = after_space(text, after_space(text, index) + 1)
         _, end = decode_value(text, start)
         yield name, text[start:end]
-        place = after_space(text, end)
-        if text[place] == ",":
-            place = after_space(text, place + 1)
+        index = after_space(text, end)
+        if text[index] == ",":
+            index = after_space(text, index + 1)
 
 
-def after_space(text: str, place: int) -> int:
-    return SPACE.match(text, place).end()  # type: ignore[union-attr]
+def after_space(text: str, index: int) -> int:
+    return SPACE.match(text, index).end()  # type: ignore[union-attr]
 
 
-# -- key: no exception, and one spelling only
+# -- key: no exception, and only one form of each key is accepted
 
 KEYS = tuple(make_key(AccountId(number)).encode() for number in (1, 17, 2**63 - 1))
 
 
-def key(data: bytes) -> None:
+def fuzz_key(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     claim = parse_key(text)
     if claim is not None:
-        form = FORM.fullmatch(text)
-        assert form is not None
-        assert claim.account_id == int(form[1]) < 2**63
+        match = FORM.fullmatch(text)
+        assert match is not None
+        assert claim.account_id == int(match[1]) < 2**63
         assert claim.key_hash == hash_key(text)
 
 
-# -- vk: nothing but NotSigned, and nobody without the signature
+# -- vk: only InvalidLaunch is raised, and nothing is accepted without a valid signature
 
 VK_SECRET = "wvl68m4dR1UpLrVRli"
 VK_NOW = 1_795_500_000
@@ -205,14 +206,14 @@ VK_LAUNCH = urlencode({**VK_SIGNED, "sign": signature(VK_SIGNED, VK_SECRET)})
 LAUNCHES = (VK_LAUNCH.encode(), b"https://h/?" + VK_LAUNCH.encode() + b"#x", b"sign=&vk_user_id=1", b"vk_ts=%F0%9F%92%A9&a&b=c")
 
 
-def vk(data: bytes) -> None:
-    with suppress(NotSigned):
+def fuzz_vk(data: bytes) -> None:
+    with suppress(InvalidLaunch):
         launch = verify(data.decode("latin-1"), app_id=5, secret=VK_SECRET, now=VK_NOW, age_s_max=3600)
         assert launch.user_id == 494075
-        assert launch.parameters == VK_SIGNED  # nobody can sign another
+        assert launch.parameters == VK_SIGNED  # only this launch is signed
 
 
-# -- config: nothing but a ConfigError
+# -- config: only ConfigError is raised
 
 FILES = (
     b"",
@@ -244,7 +245,7 @@ VALUES = (
 NAMES = tuple(
     sorted(
         {
-            *load.SHORT_NAMES,
+            *SHORT_NAMES,
             "HTTPS_PROXY",
             "NO_PROXY",
             "GPTUTOR_X",
@@ -254,7 +255,7 @@ NAMES = tuple(
             "GPTUTOR_NOPE__PORT",
             *(
                 f"GPTUTOR_{section}__{setting}".upper()
-                for section, value in ((name, getattr(load.Config(), name)) for name in load.Config.__struct_fields__)
+                for section, value in ((name, getattr(Config(), name)) for name in Config.__struct_fields__)
                 for setting in value.__struct_fields__
             ),
         }
@@ -262,26 +263,26 @@ NAMES = tuple(
 )
 
 
-def load(data: bytes) -> None:
-    dice = Dice(data)
+def fuzz_config(data: bytes) -> None:
+    decisions = Decisions(data)
     environ = {}
-    for _ in range(dice.number(4)):
-        name = NAMES[dice.number(len(NAMES))]
-        chosen = dice.number(2 * len(VALUES))
+    for _ in range(decisions.number(4)):
+        name = NAMES[decisions.number(len(NAMES))]
+        chosen = decisions.number(2 * len(VALUES))
         value = (
             VALUES[chosen]
             if chosen < len(VALUES)
-            else dice.part(dice.number(64)).decode("utf-8", "surrogateescape").replace("\0", "")
+            else decisions.take(decisions.number(64)).decode("utf-8", "surrogateescape").replace("\0", "")
         )
         environ[name] = value
-    with tempfile.NamedTemporaryFile(prefix="gptutor-fuzz-") as file, suppress(load.ConfigError):
-        file.write(dice.rest)
+    with tempfile.NamedTemporaryFile(prefix="gptutor-fuzz-") as file, suppress(ConfigError):
+        file.write(decisions.input)
         file.flush()
-        loaded = load.load({**environ, load.CONFIG_PATH_NAME: file.name})
-        assert isinstance(loaded, load.Config)
+        loaded = load({**environ, CONFIG_PATH_NAME: file.name})
+        assert isinstance(loaded, Config)
 
 
-# -- models: nothing but a CatalogueError, and no price that arithmetic could not bear
+# -- models: only CatalogueError is raised, and all prices are finite and within bounds
 
 LISTS = (
     b'{"data":[{"id":"a/b","pricing":{"prompt":"0.0000001","completion":"0.0000004"},"context_length":1000}]}',
@@ -304,13 +305,13 @@ NUMBERS = (
 )
 
 
-def models(data: bytes) -> None:
-    dice = Dice(data)
-    document = dice.rest
-    for _ in range(dice.number(3)):
-        numbers = list(re.finditer(rb'"[0-9][^"]*"|\b[0-9][0-9.]*', document)) or [re.match(b"", document)]
-        found = numbers[dice.number(len(numbers))]
-        document = document[: found.start()] + NUMBERS[dice.number(len(NUMBERS))] + document[found.end() :]
+def fuzz_models(data: bytes) -> None:
+    decisions = Decisions(data)
+    document = decisions.input
+    for _ in range(decisions.number(3)):
+        spans = [match.span() for match in re.finditer(rb'"[0-9][^"]*"|\b[0-9][0-9.]*', document)] or [(0, 0)]
+        start, end = spans[decisions.number(len(spans))]
+        document = document[:start] + NUMBERS[decisions.number(len(NUMBERS))] + document[end:]
     with suppress(CatalogueError):
         for model in parse_models(document):
             for usd in model.pricing.values():
@@ -320,15 +321,15 @@ def models(data: bytes) -> None:
 
 
 def with_decisions(*inputs: bytes) -> tuple[bytes, ...]:
-    """Each seed as it is, and with some decisions."""
-    return tuple(seed + APART + decisions for seed in inputs for decisions in (b"", bytes(range(1, 65))))
+    """Each seed without decisions, and with some."""
+    return tuple(seed + SEPARATOR + decisions for seed in inputs for decisions in (b"", bytes(range(1, 65))))
 
 
 TARGETS = {
-    "scanner": Target(scan, (*with_decisions(*STREAMS), TOO_LONG)),
-    "ask": Target(ask, with_decisions(*BODIES, *TWICE)),
-    "key": Target(key, KEYS),
-    "vk": Target(vk, LAUNCHES),
-    "config": Target(load, with_decisions(*FILES)),
-    "models": Target(models, with_decisions(*LISTS)),
+    "scanner": Target(fuzz_scanner, (*with_decisions(*STREAMS), TOO_LONG)),
+    "request": Target(fuzz_request, with_decisions(*BODIES, *DUPLICATE_KEYS)),
+    "key": Target(fuzz_key, KEYS),
+    "vk": Target(fuzz_vk, LAUNCHES),
+    "config": Target(fuzz_config, with_decisions(*FILES)),
+    "models": Target(fuzz_models, with_decisions(*LISTS)),
 }

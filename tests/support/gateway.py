@@ -104,7 +104,7 @@ class Gateway:
                 await asyncio.sleep(0.005)
 
     def billed_usd(self) -> Decimal:
-        return self.simulator.books.total_usd()
+        return self.simulator.billing.total_usd()
 
 
 def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[str, Any] | None = None) -> schema.Config:

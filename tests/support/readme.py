@@ -13,5 +13,5 @@ def examples(path: Path, language: str) -> list[str]:
 
 
 def here(example: str, service: Service) -> str:
-    """The example, pointed at the running gateway and with a key that exists."""
+    """The example with the address of the running service and its demo key."""
     return example.replace("http://localhost:3001", service.url).replace("sk-user-your-api-key", service.demo_key)

@@ -1,4 +1,4 @@
-"""A gateway as its users run it: `gptutor serve` in a process of its own, found by its banner."""
+"""The whole service as a process: `gptutor serve`, whose address and demo key are read from its banner."""
 
 import os
 import re
@@ -19,7 +19,7 @@ STOP_S = 50
 
 
 def environment(directory: Path, **settings: str) -> dict[str, str]:
-    """The settings of a service that keeps everything below `directory` and takes whatever ports are free."""
+    """Environment variables of a service that keeps all its files below `directory` and listens on free ports."""
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("GPTUTOR_", "OPENROUTER_", "DATABASE_URL"))
     }
@@ -52,7 +52,7 @@ class Service:
         return re.search(r"sk-user-\S+", self.banner)[0]  # type: ignore[index]
 
     def command(self, *arguments: str) -> Any:
-        """`gptutor <arguments> --json`, decoded."""
+        """Runs `gptutor <arguments> --json`, and returns the decoded output."""
         return orjson.loads(run(self.environ, *arguments, "--json").stdout)
 
     def log(self) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ class Service:
         return [orjson.loads(line) for line in path.read_text().splitlines()]
 
     def lines_of(self, user_id: int, count: int) -> list[dict[str, Any]]:
-        """The lines of the user's requests in the log, of which `count` are expected: they are written behind the answer."""
+        """The log lines about the user's requests. Waits until there are `count`: they are written after the response is sent."""
         for _ in range(100):
             lines = [line for line in self.log() if line.get("type") == "llm" and line.get("userId") == str(user_id)]
             if len(lines) >= count:
@@ -74,18 +74,18 @@ class Service:
         try:
             code = self.process.wait(timeout=STOP_S)
         except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGABRT)  # its stacks, by faulthandler
-            raise AssertionError(f"it does not stop:\n{self.process.stdout.read()}") from None
+            self.process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of its threads
+            raise AssertionError(f"the service did not stop:\n{self.process.stdout.read()}") from None
         self.process.stdout.close()
         return code
 
 
-def running_with(words: str) -> list[int]:
-    """The processes in whose command line the words stand."""
+def running_with(text: str) -> list[int]:
+    """The ids of the processes whose command line contains the text."""
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])
-        if words in " ".join(process.info["cmdline"] or []) and process.pid != os.getpid()
+        if text in " ".join(process.info["cmdline"] or []) and process.pid != os.getpid()
     ]
 
 
@@ -115,7 +115,7 @@ class RunningSimulator:
     base_url: str
 
     def spend(self) -> None:
-        """Asks for a completion past every gateway."""
+        """Requests a completion directly from the simulator, which no gateway charges."""
         body = orjson.dumps({"model": "openai/gpt-4o-mini", "messages": [{"role": "user", "content": "Hello"}]})
         request = urllib.request.Request(f"{self.base_url}/chat/completions", data=body, headers={"Authorization": "Bearer x"})
         with urllib.request.urlopen(request, timeout=30) as response:
@@ -129,7 +129,7 @@ class RunningSimulator:
 
 
 def start_simulator(directory: Path) -> RunningSimulator:
-    """`gptutor simulator` in a process of its own."""
+    """Runs `gptutor simulator` as a process."""
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "gptutor", "simulator"], env=environment(directory), stdout=subprocess.PIPE, text=True
     )
@@ -138,11 +138,12 @@ def start_simulator(directory: Path) -> RunningSimulator:
 
 
 def said(service: Service, *arguments: str) -> str:
+    """Runs `gptutor <arguments>`, and returns its standard output."""
     return run(service.environ, *arguments).stdout
 
 
 def refused(environ: dict[str, str], *arguments: str) -> str:
-    """The one line that a mistake gets."""
+    """Runs a command that fails, and returns its error message."""
     ended = run(environ, *arguments, check=False)
     assert ended.returncode != 0
     assert ended.stdout == ""

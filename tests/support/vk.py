@@ -1,4 +1,4 @@
-"""Launches from VK, and signing in with them."""
+"""VK launch parameters, and signing in with them."""
 
 import json
 import time
@@ -18,15 +18,15 @@ with_vk = pytest.mark.parametrize("tuned", [VK])
 
 
 def launch(
-    user_id: object = 494075, *, secret: str = VK_SECRET, beside: str = "", sign: str | None = None, **changed: Any
+    user_id: object = 494075, *, secret: str = VK_SECRET, unsigned: str = "", sign: str | None = None, **changed: Any
 ) -> str:
-    """Launch parameters as VK makes them. What is changed to None is left out."""
+    """Signed launch parameters. Those changed to None are left out; `unsigned` is appended without being signed."""
     given = {
         "vk_user_id": user_id, "vk_app_id": APP_ID, "vk_is_app_user": 1, "vk_language": "ru",
         "vk_access_token_settings": "", "vk_platform": "mobile_web", "vk_ts": int(time.time()), **changed,
     }  # fmt: skip
     signed = {name: str(value) for name, value in given.items() if value is not None}
-    return urlencode(signed) + beside + f"&sign={signature(signed, secret) if sign is None else sign}"
+    return urlencode(signed) + unsigned + f"&sign={signature(signed, secret) if sign is None else sign}"
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -37,7 +37,7 @@ async def send(gateway: Gateway, method: str, path: str, headers: Any) -> tuple[
     async with gateway.session.request(method, gateway.url + path, headers=headers) as response:
         document = json.loads(await response.read(), parse_float=Decimal)
         if response.status == 401:
-            # beside the request's name and the time there is nothing by which one refusal differs from another
+            # apart from the request id and the date, all 401 responses are identical
             assert {**response.headers, "X-Request-ID": "", "Date": "", "Server": ""} == {
                 "WWW-Authenticate": "Bearer", "X-Error-Code": "invalid_key", "X-Request-ID": "", "Date": "", "Server": "",
                 "Content-Type": "application/json; charset=utf-8", "Content-Length": "45",

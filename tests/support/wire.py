@@ -8,7 +8,7 @@ from tests.support.gateway import Caller, Gateway
 
 
 async def raw(gateway: Gateway, request: bytes, *, until_close_s: float = 5) -> bytes:
-    """Sends bytes, and gives all that comes until the server closes. Raises TimeoutError if it does not."""
+    """Sends bytes, and returns everything received until the server closes the connection. Raises TimeoutError if it does not."""
     parts = urlsplit(gateway.url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:
@@ -21,5 +21,5 @@ async def raw(gateway: Gateway, request: bytes, *, until_close_s: float = 5) -> 
 
 def post(caller: Caller, *, version: str = "1.1", extra: str = "Connection: close\r\n", stream: bool = False) -> bytes:
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": stream}).encode()
-    head = f"POST /v1/chat/completions HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n"
-    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n".encode() + body
+    headers = f"POST /v1/chat/completions HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n"
+    return f"{headers}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n".encode() + body

@@ -1,4 +1,4 @@
-"""A stand-in for YooKassa's API v3, with books of its own: payments, refunds, idempotence, authentication, and being away."""
+"""A simulator of YooKassa's API v3: payments, refunds, idempotence, authentication and outages."""
 
 import asyncio
 import base64
@@ -13,19 +13,19 @@ SECRET_KEY = "test_kQd7-secret-of-the-shop"
 
 
 class YooKassaStandIn:
-    """`fault` is what it does instead of answering: a status, "silence" or "garbage"."""
+    """`fault` replaces every response: a status, "silence" (none for 30 s) or "garbage" (HTML). `pause_s` delays every response."""
 
     def __init__(self) -> None:
         self.payments: dict[str, dict[str, Any]] = {}
         self.refunds: dict[str, dict[str, Any]] = {}
-        self.idempotent: dict[str, tuple[Any, dict[str, Any]]] = {}
+        self.idempotent_responses: dict[str, tuple[Any, dict[str, Any]]] = {}
         self.calls: list[tuple[str, str]] = []
         self.fault: int | str | None = None
-        self.under_way = self.most_under_way = 0
+        self.in_flight = self.in_flight_max = 0
         self.pause_s = 0.0
 
     def app(self) -> web.Application:
-        app = web.Application(middlewares=[self._at_the_door])
+        app = web.Application(middlewares=[self._handle])
         app.add_routes(
             [
                 web.post("/v3/payments", self._create),
@@ -35,7 +35,7 @@ class YooKassaStandIn:
         )
         return app
 
-    # -- what people and the shop do there
+    # -- actions of the payer and of the shop
 
     def pay(self, payment_id: str) -> None:
         self.payments[payment_id] |= {"status": "succeeded", "paid": True, "captured_at": "2026-11-24T10:00:00.000Z"}
@@ -44,7 +44,7 @@ class YooKassaStandIn:
         self.payments[payment_id] |= {"status": "canceled", "paid": False}
 
     def add_payment(self, account_id: int | None, value: str = "100.00", **changed: Any) -> str:
-        """A payment that somebody has made in the shop; by default it has succeeded."""
+        """Adds a payment, by default a succeeded one, and returns its id."""
         payment_id = _new_id()
         self.payments[payment_id] = {
             "id": payment_id,
@@ -68,10 +68,10 @@ class YooKassaStandIn:
     # -- its API
 
     @web.middleware
-    async def _at_the_door(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def _handle(self, request: web.Request, handler: Any) -> web.StreamResponse:
         self.calls.append((request.method, request.path))
-        self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
+        self.in_flight += 1
+        self.in_flight_max = max(self.in_flight_max, self.in_flight)
         try:
             await asyncio.sleep(self.pause_s)
             if self.fault == "silence":
@@ -83,28 +83,32 @@ class YooKassaStandIn:
             expected = base64.b64encode(f"{SHOP_ID}:{SECRET_KEY}".encode()).decode()
             if request.headers.get("Authorization") != f"Basic {expected}":
                 return _error(401, "Basic auth failed")
-            answer: web.StreamResponse = await handler(request)
-            return answer
+            response: web.StreamResponse = await handler(request)
+            return response
         finally:
-            self.under_way -= 1
+            self.in_flight -= 1
 
     async def _create(self, request: web.Request) -> web.Response:
         key = request.headers.get("Idempotence-Key")
         if not key or len(key) > 64:
             return _error(400, "Idempotence-Key is missing or too long")
-        asked = await request.json()
-        if key in self.idempotent:
-            before, answer = self.idempotent[key]
-            return web.json_response(answer) if before == asked else _error(400, "Idempotence-Key was used for another request")
+        body = await request.json()
+        if key in self.idempotent_responses:
+            previous_body, response = self.idempotent_responses[key]
+            return (
+                web.json_response(response)
+                if previous_body == body
+                else _error(400, "Idempotence-Key was used for another request")
+            )
         payment_id = self.add_payment(
             None,
-            asked["amount"]["value"],
+            body["amount"]["value"],
             status="pending",
             paid=False,
-            metadata=asked["metadata"],
+            metadata=body["metadata"],
             confirmation={"type": "redirect", "confirmation_url": "https://yoomoney.ru/checkout/payments/v2/contract?orderId=1"},
         )
-        self.idempotent[key] = (asked, copy.deepcopy(self.payments[payment_id]))
+        self.idempotent_responses[key] = (body, copy.deepcopy(self.payments[payment_id]))
         return web.json_response(self.payments[payment_id])
 
     async def _show_payment(self, request: web.Request) -> web.Response:
@@ -116,9 +120,9 @@ class YooKassaStandIn:
         return web.json_response(refund) if refund else _error(404, "no such refund")
 
 
-def notification(event: str, name: str, **claimed: Any) -> dict[str, Any]:
-    """As YooKassa sends it; `claimed` is what a forger may write there."""
-    return {"type": "notification", "event": event, "object": {"id": name, "status": "succeeded", "paid": True, **claimed}}
+def notification(event: str, object_id: str, **claimed: Any) -> dict[str, Any]:
+    """A notification as YooKassa sends it; `claimed` adds or forges fields of its object."""
+    return {"type": "notification", "event": event, "object": {"id": object_id, "status": "succeeded", "paid": True, **claimed}}
 
 
 def _error(status: int, description: str) -> web.Response:

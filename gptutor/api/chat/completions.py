@@ -16,7 +16,7 @@ from gptutor.http.body import awaits_continue, read_body, require_json
 from gptutor.http.middlewares import REQUEST_ID
 from gptutor.money.keys import KeyClaim
 from gptutor.openrouter.service import SENT_ON
-from gptutor.telemetry.metrics import SLOW_PARSES
+from gptutor.telemetry.metrics import OFFLOADED_PARSES
 
 SERVICES = web.AppKey("kit", Services)
 ON_THE_LOOP_BYTES_MAX = 1024 * 1024
@@ -59,7 +59,7 @@ async def _checked(kit: Services, body: bytes) -> ParsedRequest:
     if len(body) <= ON_THE_LOOP_BYTES_MAX:
         ask = parse_request(body, default_model=kit.default_model)
     else:
-        SLOW_PARSES.inc()
+        OFFLOADED_PARSES.inc()
         reading = functools.partial(parse_request, body, default_model=kit.default_model)
         ask = await asyncio.get_running_loop().run_in_executor(kit.slow_lane, reading)
     for model in (ask.model, *ask.fallbacks):

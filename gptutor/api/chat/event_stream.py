@@ -11,7 +11,7 @@ from aiohttp_sse import EventSourceResponse
 from gptutor.http.connection import ClientConnection
 from gptutor.http.response_head import UnbufferedResponse
 from gptutor.openrouter.response import UpstreamResponse
-from gptutor.telemetry.metrics import CALLERS_DROPPED
+from gptutor.telemetry.metrics import DISCONNECTED_CLIENTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ class EventStream:
             transport.abort()
 
     def _leave(self) -> None:
-        CALLERS_DROPPED.inc()
+        DISCONNECTED_CLIENTS.inc()
         self._gone = True
         self.abort()
         self.resume()

@@ -32,7 +32,7 @@ from gptutor.openrouter.bill import BillScanner, read_usage_report
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.relay import relay
 from gptutor.openrouter.response import UpstreamResponse
-from gptutor.telemetry.metrics import COMPLETION_SECONDS, COMPLETIONS
+from gptutor.telemetry.metrics import COMPLETION_DURATION, COMPLETIONS
 
 LOGGER = logging.getLogger("gptutor.exchange")
 
@@ -257,7 +257,7 @@ class Exchange:
         price = purchase.price if purchase else None
         duration_s = time.monotonic() - self._started
         outcome_counted(self._outcome).inc()
-        COMPLETION_SECONDS.observe(duration_s)
+        COMPLETION_DURATION.observe(duration_s)
         self._kit.log.llm_response(
             model=self._order.ask.model,
             user_id=self._order.claim.account_id,

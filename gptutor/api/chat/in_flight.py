@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Coroutine
 
 from gptutor.tasks import finish
-from gptutor.telemetry.metrics import IN_FLIGHT
+from gptutor.telemetry.metrics import IN_FLIGHT_REQUESTS
 
 
 class InFlight:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
-        IN_FLIGHT.set_function(self.__len__)
+        IN_FLIGHT_REQUESTS.set_function(self.__len__)
 
     def start(self, work: Coroutine[None, None, None]) -> None:
         """Runs `work` in a task of its own, kept by a strong reference until it ends."""

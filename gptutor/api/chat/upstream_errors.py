@@ -8,7 +8,7 @@ import logging
 
 from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.openrouter.errors import UpstreamError
-from gptutor.telemetry.metrics import UPSTREAM_ACCOUNT
+from gptutor.telemetry.metrics import UPSTREAM_ACCOUNT_ERRORS
 
 LOGGER = logging.getLogger("gptutor.upstream")
 
@@ -43,7 +43,7 @@ def to_api_error(error: UpstreamError) -> ApiError:
     if failure.status == 403 and any(word in (error.message or "").lower() for word in KEY_LIMIT_WORDS):
         code, told = "upstream_account", False
     if code == "upstream_account":
-        UPSTREAM_ACCOUNT.labels(failure.status).inc()
+        UPSTREAM_ACCOUNT_ERRORS.labels(failure.status).inc()
         LOGGER.error("OpenRouter refuses our account: %d %s", failure.status, error.message)
     headers = {}
     if code == "rate_limited_upstream" and failure.retry_after_s is not None:

@@ -1,4 +1,4 @@
-"""The processes of a storm: PostgreSQL that can crash, a simulator that must not, and workers that come back when killed."""
+"""The processes: a PostgreSQL that can crash, a simulator that must not, and workers that are restarted when killed."""
 
 import asyncio
 import base64
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import aiohttp
 
-from gptutor.database.embedded import PostgresServer, embedded_postgres
+from gptutor.database.embedded import PostgresServer, embedded_postgres  # type: ignore[attr-defined]
 from tests.support.service import environment
 
 ROOT = Path(__file__).parent.parent.parent
 SECRET = bytes(range(32))
 START_S = 60
-# Everything that takes minutes in production takes seconds here.
+# What takes minutes in production takes seconds here.
 SETTINGS = {
     "GPTUTOR_DATABASE__STATEMENT_S": "2",
     "GPTUTOR_LOGS__STDOUT": "false",
@@ -30,7 +30,7 @@ SETTINGS = {
     "GPTUTOR_OPENROUTER__FIRST_BYTE_S": "4",
     "GPTUTOR_OPENROUTER__IDLE_S": "2",
     "GPTUTOR_OPENROUTER__TOTAL_S": "5",
-    "GPTUTOR_RATE_LIMIT__CHAT_PER_MINUTE": "100000",  # counted, and never reached: fewer requests would be a milder storm
+    "GPTUTOR_RATE_LIMIT__CHAT_PER_MINUTE": "100000",  # counted but never reached, so that the load is not limited
     "GPTUTOR_RECOVERY__LOOK_MAX_S": "2",
     "GPTUTOR_RECOVERY__POLL_S": "0.2",
     "GPTUTOR_RELAY__LEAVER_DRAIN_S": "0.5",
@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 class Postgres:
-    """The embedded server, with fsync as in production. `url` leads to it directly, past the proxy."""
+    """The embedded server, with fsync as in production. `url` connects to it directly, without the proxy."""
 
     def __init__(self, url: str, directory: Path) -> None:
         self.url = url
@@ -50,11 +50,11 @@ class Postgres:
         self._server = PostgresServer._instances[directory.resolve()]
 
     def crash(self) -> None:
-        """Without a checkpoint, without a word to its clients: what a power cut would leave."""
+        """Stops at once, without a checkpoint: afterwards the files are as after a power failure."""
         self._pg_ctl("-m", "immediate", "stop")
 
     def start(self) -> None:
-        """Replays its log and answers again; on a busy machine the package's ten seconds may be too few for that."""
+        """Starts, with crash recovery, which on a busy machine may take longer than the ten seconds that the package allows."""
         for _ in range(6):
             with contextlib.suppress(subprocess.SubprocessError, AssertionError, OSError):
                 self._server.ensure_postgres_running()
@@ -81,7 +81,7 @@ def postgres(directory: Path) -> Iterator[Postgres]:
 
 @asynccontextmanager
 async def simulator(port: int, output: Path) -> AsyncIterator[str]:
-    """Gives the address of its books; below `/api/v1` it is OpenRouter."""
+    """Runs the simulator, and yields its URL."""
     process = _spawn("tests.chaos.upstream", str(port), output=output, cwd=ROOT)
     try:
         await _until_listening(port, process)
@@ -93,49 +93,51 @@ async def simulator(port: int, output: Path) -> AsyncIterator[str]:
 
 @dataclass
 class Worker:
-    """One `gptutor serve`, started again whenever it is killed. `deaths` are the ends that nobody ordered."""
+    """One `gptutor serve`, restarted whenever it is killed. `unexpected_exits` describes all other exits."""
 
     number: int
     port: int
     environ: dict[str, str]
     directory: Path
     is_listening: bool = False
-    deaths: list[str] = field(default_factory=list)
+    unexpected_exits: list[str] = field(default_factory=list)
     _process: subprocess.Popen[bytes] | None = None
-    _is_doomed: bool = False
-    _is_retired: bool = False
+    _was_killed: bool = False
+    _is_stopping: bool = False
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def live(self) -> None:
-        """One life after the other, until it is retired."""
-        while not self._is_retired:
-            self._begin()
+    async def run(self) -> None:
+        """Starts the process again and again, until `stop`."""
+        while not self._is_stopping:
+            self._start()
             assert self._process is not None
             try:
                 await _until_listening(self.port, self._process)
                 self.is_listening = True
             except ChildProcessError:
-                pass  # killed while it was starting, or told below
+                pass  # killed while it was starting, or reported below
             except TimeoutError:
-                self.deaths.append(f"worker {self.number} did not listen within {START_S} s:\n{self._last_words()}")
+                self.unexpected_exits.append(f"worker {self.number} did not listen within {START_S} s:\n{self._last_output()}")
             while self._process.poll() is None:
                 await asyncio.sleep(0.02)
             self.is_listening = False
-            if not self._is_doomed:
-                self.deaths.append(f"worker {self.number} ended by itself with {self._process.returncode}:\n{self._last_words()}")
+            if not self._was_killed:
+                self.unexpected_exits.append(
+                    f"worker {self.number} exited by itself with {self._process.returncode}:\n{self._last_output()}"
+                )
                 await asyncio.sleep(1)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         assert self._process is not None
-        self._is_doomed = True
+        self._was_killed = True
         self._process.send_signal(number)
 
     async def stop(self, within_s: float) -> int | None:
-        """Asks it to end, for good, and gives its exit code; None if it does not end."""
-        self._is_retired = True
+        """Sends SIGTERM, and returns the exit code, or None if the process does not exit in time. It is not restarted."""
+        self._is_stopping = True
         self.kill(signal.SIGTERM)
         assert self._process is not None
         try:
@@ -143,68 +145,68 @@ class Worker:
         except subprocess.TimeoutExpired:
             return None
 
-    def end(self) -> None:
+    def kill_and_wait(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
-    def _begin(self) -> None:
-        self._is_doomed = False
+    def _start(self) -> None:
+        self._was_killed = False
         self._process = _spawn("gptutor", "serve", output=self._output, cwd=self.directory, env=self.environ)
 
     @property
     def _output(self) -> Path:
         return self.directory / f"worker-{self.number}.out"
 
-    def _last_words(self) -> str:
-        said = self._output.read_text(errors="replace")
-        return "".join(f"    {line}\n" for line in said.splitlines()[-25:])
+    def _last_output(self) -> str:
+        output = self._output.read_text(errors="replace")
+        return "".join(f"    {line}\n" for line in output.splitlines()[-25:])
 
 
 @asynccontextmanager
 async def workers(
-    count: int, directory: Path, database_url: str, openrouter_url: str, dice: random.Random
+    count: int, directory: Path, database_url: str, openrouter_url: str, rng: random.Random
 ) -> AsyncIterator[list[Worker]]:
-    """They share one data directory, as on one machine, so they take each other's journals over."""
-    crew = []
+    """Runs workers that share one data directory, as on one machine, and so replay each other's journals."""
+    running = []
     for number in range(count):
-        port = free_port(dice)
+        port = free_port(rng)
         settings = {"PORT": str(port), "DATABASE_URL": database_url, "OPENROUTER_BASE_URL": f"{openrouter_url}/api/v1"}
         environ = environment(directory, OPENROUTER_API_KEY="sk-or-simulator", **SETTINGS, **settings)
-        crew.append(Worker(number, port, environ, directory))
-    lives = [asyncio.create_task(worker.live()) for worker in crew]
+        running.append(Worker(number, port, environ, directory))
+    tasks = [asyncio.create_task(worker.run()) for worker in running]
     try:
-        yield crew
+        yield running
     finally:
-        for life in lives:
-            life.cancel()
-        await asyncio.gather(*lives, return_exceptions=True)
-        for worker in crew:
-            worker.end()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for worker in running:
+            worker.kill_and_wait()
 
 
-def free_port(dice: random.Random) -> int:
-    """Below the range that the kernel gives to outgoing connections: a worker must find its port free again after a kill."""
+def free_port(rng: random.Random) -> int:
+    """A port below the range of outgoing connections, so that it is still free when a killed worker is restarted."""
     while True:
-        port = dice.randint(20_000, 32_000)
+        port = rng.randint(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
 
 
 def _spawn(module: str, *arguments: str, output: Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    with output.open("ab") as said:
-        return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=cwd, env=env, stdout=said, stderr=said)
+    with output.open("ab") as file:
+        return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=cwd, env=env, stdout=file, stderr=file)
 
 
-async def all_listening(crew: list[Worker]) -> None:
-    """Raises ChildProcessError with what they said if one does not come back."""
+async def all_listening(running: list[Worker]) -> None:
+    """Waits for all workers to listen. Raises ChildProcessError, with their output, if one does not."""
     try:
         async with asyncio.timeout(START_S):
-            while not all(worker.is_listening for worker in crew):
+            while not all(worker.is_listening for worker in running):
                 await asyncio.sleep(0.1)
     except TimeoutError:
-        raise ChildProcessError("\n".join(death for worker in crew for death in worker.deaths)) from None
+        raise ChildProcessError("\n".join(exit_text for worker in running for exit_text in worker.unexpected_exits)) from None
 
 
 async def _until_listening(port: int, process: subprocess.Popen[bytes]) -> None:

@@ -1,10 +1,10 @@
-"""A value that is valid for a JSON Schema: what a simulated model fills into a form."""
+"""Sample values that are valid for a JSON Schema, for structured output and tool arguments."""
 
 from collections.abc import Mapping
 from typing import Any
 
 DEPTH_MAX = 12
-"""From here on a schema that contains itself is brought to an end, where it allows one."""
+"""From this depth on, recursive schemas get their last alternative and the shortest arrays, so that recursion ends."""
 FORMATS = {
     "date": "2025-01-01",
     "date-time": "2025-01-01T00:00:00Z",
@@ -15,7 +15,7 @@ FORMATS = {
 
 
 def sample(schema: Any, root: Any = None, depth: int = 0) -> Any:
-    """Strings are "text", numbers 1 or their bound, enums their first value, arrays of one, objects what they require."""
+    """Strings are "text", numbers 1 or their bound, enums their first value; arrays have one item, objects what is required."""
     if not isinstance(schema, Mapping):
         return "text"
     root = schema if root is None else root
@@ -40,8 +40,8 @@ def _of_type(schema: Mapping[str, Any], root: Any, depth: int) -> Any:
             properties = schema.get("properties", {})
             return {name: sample(properties.get(name), root, depth + 1) for name in schema.get("required", properties)}
         case "array":
-            least = schema.get("minItems", 0)
-            count = least if depth >= DEPTH_MAX else max(1, least)
+            items_min = schema.get("minItems", 0)
+            count = items_min if depth >= DEPTH_MAX else max(1, items_min)
             return [sample(schema.get("items", {}), root, depth + 1)] * min(count, schema.get("maxItems", count))
         case "integer" | "number":
             return _number(schema)
@@ -59,8 +59,8 @@ def _number(schema: Mapping[str, Any]) -> int | float:
 
 
 def _resolved(reference: str, root: Any) -> Any:
-    """`#/$defs/Name` in the schema's root."""
-    place = root
-    for step in reference.removeprefix("#").strip("/").split("/"):
-        place = place[step] if step else place
-    return place
+    """The part of the root schema that a reference such as `#/$defs/Name` points to."""
+    part = root
+    for key in reference.removeprefix("#").strip("/").split("/"):
+        part = part[key] if key else part
+    return part

@@ -1,8 +1,8 @@
-"""The simulator's model list: 326 models in OpenRouter's form, the same at every start.
+"""The simulator's model list: 326 models in OpenRouter's format, the same at every start.
 
-The recommended models of our documentation come first, with prices of their own; then router models, whose price is known only
-afterwards and stands as "-1"; some whose price lists have every other entry that OpenRouter knows; then models made from the
-names of real families, and free ones.
+First come the models that the documentation recommends, with individual prices; then router models, whose price is known only
+after a request and is listed as "-1"; then models whose price lists cover all other price fields of OpenRouter; then generated
+models of real families, paid and free.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from typing import Any
 MODELS_TOTAL = 326
 CREATED = 1_735_689_600  # 2025-01-01
 VARIANTS = ("nitro", "floor", "online", "thinking")
-"""Suffixes that make a routable name of every listed model; none of them is listed."""
+"""Suffixes (`MODEL:nitro`) that OpenRouter accepts after every listed model id. The variants themselves are not listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,11 @@ class SimulatedModel:
     image: str = "0"
     request: str = "0"
     cancellable: bool = True
-    """Whether its provider stops, and stops billing, when the caller closes a stream."""
+    """Whether the provider stops, and stops billing, when the client closes a stream."""
     prices: Mapping[str, str] = field(default_factory=dict)
-    """The rest of its price list, by OpenRouter's names."""
+    """Further prices, by OpenRouter's names."""
     overrides: Sequence[Mapping[str, Any]] = ()
-    """Other prices from so many prompt tokens on; the last that applies counts."""
+    """Other prices from `min_prompt_tokens` on; the last one that applies counts."""
     outputs: Sequence[str] = ("text",)
 
     def listing(self) -> dict[str, Any]:
@@ -70,13 +70,13 @@ class SimulatedModel:
             "supported_parameters": SUPPORTED,
         }
 
-    def usd(self, name: str) -> Decimal:
-        """A price as it is billed: 0 where none is listed; a router's "-1" is billed at a middling price."""
+    def price_usd(self, name: str) -> Decimal:
+        """The billed price of one unit: 0 if none is listed, an average price for a router's "-1"."""
         price = Decimal(str(self.prices.get(name) or getattr(self, name, "0")))
         return price if price >= 0 else Decimal("0.000001")
 
-    def at(self, prompt_tokens: int) -> "SimulatedModel":
-        """The model with the prices that hold for a prompt of this length."""
+    def with_prices_for(self, prompt_tokens: int) -> "SimulatedModel":
+        """The model with the prices that apply to a prompt of this length."""
         for override in reversed(self.overrides):
             if prompt_tokens >= override["min_prompt_tokens"]:
                 return replace(self, prompt=override["prompt"], completion=override["completion"])
@@ -139,7 +139,7 @@ FAMILIES = [
 SIZES = [("nano", 0.2), ("mini", 0.5), ("base", 1.0), ("pro", 3.0), ("ultra", 10.0)]
 
 
-def make_library() -> dict[str, SimulatedModel]:
+def make_model_library() -> dict[str, SimulatedModel]:
     """All models by id."""
     models = [*RECOMMENDED, *ROUTERS, *SPECIAL]
     generation = 1
@@ -147,20 +147,20 @@ def make_library() -> dict[str, SimulatedModel]:
         for author, family, price, cancellable in FAMILIES:
             for size, factor in SIZES:
                 prompt = Decimal(repr(round(price * factor, 12)))
-                identity = f"{author}/{family}-{generation}-{size}"
+                model_id = f"{author}/{family}-{generation}-{size}"
                 models.append(
                     SimulatedModel(
-                        identity, f"{author}: {family} {generation} {size}", f"{prompt:f}", f"{prompt * 4:f}",
+                        model_id, f"{author}: {family} {generation} {size}", f"{prompt:f}", f"{prompt * 4:f}",
                         131_072, 16_384 if size != "ultra" else None, cancellable=cancellable,
                     )
                 )  # fmt: skip
                 if size == "nano":
-                    models.append(SimulatedModel(identity + ":free", f"{family} {generation} (free)", "0", "0", 32_768, 8192))
+                    models.append(SimulatedModel(model_id + ":free", f"{family} {generation} (free)", "0", "0", 32_768, 8192))
         generation += 1
     return {model.id: model for model in models[:MODELS_TOTAL]}
 
 
-def find(library: Mapping[str, SimulatedModel], name: str) -> SimulatedModel | None:
-    """The model that answers to a name, which may have the suffix of a variant."""
-    base, _, variant = name.rpartition(":")
-    return library.get(name) or (library.get(base) if variant in VARIANTS else None)
+def find_model(library: Mapping[str, SimulatedModel], model_id: str) -> SimulatedModel | None:
+    """The model with this id, which may have the suffix of a variant."""
+    base, _, variant = model_id.rpartition(":")
+    return library.get(model_id) or (library.get(base) if variant in VARIANTS else None)

@@ -1,4 +1,4 @@
-"""The simulator's own books: what OpenRouter would bill for everything it served, to compare with ours."""
+"""The bill of every generation that the simulator served, for comparison with GPTutor's ledger."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ RECORDS_MAX = 100_000
 
 
 @dataclass(slots=True)
-class Record:
-    """One generation. `body` is the request exactly as it arrived; `headers` are the names and values beside it."""
+class BillingRecord:
+    """One generation. `body` and `headers` are the request exactly as it arrived, `created` is its Unix time."""
 
     generation_id: str
     model: str
@@ -21,22 +21,22 @@ class Record:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     fee_usd: Decimal = Decimal(0)
-    """What OpenRouter charges: everything, or its fee alone where a provider's own key is used."""
+    """What OpenRouter charges: everything, or only its fee if a provider key of the customer's own (BYOK) is used."""
     provider_usd: Decimal = Decimal(0)
-    """What the provider bills to a key of its own."""
+    """What the provider charges on the customer's own key (BYOK)."""
     is_byok: bool = False
     finished: bool = False
     cancelled: bool = False
-    known_at: float = 0
-    """When `/generation` begins to know it, in the event loop's time."""
+    available_at: float = 0
+    """When `GET /generation` starts to return the record, on the clock of the event loop."""
 
     @property
     def cost_usd(self) -> Decimal:
-        """All that the generation costs its buyer."""
+        """The whole cost of the generation, OpenRouter's and the provider's."""
         return self.fee_usd + self.provider_usd
 
     def stats(self) -> dict[str, Any]:
-        """As `GET /generation` tells it."""
+        """The record as `GET /generation` returns it."""
         return {
             "id": self.generation_id,
             "model": self.model,
@@ -57,10 +57,12 @@ class Record:
 
 
 class BillingRecords:
-    def __init__(self) -> None:
-        self.records: OrderedDict[str, Record] = OrderedDict()
+    """The latest RECORDS_MAX records, by generation id, in the order of their requests."""
 
-    def open(self, record: Record) -> None:
+    def __init__(self) -> None:
+        self.records: OrderedDict[str, BillingRecord] = OrderedDict()
+
+    def add(self, record: BillingRecord) -> None:
         self.records[record.generation_id] = record
         if len(self.records) > RECORDS_MAX:
             self.records.popitem(last=False)
