@@ -15,7 +15,6 @@ from gptutor.api import auth, models, payments, sign_in
 from gptutor.api.chat import completions
 from gptutor.api.chat.context import Services
 from gptutor.api.chat.event_stream import StreamLimits
-from gptutor.api.chat.in_flight import InFlight
 from gptutor.config.schema import Config
 from gptutor.database import migrations, pool
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
@@ -36,6 +35,8 @@ from gptutor.money.recovery import Recovery, connection_name
 from gptutor.money.vault import Vault
 from gptutor.openrouter import catalogue, service
 from gptutor.routes import KEYED, PERSONAL, ROUTES
+from gptutor.tasks import BackgroundTasks
+from gptutor.telemetry import metrics
 from gptutor.telemetry.logs import LoggerService
 
 LOGGER = logging.getLogger("gptutor.app")
@@ -56,7 +57,7 @@ RECOVERY = web.AppKey("recovery", Recovery)
 SECRET = web.AppKey("secret", bytes)
 VAULT = web.AppKey("vault", Vault)
 PARSER_THREAD = web.AppKey("slow_lane", ThreadPoolExecutor)
-IN_FLIGHT = web.AppKey("in_flight", InFlight)
+IN_FLIGHT = web.AppKey("in_flight", BackgroundTasks)
 
 
 def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
@@ -208,11 +209,12 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         app[health.DATABASE],
         app[JOURNAL],
         rub_per_usd=config.billing.rub_per_usd,
-        hold_ttl_s=config.openrouter.total_s + config.relay.leaver_drain_s + HOLD_SLACK_S,
+        hold_ttl_s=config.openrouter.total_s + config.relay.disconnected_drain_s + HOLD_SLACK_S,
         chat_per_minute=config.rate_limit.chat_per_minute,
         chat_at_once=config.rate_limit.chat_at_once,
     )
-    app[IN_FLIGHT] = InFlight()
+    app[IN_FLIGHT] = BackgroundTasks()
+    metrics.IN_FLIGHT_REQUESTS.set_function(app[IN_FLIGHT].__len__)
     app[completions.SERVICES] = Services(
         ledger=ledger,
         evaluate=LLMCostEvaluate(**{name: getattr(config.billing, name) for name in config.billing.__struct_fields__}),
@@ -222,12 +224,12 @@ async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
         in_flight=app[IN_FLIGHT],
         readiness=app[health.READINESS],
         keyring=app[auth.KEYRING],
-        slow_lane=app[PARSER_THREAD],
+        parser_thread=app[PARSER_THREAD],
         body_limits=BodyLimits(config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s),
         default_model=config.openrouter.default_model,
         pseudonym_key=derived_key(app[SECRET], b"pseudonym"),
-        patience=StreamLimits(**{name: getattr(config.relay, name) for name in config.relay.__struct_fields__}),
-        pace=RateLimit(config.rate_limit.chat_per_minute),
+        stream_limits=StreamLimits(**{name: getattr(config.relay, name) for name in config.relay.__struct_fields__}),
+        rate_limit=RateLimit(config.rate_limit.chat_per_minute),
     )
     app[RECOVERY] = Recovery(
         app[health.DATABASE],

@@ -1,4 +1,4 @@
-"""The scanner: every way of cutting a stream gives the same bill (contract A3, C6; rows money-9 to money-11, upstream-10, -15)."""
+"""The scanner: every split of a stream gives the same bill (contract A3, C6; rows money-9 to money-11, upstream-10, -15)."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ costs = st.decimals(min_value=0, max_value=99_999, places=12)
 
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[bytes, Decimal | None]:
-    """A stream in any legal spelling, and the cost that its last bill states."""
+    """A stream in any valid format, and the cost that its last bill states."""
     end = draw(line_ends)
     cost = None
     parts = []
@@ -82,13 +82,13 @@ def test_the_bill_is_exact() -> None:
     assert (bill.prompt_tokens, bill.completion_tokens, bill.generation_id) == (7, 3, "gen-1")
 
 
-def test_a_bill_without_its_blank_line_counts_at_the_end() -> None:
+def test_a_bill_without_its_blank_line_counts_at_the_end_of_the_stream() -> None:
     assert scan(FINAL).bill is not None
     assert scan(FINAL[:-1]).bill is None
 
 
 @given(st.integers(-3, 3), st.sampled_from([b"\n", b"\r\n", b"\r"]), st.integers(1, 5000))
-def test_an_event_that_is_too_long_is_skipped_whatever_the_split(off: int, end: bytes, size: int) -> None:
+def test_an_event_that_is_too_long_is_skipped_for_every_split(off: int, end: bytes, size: int) -> None:
     start = b'data: {"usage":{"cost":1},"x":"'
     long = start + b"x" * (EVENT_BYTES_MAX + off - len(start) - 2) + b'"}'
     assert len(long) == EVENT_BYTES_MAX + off
@@ -106,7 +106,7 @@ def test_memory_is_bounded_on_an_endless_event() -> None:
     scanner = BillScanner()
     for _ in range(100):
         scanner.feed(b"x" * 100_000)
-    assert len(scanner._rest) <= EVENT_BYTES_MAX + 100_000
+    assert len(scanner._partial) <= EVENT_BYTES_MAX + 100_000
 
 
 @pytest.mark.parametrize(
@@ -124,18 +124,18 @@ def test_memory_is_bounded_on_an_endless_event() -> None:
         (b"", False),
     ],
 )
-def test_it_knows_whether_openrouter_has_ended_the_answer(stream: bytes, ended: bool) -> None:
+def test_the_scanner_sees_whether_openrouter_ended_the_response(stream: bytes, ended: bool) -> None:
     for known in (None, "gen-1"):
         for chunks in ([stream], [bytes([byte]) for byte in stream]):
             scanner = BillScanner(known)
             for chunk in chunks:
                 scanner.feed(chunk)
             scanner.finish()
-            assert scanner.has_ended is ended
+            assert scanner.has_seen_end is ended
 
 
 @pytest.mark.parametrize("identity", ["gen-1", "", "a b", "x" * 201, 5, None])
-def test_the_first_name_is_kept_unless_the_headers_gave_one(identity: object) -> None:
+def test_the_first_generation_id_wins_unless_the_headers_gave_one(identity: object) -> None:
     stream = b": c\n\n" + b"".join(b"data: " + json.dumps({"id": name}).encode() + b"\n\n" for name in (identity, "gen-2"))
     assert scan(stream).generation_id == ("gen-1" if identity == "gen-1" else "gen-2")
     scanner = BillScanner("gen-0")
@@ -143,9 +143,15 @@ def test_the_first_name_is_kept_unless_the_headers_gave_one(identity: object) ->
     assert scanner.generation_id == "gen-0"
 
 
-def test_it_knows_where_an_event_ends() -> None:
-    for stream, at_end in [(b"", True), (b"data: x", False), (b"data: x\n", False), (b"data: x\n\n", True), (b"a\r\n\r\n", True)]:
-        assert scan(stream).at_event_end is at_end, stream
+def test_the_scanner_knows_event_boundaries() -> None:
+    for stream, at_boundary in [
+        (b"", True),
+        (b"data: x", False),
+        (b"data: x\n", False),
+        (b"data: x\n\n", True),
+        (b"a\r\n\r\n", True),
+    ]:
+        assert scan(stream).at_event_boundary is at_boundary, stream
 
 
 @pytest.mark.parametrize(
@@ -165,19 +171,19 @@ def test_it_knows_where_an_event_ends() -> None:
         (b"", None),
     ],
 )
-def test_a_plain_answer(document: bytes, cost: str | None) -> None:
+def test_the_bill_of_a_plain_response(document: bytes, cost: str | None) -> None:
     bill = read_usage_report(document).bill
     assert (str(bill.cost_usd) if bill else None) == cost
 
 
 @given(st.floats(min_value=0, max_value=99_999, allow_subnormal=True))
-def test_a_double_is_read_as_it_is_spelled(number: float) -> None:
+def test_a_number_is_parsed_exactly(number: float) -> None:
     assert parse_usd(repr(number).encode()) == Decimal(repr(number))
 
 
 @given(st.binary(max_size=80))
-def test_nothing_but_a_number_is_a_price(spelling: bytes) -> None:
-    cost = parse_usd(spelling)
+def test_nothing_but_a_number_is_a_price(number: bytes) -> None:
+    cost = parse_usd(number)
     assert cost is None or (cost.is_finite() and 0 <= cost < 100_000)
 
 
@@ -195,7 +201,7 @@ def test_nothing_but_a_number_is_a_price(spelling: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [1, 1000])
-def test_the_end_is_expected_once_the_price_is_the_last_word(
+def test_the_end_is_expected_once_the_bill_is_the_last_event(
     stream: bytes, expects: bool, generation_id: str | None, size: int
 ) -> None:
     scanner = BillScanner(generation_id)

@@ -1,7 +1,7 @@
-"""Any bytes, cut anyhow and sent at any pace, come out as they went in, and the bill in them is the one that is charged
+"""Any bytes, split anyhow and sent at any speed, pass unchanged, and the bill in them is the one that is charged
 (contract A2, A3, B7, C1, C6; rows upstream-9, -10, -11, -13, -15, -16, money-9 to money-11).
 
-Upstream is a bare socket that plays prepared bytes: neither its chunks nor its writes are shaped by an HTTP library.
+Upstream is a bare socket that sends prepared bytes: no HTTP library shapes its chunks or its writes.
 """
 
 import asyncio
@@ -37,22 +37,22 @@ COST_MAX = Decimal(100_000)
 
 @dataclass(frozen=True)
 class Play:
-    """One answer: what it says, and how it is cut up on the wire."""
+    """One response: its body, and how the body is split on the wire."""
 
     stream: bool
     body: bytes
     chunks: tuple[int, ...] = ()
-    """Where the transfer coding cuts the body."""
+    """Where the transfer coding splits the body."""
     writes: tuple[int, ...] = ()
-    """Where the socket's writes cut the coded body."""
+    """Where the socket's writes split the coded body."""
     pauses_ms: tuple[int, ...] = ()
-    name: bytes = b""
-    """Of the generation, in the headers."""
+    generation_id: bytes = b""
+    """In the headers."""
     breaks_off: bool = False
     """Whether the connection ends before the transfer coding does."""
 
 
-# -- an independent reading, in the words of the event stream's specification
+# -- an independent parser, by the specification of event streams
 
 
 def events(stream: bytes) -> Iterator[bytes]:
@@ -67,7 +67,7 @@ def events(stream: bytes) -> Iterator[bytes]:
 
 
 def parsed(document: bytes) -> Any:
-    """A JSON value with exact numbers; None if it is none."""
+    """A JSON value with exact numbers; None for invalid JSON."""
     try:
         return json.loads(document.decode(), parse_float=Decimal, parse_int=Decimal, parse_constant=lambda _: 1 / 0)
     except (ValueError, ZeroDivisionError, RecursionError):
@@ -87,7 +87,7 @@ def true_cost(play: Play) -> Decimal | None:
 
 
 def is_ended(stream: bytes) -> bool:
-    """Whether the stream says itself that there is no more to come."""
+    """Whether the stream itself states its end."""
     for data in events(stream):
         document = parsed(data)
         if data.strip() == b"[DONE]" or (isinstance(document, dict) and document.get("error") is not None):
@@ -191,7 +191,7 @@ json_values = st.recursive(
 def documents(draw: st.DrawFn) -> bytes:
     members = draw(st.dictionaries(st.sampled_from(["id", "object", "choices", "ключ", "error"]), json_values, max_size=4))
     if isinstance(members.get("id"), str):
-        members["id"] = "gen-1" + members["id"]  # of two answers with one name, one would be an invention
+        members["id"] = "gen-1" + members["id"]  # two responses with one generation id cannot both be real
     spelled = json.dumps(
         {**members, "usage": "HERE"}, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1]))
     ).encode()
@@ -210,7 +210,7 @@ def plays(draw: st.DrawFn) -> Play:
         chunks=draw(cuts),
         writes=draw(cuts),
         pauses_ms=tuple(draw(st.lists(st.sampled_from([0, 0, 0, 1, 4]), max_size=8))),
-        name=draw(st.sampled_from([b"gen-1", b""])),
+        generation_id=draw(st.sampled_from([b"gen-1", b""])),
         breaks_off=stream and draw(st.sampled_from([False, False, False, True])),
     )
 
@@ -236,7 +236,7 @@ def coded(play: Play) -> bytes:
 
 
 class Upstream:
-    """An HTTP server by hand: the model list, and the answer that is set before each request."""
+    """A hand-made HTTP server: the model list, and the response that is set before each request."""
 
     play: Play
 
@@ -271,7 +271,7 @@ class Upstream:
     async def perform(self, writer: asyncio.StreamWriter) -> None:
         play = self.play
         kind = b"text/event-stream" if play.stream else b"application/json"
-        name = b"X-Generation-Id: %s\r\n" % play.name if play.name else b""
+        name = b"X-Generation-Id: %s\r\n" % play.generation_id if play.generation_id else b""
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n%sTransfer-Encoding: chunked\r\n\r\n" % (kind, name))
         for piece, pause in itertools.zip_longest(cut(coded(play), play.writes), play.pauses_ms, fillvalue=None):
             if piece is None:
@@ -285,7 +285,7 @@ class Upstream:
 async def stage(database_url: str, directory: Path) -> AsyncIterator[tuple[Upstream, Gateway]]:
     upstream = Upstream()
     server = await asyncio.start_server(upstream.talk, "127.0.0.1", 0)
-    tuned = {"recovery": {"poll_s": 3600}}  # what is left open stays open: here only passing bills are of interest
+    tuned = {"recovery": {"poll_s": 3600}}  # no recovery: holds that are left open stay open
     config = config_for(database_url, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", directory, tuned)
     try:
         async with (
@@ -295,18 +295,20 @@ async def stage(database_url: str, directory: Path) -> AsyncIterator[tuple[Upstr
             yield upstream, gateway
     finally:
         server.close()
-        await asyncio.gather(*filter(None, upstream.talks))  # the gateway has hung up: they end
+        await asyncio.gather(*filter(None, upstream.talks))  # the gateway has closed its connections, so they end
 
 
-# -- the claim
+# -- the property
 
 
-NAMES = (b"g%04d" % number for number in itertools.count())
+GENERATION_IDS = (b"g%04d" % number for number in itertools.count())
 
 
 async def perform(upstream: Upstream, gateway: Gateway, play: Play) -> None:
-    name = next(NAMES)
-    play = upstream.play = replace(play, body=play.body.replace(b"gen-1", name), name=name if play.name else b"")
+    generation_id = next(GENERATION_IDS)
+    play = upstream.play = replace(
+        play, body=play.body.replace(b"gen-1", generation_id), generation_id=generation_id if play.generation_id else b""
+    )
     caller = await gateway.caller()
     response, received = await gateway.chat(caller, stream=play.stream)
     if play.breaks_off and not play.body:
@@ -319,7 +321,7 @@ async def perform(upstream: Upstream, gateway: Gateway, play: Play) -> None:
     assert [entry.cost_usd for entry in charges] == ([] if cost is None else [cost])
     roubles = Decimal(0) if cost is None else (cost * RATE).quantize(NANO, ROUND_HALF_UP)
     assert await caller.balance() == 100 - roubles
-    assert (await caller.held() > 0) is (cost is None)  # without a price it waits for one
+    assert (await caller.held() > 0) is (cost is None)  # without a cost the hold stays open
 
 
 def assert_bytes(play: Play, received: bytes) -> None:
@@ -327,7 +329,7 @@ def assert_bytes(play: Play, received: bytes) -> None:
     assert received[: len(play.body)] == play.body
     if not play.stream or is_ended(play.body):
         assert ours == b""
-    else:  # one event of our own, which every reader finds
+    else:  # one event of our own, which every parser finds
         (end,) = events(ours)
         assert "error" in json.loads(end)
         assert list(events(received))[-1] == end
@@ -335,10 +337,10 @@ def assert_bytes(play: Play, received: bytes) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_any_bytes_come_out_as_they_went_in_and_their_bill_is_charged(
+def test_any_bytes_pass_unchanged_and_their_bill_is_charged(
     database_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.CRITICAL, "gptutor")  # a failure's report shows its example, not the lines of all others
+    caplog.set_level(logging.CRITICAL, "gptutor")  # the report of a failure shows its example, not the log of all others
     with asyncio.Runner() as runner:
         staged = stage(database_url, tmp_path)
         upstream, gateway = runner.run(staged.__aenter__())
@@ -346,7 +348,7 @@ def test_any_bytes_come_out_as_they_went_in_and_their_bill_is_charged(
         @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
         @given(plays())
         @example(Play(True, CUT_EVERYWHERE, EVERYWHERE, tuple(range(1000))))
-        @example(Play(True, CUT_EVERYWHERE, (), tuple(range(1000)), (1,) * 30, name=b"gen-1"))
+        @example(Play(True, CUT_EVERYWHERE, (), tuple(range(1000)), (1,) * 30, generation_id=b"gen-1"))
         @example(Play(True, TWO_BILLS))
         @example(Play(True, CUT_SHORT))
         @example(Play(True, CUT_SHORT, EVERYWHERE, (), breaks_off=True))
@@ -367,7 +369,7 @@ async def broken_invariants(gateway: Gateway) -> list[str]:
     return [finding.invariant.name async for finding in check(gateway.books) if finding.rows]
 
 
-async def test_what_arrived_before_a_break_is_passed_on_although_the_caller_was_slow() -> None:
+async def test_bytes_before_a_broken_connection_reach_a_slow_client() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"}")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n: a\r\n")
@@ -382,12 +384,15 @@ async def test_what_arrived_before_a_break_is_passed_on_although_the_caller_was_
 
     def take(piece: bytes) -> None:
         received.extend(piece)
-        reply.pause()  # a caller who does not read as fast as upstream writes
-        asyncio.get_running_loop().call_later(0.2, reply.resume)
+        connection = response.connection
+        connection.pause_reading()  # a client that does not read as fast as upstream writes
+        asyncio.get_running_loop().call_later(0.2, connection.resume_reading)
 
     async with server, connected(address, "sk-or-test", limits, referer="", title="", connections_max=1) as upstream:
-        reply, _ = await upstream.complete(b"{}", {}, stream=True, wanted=bool, attempting=lambda: None, refused=lambda: None)
+        response, _ = await upstream.complete(
+            b"{}", {}, stream=True, is_wanted=bool, before_attempt=lambda: None, nothing_bought=lambda: None
+        )
         with contextlib.suppress(UpstreamError):
-            await reply.pump(take, lambda: None, 60)
-        reply.close()
+            await response.stream_body(take, lambda: None, 60)
+        response.close()
     assert received == b": a: b"

@@ -1,4 +1,4 @@
-"""Checking the ask (contract A1, A4, A5, B2; rows input-1 to -6, -11, -13, -14, -16, -17)."""
+"""The validation of the request body (contract A1, A4, A5, B2; rows input-1 to -6, -11, -13, -14, -16, -17)."""
 
 import json
 import time
@@ -14,19 +14,19 @@ from gptutor.errors import ApiError
 MESSAGES = [{"role": "user", "content": "Привет"}]
 
 
-def ask(**members: Any) -> ParsedRequest:
+def parsed(**members: Any) -> ParsedRequest:
     return parse_request(json.dumps({"messages": MESSAGES, **members}).encode(), default_model="default/model")
 
 
-def refusal(body: bytes) -> tuple[int, str, str]:
+def error_of(body: bytes) -> tuple[int, str, str]:
     with pytest.raises(ApiError) as caught:
         parse_request(body, default_model="default/model")
     return caught.value.status, caught.value.code, caught.value.text
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"messages": null}', b'{"messages": "hi"}', b'{"messages": {}}', b'{"messages": []}'])
-def test_messages_are_required_to_the_letter(body: bytes) -> None:
-    assert refusal(body) == (400, "invalid_request", "messages array is required")
+def test_messages_are_required_with_the_exact_error_text(body: bytes) -> None:
+    assert error_of(body) == (400, "invalid_request", "messages array is required")
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_messages_are_required_to_the_letter(body: bytes) -> None:
         ('"service_tier": 1', "service_tier must be a string"),
     ],
 )
-def test_a_fault_names_the_field_and_what_is_allowed(member: str, text: str) -> None:
+def test_an_error_names_the_field_and_what_is_allowed(member: str, text: str) -> None:
     body = b'{"messages": [{"role": "user", "content": "x"}], %s}' % member.encode()
-    assert refusal(body) == (400, "invalid_request", text)
+    assert error_of(body) == (400, "invalid_request", text)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_a_fault_names_the_field_and_what_is_allowed(member: str, text: str) -> 
         ('["a"]', "messages[0] must be an object with a role"),
     ],
 )  # fmt: skip
-def test_a_wrong_message_is_named_by_its_place(messages: str, text: str) -> None:
-    assert refusal(b'{"messages": %s}' % messages.encode()) == (400, "invalid_request", text)
+def test_an_invalid_message_is_named_by_its_path(messages: str, text: str) -> None:
+    assert error_of(b'{"messages": %s}' % messages.encode()) == (400, "invalid_request", text)
 
 
 @pytest.mark.parametrize(
@@ -107,25 +107,25 @@ def test_a_wrong_message_is_named_by_its_place(messages: str, text: str) -> None
         b'{"messages": [{"role": "user", "content": "x"}]} {}',
     ],
 )
-def test_what_is_not_json_is_said_to_be_so(body: bytes) -> None:
-    assert refusal(body) == (400, "invalid_json", "Request body is not valid JSON")
+def test_a_body_that_is_not_json_has_an_error_of_its_own(body: bytes) -> None:
+    assert error_of(body) == (400, "invalid_json", "Request body is not valid JSON")
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b'"x"', b"5"])
-def test_json_that_is_no_object_is_refused(body: bytes) -> None:
-    assert refusal(body) == (400, "invalid_request", "Request body must be a JSON object")
+def test_json_that_is_not_an_object_is_rejected(body: bytes) -> None:
+    assert error_of(body) == (400, "invalid_request", "Request body must be a JSON object")
 
 
-def test_a_huge_integer_is_refused() -> None:
+def test_a_huge_integer_is_rejected() -> None:
     digits = b"9" * 1_000_000
     body = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": %s}' % digits
-    assert refusal(body) == (400, "invalid_request", "Numbers must be finite, and at most 400 characters long")
+    assert error_of(body) == (400, "invalid_request", "Numbers must be finite, and at most 400 characters long")
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1E+999", "9" * 401, "0." + "1" * 400, '[[{"a": 1e309}]]'])
-def test_a_number_that_two_readers_may_read_differently_is_refused(number: str) -> None:
+def test_a_number_that_two_parsers_may_read_differently_is_rejected(number: str) -> None:
     body = b'{"messages": [{"role": "user", "content": "x"}], "x_new": %s}' % number.encode()
-    assert refusal(body) == (400, "invalid_request", "Numbers must be finite, and at most 400 characters long")
+    assert error_of(body) == (400, "invalid_request", "Numbers must be finite, and at most 400 characters long")
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_a_number_that_two_readers_may_read_differently_is_refused(number: str) 
         ('{"messages": [{"role": "user", "content": "x"}], "x_new": [{"a": {"b": 1, "b": 1}}]}', "b"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused(body: str, name: str) -> None:
-    assert refusal(body.encode()) == (400, "duplicate_key", f"'{name}' stands twice in one object")
+def test_a_duplicate_field_is_rejected(body: str, name: str) -> None:
+    assert error_of(body.encode()) == (400, "duplicate_key", f"'{name}' stands twice in one object")
 
 
 @pytest.mark.parametrize(
@@ -153,27 +153,27 @@ def test_a_key_that_stands_twice_is_refused(body: str, name: str) -> None:
         {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image_url", "image_url": {"url": "https://x"}}]},
     ],
 )  # fmt: skip
-def test_every_form_of_message_that_the_sdks_send_is_accepted(message: dict[str, Any]) -> None:
-    assert ask(messages=[message]).messages == 1
+def test_every_message_format_of_the_sdks_is_accepted(message: dict[str, Any]) -> None:
+    assert parsed(messages=[message]).message_count == 1
 
 
-def test_nulls_count_as_absent() -> None:
+def test_null_counts_as_absent() -> None:
     names = ("model", "stream", "temperature", "top_p", "max_tokens", "stop", "n", "usage", "stream_options", "user")
-    read = ask(**dict.fromkeys(names))
+    read = parsed(**dict.fromkeys(names))
     assert (read.model, read.stream, read.size.output_tokens, read.size.choices) == ("default/model", False, None, 1)
     assert json.loads(read.upstream_body(user="u", output_limit=20))["max_tokens"] == 20
 
 
-def test_what_its_price_depends_on() -> None:
+def test_the_size_has_what_the_price_depends_on() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1000}}
     body = json.dumps(
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "?"}, image]}], "n": 3, "max_tokens": 5}
     )
     size = parse_request(body.encode(), default_model="m").size
     assert (size.images, size.has_files, size.choices, size.output_tokens) == (1, False, 3, 5)
-    assert 50 < size.prompt_bytes < 100  # the text, but not the picture's thousand bytes
-    assert ask(max_tokens=5, max_completion_tokens=9).size.output_tokens == 9
-    assert ask(model="a/b", models=["c/d", "e/f"]).fallbacks == ("c/d", "e/f")
+    assert 50 < size.prompt_bytes < 100  # the text, but not the image's thousand bytes
+    assert parsed(max_tokens=5, max_completion_tokens=9).size.output_tokens == 9
+    assert parsed(model="a/b", models=["c/d", "e/f"]).fallbacks == ("c/d", "e/f")
 
 
 @pytest.mark.parametrize(
@@ -195,33 +195,33 @@ def test_what_its_price_depends_on() -> None:
         ({"models": ["a/b", "c/d:online"]}, 1),
     ],
 )
-def test_what_openrouter_does_for_a_price_of_its_own_is_counted(members: dict[str, Any], paid: int) -> None:
-    assert ask(**members).size.paid_tools == paid
+def test_separately_priced_tools_are_counted(members: dict[str, Any], paid: int) -> None:
+    assert parsed(**members).size.paid_tools == paid
 
 
-def test_what_makes_tokens_dearer_is_seen() -> None:
+def test_what_makes_tokens_more_expensive_is_detected() -> None:
     cached = [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]}]
-    assert ask(messages=cached).size.caches_prompt
+    assert parsed(messages=cached).size.caches_prompt
     hidden = b'{"messages":[{"role":"user","content":[{"type":"text","text":"x","cache\\u005fcontrol":{}}]}]}'
     assert parse_request(hidden, default_model="m").size.caches_prompt
-    assert ask(modalities=["text", "audio"]).size.more_than_text
-    assert ask(service_tier="priority").size.hurried
-    plain = ask(modalities=["text"], service_tier="flex").size
+    assert parsed(modalities=["text", "audio"]).size.more_than_text
+    assert parsed(service_tier="priority").size.hurried
+    plain = parsed(modalities=["text"], service_tier="flex").size
     assert (plain.caches_prompt, plain.more_than_text, plain.hurried) == (False, False, False)
 
 
 @pytest.mark.parametrize("kind", ["file", "input_audio", "video_url", "something_new"])
-def test_what_is_neither_text_nor_image_is_a_file(kind: str) -> None:
-    assert ask(messages=[{"role": "user", "content": [{"type": kind, kind: {"data": "x"}}]}]).size.has_files
+def test_a_part_that_is_neither_text_nor_image_is_a_file(kind: str) -> None:
+    assert parsed(messages=[{"role": "user", "content": [{"type": kind, kind: {"data": "x"}}]}]).size.has_files
 
 
-def test_half_emojis_do_not_make_a_request_smaller() -> None:
+def test_lone_surrogates_do_not_make_a_request_smaller() -> None:
     image = r'{"type":"image_url","image_url":{"url":"%s"}}' % (r"\ud83d" * 1000)
     body = b'{"messages":[{"role":"user","content":[{"type":"text","text":"%s"},%s]}]}' % (b"x" * 5000, image.encode())
     assert parse_request(body, default_model="m").size.prompt_bytes > 5000
 
 
-def test_what_the_caller_wrote_reaches_upstream_as_he_wrote_it() -> None:
+def test_the_clients_members_reach_upstream_byte_for_byte() -> None:
     body = (
         b'{ "temperature" : 1.0, "seed":1e2,"x-future": {"a" : [1.50, -0, 1E+2, 123456789012345678901234567890] , "b":2},\n'
         b'"messages":[{"role":"user","content":"\\ud800 \\u0000 \xd0\x9f","extra":0.10}],"logit_bias":{"50256":-100.0}, "stream":false}'
@@ -234,27 +234,25 @@ def test_what_the_caller_wrote_reaches_upstream_as_he_wrote_it() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "spelling", [r"\ud83d", r"\uDE00", r"x\ud83d\ud83d\ude00", r"\\ud83d\ud83d", r"\udc00\ud800", r"\"\ud800"]
-)
-def test_half_an_emoji_passes_as_it_was_written(spelling: str) -> None:
-    body = b'{"messages":[{"role":"user","content":"%s"}],"stop":"\\n"}' % spelling.encode()
+@pytest.mark.parametrize("escape", [r"\ud83d", r"\uDE00", r"x\ud83d\ud83d\ude00", r"\\ud83d\ud83d", r"\udc00\ud800", r"\"\ud800"])
+def test_a_lone_surrogate_passes_unchanged(escape: str) -> None:
+    body = b'{"messages":[{"role":"user","content":"%s"}],"stop":"\\n"}' % escape.encode()
     sent = parse_request(body, default_model="m").upstream_body(user="u", output_limit=None)
     assert sent.startswith(body[:-1])
 
 
-def test_names_with_half_an_emoji_pass_too() -> None:
+def test_member_names_with_a_lone_surrogate_pass_unchanged() -> None:
     body = rb'{"\ud83dkey":1,"messages":[{"role":"user","content":"x"}]}'
     assert parse_request(body, default_model="m").upstream_body(user="u", output_limit=None).startswith(body[:-1])
 
 
 @pytest.mark.parametrize("body", [rb'"\ufdd0 \ud83d"', rb'"\uFDD0\ud83d"', '"\ufdd0 \\ud83d"'.encode()])
-def test_where_half_an_emoji_cannot_be_passed_safely_it_is_refused(body: bytes) -> None:
-    assert refusal(b'{"messages":[{"role":"user","content":%s}]}' % body)[1] == "invalid_json"
+def test_a_lone_surrogate_that_cannot_be_passed_safely_is_rejected(body: bytes) -> None:
+    assert error_of(b'{"messages":[{"role":"user","content":%s}]}' % body)[1] == "invalid_json"
 
 
-def test_members_of_ours_replace_the_callers() -> None:
-    read = ask(user="ivan@example.org", usage={"include": False, "x": 1.50}, model="a/b", stream=True, stream_options={"y": 2})
+def test_our_members_replace_the_clients() -> None:
+    read = parsed(user="ivan@example.org", usage={"include": False, "x": 1.50}, model="a/b", stream=True, stream_options={"y": 2})
     sent = json.loads(read.upstream_body(user="pseudonym", output_limit=64))
     assert sent == {
         "messages": MESSAGES,
@@ -265,7 +263,7 @@ def test_members_of_ours_replace_the_callers() -> None:
         "stream_options": {"y": 2, "include_usage": True},
         "max_tokens": 64,
     }
-    assert list(sent)[:4] == ["messages", "user", "usage", "model"]  # each in its own place
+    assert list(sent)[:4] == ["messages", "user", "usage", "model"]  # the order is kept
 
 
 json_values = st.recursive(
@@ -277,26 +275,26 @@ json_values = st.recursive(
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8).map(lambda name: "x_" + name), json_values, max_size=5))
 def test_unknown_members_arrive_unchanged_and_in_order(members: dict[str, Any]) -> None:
-    sent = json.loads(ask(**members).upstream_body(user="u", output_limit=None))
+    sent = json.loads(parsed(**members).upstream_body(user="u", output_limit=None))
     assert list(sent)[1 : 1 + len(members)] == list(members)
     assert {name: sent[name] for name in members} == members
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_raise_anything_but_a_refusal(body: bytes) -> None:
+def test_no_bytes_raise_anything_but_an_api_error(body: bytes) -> None:
     with pytest.raises(ApiError):
         parse_request(body, default_model="m")
 
 
-def test_many_keys_and_the_last_one_twice_take_no_time() -> None:
-    """It took seconds for a tenth of a megabyte when each key was looked for among all."""
+def test_many_fields_with_the_last_one_duplicated_are_checked_quickly() -> None:
+    """A tenth of a megabyte took seconds when each field was searched for among all."""
     keys = b",".join(b'"%d":1' % number for number in range(50_000))
     body = b'{"messages":[{"role":"user","content":"x"}],"x":{%s,"49999":2}}' % keys
     began = time.process_time()
-    assert refusal(body) == (400, "duplicate_key", "'49999' stands twice in one object")
+    assert error_of(body) == (400, "duplicate_key", "'49999' stands twice in one object")
     assert time.process_time() - began < 2
 
 
-def test_a_body_of_brackets_alone_is_refused() -> None:
+def test_a_body_of_brackets_alone_is_rejected() -> None:
     body = b'{"messages":[{"role":"user","content":"x"}],"x":[%s]}' % (b"[]," * 1_000_001)[:-1]
-    assert refusal(body)[2] == "Request body must not have more than 1000000 objects and arrays"
+    assert error_of(body)[2] == "Request body must not have more than 1000000 objects and arrays"

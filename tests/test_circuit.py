@@ -1,4 +1,4 @@
-"""When nothing reaches OpenRouter (row upstream-20)."""
+"""The circuit breaker, while OpenRouter is unreachable (row upstream-20)."""
 
 import asyncio
 import time
@@ -6,54 +6,54 @@ import time
 import pytest
 
 from gptutor.app import UPSTREAM
-from gptutor.openrouter.circuit import FAILURES_MAX, PAUSE_S, CircuitBreaker
+from gptutor.openrouter.circuit import FAILURES_MAX, PROBE_INTERVAL_S, CircuitBreaker
 from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.openrouter.connection_pool import Endpoint
 from tests.support.gateway import Gateway
 
 
-def test_it_opens_after_failures_in_a_row_and_lets_one_try_at_a_time() -> None:
+def test_the_circuit_opens_after_failures_in_a_row_and_allows_one_probe_at_a_time() -> None:
     circuit = CircuitBreaker()
     for _ in range(FAILURES_MAX - 1):
-        circuit.missed(now=100)
-    circuit.reached()
+        circuit.record_failure(now=100)
+    circuit.record_success()
     for _ in range(FAILURES_MAX):
-        assert circuit.lets_through(100)
-        circuit.missed(now=100)
-    assert not circuit.lets_through(100 + PAUSE_S / 2)
-    assert circuit.lets_through(100 + PAUSE_S)
-    assert not circuit.lets_through(100 + PAUSE_S)  # the one that tries has not come back
-    circuit.missed(now=100 + PAUSE_S)
-    assert not circuit.lets_through(100 + 1.5 * PAUSE_S)
-    assert circuit.lets_through(100 + 2 * PAUSE_S)
-    circuit.reached()
-    assert circuit.lets_through(100 + 2 * PAUSE_S)
+        assert circuit.allows_request(100)
+        circuit.record_failure(now=100)
+    assert not circuit.allows_request(100 + PROBE_INTERVAL_S / 2)
+    assert circuit.allows_request(100 + PROBE_INTERVAL_S)
+    assert not circuit.allows_request(100 + PROBE_INTERVAL_S)  # the probe has no result yet
+    circuit.record_failure(now=100 + PROBE_INTERVAL_S)
+    assert not circuit.allows_request(100 + 1.5 * PROBE_INTERVAL_S)
+    assert circuit.allows_request(100 + 2 * PROBE_INTERVAL_S)
+    circuit.record_success()
+    assert circuit.allows_request(100 + 2 * PROBE_INTERVAL_S)
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"attempts_max": 1}}])
-async def test_while_openrouter_is_away_callers_learn_it_at_once_and_when_it_is_back_they_are_served(
+async def test_while_openrouter_is_unreachable_requests_fail_at_once_and_afterwards_they_are_served(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = await gateway.caller()
     upstream = gateway.app[UPSTREAM]
     pool = upstream._pool
-    real, pool._end = pool._end, Endpoint.of("http://127.0.0.1:1/api/v1")
+    real, pool._origin = pool._origin, Endpoint.parse("http://127.0.0.1:1/api/v1")
     pool.close()
-    asked = 0
-    real_connect = pool.connect
+    acquired = 0
+    real_acquire = pool.acquire
 
     async def counted() -> UpstreamConnection:
-        nonlocal asked
-        asked += 1
-        return await real_connect()
+        nonlocal acquired
+        acquired += 1
+        return await real_acquire()
 
-    monkeypatch.setattr(pool, "connect", counted)
+    monkeypatch.setattr(pool, "acquire", counted)
     for _ in range(3 * FAILURES_MAX):
         response, _ = await gateway.chat(caller)
         assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_unreachable")
-    assert FAILURES_MAX <= asked <= FAILURES_MAX + 2
+    assert FAILURES_MAX <= acquired <= FAILURES_MAX + 2
     assert await caller.held() == 0
-    pool._end = real
+    pool._origin = real
     began = time.monotonic()
     while (await gateway.chat(caller))[0].status != 200:
         await asyncio.sleep(0.1)
@@ -61,7 +61,7 @@ async def test_while_openrouter_is_away_callers_learn_it_at_once_and_when_it_is_
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"connections_max": 1, "connect_s": 0.2, "attempts_max": 1}}])
-async def test_a_house_that_is_full_says_nothing_of_openrouter(gateway: Gateway) -> None:
+async def test_an_exhausted_pool_does_not_open_the_circuit(gateway: Gateway) -> None:
     gateway.simulator.word_s = 0.1
     caller = await gateway.caller("10000")
     long = asyncio.create_task(gateway.chat(caller, stream=True))
@@ -75,16 +75,16 @@ async def test_a_house_that_is_full_says_nothing_of_openrouter(gateway: Gateway)
     assert await caller.held() == 0
 
 
-async def test_a_connection_closes_the_circuit_and_not_only_an_answer(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row upstream-20: OpenRouter is back, and takes its time for the first answer."""
+async def test_a_connection_closes_the_circuit_before_any_response(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row upstream-20: OpenRouter is reachable again, and its first response is slow."""
     circuit = gateway.app[UPSTREAM]._circuit
-    circuit.failures, circuit.next_try_at = FAILURES_MAX, 0
-    monkeypatch.setattr(gateway.app[UPSTREAM]._pool, "free", lambda: None)  # none is kept from before the outage
+    circuit.failures, circuit.next_probe_at = FAILURES_MAX, 0
+    monkeypatch.setattr(gateway.app[UPSTREAM]._pool, "acquire_idle", lambda: None)  # no idle connection from before the outage
     gateway.simulator.first_word_s = 2
     caller = await gateway.caller()
-    asking = asyncio.create_task(gateway.chat(caller))
+    requesting = asyncio.create_task(gateway.chat(caller))
     async with asyncio.timeout(1.5):
         while circuit.failures:
             await asyncio.sleep(0.01)
-    assert not asking.done()
-    assert (await asking)[0].status == 200
+    assert not requesting.done()
+    assert (await requesting)[0].status == 200

@@ -1,4 +1,4 @@
-"""The main job against a running gateway, by curl and by hand (contract A1, A2, C1, F1, F2, F5, F7, F9, F10; `make test-completion`)."""
+"""The main use against a running gateway, by curl and by hand (contract A1, A2, C1, F1, F2, F5, F7, F9, F10; `make test-completion`)."""
 
 import json
 import re
@@ -41,19 +41,19 @@ def cost_of(document: str) -> Decimal:
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: path.name)
-def test_the_curl_examples_of_the_readme_answer(service: Service, readme: Path) -> None:
+def test_the_curl_examples_of_the_readme_work(service: Service, readme: Path) -> None:
     plain, stream = examples(readme, "sh")
     assert json.loads(curl(here(plain, service)))["choices"][0]["message"]["content"]
     assert curl(here(stream, service)).endswith("data: [DONE]\n\n")
 
 
-def test_the_line_of_the_banner_answers(service: Service) -> None:
+def test_the_curl_command_of_the_banner_works(service: Service) -> None:
     command = service.banner[service.banner.index("curl") : service.banner.index("Add ")]
     assert json.loads(curl(command))["object"] == "chat.completion"
     assert "SIMULATOR" in service.banner
 
 
-def test_the_balance_falls_by_exactly_cost_times_ninety(service: Service) -> None:
+def test_the_balance_falls_by_exactly_the_cost_times_ninety(service: Service) -> None:
     user = service.command("user", "create", "--balance", "100")
     assert set(user) >= {"id", "apiKey", "balance"}
     assert Decimal(str(user["balance"])) == 100
@@ -98,7 +98,7 @@ def test_no_key_and_no_message_is_ever_logged(service: Service) -> None:
     assert not re.search(r"sk-(user|or)-", text)
 
 
-def test_the_books_are_proven(service: Service) -> None:
+def test_the_invariants_hold(service: Service) -> None:
     proof = subprocess.run(
         [sys.executable, "-m", "gptutor", "verify"], env=service.environ, check=False, capture_output=True, text=True
     )

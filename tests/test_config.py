@@ -76,7 +76,7 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_defaults(tmp_p
         ({"GPTUTOR_BILLING__RUB_PER_USD": "NaN"}, ["GPTUTOR_BILLING__RUB_PER_USD"]),
         ({"GPTUTOR_BILLING__MARGIN": "0.5"}, ["GPTUTOR_BILLING__MARGIN", "from 1 to 10"]),
         ({"GPTUTOR_BILLING__RESERVE": "most"}, ["GPTUTOR_BILLING__RESERVE", "most"]),
-        ({"GPTUTOR_RELAY__WRITE_S": "0"}, ["GPTUTOR_RELAY__WRITE_S", "0"]),
+        ({"GPTUTOR_RELAY__WRITE_TIMEOUT_S": "0"}, ["GPTUTOR_RELAY__WRITE_TIMEOUT_S", "0"]),
         ({"OPENROUTER_BASE_URL": "openrouter.ai", "OPENROUTER_API_KEY": "x"}, ["OPENROUTER_BASE_URL"]),
         ({"OPENROUTER_BASE_URL": "http://localhost:1/api/v1"}, ["OPENROUTER_API_KEY"]),
         ({"GPTUTOR_CONFIG": "/nowhere.yaml"}, ["/nowhere.yaml", "No such file"]),

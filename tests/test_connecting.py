@@ -1,4 +1,4 @@
-"""Whoever has no connection to OpenRouter has bought nothing, whatever goes wrong (contract C8; row upstream-1)."""
+"""Without a connection to OpenRouter nothing is bought, whatever goes wrong (contract C8; row upstream-1)."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from tests.support.gateway import Gateway, config_for, gateway_on
 
 @asynccontextmanager
 async def gateway_of(config: Config, books: pool.Database) -> AsyncIterator[Gateway]:
-    """A gateway that knows its models from before: its OpenRouter is not to be reached."""
+    """A gateway with a saved model list: its OpenRouter is unreachable."""
     config.paths.data.mkdir(parents=True)
     (config.paths.data / "models.json").write_bytes(Simulator().model_list)
     async with gateway_on(config, books, Simulator()) as gateway:
@@ -37,7 +37,7 @@ async def assert_nothing_bought(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("answer", [b"", b"garbage\r\n\r\n", b"HTTP/1.1 502 Bad Gateway\r\n\r\n"])
-async def test_a_proxy_that_does_not_lead_there(books: pool.Database, database_url: str, tmp_path: Path, answer: bytes) -> None:
+async def test_a_proxy_that_does_not_connect(books: pool.Database, database_url: str, tmp_path: Path, answer: bytes) -> None:
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer)
@@ -54,14 +54,14 @@ async def test_a_proxy_that_does_not_lead_there(books: pool.Database, database_u
 @pytest.mark.parametrize(
     "limits", [{"total_s": 0.3, "first_byte_s": 0.3}, {"connect_s": 0.3, "total_s": 1.5, "first_byte_s": 1.5}]
 )
-async def test_a_connection_that_is_never_made(
+async def test_a_connection_that_is_never_established(
     books: pool.Database, database_url: str, tmp_path: Path, limits: dict[str, Any]
 ) -> None:
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.socket())
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        for _ in range(3):  # nobody accepts, so no further connection is answered
+        for _ in range(3):  # the backlog is full, so no further connection is established
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             with contextlib.suppress(BlockingIOError):
@@ -71,8 +71,8 @@ async def test_a_connection_that_is_never_made(
             await assert_nothing_bought(gateway)
 
 
-async def test_a_request_that_cannot_even_be_written(books: pool.Database, database_url: str, tmp_path: Path) -> None:
+async def test_a_request_that_cannot_be_written(books: pool.Database, database_url: str, tmp_path: Path) -> None:
     config = config_for(database_url, "http://127.0.0.1:1/api/v1", tmp_path, {"openrouter": {"attempts_max": 1}})
-    broken = msgspec.structs.replace(config.openrouter, api_key="sk-or-1\n")  # as no reading of settings lets it through
+    broken = msgspec.structs.replace(config.openrouter, api_key="sk-or-1\n")  # the configuration would reject it
     async with gateway_of(msgspec.structs.replace(config, openrouter=broken), books) as gateway:
         await assert_nothing_bought(gateway)

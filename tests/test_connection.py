@@ -1,4 +1,4 @@
-"""The connection to OpenRouter, byte by byte: framing that must be strict, back-pressure, reuse, and TLS (contract A3, F3)."""
+"""The connection to OpenRouter, byte by byte: strict framing, back-pressure, reuse, and TLS (contract A3, F3)."""
 
 import asyncio
 import contextlib
@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import trustme
 
-from gptutor.openrouter.body_buffer import KEPT_BYTES_MAX
-from gptutor.openrouter.connection import UpstreamConnection
+from gptutor.openrouter.connection import BUFFER_BYTES_MAX, UpstreamConnection
 from gptutor.openrouter.connection_pool import ConnectionPool, Endpoint, pooled
 from gptutor.openrouter.errors import PoolExhausted, UpstreamError
 from gptutor.openrouter.response import UpstreamResponse
-from gptutor.openrouter.response_parser import HEAD_BYTES_MAX
+from gptutor.openrouter.response_parser import HEADERS_BYTES_MAX
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-ASK = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
 
 
 @asynccontextmanager
@@ -49,7 +48,7 @@ async def server(talk: Talk, context: ssl.SSLContext | None = None) -> AsyncIter
 
 
 def saying(*answers: bytes) -> Talk:
-    """Answers one request after the other with these bytes, and then hangs up."""
+    """Answers the requests one after the other with these bytes, and then closes the connection."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for answer in answers:
@@ -62,7 +61,7 @@ def saying(*answers: bytes) -> Talk:
 
 
 def torrent(pieces: int, sent: list[int] | None = None) -> Talk:
-    """So many pieces of 32 KB, as fast as they are taken; each that has gone is noted in `sent`."""
+    """Sends so many pieces of 32 KB, as fast as they are read; each piece sent is recorded in `sent`."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"{}")
@@ -85,13 +84,13 @@ async def pool_to(
         yield pool
 
 
-async def asked(pool: ConnectionPool, within_s: float = 2) -> tuple[UpstreamConnection, bytes]:
-    connection = pool.free() or await pool.connect()
+async def request(pool: ConnectionPool, timeout_s: float = 2) -> tuple[UpstreamConnection, bytes]:
+    connection = pool.acquire_idle() or await pool.acquire()
     try:
-        await connection.ask(ASK, b"{}", within_s)
-        return connection, await connection.read(within_s)
+        await connection.send_request(REQUEST, b"{}", timeout_s)
+        return connection, await connection.read_body(timeout_s)
     finally:
-        pool.give_back(connection)
+        pool.release(connection)
 
 
 def ok(body: bytes, extra: bytes = b"") -> bytes:
@@ -109,9 +108,9 @@ def ok(body: bytes, extra: bytes = b"") -> bytes:
         (b"HTTP/1.0 200 OK\r\n\r\nof an old server", b"of an old server"),
     ],
 )
-async def test_what_is_an_answer_is_read(answer: bytes, body: bytes) -> None:
+async def test_a_valid_response_is_read(answer: bytes, body: bytes) -> None:
     async with server(saying(answer)) as port, pool_to(port) as pool:
-        connection, read = await asked(pool)
+        connection, read = await request(pool)
         assert read == body
         assert "x-generation-id" not in connection.headers
 
@@ -133,42 +132,42 @@ async def test_what_is_an_answer_is_read(answer: bytes, body: bytes) -> None:
         b"",
     ],
 )
-async def test_what_is_none_breaks_the_connection(answer: bytes) -> None:
+async def test_a_malformed_response_breaks_the_connection(answer: bytes) -> None:
     async with server(saying(answer)) as port, pool_to(port) as pool:
         with pytest.raises(UpstreamError) as raised:
-            await asked(pool)
+            await request(pool)
         assert raised.value.failure.kind == "broken"
-        assert pool.free() is None
+        assert pool.acquire_idle() is None
 
 
-async def test_an_answer_that_breaks_in_its_first_packet_has_its_name() -> None:
-    """The head was there: what was bought can be looked up."""
+async def test_a_response_that_breaks_in_its_first_packet_has_its_generation_id() -> None:
+    """The headers arrived: the purchase can be looked up."""
     answer = b"HTTP/1.1 200 OK\r\nX-Generation-Id: gen-1\r\nTransfer-Encoding: chunked\r\n\r\nnonsense"
     async with server(saying(answer)) as port, pool_to(port) as pool:
         with pytest.raises(UpstreamError) as raised:
-            await asked(pool)
+            await request(pool)
         assert (raised.value.failure.kind, raised.value.failure.generation_id) == ("broken", "gen-1")
 
 
-async def test_a_head_without_an_end_is_not_kept() -> None:
+async def test_endless_headers_break_the_connection() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"{}")
         writer.write(b"HTTP/1.1 200 OK\r\n")
-        for number in range(HEAD_BYTES_MAX // 50):
+        for number in range(HEADERS_BYTES_MAX // 50):
             writer.write(b"X-Header-%06d: %b\r\n" % (number, b"x" * 40))
             await writer.drain()
         await asyncio.sleep(5)
 
     async with server(talk) as port, pool_to(port) as pool:
         with pytest.raises(UpstreamError) as raised:
-            await asked(pool)
+            await request(pool)
         assert raised.value.failure.kind == "broken"
 
 
 @pytest.mark.parametrize("more", [b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", b"x", b"\x00" * 10])
 @pytest.mark.parametrize("pause_s", [0, 0.05])
-async def test_an_answer_that_nobody_asked_for_reaches_nobody(more: bytes, pause_s: float) -> None:
-    """Whoever gets to speak after an answer's end must not speak to the next who asks."""
+async def test_data_without_a_request_reaches_no_client(more: bytes, pause_s: float) -> None:
+    """Data after the end of a response must not become the response to the next request."""
     connections = 0
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -181,13 +180,13 @@ async def test_an_answer_that_nobody_asked_for_reaches_nobody(more: bytes, pause
         await asyncio.sleep(1)
 
     async with server(talk) as port, pool_to(port) as pool:
-        assert (await asked(pool))[1] == b"mine"
+        assert (await request(pool))[1] == b"mine"
         await asyncio.sleep(2 * pause_s)
-        assert (await asked(pool))[1] == b"mine"
+        assert (await request(pool))[1] == b"mine"
         assert connections == 2
 
 
-async def test_a_connection_is_kept_while_its_answers_end_as_they_said() -> None:
+async def test_a_connection_is_reused_while_its_responses_are_complete_and_allow_it() -> None:
     connections = 0
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -198,72 +197,72 @@ async def test_a_connection_is_kept_while_its_answers_end_as_they_said() -> None
             writer.write(answer)
 
     async with server(talk) as port, pool_to(port) as pool:
-        assert [(await asked(pool))[1] for _ in range(4)] == [b"1", b"2", b"3", b"1"]
+        assert [(await request(pool))[1] for _ in range(4)] == [b"1", b"2", b"3", b"1"]
         assert connections == 2
 
 
-async def test_one_that_was_closed_meanwhile_is_not_used() -> None:
+async def test_an_idle_connection_that_was_closed_is_not_used() -> None:
     async with server(saying(ok(b"1"))) as port, pool_to(port) as pool:
-        assert (await asked(pool))[1] == b"1"
-        await asyncio.sleep(0.2)  # the server hangs up
-        assert pool.free() is None
-        assert (await asked(pool))[1] == b"1"
+        assert (await request(pool))[1] == b"1"
+        await asyncio.sleep(0.2)  # the server closes the connection
+        assert pool.acquire_idle() is None
+        assert (await request(pool))[1] == b"1"
 
 
-async def test_whoever_does_not_take_is_waited_for_in_the_kernel_and_not_in_memory() -> None:
+async def test_a_slow_consumer_pauses_the_reading_and_memory_is_bounded() -> None:
     sent: list[int] = []
     async with server(torrent(1000, sent)) as port, pool_to(port) as pool:
-        connection = await pool.connect()
-        await connection.ask(ASK, b"{}", 2)
+        connection = await pool.acquire()
+        await connection.send_request(REQUEST, b"{}", 2)
         await asyncio.sleep(0.3)
         assert sum(sent) < 20_000_000
-        assert sum(map(len, connection._intake._kept)) < KEPT_BYTES_MAX + 300_000
-        taken = 0
+        assert sum(map(len, connection._buffer)) < BUFFER_BYTES_MAX + 300_000
+        received = 0
 
-        def take(piece: bytes) -> None:
-            nonlocal taken
-            taken += len(piece)
-            if taken < 100_000:
-                connection.pause()
-                asyncio.get_running_loop().call_later(0.05, connection.resume)
+        def consume(piece: bytes) -> None:
+            nonlocal received
+            received += len(piece)
+            if received < 100_000:
+                connection.pause_reading()
+                asyncio.get_running_loop().call_later(0.05, connection.resume_reading)
 
-        await connection.take(take)
-        assert taken == 1000 * 0x8000
-        pool.give_back(connection)
+        await connection.stream_body(consume)
+        assert received == 1000 * 0x8000
+        pool.release(connection)
 
 
-async def test_a_taker_that_fails_ends_it_with_his_own_error() -> None:
+async def test_an_error_of_the_consumer_ends_the_response_and_is_raised() -> None:
     async with server(saying(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")) as port, pool_to(port) as pool:
-        connection = await pool.connect()
-        await connection.ask(ASK, b"{}", 2)
+        connection = await pool.acquire()
+        await connection.send_request(REQUEST, b"{}", 2)
 
-        def take(piece: bytes) -> None:
+        def consume(piece: bytes) -> None:
             raise LookupError
 
         with pytest.raises(LookupError):
-            await connection.take(take)
-        pool.give_back(connection)
-        assert pool.free() is None
+            await connection.stream_body(consume)
+        pool.release(connection)
+        assert pool.acquire_idle() is None
 
 
-async def test_a_large_question_is_refused_before_its_end() -> None:
+async def test_a_large_request_can_be_rejected_before_its_end() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
         await asyncio.sleep(0.5)
 
     async with server(talk) as port, pool_to(port) as pool:
-        connection = await pool.connect()
+        connection = await pool.acquire()
         body = b"x" * 50_000_000
-        await connection.ask(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body), body, 5)
+        await connection.send_request(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body), body, 5)
         assert connection.status == 413
-        pool.give_back(connection)
+        pool.release(connection)
 
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("reads_on", [True, False])
-async def test_a_question_that_was_not_sent_to_its_end_ends_its_connection(kept: bool, reads_on: bool) -> None:
-    """Whoever came next on it would speak into the middle of it. The refusal is told at once, also when nobody reads any more."""
+async def test_a_connection_with_a_partly_sent_request_is_not_reused(kept: bool, reads_on: bool) -> None:
+    """The next request would be read as the rest of it. The error is returned at once, even if the server reads no more."""
     connections = 0
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -278,93 +277,93 @@ async def test_a_question_that_was_not_sent_to_its_end_ends_its_connection(kept:
 
     async with server(talk) as port, pool_to(port) as pool:
         for number in (1, 2):
-            connection = pool.free() or await pool.connect()
+            connection = pool.acquire_idle() or await pool.acquire()
             body = b"x" * 30_000_000
             async with asyncio.timeout(3):
-                await connection.ask(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body), body, 10)
+                await connection.send_request(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body), body, 10)
             assert connection.status == 429
-            assert await connection.read(1) == b"{}"
-            pool.give_back(connection)
+            assert await connection.read_body(1) == b"{}"
+            pool.release(connection)
             assert connections == number
 
 
-async def test_nothing_of_an_answer_stays_with_its_connection() -> None:
-    class Known:
+async def test_an_idle_connection_keeps_no_reference_to_its_last_response() -> None:
+    class Referent:
         pass
 
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n"
     async with server(saying(answer, answer)) as port, pool_to(port) as pool:
-        known = Known()
-        left = weakref.ref(known)
+        referent = Referent()
+        left = weakref.ref(referent)
         gc.collect()
         gc.disable()
         try:
-            connection = await pool.connect()
-            await connection.ask(ASK, b"{}", 2)
-            reply = UpstreamResponse(connection, pool.give_back, 5, 5)
-            await reply.pump(lambda piece, known=known: None, lambda known=known: None, 60)
-            reply.close()
-            reply.close()
-            del reply, known
+            connection = await pool.acquire()
+            await connection.send_request(REQUEST, b"{}", 2)
+            response = UpstreamResponse(connection, pool.release, 5, 5)
+            await response.stream_body(lambda piece, referent=referent: None, lambda referent=referent: None, 60)
+            response.close()
+            response.close()
+            del response, referent
             assert left() is None
-            assert pool.free() is connection
-            assert pool.free() is None
+            assert pool.acquire_idle() is connection
+            assert pool.acquire_idle() is None
         finally:
             gc.enable()
-        pool.give_back(connection)
+        pool.release(connection)
 
 
-async def test_what_came_before_the_framing_broke_passes_before_that_is_told() -> None:
+async def test_body_bytes_before_malformed_framing_are_delivered_before_the_error() -> None:
     """Row upstream-16: the bill may be in it, however the bytes were cut."""
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n"
     async with server(saying(answer)) as port, pool_to(port) as pool:
-        connection = await pool.connect()
-        await connection.ask(ASK, b"{}", 2)
+        connection = await pool.acquire()
+        await connection.send_request(REQUEST, b"{}", 2)
         assert connection.status == 200
-        assert await connection.heard(2)
-        taken = bytearray()
+        assert await connection.wait_for_body(2)
+        received = bytearray()
         with pytest.raises(UpstreamError, match="broken"):
-            await connection.take(taken.extend, 2)
-        assert taken == b"abc"
-        pool.give_back(connection)
+            await connection.stream_body(received.extend, 2)
+        assert received == b"abc"
+        pool.release(connection)
 
 
-async def test_an_answer_that_is_closed_stops_nobody_elses() -> None:
+async def test_a_closed_response_cannot_stop_the_next_one_of_its_connection() -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\na"
     async with server(saying(answer, answer)) as port, pool_to(port) as pool:
-        connection = await pool.connect()
-        await connection.ask(ASK, b"{}", 2)
-        reply = UpstreamResponse(connection, pool.give_back, 5, 5)
-        assert await reply.read(2) == b"a"
-        reply.close()
-        assert pool.free() is connection
-        asking = asyncio.create_task(connection.ask(ASK, b"{}", 2))
+        connection = await pool.acquire()
+        await connection.send_request(REQUEST, b"{}", 2)
+        response = UpstreamResponse(connection, pool.release, 5, 5)
+        assert await response.read_body(2) == b"a"
+        response.close()
+        assert pool.acquire_idle() is connection
+        requesting = asyncio.create_task(connection.send_request(REQUEST, b"{}", 2))
         await asyncio.sleep(0)
-        reply.stop()
-        await asking
-        assert await connection.read(2) == b"a"
-        pool.give_back(connection)
+        response.finish_early()
+        await requesting
+        assert await connection.read_body(2) == b"a"
+        pool.release(connection)
 
 
-async def test_a_pause_of_the_takers_lasts_until_he_ends_it() -> None:
+async def test_a_pause_lasts_until_it_is_resumed_and_is_no_silence_of_upstream() -> None:
     async with server(torrent(300)) as port, pool_to(port) as pool:
-        connection = await pool.connect()
-        await connection.ask(ASK, b"{}", 2)
-        reply = UpstreamResponse(connection, pool.give_back, 0.3, 0.3)
-        assert await reply.heard(1)
-        reply.pause()
-        taken = bytearray()
-        pumping = asyncio.create_task(reply.pump(taken.extend, lambda: None, 60))
+        connection = await pool.acquire()
+        await connection.send_request(REQUEST, b"{}", 2)
+        response = UpstreamResponse(connection, pool.release, 0.3, 0.3)
+        assert await response.wait_for_body(1)
+        connection.pause_reading()
+        received = bytearray()
+        streaming = asyncio.create_task(response.stream_body(received.extend, lambda: None, 60))
         await asyncio.sleep(0.5)
-        assert len(taken) < 3_000_000
-        assert not pumping.done()  # it is not OpenRouter who is silent
-        reply.resume()
-        await pumping
-        assert len(taken) == 300 * 0x8000
-        reply.close()
+        assert len(received) < 3_000_000
+        assert not streaming.done()  # the pause is not counted as silence
+        connection.resume_reading()
+        await streaming
+        assert len(received) == 300 * 0x8000
+        response.close()
 
 
-async def test_so_many_connections_and_no_more_and_a_line_for_the_rest() -> None:
+async def test_the_pool_opens_at_most_connections_max_and_queues_the_rest() -> None:
     most = now = 0
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -380,12 +379,12 @@ async def test_so_many_connections_and_no_more_and_a_line_for_the_rest() -> None
             now -= 1
 
     async with server(talk) as port, pool_to(port, connections_max=3) as pool:
-        answers = await asyncio.gather(*(asked(pool) for _ in range(30)))
+        answers = await asyncio.gather(*(request(pool) for _ in range(30)))
         assert {body for _, body in answers} == {b"x"}
         assert most == 3
 
 
-async def test_whoever_waits_in_line_too_long_or_leaves_it_takes_nobodys_place() -> None:
+async def test_a_waiter_that_times_out_or_is_cancelled_takes_no_connection() -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             await reader.readuntil(b"{}")
@@ -393,18 +392,18 @@ async def test_whoever_waits_in_line_too_long_or_leaves_it_takes_nobodys_place()
             writer.write(ok(b"x"))
 
     async with server(talk) as port, pool_to(port, connections_max=1, connect_s=0.15) as pool:
-        first = asyncio.create_task(asked(pool))
+        first = asyncio.create_task(request(pool))
         await asyncio.sleep(0.05)
-        leaver = asyncio.create_task(asked(pool))
+        cancelled = asyncio.create_task(request(pool))
         with pytest.raises(PoolExhausted):
-            await asked(pool)
-        leaver.cancel()
-        await asyncio.gather(leaver, return_exceptions=True)
+            await request(pool)
+        cancelled.cancel()
+        await asyncio.gather(cancelled, return_exceptions=True)
         assert (await first)[1] == b"x"
-        assert (await asked(pool))[1] == b"x"
+        assert (await request(pool))[1] == b"x"
 
 
-async def test_a_handshake_begins_with_the_session_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_tls_handshake_resumes_the_last_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
@@ -421,14 +420,14 @@ async def test_a_handshake_begins_with_the_session_before_it(tmp_path: Path, mon
 
     async with server(talk, context) as port, pool_to(port, scheme="https") as pool:
         for _ in range(3):
-            assert (await asked(pool))[1] == b"x"
+            assert (await request(pool))[1] == b"x"
             await asyncio.sleep(0.2)
     assert reused[0] is False
     assert reused[1:] == [True, True]
 
 
 @pytest.mark.parametrize(
-    ("url", "named", "with_port", "path"),
+    ("url", "host_header", "authority", "path"),
     [
         ("https://openrouter.ai/api/v1", "openrouter.ai", "openrouter.ai:443", "/api/v1"),
         ("https://openrouter.ai:8443/api/v1/", "openrouter.ai:8443", "openrouter.ai:8443", "/api/v1"),
@@ -437,12 +436,12 @@ async def test_a_handshake_begins_with_the_session_before_it(tmp_path: Path, mon
         ("https://пример.рф/v1", "xn--e1afmkfd.xn--p1ai", "xn--e1afmkfd.xn--p1ai:443", "/v1"),
     ],
 )
-def test_an_end_has_its_names(url: str, named: str, with_port: str, path: str) -> None:
-    end = Endpoint.of(url)
-    assert (end.named, end.with_port, end.path) == (named, with_port, path)
+def test_an_endpoint_is_parsed_from_a_url(url: str, host_header: str, authority: str, path: str) -> None:
+    end = Endpoint.parse(url)
+    assert (end.host_header, end.authority, end.path) == (host_header, authority, path)
 
 
 @pytest.mark.parametrize("url", ["openrouter.ai", "ftp://x", "http://", "http://x:99999"])
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_an_invalid_url_is_rejected(url: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        Endpoint.of(url)
+        Endpoint.parse(url)

@@ -233,7 +233,7 @@ async def test_an_unknown_model_is_refused_here_while_the_list_is_fresh(gateway:
     assert text.startswith("no/such is not a model")
     assert (await send(gateway, json={**ASK, "models": ["no/such"]}, headers=caller.headers))[:2] == (400, "model_not_found")
     await assert_nothing_happened(gateway)
-    gateway.app[CATALOGUE].read_at = -math.inf  # the list is old by now: who knows
+    gateway.app[CATALOGUE].fetched_at = -math.inf  # the list is old by now: who knows
     status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=caller.headers)
     assert (status, code) == (400, "upstream_rejected")
     assert "no/such" in text

@@ -1,10 +1,10 @@
-"""Fail at every await: a request's life is run once for each point at which it waits, and fails there — by an exception, by a
-cancellation, by the death of the process. Whatever is left must recover to exactly the simulator's own bill (contract C3, C6, C8;
+"""Fail at every await: a request is run once for each point at which it waits, and fails there — by an exception, by a
+cancellation, by the death of the process. Whatever is left open must recover to exactly the simulator's own bill (contract C3, C6, C8;
 rows process-1 to process-6, process-8, process-12, process-13).
 
 How: an exchange's coroutine is driven by hand, and its suspensions are counted. Death means that from that instant nothing which the
 process does has an effect: its task stops without running any `finally`, its statements and its journal go nowhere, its upstream
-connection breaks. What the database has been told stays told. Then a new process starts on the same journal and the same database.
+connection breaks. What the database has committed stays committed. Then a new process starts on the same journal and the same database.
 """
 
 import asyncio
@@ -23,7 +23,6 @@ import pytest
 
 from gptutor.api.chat.completions import SERVICES
 from gptutor.api.chat.event_stream import EventStream
-from gptutor.api.chat.in_flight import InFlight
 from gptutor.app import JOURNAL, UPSTREAM, build_app
 from gptutor.config import schema
 from gptutor.database.pool import Database
@@ -31,21 +30,22 @@ from gptutor.http.health import DATABASE
 from gptutor.money.invariants import check
 from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
+from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.logs import LoggerService
 from tests.support.books import charged_usd
 from tests.support.gateway import SECRET, Caller, Gateway, config_for, gateway_on, make_caller
 
 GRAVEYARD: list[Any] = []
-"""The coroutines of the dead: kept, because collecting them would run their `finally`."""
-atexit.register(logging.disable, logging.CRITICAL)  # at the very end they are collected all the same, and complain of it
+"""The coroutines of dead processes: kept, because collecting them would run their `finally`."""
+atexit.register(logging.disable, logging.CRITICAL)  # at the interpreter's exit they are collected after all, and log errors
 
 
 class Injected(Exception):
-    """The exception that strikes."""
+    """The exception that is injected."""
 
 
-class Strike(InFlight):
-    """Runs exchanges, and strikes the next one at its `point`-th suspension."""
+class Strike(BackgroundTasks):
+    """Runs exchanges, and injects a failure into the next one at its `point`-th suspension."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ class Strike(InFlight):
         self.suspensions = 0
         self.died = asyncio.Event()
 
-    def start(self, work: Coroutine[None, None, None]) -> None:
-        super().start(self._drive(work))
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        return super().start(self._drive(work))
 
     async def _drive(self, work: Coroutine[None, None, None]) -> None:
         await self._steps(work)
@@ -92,7 +92,7 @@ class Strike(InFlight):
 
 @asynccontextmanager
 async def process(config: schema.Config, books: Database, simulator: Simulator) -> AsyncIterator[tuple[Gateway, Strike]]:
-    """A gateway whose exchanges can be struck; it can die before its end."""
+    """A gateway whose exchanges can be made to fail, or to die."""
     app = build_app(config, log=LoggerService(), secrets=[SECRET])
     async with listening(app, config) as url, aiohttp.ClientSession() as session:
         gateway = Gateway(url, app, simulator, books, session)
@@ -103,7 +103,7 @@ async def process(config: schema.Config, books: Database, simulator: Simulator) 
 
 
 async def kill(gateway: Gateway) -> None:
-    """From now on nothing that this process does has an effect."""
+    """From now on nothing that this process does takes effect."""
 
     async def nowhere(*_: Any, **__: Any) -> Any:
         await asyncio.Event().wait()
@@ -112,14 +112,14 @@ async def kill(gateway: Gateway) -> None:
     gateway.app[DATABASE].fetchrow = nowhere  # type: ignore[method-assign]
     gateway.app[UPSTREAM]._pool.close()
     for connection in (thing for thing in gc.get_objects() if isinstance(thing, aiohttp.connector.Connection)):
-        connection._protocol = None  # the dead do not complain of connections that were not closed
+        connection._protocol = None  # a dead process does not warn about unclosed connections
     journal = gateway.app[JOURNAL]
     journal._append = lambda lines: None  # type: ignore[method-assign]
     journal.close = lambda: None  # type: ignore[method-assign]
 
 
-async def ask(gateway: Gateway, strike: Strike, caller: Caller, stream: bool) -> tuple[int, bytes]:
-    """A caller who asks once, and takes what comes: an answer, a refusal, or the end of the connection."""
+async def send_request(gateway: Gateway, strike: Strike, caller: Caller, stream: bool) -> tuple[int, bytes]:
+    """Sends one request, and returns the response, an error, or (0, b"") for a closed connection."""
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": stream, "max_tokens": 6}
     request = asyncio.create_task(gateway.session.post(gateway.chat_url, json=body, headers=caller.headers))
     death = asyncio.create_task(strike.died.wait())
@@ -144,7 +144,7 @@ async def ask(gateway: Gateway, strike: Strike, caller: Caller, stream: bool) ->
 
 
 async def assert_exact(gateway: Gateway, caller: Caller, books: Database, may_wait: bool) -> None:
-    """Nothing is lost, doubled or invented: what the simulator billed is charged, or its hold waits for a name that nobody has."""
+    """What the simulator billed is charged exactly once, or its hold stays open for lack of a generation id."""
     async with asyncio.timeout(15):
         while True:
             rows = [row for row in await books.fetch("list_waiting_holds", 1000) if row["account_id"] == caller.account_id]
@@ -169,8 +169,8 @@ async def assert_exact(gateway: Gateway, caller: Caller, books: Database, may_wa
 async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
     database_url: str, books: Database, tmp_path: Path, how: str, stream: bool
 ) -> None:
-    simulator = Simulator(word_s=0.002, first_word_s=0.002)  # so that a stream comes in pieces
-    tuned = {"recovery": {"poll_s": 0.02}, "relay": {"leaver_drain_s": 0.2}}
+    simulator = Simulator(word_s=0.002, first_word_s=0.002)  # so that a stream arrives in several chunks
+    tuned = {"recovery": {"poll_s": 0.02}, "relay": {"disconnected_drain_s": 0.2}}
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(database_url, base_url, tmp_path, tuned)
         point, settled, refused = 0, 0, 0
@@ -180,7 +180,7 @@ async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
             caller = await make_caller(books, "100")
             async with process(config, books, simulator) as (gateway, strike):
                 strike.point, strike.how = point, how
-                status, answer = await ask(gateway, strike, caller, stream)
+                status, answer = await send_request(gateway, strike, caller, stream)
                 if strike.died.is_set():
                     await kill(gateway)
                 async with asyncio.timeout(10):
@@ -188,7 +188,7 @@ async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
                         await asyncio.sleep(0.005)
                 survived = strike.suspensions < point
                 if not strike.died.is_set():
-                    await assert_exact(gateway, caller, books, may_wait=point > 1)  # at the first, the hold itself is waited for
+                    await assert_exact(gateway, caller, books, may_wait=point > 1)  # point 1 is the wait for the hold itself
             if strike.died.is_set():
                 async with process(config, books, simulator) as (heir, _):
                     await assert_exact(heir, caller, books, may_wait=point > 1)
@@ -200,17 +200,17 @@ async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
                 assert answer.endswith(b"data: [DONE]\n\n") if stream else json.loads(answer)["usage"]
                 break
         print(f"{how}, stream={stream}: {point - 1} points, {settled} settled, {refused} refused")
-        assert point > (4 if stream else 3), "the strike never strikes"
+        assert point > (4 if stream else 3), "no failure was injected"
         assert settled >= 2
 
 
 @pytest.mark.timeout(60)
-async def test_a_stream_that_fails_at_a_piece_is_still_billed_exactly(
+async def test_a_stream_that_fails_at_a_chunk_is_still_billed_exactly(
     database_url: str, books: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces pass in the socket's own callback, where nothing is awaited: they are points as well."""
+    """Chunks are passed on in the socket's callback, without an await: each chunk is a point as well."""
     simulator = Simulator(word_s=0.002, first_word_s=0.002)
-    tuned = {"recovery": {"poll_s": 0.02}, "relay": {"leaver_drain_s": 0.2}}
+    tuned = {"recovery": {"poll_s": 0.02}, "relay": {"disconnected_drain_s": 0.2}}
     write, piece, point = EventStream.write, 0, 0
 
     def failing(stream: EventStream, chunk: bytes, *, is_last: bool = False) -> bool:
@@ -229,19 +229,19 @@ async def test_a_stream_that_fails_at_a_piece_is_still_billed_exactly(
             piece = 0
             simulator.billing.records.clear()
             caller = await make_caller(books, "100")
-            await ask(gateway, Strike(), caller, stream=True)
+            await send_request(gateway, Strike(), caller, stream=True)
             await gateway.idle()
             assert piece == point
             await assert_exact(gateway, caller, books, may_wait=False)
 
 
 async def waiting(books: Database) -> tuple[list[Any], list[Any], list[bool]]:
-    """All that waits without a name, so that the next round begins with none."""
+    """The open holds without a generation id, to be released before the next round."""
     rows = [row for row in await books.fetch("list_waiting_holds", 1000) if row["state"] != "unresolved"]
     return [row["account_id"] for row in rows], [row["hold_id"] for row in rows], [True] * len(rows)
 
 
-def test_the_strike_really_strikes() -> None:
+def test_the_injection_works() -> None:
     async def work(log: list[str]) -> None:
         try:
             await asyncio.sleep(0)

@@ -27,7 +27,6 @@ PURE = {
     "gptutor.money.keys": ("gptutor.money.amounts",),
     "gptutor.money.pricing": ("gptutor.money.amounts",),
     "gptutor.openrouter.response_parser": (),
-    "gptutor.openrouter.body_buffer": (),
     "gptutor.openrouter.bill": (),
     "gptutor.openrouter.retry": (),
     "gptutor.openrouter.circuit": (),

@@ -1,4 +1,4 @@
-"""The model list: for callers, for prices, and over a restart (contract E1, C4; row money-16)."""
+"""The model list: for clients, for prices, and over a restart (contract E1, C4; row money-16)."""
 
 import asyncio
 import json
@@ -31,17 +31,17 @@ def price_of(pricing: dict[str, Any]) -> ModelPrice | None:
 
 
 async def get(gateway: Gateway, path: str, known: str = "") -> tuple[int, str, bytes]:
-    """Status, ETag and body; for one who knows the tags `known`."""
+    """Status, ETag and body, for a client that has the ETags `known`."""
     headers = {"If-None-Match": known} if known else {}
     async with gateway.session.get(gateway.url + path, headers=headers) as response:
         return response.status, response.headers["ETag"], await response.read()
 
 
-# -- for callers
+# -- for clients
 
 
 @pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{MODEL}"])
-async def test_who_has_the_list_already_is_not_sent_it_again(gateway: Gateway, path: str) -> None:
+async def test_a_client_with_the_current_etag_gets_304(gateway: Gateway, path: str) -> None:
     status, tag, document = await get(gateway, path)
     assert status == 200
     assert not tag.startswith("W/")
@@ -51,7 +51,7 @@ async def test_who_has_the_list_already_is_not_sent_it_again(gateway: Gateway, p
         assert await get(gateway, path, known) == (200, tag, document)
 
 
-async def test_the_tag_changes_with_the_list_alone(gateway: Gateway) -> None:
+async def test_the_etag_changes_only_with_the_list(gateway: Gateway) -> None:
     catalogue = gateway.app[CATALOGUE]
     version, tag = catalogue.version, (await get(gateway, "/v1/models"))[1]
     catalogue.replace(gateway.simulator.model_list)
@@ -60,7 +60,7 @@ async def test_the_tag_changes_with_the_list_alone(gateway: Gateway) -> None:
     assert (await get(gateway, "/v1/models"))[1] != tag
 
 
-async def test_the_list_is_made_once_for_all_requests() -> None:
+async def test_the_list_is_encoded_once_for_all_requests() -> None:
     catalogue = Catalogue()
     catalogue.replace(listing({"id": "a/b"}))
     models = ModelList(catalogue, Decimal(90))
@@ -68,7 +68,7 @@ async def test_the_list_is_made_once_for_all_requests() -> None:
     assert json.loads(models.all().body)["data"][0]["pricing_rub"] == {"prompt": "9.0", "completion": "18.0"}
 
 
-async def test_prices_in_roubles_are_exact_and_only_of_what_has_a_price(gateway: Gateway) -> None:
+async def test_prices_in_roubles_are_exact_and_only_for_models_with_a_price(gateway: Gateway) -> None:
     models = {model["id"]: model for model in json.loads((await get(gateway, "/v1/models"))[2])["data"]}
     assert models[MODEL]["pricing"]["prompt"] == "0.0000001"
     assert Decimal(models[MODEL]["pricing_rub"]["prompt"]) == Decimal("0.0000090")
@@ -93,11 +93,11 @@ async def test_prices_in_roubles_are_exact_and_only_of_what_has_a_price(gateway:
         {"prompt": "1", "completion": "1", "overrides": [{"completion": "-1"}]},
     ],
 )
-def test_what_is_no_price_is_never_reckoned_with(pricing: dict[str, Any]) -> None:
+def test_an_invalid_price_is_never_used(pricing: dict[str, Any]) -> None:
     assert price_of(pricing) is None
 
 
-def test_of_each_kind_of_price_the_dearest_bounds_the_cost() -> None:
+def test_the_highest_price_of_each_kind_bounds_the_cost() -> None:
     price = price_of(
         {
             "prompt": "1", "completion": "2", "internal_reasoning": "3", "request": "4", "image": "5", "audio": "6",
@@ -108,7 +108,7 @@ def test_of_each_kind_of_price_the_dearest_bounds_the_cost() -> None:
     assert price == ModelPrice(*map(Decimal, (10, 20, 4, 5, 6, 7, 20, 9)), None, None)
 
 
-def test_a_model_is_found_by_its_variants_and_its_permanent_name() -> None:
+def test_a_model_is_found_by_its_variants_and_its_permanent_slug() -> None:
     catalogue = Catalogue()
     free = {"id": "a/b:free", "canonical_slug": "a/b-2026", "pricing": {"prompt": "0", "completion": "0"}}
     catalogue.replace(listing({"id": "a/b", "canonical_slug": "a/b-2026"}, free))
@@ -123,19 +123,19 @@ def test_a_model_is_found_by_its_variants_and_its_permanent_name() -> None:
     ("model", "lacking"),
     [("a/b", False), ("a/b:online", False), ("a/c", True), ("a/c:free", True), ("@preset/x", False), ("a/c@preset/x", False), ("~a/c-latest", False)],
 )  # fmt: skip
-def test_a_model_is_lacking_only_in_a_list_that_is_fresh(model: str, lacking: bool) -> None:
+def test_a_model_is_unknown_only_if_the_list_is_fresh(model: str, lacking: bool) -> None:
     catalogue = Catalogue()
     catalogue.replace(listing({"id": "a/b"}))
-    assert not catalogue.lacks(model)
-    catalogue.read_at = math.inf
-    assert catalogue.lacks(model) is lacking
+    assert not catalogue.is_unknown(model)
+    catalogue.fetched_at = math.inf
+    assert catalogue.is_unknown(model) is lacking
 
 
 # -- over a restart
 
 
 class Upstream:
-    """OpenRouter, as far as its model list goes: answers in their order, and the last for ever."""
+    """OpenRouter's model list: gives the responses in their order, and the last one for ever."""
 
     def __init__(self, answers: Iterable[bytes | Exception]) -> None:
         self.answers = list(answers)
@@ -152,40 +152,40 @@ class Upstream:
 AWAY = UpstreamError(Failure("unreachable"))
 
 
-async def test_the_last_good_copy_serves_after_a_restart_without_openrouter(tmp_path: Path) -> None:
-    kept = tmp_path / "var" / "models.json"
-    async with refreshed(Upstream([listing({"id": "a/b"})]), 60, kept) as catalogue:  # type: ignore[arg-type]
+async def test_the_saved_list_serves_after_a_restart_without_openrouter(tmp_path: Path) -> None:
+    copy = tmp_path / "var" / "models.json"
+    async with refreshed(Upstream([listing({"id": "a/b"})]), 60, copy) as catalogue:  # type: ignore[arg-type]
         assert "a/b" in catalogue.models
         assert catalogue.is_fresh
-    async with refreshed(Upstream([AWAY]), 60, kept) as catalogue:  # type: ignore[arg-type]
+    async with refreshed(Upstream([AWAY]), 60, copy) as catalogue:  # type: ignore[arg-type]
         assert "a/b" in catalogue.models
         assert not catalogue.is_fresh
-    assert list(kept.parent.iterdir()) == [kept]
+    assert list(copy.parent.iterdir()) == [copy]
 
 
-async def test_a_copy_is_served_at_once_and_made_fresh_behind_it(tmp_path: Path) -> None:
-    kept = tmp_path / "models.json"
-    kept.write_bytes(listing({"id": "old/model"}))
-    async with refreshed(Upstream([listing({"id": "new/model"})]), 60, kept) as catalogue:  # type: ignore[arg-type]
+async def test_a_saved_list_is_served_at_once_and_refreshed_in_the_background(tmp_path: Path) -> None:
+    copy = tmp_path / "models.json"
+    copy.write_bytes(listing({"id": "old/model"}))
+    async with refreshed(Upstream([listing({"id": "new/model"})]), 60, copy) as catalogue:  # type: ignore[arg-type]
         assert list(catalogue.models) == ["old/model"]
         async with asyncio.timeout(5):
             while not catalogue.is_fresh:
                 await asyncio.sleep(0.01)
         assert list(catalogue.models) == ["new/model"]
-    assert kept.read_bytes() == listing({"id": "new/model"})
+    assert copy.read_bytes() == listing({"id": "new/model"})
 
 
 @pytest.mark.parametrize(
     "document", [b"", b"{", b'{"data": []}', b"\xff", b'{"data": [{"id": "a\xff"}]}', b'{"data":' + b"[" * 100_000]
 )
-async def test_a_broken_copy_is_not_used_and_does_no_harm(tmp_path: Path, document: bytes) -> None:
-    kept = tmp_path / "models.json"
-    kept.write_bytes(document)
-    async with refreshed(Upstream([listing({"id": "a/b"})]), 60, kept) as catalogue:  # type: ignore[arg-type]
+async def test_a_broken_saved_list_is_ignored(tmp_path: Path, document: bytes) -> None:
+    copy = tmp_path / "models.json"
+    copy.write_bytes(document)
+    async with refreshed(Upstream([listing({"id": "a/b"})]), 60, copy) as catalogue:  # type: ignore[arg-type]
         assert list(catalogue.models) == ["a/b"]
 
 
-async def test_what_openrouter_sends_instead_of_a_list_does_not_replace_it(tmp_path: Path) -> None:
+async def test_a_response_that_is_not_a_model_list_does_not_replace_the_list(tmp_path: Path) -> None:
     upstream = Upstream([listing({"id": "a/b"}), b"<html>", AWAY, b'{"data": []}'])
     async with refreshed(upstream, 0.01, tmp_path / "models.json") as catalogue:  # type: ignore[arg-type]
         async with asyncio.timeout(5):

@@ -442,7 +442,7 @@ async def test_an_unsettled_charge_survives_the_end_of_the_process(
     """Complaints 4, 12 (LiteLLM #34805, #35531, Bifrost's ten seconds, one-api's goroutine): charges that were only in memory were lost with the process."""
     simulator = Simulator()
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
-        config = config_for(database_url, base_url, tmp_path, {"relay": {"leaver_drain_s": 0.1}})
+        config = config_for(database_url, base_url, tmp_path, {"relay": {"disconnected_drain_s": 0.1}})
         config = msgspec.structs.replace(config, server=schema.ServerSettings(port=0, shutdown_s=0.2, drain_s=0.05))
         people = [await make_caller(books, "100") for _ in range(callers)]
         async with gateway_on(config, books, simulator) as dying:

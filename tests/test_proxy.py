@@ -1,4 +1,4 @@
-"""OpenRouter by TLS and through an outbound proxy: a real one, tinyproxy from Debian (contract C8, F8; row upstream-1)."""
+"""OpenRouter over TLS and through an outbound proxy: a real one, tinyproxy from Debian (contract C8, F8; row upstream-1)."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ from tests.support.gateway import Gateway, config_for, gateway_on
 
 @pytest.fixture(scope="module")
 def tinyproxy(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The program: an installed one, or unpacked from Debian's package."""
+    """The tinyproxy program: the installed one, or unpacked from Debian's package."""
     if installed := shutil.which("tinyproxy"):
         return installed
     if not shutil.which("apt-get"):
@@ -46,7 +46,7 @@ def tinyproxy(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def proxy(tinyproxy: str, tmp_path: Path, unused_tcp_port: int) -> Iterator[tuple[str, Path]]:
-    """A running proxy that asks for a password: its address without that, and its log."""
+    """A running proxy with a password: its address without the password, and its log."""
     port, log = unused_tcp_port, tmp_path / "proxy.log"
     settings = tmp_path / "proxy.conf"
     settings.write_text(
@@ -69,7 +69,7 @@ def authority() -> trustme.CA:
 
 @pytest.fixture
 async def secure(authority: trustme.CA) -> AsyncIterator[tuple[Simulator, str]]:
-    """The simulator behind TLS, and the base URL of its API."""
+    """The simulator over TLS, and the base URL of its API."""
     simulator, context = Simulator(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost").configure_cert(context)
     runner = web.AppRunner(simulator.app(), shutdown_timeout=1)
@@ -98,7 +98,7 @@ def trusted(authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("stream", [False, True])
-async def test_openrouter_is_reached_through_the_proxy_and_learns_nothing_of_it(
+async def test_openrouter_is_reached_through_the_proxy_and_does_not_see_it(
     proxy: tuple[str, Path],
     secure: tuple[Simulator, str],
     books: pool.Database,
@@ -119,7 +119,7 @@ async def test_openrouter_is_reached_through_the_proxy_and_learns_nothing_of_it(
 
 @pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("known", ["ivan:wrong@", ""])
-async def test_a_proxy_that_refuses_us_is_told_as_openrouter_unreachable_and_costs_nothing(
+async def test_a_proxy_that_rejects_us_means_openrouter_unreachable_and_costs_nothing(
     proxy: tuple[str, Path],
     secure: tuple[Simulator, str],
     books: pool.Database,
@@ -132,14 +132,14 @@ async def test_a_proxy_that_refuses_us_is_told_as_openrouter_unreachable_and_cos
 
 
 @pytest.mark.usefixtures("trusted")
-async def test_a_proxy_that_is_away_is_told_the_same(
+async def test_an_unreachable_proxy_means_the_same(
     secure: tuple[Simulator, str], books: pool.Database, database_url: str, tmp_path: Path, unused_tcp_port: int
 ) -> None:
     async with gateway_through(f"http://127.0.0.1:{unused_tcp_port}", secure, books, database_url, tmp_path) as gateway:
         await assert_unreachable(gateway)
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_not_accepted(
+async def test_an_untrusted_certificate_is_not_accepted(
     secure: tuple[Simulator, str], books: pool.Database, database_url: str, tmp_path: Path
 ) -> None:
     async with gateway_through("", secure, books, database_url, tmp_path) as gateway:
@@ -172,12 +172,12 @@ REAL = {"OPENROUTER_API_KEY": "sk-or-1"}
         ({"HTTPS_PROXY": "http://p:3128", "OPENROUTER_BASE_URL": "http://localhost:3002/api/v1"}, ""),
     ],
 )
-def test_the_proxy_of_the_environment(environ: dict[str, str], proxy: str) -> None:
+def test_the_proxy_from_the_environment(environ: dict[str, str], proxy: str) -> None:
     assert load.load({**REAL, **environ}).openrouter.proxy == proxy
 
 
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "GPTUTOR_OPENROUTER__PROXY"])
-def test_a_proxy_that_is_no_address_is_told_without_its_password(name: str) -> None:
+def test_the_error_for_an_invalid_proxy_url_does_not_show_its_password(name: str) -> None:
     with pytest.raises(ConfigError) as told:
         load.load({**REAL, name: "socks5://ivan:s3cret@p:1080"})
     assert name in str(told.value)

@@ -861,8 +861,8 @@ async def test_an_answer_has_the_name_in_its_head_however_it_comes(
     caller = await make_caller(books, "100")
     with process(books, directory) as living:
         purchase = Purchase(living.ledger, SimpleNamespace(charge=lambda cost: Nano(9 * 10**8)), await hold(books, caller, "5"))  # type: ignore[arg-type]
-        purchase.send()
-        purchase.note_bill(Bill(Decimal("0.01"), generation_id="gen-event"), head)
+        purchase.mark_sent()
+        purchase.record_bill(Bill(Decimal("0.01"), generation_id="gen-event"), head)
         assert await purchase.close() == "settled"
     entry, _ = await Bookings(books).entries(caller.account_id, 10)
     assert entry.generation_id == name

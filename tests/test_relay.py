@@ -11,12 +11,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from gptutor.api.chat.exchange import TRUNCATED
+from gptutor.api.chat.exchange import TRUNCATED_EVENT
 from tests.support.books import assert_books_agree, charged_usd
 from tests.support.gateway import MODEL, Gateway
 
 
-async def test_a_plain_answer_arrives_and_is_charged_exactly(gateway: Gateway) -> None:
+async def test_a_plain_response_arrives_and_is_charged_exactly(gateway: Gateway) -> None:
     caller = await gateway.caller()
     response, document = await gateway.chat(caller)
     answer = json.loads(document)
@@ -44,7 +44,7 @@ async def test_a_stream_arrives_and_is_charged_exactly(gateway: Gateway) -> None
 
 
 @pytest.mark.parametrize("fault", ["", "fault:chunks=1", "fault:chunks=7", "fault:one-write"])
-async def test_the_bytes_do_not_depend_on_how_they_come(gateway: Gateway, fault: str) -> None:
+async def test_the_content_does_not_depend_on_the_chunks(gateway: Gateway, fault: str) -> None:
     caller = await gateway.caller()
     _, stream = await gateway.chat(caller, fault, stream=True)
     said = [json.loads(line[6:]) for line in stream.split(b"\n\n") if line.startswith(b"data: {")]
@@ -55,7 +55,7 @@ async def test_the_bytes_do_not_depend_on_how_they_come(gateway: Gateway, fault:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", ["no-usage", "cost=null", "cost=-1", "cost=1e400", 'cost="0.1"', "cost=NaN"])
-async def test_a_missing_or_impossible_price_is_asked_for_at_generation(gateway: Gateway, fault: str, stream: bool) -> None:
+async def test_a_missing_or_invalid_cost_is_looked_up_at_generation(gateway: Gateway, fault: str, stream: bool) -> None:
     caller = await gateway.caller()
     response, document = await gateway.chat(caller, f"fault:{fault}", stream=stream)
     assert response.status == 200
@@ -76,7 +76,7 @@ async def test_a_broken_stream_ends_in_an_error_event_and_is_charged_by_generati
     await assert_books_agree(gateway, caller)
 
 
-async def test_openrouters_own_error_event_passes_as_it_came(gateway: Gateway) -> None:
+async def test_openrouters_own_error_event_passes_unchanged(gateway: Gateway) -> None:
     caller = await gateway.caller()
     _, stream = await gateway.chat(caller, "fault:error=4", stream=True)
     events = [line for line in stream.split(b"\n\n") if line.startswith(b"data: ")]
@@ -85,7 +85,7 @@ async def test_openrouters_own_error_event_passes_as_it_came(gateway: Gateway) -
     await assert_books_agree(gateway, caller)
 
 
-async def test_a_plain_answer_that_breaks_off_is_an_error_and_is_charged_by_generation(gateway: Gateway) -> None:
+async def test_a_truncated_plain_response_is_an_error_and_is_charged_by_generation(gateway: Gateway) -> None:
     caller = await gateway.caller()
     response, document = await gateway.chat(caller, "fault:cut-inside=0")
     assert (response.status, json.loads(document)) == (500, {"error": "Internal server error"})
@@ -95,7 +95,7 @@ async def test_a_plain_answer_that_breaks_off_is_an_error_and_is_charged_by_gene
 
 
 @pytest.mark.parametrize("status", [408, 429, 502, 503, 524, 529])
-async def test_a_transient_error_is_tried_again_and_then_told(gateway: Gateway, status: int) -> None:
+async def test_a_retryable_error_is_retried_and_then_returned(gateway: Gateway, status: int) -> None:
     caller = await gateway.caller()
     response, document = await gateway.chat(caller, f"fault:status={status}:0")
     assert response.status == {429: 429, 408: 504, 524: 504}.get(status, 500)
@@ -104,7 +104,7 @@ async def test_a_transient_error_is_tried_again_and_then_told(gateway: Gateway, 
     await assert_books_agree(gateway, caller)
 
 
-async def test_a_caller_who_leaves_still_pays(gateway: Gateway) -> None:
+async def test_a_disconnected_client_still_pays(gateway: Gateway) -> None:
     gateway.simulator.word_s = 0.01
     caller = await gateway.caller()
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
@@ -116,9 +116,11 @@ async def test_a_caller_who_leaves_still_pays(gateway: Gateway) -> None:
     await assert_books_agree(gateway, caller)
 
 
-@pytest.mark.parametrize("tuned", [{"relay": {"leaver_drain_s": 0.05}}])
-@pytest.mark.parametrize("model", [MODEL, "openai/gpt-4o-mini"])  # the second provider stops, and stops billing, when told to
-async def test_upstream_is_not_read_for_ever_for_a_caller_who_left(gateway: Gateway, model: str) -> None:
+@pytest.mark.parametrize("tuned", [{"relay": {"disconnected_drain_s": 0.05}}])
+@pytest.mark.parametrize(
+    "model", [MODEL, "openai/gpt-4o-mini"]
+)  # the second provider stops, and stops billing, when the request is cancelled
+async def test_upstream_is_read_for_a_bounded_time_after_the_client_disconnected(gateway: Gateway, model: str) -> None:
     gateway.simulator.word_s = 0.1
     caller = await gateway.caller()
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "model": model}
@@ -134,7 +136,7 @@ async def test_upstream_is_not_read_for_ever_for_a_caller_who_left(gateway: Gate
     await assert_books_agree(gateway, caller)
 
 
-async def test_a_caller_who_leaves_a_plain_request_still_pays(gateway: Gateway) -> None:
+async def test_a_client_that_disconnects_from_a_plain_request_still_pays(gateway: Gateway) -> None:
     gateway.simulator.first_word_s = 0.3
     caller = await gateway.caller()
     body = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -145,7 +147,7 @@ async def test_a_caller_who_leaves_a_plain_request_still_pays(gateway: Gateway) 
     await assert_books_agree(gateway, caller)
 
 
-async def test_sixty_at_once_on_money_for_ten_never_overdraw(gateway: Gateway) -> None:
+async def test_sixty_concurrent_requests_with_a_balance_for_ten_never_overdraw(gateway: Gateway) -> None:
     # 16 384 tokens × 0.0000006 dollars × 90 roubles × 1.1 ≈ 0.973 roubles: ten such holds fit into ten roubles.
     caller = await gateway.caller("10")
     gateway.simulator.first_word_s = 0.3
@@ -159,7 +161,7 @@ async def test_sixty_at_once_on_money_for_ten_never_overdraw(gateway: Gateway) -
     await assert_books_agree(gateway, caller, "10")
 
 
-async def test_where_the_balance_limits_the_output_upstream_is_told(gateway: Gateway) -> None:
+async def test_where_the_balance_limits_the_output_max_tokens_is_sent_upstream(gateway: Gateway) -> None:
     caller = await gateway.caller("1.1")
     await gateway.chat(caller)
     (record,) = gateway.simulator.billing.records.values()
@@ -169,7 +171,7 @@ async def test_where_the_balance_limits_the_output_upstream_is_told(gateway: Gat
     assert "max_tokens" not in json.loads(list(gateway.simulator.billing.records.values())[1].body)
 
 
-async def test_what_reaches_openrouter_is_what_the_caller_sent_and_nothing_of_who_he_is(gateway: Gateway) -> None:
+async def test_openrouter_gets_the_clients_request_and_nothing_that_identifies_the_client(gateway: Gateway) -> None:
     caller = await gateway.caller()
     body = b'{"messages":[{"role":"user","content":"Hi"}],"x_new":{"a":1.50,"b":1E+2},"temperature":1.0,"user":"ivan"}'
     headers = {**caller.headers, "Content-Type": "application/json", "Cookie": "a=b", "X-Forwarded-For": "1.2.3.4", "X-Own": "1",
@@ -206,7 +208,7 @@ ODD_STREAMS = [
 
 @pytest.mark.parametrize("stream", ODD_STREAMS)
 @pytest.mark.parametrize("size", [1_000_000, 5])
-async def test_odd_bytes_come_through_as_they_are(scripted: Any, stream: bytes, size: int) -> None:
+async def test_odd_bytes_pass_unchanged(scripted: Any, stream: bytes, size: int) -> None:
     plays, gateway = scripted
     if size == 5 and len(stream) > 10_000:
         size = 5_000
@@ -224,13 +226,13 @@ async def test_odd_bytes_come_through_as_they_are(scripted: Any, stream: bytes, 
     response, received = await gateway.chat(await gateway.caller(), stream=True)
     ended = b"data: [DONE]" in stream
     assert received[: len(stream)] == stream
-    assert (received == stream) is ended  # what was not ended by OpenRouter is ended by us, as an error
-    assert ended or received.endswith(TRUNCATED)
+    assert (received == stream) is ended  # a stream that OpenRouter did not end gets our error event
+    assert ended or received.endswith(TRUNCATED_EVENT)
     assert "Set-Cookie" not in response.headers
     assert "X-Odd" not in response.headers
 
 
-async def test_a_compressed_body_is_passed_as_it_came_and_never_unpacked(scripted: Any) -> None:
+async def test_a_compressed_body_passes_unchanged_and_is_never_decompressed(scripted: Any) -> None:
     plays, gateway = scripted
     document = b"\x1f\x8b\x08\x00 not really gzip"
 
@@ -243,7 +245,7 @@ async def test_a_compressed_body_is_passed_as_it_came_and_never_unpacked(scripte
     assert response.headers["Content-Encoding"] == "gzip"
 
 
-async def test_an_answer_without_a_price_or_a_name_leaves_its_hold_open(scripted: Any) -> None:
+async def test_a_response_without_a_cost_or_a_generation_id_leaves_its_hold_open(scripted: Any) -> None:
     plays, gateway = scripted
 
     async def play(request: web.Request) -> web.StreamResponse:

@@ -12,7 +12,7 @@ from aiohttp.test_utils import make_mocked_request
 from gptutor.api.chat.event_stream import EventStream, StreamLimits
 from gptutor.http.connection import ClientConnection
 from gptutor.http.response_head import JOINED_BYTES_MAX, CompleteResponse
-from gptutor.openrouter.response import UpstreamResponse
+from gptutor.openrouter.connection import UpstreamConnection
 from tests.support.gateway import Gateway
 from tests.support.wire import post, raw
 
@@ -69,16 +69,16 @@ async def test_what_becomes_of_the_connection_is_told_and_true(
 async def test_a_streams_head_leaves_with_its_first_bytes() -> None:
     transport = Mock(spec=asyncio.Transport, **{"is_closing.return_value": False})
     connection = Mock(spec=ClientConnection, transport=transport, writing_paused=False)
-    patience = StreamLimits(heartbeat_s=1, buffer_bytes=1, write_s=1, leaver_drain_s=1, leaver_drain_bytes=1)
+    patience = StreamLimits(heartbeat_s=1, buffer_bytes=1, write_timeout_s=1, disconnected_drain_s=1, disconnected_drain_bytes=1)
     request = make_mocked_request("POST", "/", protocol=connection, transport=transport)
     stream = EventStream(request, asyncio.get_running_loop().create_future(), {}, patience)
-    await stream.begin(Mock(spec=UpstreamResponse))
-    assert not stream.has_begun
+    await stream.start(Mock(spec=UpstreamConnection))
+    assert not stream.has_started
     stream.write(b"data: 1\n\n")
     stream.write(b"data: 2\n\n", is_last=True)
     stream.write(b": a heartbeat\n\n")
     await stream.finish()
-    assert stream.has_begun
+    assert stream.has_started
     first, second = (call.args[0] for call in transport.write.call_args_list)
     assert first.startswith(b"HTTP/1.1 200 OK\r\n")
     assert first.endswith(b"\r\n\r\n9\r\ndata: 1\n\n\r\n")

@@ -1,4 +1,4 @@
-"""Everything that waits, waits for a bounded time, on either side (contract A3, A8, B6; rows client-5, client-6, client-8, input-22,
+"""Every wait is bounded, on either side (contract A3, A8, B6; rows client-5, client-6, client-8, input-22,
 upstream-7, upstream-8, upstream-13)."""
 
 import asyncio
@@ -32,11 +32,11 @@ from tests.support.books import assert_books_agree
 from tests.support.gateway import Gateway, config_for, gateway_on, make_caller
 from tests.support.wire import post, raw
 
-ASK = {"messages": [{"role": "user", "content": "Hello"}]}
+REQUEST = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
 @asynccontextmanager
-async def dialled(gateway: Gateway) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connected(gateway: Gateway) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     parts = urlsplit(gateway.url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:
@@ -73,13 +73,13 @@ async def read_health(reader: asyncio.StreamReader) -> bytes:
     return head
 
 
-# -- the caller's side
+# -- the client's side
 
 
 @pytest.mark.parametrize("tuned", [{"server": {"header_s": 0.3}}])
 @pytest.mark.parametrize("beginning", [b"", b"GET /heal", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Slow: "])
-async def test_a_head_that_does_not_come_in_time_closes_the_connection(gateway: Gateway, beginning: bytes) -> None:
-    async with dialled(gateway) as (reader, writer), dripping(writer, b"x" if beginning else b""):
+async def test_headers_that_do_not_arrive_in_time_close_the_connection(gateway: Gateway, beginning: bytes) -> None:
+    async with connected(gateway) as (reader, writer), dripping(writer, b"x" if beginning else b""):
         began = time.monotonic()
         writer.write(beginning)
         async with asyncio.timeout(5):
@@ -89,10 +89,10 @@ async def test_a_head_that_does_not_come_in_time_closes_the_connection(gateway: 
 
 
 @pytest.mark.parametrize("tuned", [{"server": {"header_s": 0.3, "keepalive_s": 20}}])
-async def test_a_head_that_begins_together_with_its_connection_has_no_more_time(gateway: Gateway) -> None:
-    """Row client-5: the bytes are there before the server looks for them."""
+async def test_headers_that_begin_with_their_connection_have_no_more_time(gateway: Gateway) -> None:
+    """Row client-5: the bytes arrive before the server reads."""
     parts = urlsplit(gateway.url)
-    with socket.create_connection((parts.hostname, parts.port)) as caller:  # while the loop waits for us
+    with socket.create_connection((parts.hostname, parts.port)) as caller:  # the event loop is blocked meanwhile
         caller.send(b"GET /heal")
         caller.setblocking(False)
         async with asyncio.timeout(5):
@@ -100,10 +100,10 @@ async def test_a_head_that_begins_together_with_its_connection_has_no_more_time(
 
 
 @pytest.mark.parametrize("cut", [20, -5])
-async def test_a_request_that_is_arriving_at_the_end_is_answered(
+async def test_a_request_that_arrives_during_shutdown_is_answered(
     database_url: str, books: Database, simulator: Simulator, tmp_path: Path, cut: int
 ) -> None:
-    """Row process-7: its head or its body has begun when the service is told to stop."""
+    """Row process-7: its headers or its body have begun to arrive when the service stops."""
     caller = await make_caller(books, "10")
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n"
@@ -111,7 +111,7 @@ async def test_a_request_that_is_arriving_at_the_end_is_answered(
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url, AsyncExitStack() as stack:
         config = config_for(database_url, base_url, tmp_path, {"server": {"shutdown_s": 4}})
         gateway = await stack.enter_async_context(gateway_on(config, books, simulator))
-        async with dialled(gateway) as (reader, writer):
+        async with connected(gateway) as (reader, writer):
             writer.write(wire[:cut])
             await asyncio.sleep(0.1)
             ending = asyncio.create_task(stack.aclose())
@@ -124,9 +124,9 @@ async def test_a_request_that_is_arriving_at_the_end_is_answered(
     assert b"X-Error-Code: not_ready" in answer
 
 
-async def test_a_caller_of_http_1_0_is_not_invited(gateway: Gateway) -> None:
-    """RFC 9110, 10.1.1: it knows of no answer before the answer."""
-    async with dialled(gateway) as (reader, writer):
+async def test_an_http_1_0_client_gets_no_100_continue(gateway: Gateway) -> None:
+    """RFC 9110, 10.1.1: HTTP/1.0 has no interim responses."""
+    async with connected(gateway) as (reader, writer):
         writer.write(b"POST /v1/chat/completions HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n{}")
         async with asyncio.timeout(5):
             answer = await reader.read()
@@ -135,12 +135,12 @@ async def test_a_caller_of_http_1_0_is_not_invited(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("tuned", [{"server": {"header_s": 0.3}}])
-async def test_a_second_head_has_its_own_time_and_idleness_has_none(gateway: Gateway) -> None:
-    async with dialled(gateway) as (reader, writer):
+async def test_the_headers_of_a_second_request_have_their_own_timeout_and_idle_time_does_not_count(gateway: Gateway) -> None:
+    async with connected(gateway) as (reader, writer):
         for _ in range(2):
             writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             await read_health(reader)
-            await asyncio.sleep(0.5)  # longer than a head may take: between requests `keepalive_s` counts
+            await asyncio.sleep(0.5)  # longer than headers may take: between requests `keepalive_s` counts
         writer.write(b"GET /health HTTP/1.1\r\n")
         async with asyncio.timeout(5):
             assert await reader.read() == b""
@@ -148,11 +148,11 @@ async def test_a_second_head_has_its_own_time_and_idleness_has_none(gateway: Gat
 
 @pytest.mark.parametrize("tuned", [{"server": {"body_idle_s": 0.2}}, {"server": {"body_s": 0.4}}])
 @pytest.mark.parametrize("coding", ["Content-Length: 100\r\n", "Transfer-Encoding: chunked\r\n"])
-async def test_a_body_that_drips_is_refused(gateway: Gateway, tuned: dict[str, Any], coding: str) -> None:
+async def test_a_body_that_arrives_too_slowly_is_rejected(gateway: Gateway, tuned: dict[str, Any], coding: str) -> None:
     caller = await gateway.caller()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n{coding}"
     drop = b"1\r\n{\r\n" if "chunked" in coding else b" "
-    async with dialled(gateway) as (reader, writer):
+    async with connected(gateway) as (reader, writer):
         writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + drop)
         async with asyncio.timeout(5), dripping(writer, drop if "body_s" in tuned["server"] else b""):
             answer = await reader.readuntil(b"}")
@@ -164,7 +164,7 @@ async def test_a_body_that_drips_is_refused(gateway: Gateway, tuned: dict[str, A
 
 
 @pytest.mark.parametrize("tuned", [{"server": {"linger_s": 0.1}}])
-async def test_the_body_is_invited_only_once_the_key_is_good(gateway: Gateway) -> None:
+async def test_100_continue_is_sent_only_for_a_valid_key(gateway: Gateway) -> None:
     caller = await gateway.caller()
     for key in ("", "Bearer nonsense", f"Bearer {make_key(caller.account_id)}", f"Bearer {make_key(AccountId(10**12))}"):
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nExpect: 100-continue\r\n"
@@ -177,7 +177,7 @@ async def test_the_body_is_invited_only_once_the_key_is_good(gateway: Gateway) -
 
     whole = post(caller, extra="Expect: 100-continue\r\nConnection: close\r\n")
     head, _, body = whole.partition(b"\r\n\r\n")
-    async with dialled(gateway) as (reader, writer):
+    async with connected(gateway) as (reader, writer):
         writer.write(head + b"\r\n\r\n")
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(body)
@@ -187,16 +187,16 @@ async def test_the_body_is_invited_only_once_the_key_is_good(gateway: Gateway) -
 
 @pytest.mark.parametrize("tuned", [{"server": {"linger_s": 0.1}}])
 @pytest.mark.parametrize("header", ["Content-Length: 99999999\r\n", "Content-Length: 10\r\nContent-Encoding: gzip\r\n"])
-async def test_a_body_that_would_be_refused_is_not_invited(gateway: Gateway, header: str) -> None:
+async def test_no_100_continue_for_a_body_that_would_be_rejected(gateway: Gateway, header: str) -> None:
     caller = await gateway.caller()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\nExpect: 100-continue\r\n"
     answer = await raw(gateway, f"{head}Content-Type: application/json\r\n{header}\r\n".encode(), until_close_s=9)
     assert answer.startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 415 "))
 
 
-async def test_pipelined_requests_are_served_in_order_and_hold_nobody_up(gateway: Gateway) -> None:
+async def test_pipelined_requests_are_served_in_order_and_block_no_other_client(gateway: Gateway) -> None:
     total = 2_000
-    async with dialled(gateway) as (reader, writer):
+    async with connected(gateway) as (reader, writer):
         writer.write(
             b"".join(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-ID: n%d\r\n\r\n" % number for number in range(total))
         )
@@ -206,26 +206,28 @@ async def test_pipelined_requests_are_served_in_order_and_hold_nobody_up(gateway
                 await assert_serves(gateway)
 
 
-async def test_a_large_body_is_checked_on_the_slow_lane(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes = []
+async def test_a_large_body_is_parsed_in_the_parser_thread(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
 
-    def noted(body: bytes, **settings: Any) -> ParsedRequest:
-        lanes.append((len(body) > 1_000_000, threading.current_thread().name))
+    def recorded(body: bytes, **settings: Any) -> ParsedRequest:
+        threads.append((len(body) > 1_000_000, threading.current_thread().name))
         return parse_request(body, **settings)
 
-    monkeypatch.setattr(completions, "parse_request", noted)
+    monkeypatch.setattr(completions, "parse_request", recorded)
     caller = await gateway.caller()
     assert await send_large(gateway, caller.headers) == 200
     await gateway.chat(caller, "x")
-    assert lanes == [(True, "large bodies_0"), (False, "MainThread")]
+    assert threads == [(True, "large bodies_0"), (False, "MainThread")]
     await assert_books_agree(gateway, caller)
 
 
 @pytest.mark.parametrize("pieces", [False, True])
-async def test_a_stranger_has_no_large_body_checked(gateway: Gateway, pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_large_body_of_an_unauthenticated_client_is_parsed(
+    gateway: Gateway, pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(completions, "parse_request", None)
-    stranger = {"Authorization": f"Bearer {make_key(AccountId(10**12))}"}
-    assert await send_large(gateway, stranger, pieces=pieces) == 401
+    headers = {"Authorization": f"Bearer {make_key(AccountId(10**12))}"}
+    assert await send_large(gateway, headers, pieces=pieces) == 401
 
 
 async def send_large(gateway: Gateway, headers: dict[str, str], *, pieces: bool = False) -> int:
@@ -245,11 +247,11 @@ async def send_large(gateway: Gateway, headers: dict[str, str], *, pieces: bool 
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"first_byte_s": 2, "idle_s": 0.3}, "relay": {"heartbeat_s": 60}}])
-async def test_the_first_byte_and_the_gaps_between_have_times_of_their_own(scripted: Any) -> None:
+async def test_the_first_byte_and_the_gaps_between_bytes_have_timeouts_of_their_own(scripted: Any) -> None:
     plays, gateway = scripted
 
     async def play(request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(0.8)  # longer than a gap may be, and still in time
+        await asyncio.sleep(0.8)  # longer than `idle_s`, and within `first_byte_s`
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         await response.write(b": hello\n\n")
@@ -266,7 +268,7 @@ async def test_the_first_byte_and_the_gaps_between_have_times_of_their_own(scrip
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"heartbeat_s": 0.1}}])
-async def test_silence_in_mid_stream_is_filled_between_events_and_never_inside_one(scripted: Any) -> None:
+async def test_heartbeats_are_sent_between_events_and_never_inside_one(scripted: Any) -> None:
     plays, gateway = scripted
     event = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 
@@ -291,7 +293,7 @@ async def test_silence_in_mid_stream_is_filled_between_events_and_never_inside_o
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.3}}])
-async def test_after_the_price_nobody_waits_long_for_an_end(scripted: Any) -> None:
+async def test_after_the_bill_the_end_of_the_stream_is_awaited_for_a_short_time(scripted: Any) -> None:
     plays, gateway = scripted
 
     async def play(request: web.Request) -> web.StreamResponse:
@@ -312,27 +314,27 @@ async def test_after_the_price_nobody_waits_long_for_an_end(scripted: Any) -> No
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"total_s": 30, "attempts_max": 9}}])
-async def test_a_caller_who_leaves_between_attempts_is_not_asked_for_again(scripted: Any) -> None:
+async def test_nothing_is_retried_for_a_client_that_disconnected_between_attempts(scripted: Any) -> None:
     plays, gateway = scripted
-    asked = asyncio.Queue[None]()
+    attempts = asyncio.Queue[None]()
 
     async def play(request: web.Request) -> web.StreamResponse:
-        asked.put_nowait(None)
+        attempts.put_nowait(None)
         return web.json_response({"error": {"code": 429, "message": "later"}}, status=429, headers={"Retry-After": "1"})
 
     plays.append(play)
     caller = await gateway.caller()
-    async with dialled(gateway) as (_, writer):
+    async with connected(gateway) as (_, writer):
         writer.write(post(caller))
-        await asked.get()
+        await attempts.get()
         await asyncio.sleep(0.1)
     await gateway.idle()
-    assert asked.empty()
+    assert attempts.empty()
     assert await caller.held() == 0
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.2}}])
-async def test_a_price_in_mid_stream_is_not_the_last_word(scripted: Any) -> None:
+async def test_a_bill_in_mid_stream_does_not_shorten_the_timeout(scripted: Any) -> None:
     plays, gateway = scripted
 
     async def play(request: web.Request) -> web.StreamResponse:
@@ -351,7 +353,7 @@ async def test_a_price_in_mid_stream_is_not_the_last_word(scripted: Any) -> None
     assert await caller.balance() == Decimal("99.55")
 
 
-async def test_an_end_that_comes_while_the_process_is_busy_is_not_a_break(scripted: Any) -> None:
+async def test_an_end_that_arrives_while_the_process_is_busy_is_no_timeout(scripted: Any) -> None:
     plays, gateway = scripted
 
     async def play(request: web.Request) -> web.StreamResponse:
@@ -370,7 +372,7 @@ async def test_an_end_that_comes_while_the_process_is_busy_is_not_a_break(script
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"heartbeat_s": 0.1}}])
-async def test_nothing_is_said_into_a_compressed_stream(scripted: Any) -> None:
+async def test_no_heartbeat_is_written_into_a_compressed_stream(scripted: Any) -> None:
     plays, gateway = scripted
     document = gzip.compress(b'data: {"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n')
 

@@ -1,4 +1,4 @@
-"""Asks that are unusual and right: they pass as they are, and what they may cost is held (contract A4, A5, C4; rows input-9, -11,
+"""Requests that are unusual and valid: they pass unchanged, and the hold covers what they may cost (contract A4, A5, C4; rows input-9, -11,
 -14, -15, -16, -17, -18, -19, -20)."""
 
 import asyncio
@@ -33,7 +33,7 @@ async def send(gateway: Gateway, caller: Caller, body: bytes) -> int:
 
 
 @pytest.mark.parametrize("text", [r"\u0000", r"\ud83d", r"\udc00 \u0000 \ud83d\ude00", r"\u2028"])
-async def test_characters_that_trouble_databases_and_logs_pass_and_are_charged(
+async def test_characters_that_are_hard_on_databases_and_logs_pass_and_are_charged(
     gateway: Gateway, tmp_path: Path, text: str
 ) -> None:
     caller = await gateway.caller()
@@ -52,29 +52,29 @@ async def test_characters_that_trouble_databases_and_logs_pass_and_are_charged(
     "url",
     ["http://169.254.169.254/latest/meta-data", "file:///etc/passwd", "http://localhost:1/x.png", "gopher://x", "", "data:,"],
 )
-async def test_an_image_is_never_fetched_here_and_goes_up_as_it_is(
+async def test_an_image_url_is_never_fetched_and_is_sent_upstream_unchanged(
     gateway: Gateway, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = await gateway.caller()
-    asked = []
-    real, real_ask = aiohttp.ClientSession._request, UpstreamConnection.ask
+    requested = []
+    real, real_send = aiohttp.ClientSession._request, UpstreamConnection.send_request
 
-    async def noted(session: aiohttp.ClientSession, method: str, address: Any, **request: Any) -> Any:
-        asked.append(urlsplit(str(address)).path)
+    async def recorded(session: aiohttp.ClientSession, method: str, address: Any, **request: Any) -> Any:
+        requested.append(urlsplit(str(address)).path)
         return await real(session, method, address, **request)
 
-    async def noted_too(connection: UpstreamConnection, head: bytes, body: bytes, within_s: float) -> None:
-        asked.append(head.split()[1].decode())
-        await real_ask(connection, head, body, within_s)
+    async def recorded_upstream(connection: UpstreamConnection, headers: bytes, body: bytes, timeout_s: float) -> None:
+        requested.append(headers.split()[1].decode())
+        await real_send(connection, headers, body, timeout_s)
 
-    monkeypatch.setattr(aiohttp.ClientSession, "_request", noted)
-    monkeypatch.setattr(UpstreamConnection, "ask", noted_too)
+    monkeypatch.setattr(aiohttp.ClientSession, "_request", recorded)
+    monkeypatch.setattr(UpstreamConnection, "send_request", recorded_upstream)
     part = b'{"type":"image_url","image_url":{"url":"%s"}}' % url.encode()
     body = b'{"messages":[{"role":"user","content":[%s]}],"max_tokens":1}' % part
     assert await send(gateway, caller, body) == 200
     (record,) = gateway.simulator.billing.records.values()
     assert part in record.body
-    assert asked == ["/v1/chat/completions", "/api/v1/chat/completions"]
+    assert requested == ["/v1/chat/completions", "/api/v1/chat/completions"]
     await assert_books_agree(gateway, caller)
 
 
@@ -110,8 +110,8 @@ async def test_an_image_is_never_fetched_here_and_goes_up_as_it_is(
     ids=lambda members: json.dumps(members)[:60],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_makes_a_request_dear_is_held_for(gateway: Gateway, members: dict[str, Any], stream: bool) -> None:
-    """That no bill of the simulator's is above its hold is asserted for every test of a gateway, in its fixture."""
+async def test_the_hold_covers_what_makes_a_request_expensive(gateway: Gateway, members: dict[str, Any], stream: bool) -> None:
+    """The gateway fixture asserts after every test that no bill of the simulator was above its hold."""
     caller = await gateway.caller("10000")
     body = {"messages": [{"role": "user", "content": "Hello"}], **members, "stream": stream}
     assert await send(gateway, caller, json.dumps(body).encode()) == 200
@@ -120,7 +120,7 @@ async def test_what_makes_a_request_dear_is_held_for(gateway: Gateway, members: 
 
 
 @pytest.mark.parametrize("wish", [{"include_usage": False}, {}, None])
-async def test_the_price_is_asked_for_whatever_the_caller_wishes(gateway: Gateway, wish: dict[str, Any] | None) -> None:
+async def test_usage_is_requested_whatever_the_client_sends(gateway: Gateway, wish: dict[str, Any] | None) -> None:
     caller = await gateway.caller()
     await gateway.chat(caller, stream=True, stream_options=wish, usage={"include": False})
     (record,) = gateway.simulator.billing.records.values()
@@ -129,7 +129,7 @@ async def test_the_price_is_asked_for_whatever_the_caller_wishes(gateway: Gatewa
     await assert_books_agree(gateway, caller)
 
 
-async def test_many_messages_and_one_long_one_are_served_or_refused_and_nobody_waits(gateway: Gateway) -> None:
+async def test_many_messages_and_a_long_one_are_served_or_rejected_and_block_no_other_client(gateway: Gateway) -> None:
     caller = await gateway.caller("10000")
     many = b'{"messages":[%s]}' % b",".join([b'{"role":"user","content":"x"}'] * 120_000)
     long = b'{"messages":[{"role":"user","content":"%s"}]}' % (b"x" * 4_000_000)

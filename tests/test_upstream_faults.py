@@ -1,4 +1,4 @@
-"""Whatever OpenRouter does, the caller gets the truth and the books agree (contract A3, B6, B7, C5 to C8; rows money-9 to -11,
+"""Whatever OpenRouter does, the client gets a true response and the invariants hold (contract A3, B6, B7, C5 to C8; rows money-9 to -11,
 upstream-2, -6, -9 to -18)."""
 
 import gzip
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from gptutor.api.chat.exchange import TRUNCATED
+from gptutor.api.chat.exchange import TRUNCATED_EVENT
 from tests.support.books import assert_books_agree
 from tests.support.gateway import Gateway
 
@@ -29,20 +29,20 @@ WHOLE = b"data: [DONE]\n\n"
         ("one-write", WHOLE),
         ("error=4", b"}\n\n"),
         ("string-code=4", b"}\n\n"),
-        ("bad-chunk=5", TRUNCATED),
-        ("cut-inside=5", TRUNCATED),
-        ("usage-hang", TRUNCATED),
+        ("bad-chunk=5", TRUNCATED_EVENT),
+        ("cut-inside=5", TRUNCATED_EVENT),
+        ("usage-hang", TRUNCATED_EVENT),
     ],
 )
 @pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.3}}])
-async def test_a_stream_is_told_and_charged_truly(gateway: Gateway, fault: str, ending: bytes) -> None:
+async def test_a_faulty_stream_ends_as_it_should_and_is_charged_exactly(gateway: Gateway, fault: str, ending: bytes) -> None:
     caller = await gateway.caller()
-    gateway.simulator.word_s = 0.001  # so that a fault is met in mid-stream
+    gateway.simulator.word_s = 0.001  # so that the fault occurs in mid-stream
     response, stream = await gateway.chat(caller, f"fault:{fault}", stream=True)
     assert response.status == 200
     assert stream.endswith(ending)
     assert (WHOLE in stream) is (ending == WHOLE)
-    assert (TRUNCATED in stream) is (ending == TRUNCATED)
+    assert (TRUNCATED_EVENT in stream) is (ending == TRUNCATED_EVENT)
     assert not {"Set-Cookie", "X-Evil", "Server-Timing"} & set(response.headers)
     await assert_books_agree(gateway, caller)
 
@@ -61,7 +61,9 @@ async def test_a_stream_is_told_and_charged_truly(gateway: Gateway, fault: str, 
         ("bad-length", 500, "upstream_outcome_unknown"),
     ],
 )
-async def test_a_plain_answer_is_told_and_charged_truly(gateway: Gateway, fault: str, status: int, code: str | None) -> None:
+async def test_a_faulty_plain_response_has_its_error_and_is_charged_exactly(
+    gateway: Gateway, fault: str, status: int, code: str | None
+) -> None:
     caller = await gateway.caller()
     response, document = await gateway.chat(caller, f"fault:{fault}")
     assert (response.status, response.headers.get("X-Error-Code")) == (status, code)
@@ -71,7 +73,9 @@ async def test_a_plain_answer_is_told_and_charged_truly(gateway: Gateway, fault:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_is_compressed_against_our_wish_passes_whole_and_is_charged(gateway: Gateway, stream: bool) -> None:
+async def test_a_body_that_is_compressed_against_our_request_passes_unchanged_and_is_charged(
+    gateway: Gateway, stream: bool
+) -> None:
     caller = await gateway.caller()
     response, document = await gateway.chat(caller, "fault:gzip", stream=stream)
     assert response.headers["Content-Encoding"] == "gzip"
@@ -79,7 +83,7 @@ async def test_what_is_compressed_against_our_wish_passes_whole_and_is_charged(g
     await assert_books_agree(gateway, caller)
 
 
-async def test_a_drip_of_single_bytes_passes_and_is_charged(gateway: Gateway) -> None:
+async def test_a_stream_of_single_bytes_passes_and_is_charged(gateway: Gateway) -> None:
     caller = await gateway.caller()
     _, stream = await gateway.chat(caller, "fault:drip=1", stream=True, max_tokens=5)
     assert stream.endswith(WHOLE)
@@ -87,7 +91,7 @@ async def test_a_drip_of_single_bytes_passes_and_is_charged(gateway: Gateway) ->
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
-async def test_openrouters_own_words_reach_the_caller_whatever_their_form(scripted: Any, status: int) -> None:
+async def test_openrouters_error_message_reaches_the_client_in_either_form(scripted: Any, status: int) -> None:
     plays, gateway = scripted
     caller = await gateway.caller()
     for body, text in (
@@ -116,7 +120,7 @@ def answering(status: int, body: bytes) -> Any:
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"", b"{}", b'{"message":"edge"}', b'{"error":null}'])
-async def test_an_edges_error_page_proves_nothing_whatever_its_form(scripted: Any, body: bytes) -> None:
+async def test_an_error_page_of_the_edge_proves_nothing_in_any_form(scripted: Any, body: bytes) -> None:
     plays, gateway = scripted
     plays.append(answering(502, body))
     caller = await gateway.caller()

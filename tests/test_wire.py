@@ -73,7 +73,7 @@ async def test_a_connection_is_used_again_after_a_stream(gateway: Gateway) -> No
     await assert_books_agree(gateway, caller)
 
 
-@pytest.mark.parametrize("tuned", [{"relay": {"write_s": 0.3, "buffer_bytes": 4096}}])
+@pytest.mark.parametrize("tuned", [{"relay": {"write_timeout_s": 0.3, "buffer_bytes": 4096}}])
 async def test_a_caller_who_stops_reading_is_dropped_and_pays(gateway: Gateway) -> None:
     caller = await gateway.caller()
     body = {"messages": [{"role": "user", "content": "x" * 150 + " fault:flood=20000000"}], "stream": True}
@@ -91,7 +91,7 @@ async def test_a_caller_who_stops_reading_is_dropped_and_pays(gateway: Gateway) 
     del reader
 
 
-@pytest.mark.parametrize("tuned", [{"relay": {"write_s": 12.5}}])
+@pytest.mark.parametrize("tuned", [{"relay": {"write_timeout_s": 12.5}}])
 async def test_the_kernel_gives_up_on_every_caller_who_acknowledges_nothing(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +109,7 @@ async def test_the_kernel_gives_up_on_every_caller_who_acknowledges_nothing(
     assert told == [12_500]
 
 
-@pytest.mark.parametrize("tuned", [{"relay": {"write_s": 1}}])
+@pytest.mark.parametrize("tuned", [{"relay": {"write_timeout_s": 1}}])
 async def test_who_reads_no_answer_of_any_kind_is_dropped(gateway: Gateway) -> None:
     """Row client-4: refusals are answers too, and need no key."""
     parts = urlsplit(gateway.url)
@@ -132,7 +132,9 @@ async def test_a_caller_who_does_not_take_the_last_bytes_is_dropped_as_well() ->
     """The end of the body is written with them; it is over once he has them."""
     writer = SimpleNamespace(drain=asyncio.Event().wait)
     request = make_mocked_request("POST", "/", writer=writer)
-    patience = StreamLimits(heartbeat_s=1, buffer_bytes=1, write_s=0.05, leaver_drain_s=1, leaver_drain_bytes=1)
+    patience = StreamLimits(
+        heartbeat_s=1, buffer_bytes=1, write_timeout_s=0.05, disconnected_drain_s=1, disconnected_drain_bytes=1
+    )
     stream = EventStream(request, asyncio.get_running_loop().create_future(), {}, patience)
     stream._connection = SimpleNamespace(writing_paused=True)  # type: ignore[assignment]
     async with asyncio.timeout(5):
@@ -140,7 +142,7 @@ async def test_a_caller_who_does_not_take_the_last_bytes_is_dropped_as_well() ->
     request.transport.abort.assert_called_once_with()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("tuned", [{"relay": {"leaver_drain_s": 0.05}}])
+@pytest.mark.parametrize("tuned", [{"relay": {"disconnected_drain_s": 0.05}}])
 async def test_those_who_leave_take_nothing_with_them_and_leave_nothing_behind(gateway: Gateway) -> None:
     gateway.simulator.word_s = 0.05
     caller = await gateway.caller()

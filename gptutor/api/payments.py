@@ -27,6 +27,7 @@ from gptutor.money.administration import Bookkeeper
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles
 from gptutor.money.bookings import AlreadyBooked, Booking
 from gptutor.money.users import NoSuchUser
+from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.metrics import PAYMENT_NOTIFICATIONS
 
 LOGGER = logging.getLogger("gptutor.payments")
@@ -80,7 +81,7 @@ class PaymentService:
         self._most_rub = most_rub
         self._payments = ConcurrencyLimit(at_once)
         self._notifications = ConcurrencyLimit(at_once)
-        self._under_way: set[asyncio.Task[Outcome]] = set()
+        self._under_way = BackgroundTasks()
 
     def require(self) -> YooKassa:
         if self._yookassa is None:
@@ -119,14 +120,11 @@ class PaymentService:
 
         It goes on when the one who told of it has left: what is booked has its audit line.
         """
-        task = asyncio.create_task(self._take(notification, books))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
-        return await asyncio.shield(task)
+        return await asyncio.shield(self._under_way.start(self._take(notification, books)))
 
     async def drain(self) -> None:
         """Waits for what is under way; each call to YooKassa has its time limit."""
-        await asyncio.gather(*self._under_way, return_exceptions=True)
+        await self._under_way.drain(None)
 
     async def _take(self, notification: Notification, books: Bookkeeper) -> Outcome:
         kind, _, _ = notification.event.partition(".")

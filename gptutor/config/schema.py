@@ -194,9 +194,9 @@ class RateLimitSettings(Section, frozen=True):
 class RelaySettings(Section, frozen=True):
     heartbeat_s: Annotated[float, msgspec.Meta(ge=0.05, le=86_400)] = 15
     buffer_bytes: Annotated[int, msgspec.Meta(ge=4096)] = 256 * 1024
-    write_s: Seconds = 60
-    leaver_drain_s: Seconds = 30
-    leaver_drain_bytes: Count = 1024 * 1024
+    write_timeout_s: Seconds = 60
+    disconnected_drain_s: Seconds = 30
+    disconnected_drain_bytes: Count = 1024 * 1024
 
 
 class RecoverySettings(Section, frozen=True):

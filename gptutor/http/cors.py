@@ -10,12 +10,12 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from gptutor.http.middlewares import Handler
-from gptutor.openrouter.service import SENT_ON
+from gptutor.openrouter.service import FORWARDED_HEADERS
 
 METHODS = "GET, POST, PATCH, DELETE, OPTIONS"
 SENT = frozenset(
     {"accept", "authorization", "content-type", "http-referer", "idempotency-key", "user-agent", "x-request-id", "x-title"}
-) | frozenset(name.lower() for name in SENT_ON)
+) | frozenset(name.lower() for name in FORWARDED_HEADERS)
 SENT_PREFIXES = ("x-stainless-", "openai-", "x-openrouter-")  # what the SDKs say of themselves
 READ = (
     "Retry-After, X-Error-Code, X-Generation-Id, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-ID, "

@@ -40,7 +40,7 @@ from gptutor.money.holds import (
     UnknownKey,
 )
 from gptutor.money.journal import Journal
-from gptutor.tasks import finish
+from gptutor.tasks import BackgroundTasks
 
 LOGGER = logging.getLogger("gptutor.ledger")
 STATEMENTS_AT_ONCE = 3
@@ -82,7 +82,7 @@ class Ledger:
         self._hold_ttl_s = hold_ttl_s
         self._chat_per_minute = chat_per_minute
         self._chat_at_once = chat_at_once
-        self._orphans: set[asyncio.Task[None]] = set()
+        self._orphans = BackgroundTasks()
         self._trades: Batcher[Trade, Row] = Batcher(
             self._trade_batch,
             lambda item: item.account_id,
@@ -155,14 +155,12 @@ class Ledger:
 
     async def drain(self, within_s: float) -> int:
         """Waits for the releases that were begun on nobody's behalf; what is left then, recovery finds. How many are left."""
-        return await finish(self._orphans, within_s)
+        return await self._orphans.drain(within_s)
 
     def _forsake(self, request: HoldRequest) -> None:
         """Nobody waits for this hold any more, and it may exist: it is released, having bought nothing."""
         self.active.discard(request.hold_id)
-        task = asyncio.create_task(self.release(Release(request.claim.account_id, request.hold_id)))
-        self._orphans.add(task)
-        task.add_done_callback(self._orphans.discard)
+        self._orphans.start(self.release(Release(request.claim.account_id, request.hold_id)))
 
     def _abandon(self, item: Trade, row: Row) -> None:
         if isinstance(item, HoldRequest) and row["outcome"] == "granted":

@@ -1,7 +1,8 @@
-"""OpenRouter's models: what exists, what it costs, how much it can write.
+"""OpenRouter's models: which exist, their prices, their output limits.
 
 Prices are strings of dollars per token; some are `"-1"` (a router's price, known only afterwards) or absent. A price that is not
-a finite number from zero up never enters arithmetic: such a model has `price None`, and the ledger holds a configured default.
+a finite number from zero up never enters arithmetic: such a model has `price None`, and the hold is of a configured default
+amount.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from gptutor.telemetry.metrics import CATALOGUE_AGE
 LOGGER = logging.getLogger("gptutor.catalogue")
 PRICE_USD_MAX = Decimal(1000)
 MEDIA_PRICES = ("audio", "image_token", "video", "input_audio_cache")
-RICH_PRICES = ("image_output", "image_token", "audio_output")
+MEDIA_OUTPUT_PRICES = ("image_output", "image_token", "audio_output")
 PRICES = (
     "prompt",
     "completion",
@@ -36,22 +37,22 @@ PRICES = (
     "input_cache_write",
     "web_search",
     *MEDIA_PRICES,
-    *RICH_PRICES,
+    *MEDIA_OUTPUT_PRICES,
 )
-"""Names of prices that a request may have to pay. One that is listed, but is no price, leaves the model without any."""
+"""Names of the prices that a request may have to pay. If one is listed, but invalid, the model has `price None`."""
 RETRY_S = 5.0
-UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 FRESH_REFRESHES = 3
-"""A list is fresh until so many refreshes have failed."""
+"""A list is fresh for this many refresh intervals."""
 
 
 class CatalogueError(Exception):
-    """The model list is not one."""
+    """The document is not a model list."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPrice:
-    """US dollars per token, per request, image and search, each the dearest of what is listed; tokens that fit in."""
+    """US dollars per token, per request, per image and per search, each the highest that is listed; limits in tokens."""
 
     prompt_usd: Decimal
     completion_usd: Decimal
@@ -67,43 +68,43 @@ class ModelPrice:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model: its fields as OpenRouter spelled them, and its price where it states one."""
+    """One model: its fields as OpenRouter encoded them, and its price where OpenRouter states one."""
 
     id: str
     slug: str
     fields: Mapping[str, msgspec.Raw]
     pricing: Mapping[str, Decimal]
-    """Every usable price by OpenRouter's name for it, dollars."""
+    """Every valid price in dollars, by OpenRouter's name for it."""
     price: ModelPrice | None
 
 
 @dataclass(slots=True)
 class Catalogue:
     fresh_s: float = math.inf
-    """How long a list may be trusted to be complete."""
+    """How long a list is taken to be complete."""
     models: dict[str, Model] = field(default_factory=dict)
     version: int = 0
-    """Grows with every change; what was made from an older version is stale."""
-    read_at: float = -math.inf
-    """When OpenRouter told it, on the monotonic clock; a copy from the disk has no such time."""
+    """Incremented by every change: what was derived from an older version is stale."""
+    fetched_at: float = -math.inf
+    """When the list came from OpenRouter, on the monotonic clock; -inf for the copy on the disk."""
     _by_slug: dict[str, Model] = field(default_factory=dict)
-    """Models by their permanent names, which are as good as their ids."""
+    """Models by their permanent slugs, which OpenRouter accepts like ids."""
     _document: bytes = b""
 
     @property
     def age_s(self) -> float:
-        return time.monotonic() - self.read_at
+        return time.monotonic() - self.fetched_at
 
     @property
     def is_fresh(self) -> bool:
         return self.age_s < self.fresh_s
 
-    def lacks(self, model_id: str) -> bool:
-        """Whether OpenRouter surely has no such model. Presets and aliases (`@…`, `~…`) are not listed, and never lacking."""
+    def is_unknown(self, model_id: str) -> bool:
+        """Whether OpenRouter surely has no such model. Presets and aliases (`@…`, `~…`) are not listed, and never unknown."""
         return self.is_fresh and "@" not in model_id and "~" not in model_id and self._find(model_id) is None
 
     def price(self, model_id: str) -> ModelPrice | None:
-        """The price of a model or of a variant of it, such as `…:nitro`; None where OpenRouter states none."""
+        """The price of a model, or of a variant such as `…:nitro`; None where OpenRouter states none."""
         model = self._find(model_id)
         return model.price if model is not None else None
 
@@ -112,7 +113,7 @@ class Catalogue:
         return self.models.get(model_id) or self.models.get(base) or self._by_slug.get(base)
 
     def replace(self, document: bytes) -> None:
-        """Takes a new model list. Raises CatalogueError, and keeps the old one, if it is not a model list."""
+        """Takes the models of a new list. Raises CatalogueError, and keeps the old ones, if the document is not a model list."""
         models = {model.id: model for model in parse_models(document)}
         if not models:
             raise CatalogueError("the model list is empty")
@@ -127,7 +128,7 @@ class _TopProvider(msgspec.Struct):
     context_length: int | None = None
 
 
-class _ModelFacts(msgspec.Struct):
+class _ListedModel(msgspec.Struct):
     id: str
     canonical_slug: str | None = None
     pricing: dict[str, msgspec.Raw] = msgspec.field(default_factory=dict)
@@ -135,31 +136,31 @@ class _ModelFacts(msgspec.Struct):
     top_provider: _TopProvider | None = None
 
 
-class _List(msgspec.Struct):
+class _ModelList(msgspec.Struct):
     data: list[msgspec.Raw]
 
 
 def parse_models(document: bytes) -> list[Model]:
-    """The models of a list; one that makes no sense is left out. Raises CatalogueError if the whole is not a list."""
+    """The models of a list; invalid ones are left out. Raises CatalogueError if the document is not a model list."""
     try:
-        items = msgspec.json.decode(document, type=_List).data
-    except UNREADABLE as error:
+        items = msgspec.json.decode(document, type=_ModelList).data
+    except DECODE_ERRORS as error:
         raise CatalogueError(str(error)) from error
     models = []
     for item in items:
         try:
-            facts = msgspec.json.decode(item, type=_ModelFacts)
+            listed = msgspec.json.decode(item, type=_ListedModel)
             fields = msgspec.json.decode(item, type=dict[str, msgspec.Raw])
-        except UNREADABLE as error:
-            LOGGER.warning("A model of the list is left out: %s", error)
+        except DECODE_ERRORS as error:
+            LOGGER.warning("An invalid model of the model list is left out: %s", error)
             continue
-        pricing = {name: usd for name, raw in facts.pricing.items() if (usd := parse_price(raw)) is not None}
-        models.append(Model(facts.id, facts.canonical_slug or facts.id, fields, pricing, _price(facts, pricing)))
+        pricing = {name: usd for name, raw in listed.pricing.items() if (usd := parse_price(raw)) is not None}
+        models.append(Model(listed.id, listed.canonical_slug or listed.id, fields, pricing, _price(listed, pricing)))
     return models
 
 
 def parse_price(raw: msgspec.Raw) -> Decimal | None:
-    """A price string (or number) as exact dollars; None for `"-1"`, for nonsense, and for anything above PRICE_USD_MAX."""
+    """A price string (or number) as exact dollars; None for `"-1"`, for invalid ones, and for those above PRICE_USD_MAX."""
     text = bytes(raw).strip().strip(b'"')
     if len(text) > 40:
         return None
@@ -170,59 +171,59 @@ def parse_price(raw: msgspec.Raw) -> Decimal | None:
     return usd if usd.is_finite() and 0 <= usd <= PRICE_USD_MAX and usd.as_tuple().exponent >= -40 else None  # type: ignore[operator]
 
 
-def _price(facts: _ModelFacts, pricing: Mapping[str, Decimal]) -> ModelPrice | None:
-    """What bounds the cost: of each kind of price the dearest, whatever the conditions of `overrides` are."""
+def _price(listed: _ListedModel, pricing: Mapping[str, Decimal]) -> ModelPrice | None:
+    """The prices that bound the cost: of each kind the highest, whatever the conditions of `overrides` are."""
     if "prompt" not in pricing or "completion" not in pricing:
         return None
-    dearest = dict(pricing)
-    for override in _overrides(facts.pricing):
+    highest = dict(pricing)
+    for override in _overrides(listed.pricing):
         for name in {*override} & {*PRICES}:
             usd = parse_price(override[name])
             if usd is None:
                 return None
-            dearest[name] = max(usd, dearest.get(name, Decimal(0)))
-    if any(name in facts.pricing and name not in dearest for name in PRICES):
+            highest[name] = max(usd, highest.get(name, Decimal(0)))
+    if any(name in listed.pricing and name not in highest for name in PRICES):
         return None
 
-    def most(*names: str) -> Decimal:
-        return max(dearest.get(name, Decimal(0)) for name in names)
+    def highest_of(*names: str) -> Decimal:
+        return max(highest.get(name, Decimal(0)) for name in names)
 
-    top = facts.top_provider or _TopProvider()
+    top = listed.top_provider or _TopProvider()
     return ModelPrice(
-        prompt_usd=dearest["prompt"],
-        completion_usd=most("completion", "internal_reasoning"),
-        request_usd=most("request"),
-        image_usd=most("image"),
-        media_usd=most(*MEDIA_PRICES),
-        cache_write_usd=most("input_cache_write"),
-        rich_completion_usd=most("completion", "internal_reasoning", *RICH_PRICES),
-        search_usd=most("web_search"),
-        context_tokens=max(filter(None, (facts.context_length, top.context_length)), default=None),
+        prompt_usd=highest["prompt"],
+        completion_usd=highest_of("completion", "internal_reasoning"),
+        request_usd=highest_of("request"),
+        image_usd=highest_of("image"),
+        media_usd=highest_of(*MEDIA_PRICES),
+        cache_write_usd=highest_of("input_cache_write"),
+        rich_completion_usd=highest_of("completion", "internal_reasoning", *MEDIA_OUTPUT_PRICES),
+        search_usd=highest_of("web_search"),
+        context_tokens=max(filter(None, (listed.context_length, top.context_length)), default=None),
         output_tokens_max=top.max_completion_tokens,
     )
 
 
 def _overrides(pricing: Mapping[str, msgspec.Raw]) -> list[dict[str, msgspec.Raw]]:
-    """Prices of other conditions: a longer context, another time of day."""
+    """Prices under other conditions: a longer context, another time of day."""
     try:
         return msgspec.json.decode(pricing.get("overrides", b"[]"), type=list[dict[str, msgspec.Raw]])
-    except UNREADABLE:
+    except DECODE_ERRORS:
         return []
 
 
 @asynccontextmanager
-async def refreshed(service: OpenRouterService, refresh_s: float, kept: Path) -> AsyncIterator[Catalogue]:
-    """A catalogue that is read now, and again about every `refresh_s`.
+async def refreshed(service: OpenRouterService, refresh_s: float, copy: Path) -> AsyncIterator[Catalogue]:
+    """A catalogue that is fetched now, and again about every `refresh_s`.
 
-    While OpenRouter is away the last good copy stays; the file `kept` carries it over a restart, and then nobody waits for a
-    new one.
+    While OpenRouter is unreachable the last good list stays in use. The file `copy` keeps the list over a restart, which then
+    does not wait for a new one.
     """
     catalogue = Catalogue(fresh_s=FRESH_REFRESHES * refresh_s)
-    _recall(catalogue, kept)
+    _load(catalogue, copy)
     if not catalogue.models:
-        await _refresh(catalogue, service, kept)
+        await _refresh(catalogue, service, copy)
     CATALOGUE_AGE.set_function(lambda: catalogue.age_s)
-    task = asyncio.create_task(_keep_fresh(catalogue, service, refresh_s, kept), name="catalogue")
+    task = asyncio.create_task(_refresh_periodically(catalogue, service, refresh_s, copy), name="catalogue")
     try:
         yield catalogue
     finally:
@@ -230,42 +231,44 @@ async def refreshed(service: OpenRouterService, refresh_s: float, kept: Path) ->
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _keep_fresh(catalogue: Catalogue, service: OpenRouterService, refresh_s: float, kept: Path) -> None:
+async def _refresh_periodically(catalogue: Catalogue, service: OpenRouterService, refresh_s: float, copy: Path) -> None:
     if catalogue.models and not catalogue.is_fresh:
-        await _refresh(catalogue, service, kept)  # what was recalled is from before the restart
+        await _refresh(catalogue, service, copy)  # the copy is from before the restart
     while True:
-        # Many gateways that were started together must not ask together for ever.
+        # Gateways that were started together must not refresh together for ever.
         pause_s = refresh_s * random.uniform(0.8, 1.2)  # noqa: S311
         await asyncio.sleep(pause_s if catalogue.is_fresh else min(RETRY_S, pause_s))
-        await _refresh(catalogue, service, kept)
+        await _refresh(catalogue, service, copy)
 
 
-async def _refresh(catalogue: Catalogue, service: OpenRouterService, kept: Path) -> None:
+async def _refresh(catalogue: Catalogue, service: OpenRouterService, copy: Path) -> None:
     try:
         document = await service.models()
         catalogue.replace(document)
-        catalogue.read_at = time.monotonic()
+        catalogue.fetched_at = time.monotonic()
     except (UpstreamError, CatalogueError) as error:
-        LOGGER.warning("The model list could not be read (%s); the last good copy stays: %d models", error, len(catalogue.models))
+        LOGGER.warning(
+            "The model list could not be fetched (%s); the last good one stays in use: %d models", error, len(catalogue.models)
+        )
         return
     try:
-        _keep(document, kept)
+        _save(document, copy)
     except OSError as error:
-        LOGGER.warning("The model list cannot be kept in %s: %s", kept, error.strerror)
+        LOGGER.warning("The model list cannot be saved in %s: %s", copy, error.strerror)
 
 
-def _recall(catalogue: Catalogue, kept: Path) -> None:
+def _load(catalogue: Catalogue, copy: Path) -> None:
     try:
-        catalogue.replace(kept.read_bytes())
+        catalogue.replace(copy.read_bytes())
     except FileNotFoundError:
         return
     except (CatalogueError, OSError) as error:
-        LOGGER.warning("The kept model list %s is not used: %s", kept, error)
+        LOGGER.warning("The saved model list %s is not used: %s", copy, error)
 
 
-def _keep(document: bytes, kept: Path) -> None:
-    """In one step, so that a reader, or a death, never sees half of it."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=kept.parent, prefix=kept.name, delete=False) as file:
+def _save(document: bytes, copy: Path) -> None:
+    """Replaces the file in one step, so that neither a reader nor a crash leaves half of it."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=copy.parent, prefix=copy.name, delete=False) as file:
         file.write(document)
-    os.replace(file.name, kept)
+    os.replace(file.name, copy)

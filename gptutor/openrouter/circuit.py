@@ -1,30 +1,30 @@
-"""When nothing reaches OpenRouter, asking again and again helps nobody: a circuit breaker, pure but for the clock it is given."""
+"""A circuit breaker: while OpenRouter is unreachable, requests fail at once. Pure: the time is a parameter."""
 
 from dataclasses import dataclass
 
 FAILURES_MAX = 10
-PAUSE_S = 2.0
+PROBE_INTERVAL_S = 2.0
 
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """After FAILURES_MAX calls in a row that reached nothing it is open: calls fail at once, and one each PAUSE_S may try."""
+    """Opens after FAILURES_MAX failures to connect in a row. Then requests fail at once, but for one each PROBE_INTERVAL_S."""
 
     failures: int = 0
-    next_try_at: float = 0.0
+    next_probe_at: float = 0.0
 
-    def lets_through(self, now: float) -> bool:
+    def allows_request(self, now: float) -> bool:
         if self.failures < FAILURES_MAX:
             return True
-        if now < self.next_try_at:
+        if now < self.next_probe_at:
             return False
-        self.next_try_at = now + PAUSE_S  # this one tries for all
+        self.next_probe_at = now + PROBE_INTERVAL_S  # this request is the probe
         return True
 
-    def reached(self) -> None:
+    def record_success(self) -> None:
         self.failures = 0
 
-    def missed(self, now: float) -> None:
+    def record_failure(self, now: float) -> None:
         self.failures += 1
         if self.failures == FAILURES_MAX:
-            self.next_try_at = now + PAUSE_S
+            self.next_probe_at = now + PROBE_INTERVAL_S

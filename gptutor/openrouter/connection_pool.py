@@ -1,4 +1,4 @@
-"""Connections to OpenRouter, opened when they are needed and kept for the next request; through a proxy if there is one."""
+"""A pool of connections to OpenRouter, opened on demand and reused; through a proxy if one is set."""
 
 import asyncio
 import base64
@@ -15,15 +15,15 @@ from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.openrouter.errors import PoolExhausted, UpstreamError
 from gptutor.openrouter.retry import Failure
 
-KEPT_S = 15.0
-"""An idle connection is dropped well before OpenRouter's edge drops it: a request sent into a closing one is lost."""
-NEXT_ADDRESS_S = 0.25
-PORTS = {"http": 80, "https": 443}
+IDLE_MAX_S = 15.0
+"""An idle connection is closed well before OpenRouter's edge closes it: a request sent into a closing connection is lost."""
+HAPPY_EYEBALLS_DELAY_S = 0.25
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One end of a connection: OpenRouter's, or a proxy's."""
+    """An HTTP server to connect to: OpenRouter, or a proxy."""
 
     host: str
     port: int
@@ -32,32 +32,32 @@ class Endpoint:
     credentials: str = ""
 
     @classmethod
-    def of(cls, url: str) -> "Endpoint":
+    def parse(cls, url: str) -> "Endpoint":
         """Raises ValueError."""
         parts = urlsplit(url)
-        if parts.scheme not in PORTS or not parts.hostname:
-            raise ValueError("not an address of HTTP")
+        if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
+            raise ValueError("not an http or https URL")
         credentials = ""
         if parts.username is not None:
             pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             credentials = base64.b64encode(pair.encode()).decode()
         host = parts.hostname.encode("idna").decode() if not parts.hostname.isascii() else parts.hostname
-        return cls(host, parts.port or PORTS[parts.scheme], parts.scheme == "https", parts.path.rstrip("/"), credentials)
+        return cls(host, parts.port or DEFAULT_PORTS[parts.scheme], parts.scheme == "https", parts.path.rstrip("/"), credentials)
 
     @property
-    def named(self) -> str:
-        """As `Host` has it."""
+    def host_header(self) -> str:
+        """The value of the `Host` header: without a default port."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == PORTS["https" if self.is_secure else "http"] else f"{host}:{self.port}"
+        return host if self.port == DEFAULT_PORTS["https" if self.is_secure else "http"] else f"{host}:{self.port}"
 
     @property
-    def with_port(self) -> str:
-        """As CONNECT has it."""
+    def authority(self) -> str:
+        """The target of CONNECT: always with a port."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class ReusingContext(ssl.SSLContext):
-    """Offers the last session again: a new connection's handshake is then half as long. There is one server behind it."""
+class ResumingContext(ssl.SSLContext):
+    """Resumes the last TLS session, which halves the handshake of a new connection. To be used for one server only."""
 
     session: ssl.SSLSession | None = None
 
@@ -72,63 +72,64 @@ class ReusingContext(ssl.SSLContext):
         return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session or self.session)
 
 
-def verifying_context() -> ReusingContext:
-    """As `ssl.create_default_context` makes it: verified, by the certificates of this machine or of SSL_CERT_FILE, read now."""
-    context = ReusingContext(ssl.PROTOCOL_TLS_CLIENT)
+def verifying_context() -> ResumingContext:
+    """Verifies as `ssl.create_default_context` does, by the certificates of this machine or of SSL_CERT_FILE, read now."""
+    context = ResumingContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     return context
 
 
 class ConnectionPool:
-    """At most `connections_max`; who finds none free waits in line, for `connect_s` in all."""
+    """At most `connections_max` connections; acquiring one takes at most `connect_s`, the wait for a free one included."""
 
-    def __init__(self, end: Endpoint, proxy: Endpoint | None, *, connections_max: int, connect_s: float) -> None:
-        self._end = end
+    def __init__(self, origin: Endpoint, proxy: Endpoint | None, *, connections_max: int, connect_s: float) -> None:
+        self._origin = origin
         self._proxy = proxy
         self._connections_max = connections_max
         self._connect_s = connect_s
-        self._tls = verifying_context()
+        self._tls = verifying_context() if origin.is_secure else None  # reading the certificates takes 20 ms
         self._proxy_tls = verifying_context() if proxy is not None and proxy.is_secure else None
         self._idle: deque[UpstreamConnection] = deque()
         self._busy: set[UpstreamConnection] = set()
         self._opening = 0
-        self._line: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[asyncio.Future[None]] = deque()
         self._loop = asyncio.get_running_loop()
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
 
     @property
-    def target(self) -> str:
-        """What stands before a path in the first line of a request: for a proxy that reads it, the whole address."""
-        return f"http://{self._end.named}{self._end.path}" if self._reads_along else self._end.path
+    def target_prefix(self) -> str:
+        """What precedes the path in a request line: the whole URL for a forwarding proxy, else the path of the base URL."""
+        return f"http://{self._origin.host_header}{self._origin.path}" if self._is_forwarded else self._origin.path
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a proxy that reads along is told; through a tunnel it was told before."""
-        credentials = self._proxy.credentials if self._proxy is not None and self._reads_along else ""
+        """Headers of each request for a forwarding proxy; a tunnelling proxy gets them with CONNECT."""
+        credentials = self._proxy.credentials if self._proxy is not None and self._is_forwarded else ""
         return {"Proxy-Authorization": f"Basic {credentials}"} if credentials else {}
 
     @property
-    def _reads_along(self) -> bool:
-        return self._proxy is not None and not self._end.is_secure
+    def _is_forwarded(self) -> bool:
+        """Whether the proxy forwards plain HTTP; for HTTPS it makes a tunnel."""
+        return self._proxy is not None and not self._origin.is_secure
 
-    def free(self) -> UpstreamConnection | None:
-        """One that is kept, if there is any."""
+    def acquire_idle(self) -> UpstreamConnection | None:
+        """An idle connection, if there is one."""
         while self._idle:
-            connection = self._idle.pop()  # the freshest: the oldest may go
-            if connection.is_usable:
+            connection = self._idle.pop()  # the most recently used: the oldest may expire
+            if connection.is_reusable:
                 self._busy.add(connection)
                 return connection
         return None
 
-    async def connect(self) -> UpstreamConnection:
-        """One that is kept, or a new one, as soon as there may be one. Raises UpstreamError: nothing was sent then."""
+    async def acquire(self) -> UpstreamConnection:
+        """An idle connection, or a new one, once the pool has room. Raises UpstreamError: nothing was sent then."""
         deadline = self._loop.time() + self._connect_s
-        again = False
+        has_waited = False
         while len(self._busy) + self._opening >= self._connections_max:
-            await self._queue(deadline, again)
-            again = True
-        if (kept := self.free()) is not None:
-            return kept
+            await self._wait_for_room(deadline, has_waited)
+            has_waited = True
+        if (idle := self.acquire_idle()) is not None:
+            return idle
         self._opening += 1
         try:
             async with asyncio.timeout_at(deadline):
@@ -137,102 +138,110 @@ class ConnectionPool:
                 raise ConnectionResetError
             self._busy.add(connection)
         except (OSError, TimeoutError, ValueError, UpstreamError):
-            # Of a proxy's address, and its password with it, nothing is kept as a cause.
+            # No cause: it could show the proxy's address, which includes a password.
             raise UpstreamError(Failure("unreachable")) from None
         finally:
             self._opening -= 1
-            self._call_next()
+            self._wake_next_waiter()
         return connection
 
-    def give_back(self, connection: UpstreamConnection) -> None:
-        """Keeps it if it may be used again, and drops it otherwise."""
+    def release(self, connection: UpstreamConnection) -> None:
+        """Makes the connection idle if it is reusable, and closes it otherwise."""
         self._busy.discard(connection)
-        connection.resume()
-        if connection.is_usable:
-            if connection.is_fresh and self._end.is_secure:
+        connection.resume_reading()
+        if connection.is_reusable:
+            if connection.is_new and self._tls is not None:
                 self._tls.session = connection.tls_session
-            connection.is_fresh = False
+            connection.is_new = False
             connection.idle_since = self._loop.time()
             self._idle.append(connection)
-            if self._sweeper is None:
-                self._sweeper = self._loop.call_later(KEPT_S, self._sweep)
+            if self._idle_timer is None:
+                self._idle_timer = self._loop.call_later(IDLE_MAX_S, self._close_expired)
         else:
             connection.abort()
-        self._call_next()
+        self._wake_next_waiter()
 
     def close(self) -> None:
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         for connection in (*self._idle, *self._busy):
             connection.abort()
 
-    def _sweep(self) -> None:
-        self._sweeper = None
-        long_ago = self._loop.time() - KEPT_S
-        while self._idle and (self._idle[0].idle_since <= long_ago or not self._idle[0].is_usable):
+    def _close_expired(self) -> None:
+        self._idle_timer = None
+        expired_at = self._loop.time() - IDLE_MAX_S
+        while self._idle and (self._idle[0].idle_since <= expired_at or not self._idle[0].is_reusable):
             self._idle.popleft().abort()
         if self._idle:
-            self._sweeper = self._loop.call_at(self._idle[0].idle_since + KEPT_S, self._sweep)
+            self._idle_timer = self._loop.call_at(self._idle[0].idle_since + IDLE_MAX_S, self._close_expired)
 
-    async def _queue(self, deadline: float, again: bool) -> None:
-        """Waits for a place; whoever was called `again`, and found it taken, is the first in line. Raises PoolExhausted."""
-        turn: asyncio.Future[None] = self._loop.create_future()
-        self._line.appendleft(turn) if again else self._line.append(turn)
+    async def _wait_for_room(self, deadline: float, has_waited: bool) -> None:
+        """Waits for room in the pool. A waiter that was woken, and found the room taken, is first in the queue again.
+
+        Raises PoolExhausted.
+        """
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.appendleft(waiter) if has_waited else self._waiters.append(waiter)
         try:
             async with asyncio.timeout_at(deadline):
-                await turn
+                await waiter
         except BaseException as error:
-            if turn.done() and not turn.cancelled():
-                self._call_next()  # the place was ours, and another may have it
+            if waiter.done() and not waiter.cancelled():
+                self._wake_next_waiter()  # this waiter does not use the room
             if isinstance(error, TimeoutError):
                 raise PoolExhausted from None
             raise
 
-    def _call_next(self) -> None:
-        while self._line and len(self._busy) + self._opening < self._connections_max:
-            turn = self._line.popleft()
-            if not turn.done():
-                turn.set_result(None)
+    def _wake_next_waiter(self) -> None:
+        while self._waiters and len(self._busy) + self._opening < self._connections_max:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
                 return
 
     async def _open(self) -> UpstreamConnection:
         """Raises OSError, UpstreamError."""
-        reached = self._proxy or self._end
-        found = await self._loop.getaddrinfo(reached.host, reached.port, type=1)
-        sock = await aiohappyeyeballs.start_connection(found, happy_eyeballs_delay=NEXT_ADDRESS_S, interleave=1, loop=self._loop)
-        secured = self._proxy_tls if self._proxy is not None else self._tls if self._end.is_secure else None
-        transport, connection = await self._loop.create_connection(
-            UpstreamConnection, sock=sock, ssl=secured, server_hostname=reached.host if secured is not None else None
+        server = self._proxy or self._origin
+        addresses = await self._loop.getaddrinfo(server.host, server.port, type=1)
+        sock = await aiohappyeyeballs.start_connection(
+            addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY_S, interleave=1, loop=self._loop
         )
-        if self._proxy is not None and self._end.is_secure:
+        tls = self._proxy_tls if self._proxy is not None else self._tls
+        transport, connection = await self._loop.create_connection(
+            UpstreamConnection, sock=sock, ssl=tls, server_hostname=server.host if tls is not None else None
+        )
+        if self._proxy is not None and self._tls is not None:
             try:
-                await self._tunnel(transport, connection, self._proxy)
+                await self._tunnel(transport, connection, self._proxy, self._tls)
             except BaseException:
                 connection.abort()
                 raise
         return connection
 
-    async def _tunnel(self, transport: asyncio.Transport, connection: UpstreamConnection, proxy: Endpoint) -> None:
-        head = f"CONNECT {self._end.with_port} HTTP/1.1\r\nHost: {self._end.with_port}\r\n"
+    async def _tunnel(
+        self, transport: asyncio.Transport, connection: UpstreamConnection, proxy: Endpoint, tls: ssl.SSLContext
+    ) -> None:
+        """Begins TLS with OpenRouter inside a tunnel through the proxy. Raises OSError, UpstreamError."""
+        headers = f"CONNECT {self._origin.authority} HTTP/1.1\r\nHost: {self._origin.authority}\r\n"
         if proxy.credentials:
-            head += f"Proxy-Authorization: Basic {proxy.credentials}\r\n"
-        await connection.ask(f"{head}\r\n".encode(), b"", self._connect_s)
+            headers += f"Proxy-Authorization: Basic {proxy.credentials}\r\n"
+        await connection.send_request(f"{headers}\r\n".encode(), b"", self._connect_s)
         if connection.status != 200:
             raise UpstreamError(Failure("unreachable"))
-        secure = await self._loop.start_tls(transport, connection, self._tls, server_hostname=self._end.host)
-        if secure is None:
+        tls_transport = await self._loop.start_tls(transport, connection, tls, server_hostname=self._origin.host)
+        if tls_transport is None:
             raise UpstreamError(Failure("unreachable"))
-        connection.replace_transport(secure)
+        connection.replace_transport(tls_transport)
 
 
 @asynccontextmanager
 async def pooled(
     base_url: str, proxy: str, *, connections_max: int, connect_s: float
 ) -> AsyncIterator[tuple[ConnectionPool, Endpoint]]:
-    """Connections to `base_url`, closed at the end. Raises ValueError for an address that is none."""
-    end = Endpoint.of(base_url)
-    pool = ConnectionPool(end, Endpoint.of(proxy) if proxy else None, connections_max=connections_max, connect_s=connect_s)
+    """A pool of connections to `base_url`, closed on exit. Raises ValueError for an invalid URL."""
+    origin = Endpoint.parse(base_url)
+    pool = ConnectionPool(origin, Endpoint.parse(proxy) if proxy else None, connections_max=connections_max, connect_s=connect_s)
     try:
-        yield pool, end
+        yield pool, origin
     finally:
         pool.close()

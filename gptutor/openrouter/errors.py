@@ -1,20 +1,20 @@
-"""How OpenRouter fails us: `UpstreamError`, and what an error response says. No I/O."""
+"""How OpenRouter fails: `UpstreamError`, and what an error response says. No I/O."""
 
 import re
 from collections.abc import Mapping
 
 import msgspec
 
-from gptutor.openrouter.bill import sane_generation_id
+from gptutor.openrouter.bill import valid_generation_id
 from gptutor.openrouter.retry import Failure
 
 MESSAGE_CHARACTERS_MAX = 1000
-KEY = re.compile(r"sk-[A-Za-z0-9_-]+")
-"""A sentence about our key may quote it; it must get neither into the log nor to a caller."""
+API_KEY = re.compile(r"sk-[A-Za-z0-9_-]+")
+"""An error message about our key may quote the key; it must reach neither the log nor a client."""
 
 
 class UpstreamError(Exception):
-    """OpenRouter gave no answer. `message` is its own text for the caller, where it has one."""
+    """OpenRouter gave no usable response. `message` is OpenRouter's own text for the client, where there is one."""
 
     def __init__(self, failure: Failure, message: str | None = None) -> None:
         super().__init__(f"{failure.kind} {failure.status or ''}".strip())
@@ -23,26 +23,26 @@ class UpstreamError(Exception):
 
 
 class PoolExhausted(UpstreamError):
-    """All our connections are in use: it says nothing of OpenRouter."""
+    """All connections of the pool are in use, which says nothing about OpenRouter."""
 
     def __init__(self) -> None:
         super().__init__(Failure("unreachable"))
 
 
 def error_from_response(status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:
-    """The error that a error status means, with OpenRouter's sentence if the body has one."""
-    is_ours, message = _read_error(body)
+    """The error for an error status, with OpenRouter's message if the body has one."""
+    is_from_openrouter, message = _read_error(body)
     failure = Failure(
-        "broken" if status >= 500 and not is_ours else "status",  # the edge's own page
+        "broken" if status >= 500 and not is_from_openrouter else "status",  # an error page of the edge
         status=status,
         retry_after_s=_seconds(headers.get("retry-after")),
-        generation_id=sane_generation_id(headers.get("x-generation-id")),
+        generation_id=valid_generation_id(headers.get("x-generation-id")),
     )
     return UpstreamError(failure, message)
 
 
 def _seconds(text: str | None) -> float | None:
-    """Retry-After in its form of seconds; its form of a date is rare and read as no hint."""
+    """Retry-After in seconds; as a date, which is rare, it is ignored."""
     return float(text) if text is not None and text.isdecimal() and len(text) < 6 else None
 
 
@@ -50,15 +50,15 @@ class _Error(msgspec.Struct):
     message: str | None = None
 
 
-class _ErrorAnswer(msgspec.Struct):
+class _ErrorBody(msgspec.Struct):
     error: _Error | str | None = None
 
 
-def _read_error(document: bytes) -> tuple[bool, str | None]:
-    """Whether a body is OpenRouter's word of an error, and not its edge's page; and its sentence about it, if it has one."""
+def _read_error(body: bytes) -> tuple[bool, str | None]:
+    """Whether the body is an error of OpenRouter's, and not a page of its edge; and its message, if it has one."""
     try:
-        error = msgspec.json.decode(document, type=_ErrorAnswer).error
+        error = msgspec.json.decode(body, type=_ErrorBody).error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return False, None
     message = error.message if isinstance(error, _Error) else error
-    return error is not None, KEY.sub("sk-…", message)[:MESSAGE_CHARACTERS_MAX] if message else None
+    return error is not None, API_KEY.sub("sk-…", message)[:MESSAGE_CHARACTERS_MAX] if message else None

@@ -1,65 +1,74 @@
-"""Bytes upstream → downstream, unchanged; a scanner listens for the bill.
+"""Bytes upstream → downstream, unchanged; a scanner looks for the bill.
 
-Upstream and downstream fail apart: a caller who leaves is not OpenRouter's failure, and OpenRouter's silence is not the caller's.
+Upstream and downstream fail separately: a disconnected client is not a failure of OpenRouter's, and a silent OpenRouter is not
+one of the client's.
 """
 
 from collections.abc import Callable
 from typing import Protocol
 
 from gptutor.openrouter.bill import Bill, BillScanner
+from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.response import UpstreamResponse
 
 HEARTBEAT = b": GPTUTOR WAITING\n\n"
-"""A comment, which every reader of events skips."""
+"""A comment, which every reader of server-sent events skips."""
 
 
 class Downstream(Protocol):
-    """The caller's side. Nothing here raises: a caller who has gone is remembered, and takes no more bytes."""
+    """The client's side. Its methods raise nothing: a disconnected client is remembered, and gets no more bytes."""
 
-    async def begin(self, reply: UpstreamResponse) -> None:
-        """The head goes out with the next bytes, or none. From here on the caller's slowness pauses the reply."""
+    async def start(self, upstream: UpstreamConnection) -> None:
+        """Prepares the headers, which go out with the first bytes. From here on a slow client pauses `upstream`."""
         ...
 
     def write(self, chunk: bytes, *, is_last: bool = False) -> bool:
-        """Whether reading on is worth while: for a caller who is there, always; for the bill of one who left, for so long."""
+        """Whether to read on: always for a connected client; for a disconnected one within a bound, to see the bill."""
         ...
 
 
 async def relay(
-    reply: UpstreamResponse, downstream: Downstream, scanner: BillScanner, billed: Callable[[Bill], None], *, heartbeat_s: float
+    response: UpstreamResponse,
+    downstream: Downstream,
+    scanner: BillScanner,
+    record_bill: Callable[[Bill], None],
+    *,
+    heartbeat_s: float,
 ) -> UpstreamError | None:
-    """Passes every chunk on in the moment when it arrives, until upstream ends. Returns how it failed, or None if it ended well.
+    """Passes every chunk on as it arrives, until upstream ends. Returns how upstream failed, or None if it did not.
 
-    `billed` hears of a bill before the caller sees its bytes: whatever happens to him, or to this process, it is known by then.
-    Whenever upstream is silent for `heartbeat_s`, the caller hears of us instead, unless that would fall into an event.
+    `record_bill` is called before the bytes of the bill are written: whatever happens to the client or to this process
+    afterwards, the bill is known. After each `heartbeat_s` of upstream's silence a heartbeat is written, unless it would fall
+    into an event.
     """
-    known: Bill | None = None
+    connection = response.connection
+    recorded: Bill | None = None
 
     def pass_on(chunk: bytes) -> None:
-        nonlocal known
+        nonlocal recorded
         scanner.feed(chunk)
-        if scanner.bill is not None and scanner.bill is not known:
-            known = scanner.bill
-            billed(known)
-        if known is not None:
-            reply.expect_end(scanner.expects_end)  # a price in mid-stream is not the last word
-        if not downstream.write(chunk, is_last=scanner.has_ended and reply.is_whole):
-            reply.stop()
+        if scanner.bill is not None and scanner.bill is not recorded:
+            recorded = scanner.bill
+            record_bill(recorded)
+        if recorded is not None:
+            response.expect_end(scanner.expects_end)  # a price in mid-stream is not the last event
+        if not downstream.write(chunk, is_last=scanner.has_seen_end and connection.is_finished):
+            response.finish_early()
 
-    def fill_silence() -> None:
-        downstream.write(HEARTBEAT if scanner.at_event_end and not reply.is_encoded else b"")
+    def write_heartbeat() -> None:
+        downstream.write(HEARTBEAT if scanner.at_event_boundary and not response.is_encoded else b"")
 
     try:
-        while not await reply.heard(heartbeat_s):
-            await downstream.begin(reply)
-            fill_silence()
-        await downstream.begin(reply)
-        await reply.pump(pass_on, fill_silence, heartbeat_s)
+        while not await response.wait_for_body(heartbeat_s):
+            await downstream.start(connection)
+            write_heartbeat()
+        await downstream.start(connection)
+        await response.stream_body(pass_on, write_heartbeat, heartbeat_s)
     except UpstreamError as error:
         return error
     finally:
         scanner.finish()
-        if scanner.bill is not None and scanner.bill is not known:
-            billed(scanner.bill)
+        if scanner.bill is not None and scanner.bill is not recorded:
+            record_bill(scanner.bill)
     return None

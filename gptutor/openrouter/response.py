@@ -1,4 +1,4 @@
-"""An answer of OpenRouter's whose head has come: `UpstreamResponse`. Its bytes come through as they were sent."""
+"""A response of OpenRouter whose headers have arrived. Its body is passed on as it was sent."""
 
 import asyncio
 import contextlib
@@ -6,157 +6,133 @@ import functools
 from collections.abc import Callable
 from http import HTTPStatus
 
-from gptutor.openrouter.bill import sane_generation_id
+from gptutor.openrouter.bill import valid_generation_id
 from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.retry import Failure
 
-# The list is complete: what is not in it does not pass, hop-by-hop headers and cookies least of all.
-# The headers of an answer that reach the caller; all others are OpenRouter's and its edge's own affair. It is asked not to
-# compress, but if it does, the bytes are passed as they are, and the caller must know.
-PASSED_ON = {"content-type": "Content-Type", "content-encoding": "Content-Encoding", "x-generation-id": "X-Generation-Id"}
-REFUSAL_BYTES_MAX = 64 * 1024
-REFUSAL_S = 5.0
+# The only headers of a response that reach the client: hop-by-hop headers and cookies least of all. OpenRouter is told not to
+# compress, but if it does, the bytes are passed as they are, and the client must know.
+CLIENT_HEADERS = {"content-type": "Content-Type", "content-encoding": "Content-Encoding", "x-generation-id": "X-Generation-Id"}
+ERROR_BODY_BYTES_MAX = 64 * 1024
+ERROR_BODY_TIMEOUT_S = 5.0
+CHECK_INTERVAL_S = 1.0
+"""How often a stream's silence is checked, at least: `expect_end` shortens the timeout while the timer runs."""
 
 
 class UpstreamResponse:
-    """Read its bytes by `read()`, or by `heard()` and `pump()`, then `close()` it.
+    """Read the body by `read_body()`, or by `wait_for_body()` and `stream_body()`, then `close()`.
 
-    A stream may be silent for `idle_s`, and for `end_s` once its end is expected. `done` gets the connection back.
+    A stream may be silent for `idle_timeout_s`, and for `end_timeout_s` once its end is expected; then it fails. `release`
+    returns the connection to the pool.
     """
 
     def __init__(
-        self, connection: UpstreamConnection, done: Callable[[UpstreamConnection], None], idle_s: float, end_s: float
+        self,
+        connection: UpstreamConnection,
+        release: Callable[[UpstreamConnection], None],
+        idle_timeout_s: float,
+        end_timeout_s: float,
     ) -> None:
-        self._connection = connection
-        self._done: Callable[[UpstreamConnection], None] | None = done
+        self.connection = connection
+        """What the client's side pauses and resumes; not to be used after `close`."""
+        self._release: Callable[[UpstreamConnection], None] | None = release
         self._loop = connection.loop
-        self._idle_s = self._silence_s = idle_s
-        self._end_s = end_s
-        connection.heard_at = self._loop.time()
-        self._is_paused = False
-        self._told: Callable[[], None] | None = None
-        self._told_at = self._quiet_s = 0.0
-        headers = connection.headers
+        self._idle_timeout_s = self._timeout_s = idle_timeout_s
+        self._end_timeout_s = end_timeout_s
+        connection.received_at = self._loop.time()
+        self._on_silence: Callable[[], None] | None = None
+        self._silence_s = self._silence_reported_at = 0.0
         self.status = connection.status
-        self.all_headers = headers
-        """By their names in small letters."""
-        self.headers = {shown: headers[name] for name, shown in PASSED_ON.items() if name in headers}
-        self.generation_id = sane_generation_id(headers.get("x-generation-id"))
-        self.is_event_stream = _is_of_events(headers.get("content-type", "")) and self.status != HTTPStatus.NO_CONTENT
+        self.headers = headers = connection.headers
+        """Names are in lower case."""
+        self.client_headers = {shown: headers[name] for name, shown in CLIENT_HEADERS.items() if name in headers}
+        self.generation_id = valid_generation_id(headers.get("x-generation-id"))
+        self.is_event_stream = _is_event_stream(headers.get("content-type", "")) and self.status != HTTPStatus.NO_CONTENT
         self.is_encoded = headers.get("content-encoding", "identity") != "identity"
-        """Compressed against our wish: nothing can be read in it, or added to it."""
+        """Compressed against our request: nothing can be read in it, or added to it."""
 
     @property
     def is_closed(self) -> bool:
-        """Whether its connection is another's affair by now."""
-        return self._done is None
+        """Whether the connection was returned to the pool."""
+        return self._release is None
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of it has come already."""
-        return self._connection.has_ended
-
-    async def read(self, within_s: float) -> bytes:
+    async def read_body(self, timeout_s: float) -> bytes:
         """The whole body. Raises UpstreamError."""
-        try:
-            return await self._connection.read(within_s)
-        except UpstreamError as error:
-            raise self._named(error) from None
+        return await self.connection.read_body(timeout_s)
 
-    async def read_refusal(self) -> bytes:
-        """The beginning of the body, as far as it is of use, and as much of it as comes soon."""
+    async def read_error_body(self) -> bytes:
+        """The beginning of an error's body: at most ERROR_BODY_BYTES_MAX, and what arrives within ERROR_BODY_TIMEOUT_S."""
         pieces = bytearray()
 
-        def take(piece: bytes) -> None:
+        def consume(piece: bytes) -> None:
             pieces.extend(piece)
-            if len(pieces) > REFUSAL_BYTES_MAX:
-                self._connection.stop()
+            if len(pieces) > ERROR_BODY_BYTES_MAX:
+                self.connection.finish_early()
 
         with contextlib.suppress(UpstreamError, TimeoutError):
-            async with asyncio.timeout(REFUSAL_S):
-                await self._connection.take(take)
+            async with asyncio.timeout(ERROR_BODY_TIMEOUT_S):
+                await self.connection.stream_body(consume)
         return bytes(pieces)
 
-    async def heard(self, quiet_s: float) -> bool:
-        """Waits for the first bytes; False after `quiet_s` of silence. Raises UpstreamError if none come in time, or ever."""
-        if self._is_paused:
-            self._connection.heard_at = self._loop.time()  # it is the caller who is slow
-        left_s = self._connection.heard_at + self._silence_s - self._loop.time()
-        try:
-            if await self._connection.heard(max(0.0, min(quiet_s, left_s))):
-                return True
-        except UpstreamError as error:
-            raise self._named(error) from None
-        if self._loop.time() - self._connection.heard_at >= self._silence_s:
+    async def wait_for_body(self, silence_s: float) -> bool:
+        """Waits for the first bytes; False after `silence_s` without any. Raises UpstreamError if the idle timeout has passed."""
+        connection, loop = self.connection, self._loop
+        if connection.is_paused:
+            connection.received_at = loop.time()  # the client is slow, not OpenRouter
+        left_s = connection.received_at + self._timeout_s - loop.time()
+        if await connection.wait_for_body(max(0.0, min(silence_s, left_s))):
+            return True
+        if loop.time() - connection.received_at >= self._timeout_s:
             raise UpstreamError(Failure("timeout", generation_id=self.generation_id))
         return False
 
-    async def pump(self, taker: Callable[[bytes], None], told: Callable[[], None], quiet_s: float) -> None:
-        """Passes the body to `taker` as it arrives, until its end, and calls `told` after each `quiet_s` of silence.
+    async def stream_body(self, consumer: Callable[[bytes], None], on_silence: Callable[[], None], silence_s: float) -> None:
+        """Passes the body to `consumer` as it arrives, until its end, and calls `on_silence` after each `silence_s` of silence.
 
-        Raises UpstreamError if it ends before its end, or is silent for too long; and what `taker` raises.
+        Raises UpstreamError if the body is cut off, or is silent for longer than the timeout; and what `consumer` raises.
         """
-        self._told, self._quiet_s = told, quiet_s
-        self._told_at = self._connection.heard_at = self._loop.time()
-        self._timer = self._loop.call_later(min(quiet_s, self._silence_s, LOOK_S), self._look)
+        self._on_silence, self._silence_s = on_silence, silence_s
+        self._silence_reported_at = self.connection.received_at = self._loop.time()
+        self._timer = self._loop.call_later(min(silence_s, self._timeout_s, CHECK_INTERVAL_S), self._check_silence)
         try:
-            await self._connection.take(taker)
-        except UpstreamError as error:
-            raise self._named(error) from None
+            await self.connection.stream_body(consumer)
         finally:
             self._timer.cancel()
-            self._told = None
+            self._on_silence = None
 
-    def _look(self) -> None:
-        """The one timer of a stream: it sees what is due when it wakes, so that a chunk costs no timer."""
-        connection, now = self._connection, self._loop.time()
-        if self._is_paused:
-            connection.heard_at = now  # it is the caller who is slow
-        if now - connection.heard_at >= self._silence_s:
-            connection.end("timeout")
+    def _check_silence(self) -> None:
+        """The one timer of a stream: it looks at what is due when it fires, so that no chunk has to set a timer."""
+        connection, now = self.connection, self._loop.time()
+        if connection.is_paused:
+            connection.received_at = now  # the client is slow, not OpenRouter
+        if now - connection.received_at >= self._timeout_s:
+            connection.fail("timeout")
             return
-        if now - max(self._told_at, connection.heard_at) >= self._quiet_s:
-            self._told_at = now
-            if self._told is not None:
-                self._told()
-        quiet_at = max(self._told_at, connection.heard_at) + self._quiet_s
-        self._timer = self._loop.call_at(min(quiet_at, connection.heard_at + self._silence_s, now + LOOK_S), self._look)
+        if now - max(self._silence_reported_at, connection.received_at) >= self._silence_s:
+            self._silence_reported_at = now
+            if self._on_silence is not None:
+                self._on_silence()
+        silent_at = max(self._silence_reported_at, connection.received_at) + self._silence_s
+        due_at = min(silent_at, connection.received_at + self._timeout_s, now + CHECK_INTERVAL_S)
+        self._timer = self._loop.call_at(due_at, self._check_silence)
 
-    def pause(self) -> None:
-        """The caller does not take more."""
-        self._is_paused = True
-        self._connection.pause()
-
-    def resume(self) -> None:
-        self._is_paused = False
-        self._connection.heard_at = self._loop.time()
-        self._connection.resume()
-
-    def stop(self) -> None:
-        """Enough has been read."""
+    def finish_early(self) -> None:
+        """Ends the body here: enough of it has been read."""
         if not self.is_closed:
-            self._connection.stop()
+            self.connection.finish_early()
 
     def expect_end(self, expected: bool = True) -> None:
-        """All that matters has been said, or (False) not yet: how long silence is worth waiting for."""
-        self._silence_s = min(self._idle_s, self._end_s) if expected else self._idle_s
+        """Sets the timeout: the shorter one while nothing but the end of the stream is expected."""
+        self._timeout_s = min(self._idle_timeout_s, self._end_timeout_s) if expected else self._idle_timeout_s
 
     def close(self) -> None:
-        """Gives the connection back, once; it is dropped if the body was not read to its end."""
-        done, self._done = self._done, None
-        if done is not None:
-            done(self._connection)
-
-    def _named(self, error: UpstreamError) -> UpstreamError:
-        """The same failure, with the answer's name: something may have been bought."""
-        return UpstreamError(Failure(error.failure.kind, generation_id=self.generation_id))
+        """Returns the connection to the pool, once. The pool drops it if the body was not read to its end."""
+        release, self._release = self._release, None
+        if release is not None:
+            release(self.connection)
 
 
 @functools.lru_cache(maxsize=100)
-def _is_of_events(content_type: str) -> bool:
+def _is_event_stream(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == "text/event-stream"
-
-
-LOOK_S = 1.0
-"""How often a stream's timer looks, at least: what was expected changes while it sleeps."""

@@ -1,35 +1,35 @@
-"""Whether and when to ask OpenRouter again (contract F3): a pure decision about one failed attempt.
+"""Whether and when to retry a request to OpenRouter (contract F3): a pure decision about one failed attempt.
 
-Only failures that prove that nothing was bought are repeated. A generation id in the answer means that something may have been.
+Only failures that prove that nothing was bought are retried. A generation id in the response means that something may have been.
 """
 
 import random
 from dataclasses import dataclass
 from typing import Literal
 
-# Statuses worth a second attempt, each with its reason; everything else is final.
-TRANSIENT = {
-    408: "the provider did not begin in time",
-    429: "the provider is at its limit",
-    502: "the provider is down or answered nonsense",
-    503: "no provider is free",
-    524: "OpenRouter's edge gave up waiting",
+# Statuses worth a retry, each with its reason; all others are final.
+RETRYABLE = {
+    408: "the provider did not respond in time",
+    429: "the provider is at its rate limit",
+    502: "the provider is down, or its response was invalid",
+    503: "no provider is available",
+    524: "OpenRouter's edge timed out",
     529: "the provider is overloaded",
 }
-# A refusal that becomes transient by a Retry-After: 402 while other calls of ours are in flight.
-TRANSIENT_WITH_HINT = {402: "our budget for calls in flight is used up for a moment"}
+# Statuses worth a retry only with a Retry-After header.
+RETRYABLE_WITH_RETRY_AFTER = {402: "our credit is held for requests in flight, for a moment"}
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 8.0
-HINT_JITTER_S = 0.5
+RETRY_AFTER_JITTER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
     """How an attempt failed.
 
-    `unreachable`: nothing was sent. `timeout`, `broken`: it was sent, and nothing is known. `status`: OpenRouter's own word,
-    which is JSON; an error page of its edge is `broken`, because behind the edge the request may still be running.
+    `unreachable`: the request was not sent. `timeout`, `broken`: the request was sent, and its result is unknown. `status`: an
+    error of OpenRouter's own, in JSON; an error page of its edge is `broken`, because behind the edge the request may still run.
     """
 
     kind: Literal["status", "unreachable", "timeout", "broken"]
@@ -43,21 +43,24 @@ class Failure:
         return self.kind == "unreachable" or (self.kind == "status" and self.generation_id is None)
 
 
-def pause_before_retry(
-    failure: Failure, *, attempt: int, attempts_max: int, left_s: float, dice: float | None = None
+def retry_delay_s(
+    failure: Failure, *, attempt: int, attempts_max: int, left_s: float, jitter: float | None = None
 ) -> float | None:
-    """Seconds to wait before the next attempt, or None to give up.
+    """Seconds to back off before the next attempt, or None for no further attempt.
 
-    `attempt` counts from 1; `left_s` is what remains of the request's time; `dice`, from 0 to 1, is the jitter.
+    `attempt` counts from 1; `left_s` is the rest of the request's time; `jitter` is from 0 to 1 (default: random).
     """
     if attempt >= attempts_max or not failure.bought_nothing:
         return None
-    hinted = failure.retry_after_s is not None and failure.status in TRANSIENT_WITH_HINT
-    if failure.kind == "status" and failure.status not in TRANSIENT and not hinted:
+    is_retryable = failure.status in RETRYABLE or (
+        failure.retry_after_s is not None and failure.status in RETRYABLE_WITH_RETRY_AFTER
+    )
+    if failure.kind == "status" and not is_retryable:
         return None
-    jitter = random.random() if dice is None else dice  # noqa: S311
+    if jitter is None:
+        jitter = random.random()  # noqa: S311
     if failure.retry_after_s is not None:
-        pause = failure.retry_after_s + jitter * HINT_JITTER_S  # all who were told the same must not come back at once
+        delay_s = failure.retry_after_s + jitter * RETRY_AFTER_JITTER_S  # clients given the same time must not return together
     else:
-        pause = min(BACKOFF_FIRST_S * 2 ** (attempt - 1), BACKOFF_MAX_S) * (0.5 + jitter / 2)
-    return pause if pause < left_s else None
+        delay_s = min(BACKOFF_FIRST_S * 2 ** (attempt - 1), BACKOFF_MAX_S) * (0.5 + jitter / 2)
+    return delay_s if delay_s < left_s else None

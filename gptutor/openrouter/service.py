@@ -1,6 +1,7 @@
-"""OpenRouter's API as a client sees it: `OpenRouterService`.
+"""A client of OpenRouter's API: `OpenRouterService`.
 
-Nothing is decompressed (identity is asked for), re-framed or decoded. Redirects are not followed: our key must not travel.
+Bodies are not decompressed (identity is requested), re-framed or decoded. Redirects are not followed: our API key must not be
+sent to another host.
 """
 
 import asyncio
@@ -18,21 +19,21 @@ import msgspec
 
 from gptutor.openrouter.bill import Bill, parse_usd
 from gptutor.openrouter.circuit import CircuitBreaker
-from gptutor.openrouter.connection import UpstreamConnection
+from gptutor.openrouter.connection import ERROR_STATUS_MIN, UpstreamConnection
 from gptutor.openrouter.connection_pool import ConnectionPool, pooled
 from gptutor.openrouter.errors import PoolExhausted, UpstreamError, error_from_response
 from gptutor.openrouter.response import UpstreamResponse
-from gptutor.openrouter.retry import Failure, pause_before_retry
+from gptutor.openrouter.retry import Failure, retry_delay_s
 from gptutor.telemetry.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RETRIES
 
 LOGGER = logging.getLogger("gptutor.openrouter")
 
-# The headers of a request that reach OpenRouter beside our own: they change what the answer is, and say nothing of the caller.
-# The list is complete: cookies, addresses and hop-by-hop headers do not pass.
-SENT_ON = ("X-OpenRouter-Metadata", "x-anthropic-beta")
-GET_S = 30.0
-ANOTHER_KEY_MAY_KNOW = frozenset({401, 403, 404})
-"""OpenRouter's answers about a generation that was made with a key of before."""
+# The only headers of a client's request that are forwarded to OpenRouter: they change the response, and say nothing about the
+# client. Cookies, addresses and hop-by-hop headers are not forwarded.
+FORWARDED_HEADERS = ("X-OpenRouter-Metadata", "x-anthropic-beta")
+GET_TIMEOUT_S = 30.0
+OLD_KEY_STATUSES = frozenset({401, 403, 404})
+"""OpenRouter's statuses for a generation that was made with an old API key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +49,20 @@ class UpstreamLimits:
 
 
 class OpenRouterService:
-    """`headers` go with every request; `target` is what stands before the path in its first line."""
+    """`headers` are sent with every request; `target_prefix` precedes the path in every request line."""
 
     def __init__(
         self,
         pool: ConnectionPool,
-        target: str,
+        target_prefix: str,
         headers: Mapping[str, str],
         limits: UpstreamLimits,
         old_api_keys: Sequence[str] = (),
     ) -> None:
         self._pool = pool
-        self._target = target.encode()
+        self._target_prefix = target_prefix.encode()
         self._headers = headers
-        self._fixed = _spelled(headers)
+        self._encoded_headers = _encode_headers(headers)
         self._old_api_keys = old_api_keys
         self._limits = limits
         self._circuit = CircuitBreaker()
@@ -73,103 +74,111 @@ class OpenRouterService:
         headers: Mapping[str, str],
         *,
         stream: bool,
-        wanted: Callable[[], bool],
-        attempting: Callable[[], None],
-        refused: Callable[[], None],
+        is_wanted: Callable[[], bool],
+        before_attempt: Callable[[], None],
+        nothing_bought: Callable[[], None],
     ) -> tuple[UpstreamResponse, float]:
-        """Sends a request for a completion, and again where that is harmless and still `wanted`.
+        """Requests a completion, and retries while nothing can have been bought and `is_wanted()`.
 
-        `headers` are those of SENT_ON that the caller gave. `attempting` is called before each attempt, `refused` after one that
-        proves that nothing was bought. Gives the reply, and the seconds that are left for the rest of a plain answer. Raises
+        `headers` are the client's, of FORWARDED_HEADERS. `before_attempt` is called before each attempt, `nothing_bought` after a
+        failure that proves just that. Returns the response, and the seconds left for the rest of a plain one. Raises
         UpstreamError.
         """
         clock = self._clock
         deadline = clock() + (self._limits.first_byte_s if stream else self._limits.total_s)
         attempt = 1
         while True:
-            if not self._circuit.lets_through(clock()):
+            if not self._circuit.allows_request(clock()):
                 raise UpstreamError(Failure("unreachable"))
-            attempting()
+            before_attempt()
             try:
                 return await self._attempt(body, headers, deadline - clock()), deadline - clock()
             except UpstreamError as error:
                 if error.failure.bought_nothing:
-                    refused()
-                pause = pause_before_retry(
+                    nothing_bought()
+                delay_s = retry_delay_s(
                     error.failure,
                     attempt=attempt,
                     attempts_max=self._limits.attempts_max,
                     left_s=deadline - clock(),
                 )
                 UPSTREAM_FAILURES.labels(error.failure.kind, error.failure.status or "").inc()
-                if pause is None or not wanted():
+                if delay_s is None or not is_wanted():
                     raise
                 failed = error
-            await asyncio.sleep(pause)
-            if not wanted():
+            await asyncio.sleep(delay_s)
+            if not is_wanted():
                 raise failed
             UPSTREAM_RETRIES.inc()
             attempt += 1
 
-    async def _attempt(self, body: bytes, headers: Mapping[str, str], within_s: float) -> UpstreamResponse:
+    async def _attempt(self, body: bytes, headers: Mapping[str, str], timeout_s: float) -> UpstreamResponse:
         try:
-            connection = self._pool.free()
+            connection = self._pool.acquire_idle()
             if connection is None:
-                connection = await self._pool.connect()
-                self._circuit.reached()  # that is what it is about; an answer may take its time
+                connection = await self._pool.acquire()
+                self._circuit.record_success()  # the circuit is about connecting: a response may be slow
         except PoolExhausted:
             raise
         except UpstreamError:
-            self._circuit.missed(self._clock())
+            self._circuit.record_failure(self._clock())
             raise
-        reply = await self._asked(connection, self._head(b"POST", "/chat/completions", headers, body), body, within_s)
-        self._circuit.reached()
-        if reply.status < 300:
-            return reply
-        # The status has come: whatever happens to the rest of the answer, it is an error.
-        raise await _refused(reply)
+        response = await self._send(
+            connection, self._request_headers(b"POST", "/chat/completions", headers, body), body, timeout_s
+        )
+        self._circuit.record_success()
+        if response.status < ERROR_STATUS_MIN:
+            return response
+        # By its status the response is an error, whatever happens to the rest of it.
+        raise await _read_error(response)
 
-    async def _asked(self, connection: UpstreamConnection, head: bytes, body: bytes, within_s: float) -> UpstreamResponse:
+    async def _send(self, connection: UpstreamConnection, headers: bytes, body: bytes, timeout_s: float) -> UpstreamResponse:
         try:
-            await connection.ask(head, body, within_s)
+            await connection.send_request(headers, body, timeout_s)
         except BaseException:
-            self._pool.give_back(connection)
+            self._pool.release(connection)
             raise
-        return UpstreamResponse(connection, self._pool.give_back, self._limits.idle_s, self._limits.end_s)
+        return UpstreamResponse(connection, self._pool.release, self._limits.idle_s, self._limits.end_s)
 
-    def _head(self, method: bytes, path: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
-        fixed = _spelled({**self._headers, **headers}) if headers else self._fixed
-        return b"%b %b%b HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n" % (method, self._target, path.encode(), fixed, len(body))
+    def _request_headers(self, method: bytes, path: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
+        encoded = _encode_headers({**self._headers, **headers}) if headers else self._encoded_headers
+        return b"%b %b%b HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n" % (
+            method,
+            self._target_prefix,
+            path.encode(),
+            encoded,
+            len(body),
+        )
 
     async def generation(self, generation_id: str) -> Bill | None:
         """The bill of a finished generation, or None while OpenRouter does not know it. Raises UpstreamError."""
-        document = await self._look_up(generation_id)
+        document = await self._fetch_generation(generation_id)
         try:
-            record = msgspec.json.decode(document, type=_GenerationAnswer).data
+            record = msgspec.json.decode(document, type=_GenerationResponse).data
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         cost = parse_usd(bytes(record.total_cost))
         if cost is not None and record.is_byok is True:
-            provider = parse_usd(bytes(record.upstream_inference_cost))
-            cost = cost + provider if provider is not None else None
+            provider_cost = parse_usd(bytes(record.upstream_inference_cost))
+            cost = cost + provider_cost if provider_cost is not None else None
         if cost is None:
             return None
         return Bill(cost, record.tokens_prompt, record.tokens_completion, generation_id)
 
-    async def _look_up(self, generation_id: str) -> bytes:
-        """With today's key, and where that one does not know the generation, with those before it. Raises UpstreamError."""
+    async def _fetch_generation(self, generation_id: str) -> bytes:
+        """Tries the current API key, and where that one does not know the generation, the old ones. Raises UpstreamError."""
         query = {"id": generation_id}
         try:
             return await self.get("/generation", query)
         except UpstreamError as error:
-            if error.failure.status in ANOTHER_KEY_MAY_KNOW:
+            if error.failure.status in OLD_KEY_STATUSES:
                 for key in self._old_api_keys:
                     with contextlib.suppress(UpstreamError):
                         return await self.get("/generation", query, {"Authorization": f"Bearer {key}"})
             raise
 
     async def cost_of(self, generation_id: str) -> Decimal | None:
-        """What a generation cost in dollars, or None while that cannot be learnt."""
+        """What a generation cost in dollars, or None while its cost cannot be looked up."""
         try:
             bill = await self.generation(generation_id)
         except UpstreamError as error:
@@ -178,35 +187,35 @@ class OpenRouterService:
         return bill.cost_usd if bill is not None else None
 
     async def models(self) -> bytes:
-        """The model list, as OpenRouter wrote it. Raises UpstreamError."""
-        return await self.get("/models", {"output_modalities": "all"})  # without it, only those that write text
+        """The model list, as OpenRouter encoded it. Raises UpstreamError."""
+        return await self.get("/models", {"output_modalities": "all"})  # by default only models with text output are listed
 
     async def get(self, path: str, query: dict[str, str] | None = None, headers: Mapping[str, str] | None = None) -> bytes:
-        """The body of an answer of 200. Raises UpstreamError."""
+        """The body of a response with status 200. Raises UpstreamError."""
         if query:
             path += "?" + urlencode(query)
-        connection = self._pool.free() or await self._pool.connect()
-        reply = await self._asked(connection, self._head(b"GET", path, headers or {}), b"", GET_S)
-        if reply.status != 200:
-            raise await _refused(reply)
+        connection = self._pool.acquire_idle() or await self._pool.acquire()
+        response = await self._send(connection, self._request_headers(b"GET", path, headers or {}), b"", GET_TIMEOUT_S)
+        if response.status != 200:
+            raise await _read_error(response)
         try:
             if (date := connection.headers.get("date")) is not None:
                 with contextlib.suppress(ValueError):
                     CLOCK_SKEW.set(time.time() - parsedate_to_datetime(date).timestamp())
-            return await reply.read(GET_S)
+            return await response.read_body(GET_TIMEOUT_S)
         finally:
-            reply.close()
+            response.close()
 
 
-def _spelled(headers: Mapping[str, str]) -> bytes:
+def _encode_headers(headers: Mapping[str, str]) -> bytes:
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("utf-8", "surrogateescape")
 
 
-async def _refused(reply: UpstreamResponse) -> UpstreamError:
+async def _read_error(response: UpstreamResponse) -> UpstreamError:
     try:
-        return error_from_response(reply.status, reply.all_headers, await reply.read_refusal())
+        return error_from_response(response.status, response.headers, await response.read_error_body())
     finally:
-        reply.close()
+        response.close()
 
 
 class _Generation(msgspec.Struct):
@@ -217,7 +226,7 @@ class _Generation(msgspec.Struct):
     tokens_completion: int | None = None
 
 
-class _GenerationAnswer(msgspec.Struct):
+class _GenerationResponse(msgspec.Struct):
     data: _Generation
 
 
@@ -233,17 +242,17 @@ async def connected(
     proxy: str = "",
     old_api_keys: Sequence[str] = (),
 ) -> AsyncIterator[OpenRouterService]:
-    """A service with its pool of connections, which is closed at the end."""
-    async with pooled(base_url, proxy, connections_max=connections_max, connect_s=limits.connect_s) as (pool, end):
+    """A service with a connection pool of its own, which is closed on exit."""
+    async with pooled(base_url, proxy, connections_max=connections_max, connect_s=limits.connect_s) as (pool, origin):
         headers = {
-            "Host": end.named,
+            "Host": origin.host_header,
             "Authorization": f"Bearer {api_key}",
             "Content-Type": "application/json",
             "Accept": "*/*",
-            "Accept-Encoding": "identity",  # bytes are relayed as they come, and a scanner reads them
+            "Accept-Encoding": "identity",  # the bytes are relayed unchanged, and a scanner reads them
             "User-Agent": "GPTutor",
             **({"HTTP-Referer": referer} if referer else {}),
             **({"X-Title": title} if title else {}),
             **pool.headers,
         }
-        yield OpenRouterService(pool, pool.target, headers, limits, old_api_keys)
+        yield OpenRouterService(pool, pool.target_prefix, headers, limits, old_api_keys)

@@ -157,7 +157,7 @@ def connection_of(config: Config) -> Connecting:
         ClientConnection,
         loop=asyncio.get_running_loop(),
         header_s=server.header_s,
-        silent_s=config.relay.write_s,
+        silent_s=config.relay.write_timeout_s,
         keepalive_timeout=server.keepalive_s,
         lingering_time=server.linger_s,
         max_line_size=LINE_BYTES_MAX,

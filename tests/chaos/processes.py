@@ -33,8 +33,8 @@ SETTINGS = {
     "GPTUTOR_RATE_LIMIT__CHAT_PER_MINUTE": "100000",  # counted but never reached, so that the load is not limited
     "GPTUTOR_RECOVERY__LOOK_MAX_S": "2",
     "GPTUTOR_RECOVERY__POLL_S": "0.2",
-    "GPTUTOR_RELAY__LEAVER_DRAIN_S": "0.5",
-    "GPTUTOR_RELAY__WRITE_S": "3",
+    "GPTUTOR_RELAY__DISCONNECTED_DRAIN_S": "0.5",
+    "GPTUTOR_RELAY__WRITE_TIMEOUT_S": "3",
     "GPTUTOR_SECRET_KEY": base64.b64encode(SECRET).decode(),
     "GPTUTOR_SERVER__DRAIN_S": "10",
     "GPTUTOR_SERVER__SHUTDOWN_S": "2",

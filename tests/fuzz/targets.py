@@ -80,7 +80,11 @@ def scan_in_parts(stream: bytes, splits: list[int], known: str | None) -> tuple[
         assert len(scanner._rest) <= EVENT_BYTES_MAX + (end - start) + 64
     scanner.finish()
     bill = scanner.bill
-    return (bill.cost_usd, bill.prompt_tokens, bill.completion_tokens) if bill else None, scanner.generation_id, scanner.has_ended
+    return (
+        (bill.cost_usd, bill.prompt_tokens, bill.completion_tokens) if bill else None,
+        scanner.generation_id,
+        scanner.has_seen_end,
+    )
 
 
 # -- request: only ApiError is raised, and accepted bodies are forwarded unchanged except for GPTutor's own fields

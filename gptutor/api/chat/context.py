@@ -1,4 +1,4 @@
-"""What an exchange is given: the order of one caller, and the kit that all exchanges use."""
+"""What an exchange works with: the context of one request, and the services that all requests share."""
 
 import functools
 import hashlib
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import msgspec
 
 from gptutor.api.chat.event_stream import StreamLimits
-from gptutor.api.chat.in_flight import InFlight
 from gptutor.api.chat.request import ParsedRequest
 from gptutor.http.body import BodyLimits
 from gptutor.http.health import Readiness
@@ -22,43 +21,45 @@ from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.openrouter.catalogue import Catalogue
 from gptutor.openrouter.service import OpenRouterService
+from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.logs import LoggerService
 
 
 class RequestContext(msgspec.Struct, frozen=True):
-    """What a caller wants, and who he says he is. With an idempotency key comes the SHA-256 of the body."""
+    """One request, and the key that it claims. `body_hash` is the SHA-256 of the body, given with an idempotency key."""
 
     request_id: str
     claim: KeyClaim
-    ask: ParsedRequest
-    headers: Mapping[str, str]
-    """Those of his headers that are sent on, by `openrouter.service.SENT_ON`."""
+    parsed: ParsedRequest
+    forwarded_headers: Mapping[str, str]
+    """The client's headers that are forwarded to OpenRouter, by `openrouter.service.FORWARDED_HEADERS`."""
     idempotency_key: str | None = None
     body_hash: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Made once, at the start of the application."""
+    """Created once, when the application starts."""
 
     ledger: Ledger
     evaluate: LLMCostEvaluate
     upstream: OpenRouterService
     catalogue: Catalogue
     log: LoggerService
-    in_flight: InFlight
+    in_flight: BackgroundTasks
+    """One task for each exchange whose hold is not closed yet."""
     readiness: Readiness
     keyring: KeyRing
-    slow_lane: ThreadPoolExecutor
-    """Where large bodies are read, one at a time."""
+    parser_thread: ThreadPoolExecutor
+    """Parses large bodies, one at a time."""
     body_limits: BodyLimits
     default_model: str
     pseudonym_key: bytes
-    patience: StreamLimits
-    pace: RateLimit
+    stream_limits: StreamLimits
+    rate_limit: RateLimit
 
     def pseudonym(self, account_id: AccountId) -> str:
-        """The account's stable name upstream, from which nobody learns the account."""
+        """The stable id of the account upstream, which does not reveal the account."""
         return _pseudonym(self.pseudonym_key, account_id)
 
 

@@ -1,4 +1,4 @@
-"""The caller's side of a stream: raw bytes after an `EventSourceResponse`'s head, and a caller who may leave at any of them."""
+"""The client's side of a stream: headers of an `EventSourceResponse`, then raw bytes. The client may disconnect at any time."""
 
 import asyncio
 from collections.abc import Mapping
@@ -10,93 +10,93 @@ from aiohttp_sse import EventSourceResponse
 
 from gptutor.http.connection import ClientConnection
 from gptutor.http.response_head import UnbufferedResponse
-from gptutor.openrouter.response import UpstreamResponse
+from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.telemetry.metrics import DISCONNECTED_CLIENTS
 
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """How long, and for how much, a caller is waited for; the names are those of `config.yaml`, section `relay`."""
+    """How long, and for how many bytes, a client is waited for; named as in `config.yaml`, section `relay`."""
 
     heartbeat_s: float
     buffer_bytes: int
-    write_s: float
-    leaver_drain_s: float
-    leaver_drain_bytes: int
+    write_timeout_s: float
+    disconnected_drain_s: float
+    disconnected_drain_bytes: int
 
 
-LEFT = (ConnectionError, TimeoutError)
-"""A caller who left shows as one of these."""
+DISCONNECTED = (ConnectionError, TimeoutError)
+"""What a write raises when the client has disconnected."""
 LAST_CHUNK = b"0\r\n\r\n"
 
 
 class StreamedResponse(UnbufferedResponse, EventSourceResponse):
-    """Only the fields of aiohttp-sse's head. Its pings would fall into the middle of events, and its clocks are kept here."""
+    """Only the headers of aiohttp-sse: its pings would fall into the middle of events, and timeouts are `EventStream`'s."""
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        return request.writer  # all is written when the server asks for it
+        return request.writer  # `EventStream` has written everything before the server calls this
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """So is the end."""
+        """`EventStream` has written the end."""
 
 
 class EventStream:
-    """Headers go out with the first bytes, so that until then a refusal is still possible.
+    """Headers go out with the first bytes, so that until then an error response is still possible.
 
-    Bytes are framed and given to the socket at once. Its buffer is the queue between upstream and the caller: up to
-    `buffer_bytes` he may lag without anybody waiting. Beyond that upstream waits for him, for `write_s` seconds in all; a caller
-    who wants more patience than that is dropped, so that nobody can keep a bill from being seen, or memory from being freed.
+    Bytes are framed and written to the socket at once. The socket's buffer is the queue between upstream and the client: up to
+    `buffer_bytes` a client may lag without pausing upstream. Beyond that upstream is paused, for `write_timeout_s` seconds in
+    all; then the client is disconnected, so that no client can delay the bill, or the release of memory.
     """
 
     def __init__(
-        self, request: web.Request, answer: asyncio.Future[web.StreamResponse], headers: Mapping[str, str], patience: StreamLimits
+        self, request: web.Request, response: asyncio.Future[web.StreamResponse], headers: Mapping[str, str], limits: StreamLimits
     ) -> None:
         self.response = StreamedResponse(headers=headers)
-        del self.response.headers["Connection"]  # the server says itself what is true
+        del self.response.headers["Connection"]  # set by `UnbufferedResponse`, if needed
         self._request = request
-        self._answer = answer
-        self._patience = patience
+        self._awaited_response = response
+        self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._connection: ClientConnection | None = None
-        self._reply: UpstreamResponse | None = None
-        self._head = b""
-        """Until it is written, with the first bytes."""
+        self._upstream: UpstreamConnection | None = None
+        self._headers = b""
+        """Encoded, until they are written."""
         self._is_chunked = request.version >= HttpVersion11
-        self._is_ended = False
-        self._waits_s = patience.write_s
+        self._is_finished = False
+        self._pause_left_s = limits.write_timeout_s
         self._paused_at = 0.0
-        self._impatience: asyncio.TimerHandle | None = None
-        self._gone = False
-        self._unheard_bytes = 0
+        self._pause_timer: asyncio.TimerHandle | None = None
+        self._is_disconnected = False
+        self._undelivered_bytes = 0
 
-    async def begin(self, reply: UpstreamResponse) -> None:
-        """Spells the head; it goes out with the first bytes. From here on the caller's slowness pauses the reply."""
-        if self._transport is not None or self._gone or self._answer.cancelled():
+    async def start(self, upstream: UpstreamConnection) -> None:
+        """Encodes the headers; they go out with the first bytes. From here on a slow client pauses `upstream`."""
+        if self._transport is not None or self._is_disconnected or self._awaited_response.cancelled():
             return
         connection = self._request.protocol
         if not isinstance(connection, ClientConnection) or connection.transport is None:
-            self._leave()
+            self._disconnect()
             return
-        self._head = await self.response.spell(self._request)
-        self._transport, self._connection, self._reply = connection.transport, connection, reply
-        self._transport.set_write_buffer_limits(high=self._patience.buffer_bytes)
+        self._headers = await self.response.spell(self._request)
+        self._transport, self._connection, self._upstream = connection.transport, connection, upstream
+        self._transport.set_write_buffer_limits(high=self._limits.buffer_bytes)
         connection.follow(self)
 
     def write(self, chunk: bytes, *, is_last: bool = False) -> bool:
-        """Passes bytes on. False: the caller is gone, and more has been read for his bill than is worth while."""
+        """Writes bytes to the client. False: the client has disconnected, and enough more has been read to look for the bill."""
         transport = self._transport
-        if transport is None or self._gone or self._answer.cancelled() or transport.is_closing():
-            self._unheard_bytes += len(chunk)
-            return self._unheard_bytes <= self._patience.leaver_drain_bytes
-        if self._is_ended:
-            return True  # a heartbeat that was due in that very moment
-        self._is_ended = is_last
+        if transport is None or self._is_disconnected or self._awaited_response.cancelled() or transport.is_closing():
+            self._undelivered_bytes += len(chunk)
+            return self._undelivered_bytes <= self._limits.disconnected_drain_bytes
+        if self._is_finished:
+            return True  # a heartbeat that was due at the same moment
+        self._is_finished = is_last
         if self._is_chunked:
             end = LAST_CHUNK if is_last else b""
             chunk = b"%x\r\n%b\r\n%b" % (len(chunk), chunk, end) if chunk else end
-        if self._head:
-            chunk, self._head = self._head + chunk, b""
+        if self._headers:
+            chunk, self._headers = self._headers + chunk, b""
             self.response.is_written = True
             self._request.writer.output_size = len(chunk)
         if chunk:
@@ -105,57 +105,57 @@ class EventStream:
 
     def pause(self) -> None:
         """The socket's buffer is full."""
-        if self._impatience is None and self._reply is not None:
-            self._reply.pause()
+        if self._pause_timer is None and self._upstream is not None:
+            self._upstream.pause_reading()
             self._paused_at = self._loop.time()
-            self._impatience = self._loop.call_later(self._waits_s, self._leave)
+            self._pause_timer = self._loop.call_later(self._pause_left_s, self._disconnect)
 
     def resume(self) -> None:
-        """It is empty again, or the caller has gone: then nobody waits for him any more."""
-        if self._impatience is not None:
-            self._impatience.cancel()
-            self._impatience = None
-            self._waits_s = max(0.0, self._waits_s - (self._loop.time() - self._paused_at))
-        if self._reply is not None:
-            self._reply.resume()
+        """The socket's buffer is empty again, or the client has disconnected."""
+        if self._pause_timer is not None:
+            self._pause_timer.cancel()
+            self._pause_timer = None
+            self._pause_left_s = max(0.0, self._pause_left_s - (self._loop.time() - self._paused_at))
+        if self._upstream is not None:
+            self._upstream.resume_reading()
 
-    def forget_reply(self) -> None:
-        """It has ended: from now on it waits for nobody."""
-        self._reply = None
+    def detach_upstream(self) -> None:
+        """The response has been read: the client no longer pauses the connection, which returns to the pool."""
+        self._upstream = None
 
     async def finish(self) -> None:
-        """The end of the body, as HTTP says it, once the caller has taken nearly all."""
-        if not self._is_ended:
+        """Writes the end of the body, and waits until the client has taken nearly all of it."""
+        if not self._is_finished:
             self.write(b"", is_last=True)
-        if self._gone or self._connection is None or not self._connection.writing_paused:
+        if self._is_disconnected or self._connection is None or not self._connection.writing_paused:
             return
         try:
-            async with asyncio.timeout(self._patience.write_s):
+            async with asyncio.timeout(self._limits.write_timeout_s):
                 await self._request.writer.drain()
-        except LEFT:
-            self._leave()
+        except DISCONNECTED:
+            self._disconnect()
 
-    def release(self) -> None:
-        """Neither connection is told of the other any more."""
-        if self._impatience is not None:
-            self._impatience.cancel()
-            self._impatience = None
+    def close(self) -> None:
+        """Separates the client's connection and upstream's: neither calls the other any more."""
+        if self._pause_timer is not None:
+            self._pause_timer.cancel()
+            self._pause_timer = None
         if self._connection is not None:
             self._connection.follow(None)
-        self._reply = None
+        self._upstream = None
 
     @property
-    def has_begun(self) -> bool:
-        """Whether anything has been sent: from then on there can be no refusal any more."""
+    def has_started(self) -> bool:
+        """Whether anything has been written: from then on an error response is impossible."""
         return self.response.is_written
 
     def abort(self) -> None:
-        """Breaks the connection: a stalled caller keeps nothing of ours, and an answer that went wrong does not look complete."""
+        """Breaks the client's connection: its buffer is freed, and a response that failed does not look complete."""
         if (transport := self._request.transport) is not None:
             transport.abort()
 
-    def _leave(self) -> None:
+    def _disconnect(self) -> None:
         DISCONNECTED_CLIENTS.inc()
-        self._gone = True
+        self._is_disconnected = True
         self.abort()
         self.resume()

@@ -1,11 +1,11 @@
 """One request's whole life, in one object and one task: hold → upstream → relay → charge → settle → log.
 
-The task belongs to the application, not to the connection. The handler only waits for `answer`; when the caller leaves, the
-handler is cancelled, which cancels `answer`, and that is how the exchange knows that nobody listens. The money goes on: upstream
-is read to its end for a bounded time, and the hold is closed by evidence.
+The task belongs to the application, not to the client's connection. The handler only waits for the future `response`. When the
+client disconnects, the handler is cancelled, which cancels `response`: the exchange then knows that the client has gone. The
+purchase goes on: upstream is read to its end for a bounded time, and the hold is closed by evidence.
 
-What is known of the purchase stands in `purchase.py` and, a moment earlier, in the journal: wherever this code is broken off,
-the hold is closed by that.
+Everything that is known about the purchase is recorded in `purchase.py` and, a moment earlier, in the journal: wherever this code
+is interrupted, the hold is closed by that evidence.
 """
 
 import asyncio
@@ -16,10 +16,9 @@ import time
 from aiohttp import web
 
 from gptutor.api.chat.context import RequestContext, Services
+from gptutor.api.chat.errors import error_for_hold, error_for_upstream
 from gptutor.api.chat.event_stream import EventStream
-from gptutor.api.chat.hold_errors import hold_error
 from gptutor.api.chat.purchase import Purchase
-from gptutor.api.chat.upstream_errors import to_api_error
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.http.middlewares import LOGGED
@@ -36,81 +35,89 @@ from gptutor.telemetry.metrics import COMPLETION_DURATION, COMPLETIONS
 
 LOGGER = logging.getLogger("gptutor.exchange")
 
-outcome_counted = functools.cache(COMPLETIONS.labels)
+outcome_counter = functools.cache(COMPLETIONS.labels)
 
-# OpenRouter's own form of an error in the middle of a stream.
-TRUNCATED = (
+# In the form of OpenRouter's own errors in the middle of a stream.
+TRUNCATED_EVENT = (
     b'data: {"error":{"code":502,"message":"The upstream connection was lost before the answer was complete"},'
     b'"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}]}\n\n'
 )
 
 
-def begin(kit: Services, request: web.Request, order: RequestContext) -> asyncio.Future[web.StreamResponse]:
-    """Starts an exchange, and gives the future of its answer; cancelling it means that the caller has left."""
-    exchange = Exchange(kit, request, order)
-    kit.in_flight.start(exchange.run())
-    return exchange.answer
+def start_exchange(services: Services, request: web.Request, context: RequestContext) -> asyncio.Future[web.StreamResponse]:
+    """Starts an exchange, and returns the future of its response; cancelling the future means that the client disconnected."""
+    exchange = Exchange(services, request, context)
+    services.in_flight.start(exchange.run())
+    return exchange.response
 
 
 class Exchange:
-    def __init__(self, kit: Services, request: web.Request, order: RequestContext) -> None:
-        self.answer: asyncio.Future[web.StreamResponse] = asyncio.get_running_loop().create_future()
-        self._kit = kit
+    def __init__(self, services: Services, request: web.Request, context: RequestContext) -> None:
+        self.response: asyncio.Future[web.StreamResponse] = asyncio.get_running_loop().create_future()
+        self._services = services
         self._request = request
-        self._order = order
+        self._context = context
+        self._parsed = context.parsed
         self._started = time.monotonic()
         self._downstream: EventStream | None = None
         self._purchase: Purchase | None = None
-        self._hurries: asyncio.TimerHandle | None = None
-        # what is told of it
-        self._is_logged = False
+        self._drain_timer: asyncio.TimerHandle | None = None
+        # for the log
+        self._is_request_logged = False
         self._outcome = "internal_error"
         self._cause: str | None = None
 
     async def run(self) -> None:
         hold_id = new_id()
         try:
-            await self._trade(hold_id)
+            await self._hold_buy_and_settle(hold_id)
         finally:
-            self._kit.ledger.let_go(hold_id)
-            if not self.answer.done():  # this task is being cut off
-                self._refuse(ApiError("not_ready", cause="cut off at the end", headers=DO_NOT_RETRY if self._is_sent else None))
-            if self._is_logged:
+            self._services.ledger.let_go(hold_id)
+            if not self.response.done():  # this task is being cancelled
+                headers = DO_NOT_RETRY if self._is_sent else None
+                self._respond_with_error(ApiError("not_ready", cause="cancelled when the service stopped", headers=headers))
+            if self._is_request_logged:
                 self._log_response()
 
-    async def _trade(self, hold_id: HoldId) -> None:
+    async def _hold_buy_and_settle(self, hold_id: HoldId) -> None:
         try:
             ceiling = self._ceiling()
-            hold = await self._hold(hold_id, ceiling)
-            self._purchase = Purchase(self._kit.ledger, self._kit.evaluate, hold)
-            await self._converse(hold, self._purchase, ceiling)
-        except ApiError as refusal:
-            self._refuse(refusal)
+            hold = await self._hold_funds(hold_id, ceiling)
+            self._purchase = Purchase(self._services.ledger, self._services.evaluate, hold)
+            await self._buy(hold, self._purchase, ceiling)
+        except ApiError as error:
+            self._respond_with_error(error)
         except Exception as error:
-            self._fail(error)
+            self._respond_with_internal_error(error)
         if self._purchase is not None:
             try:
-                self._end(await self._purchase.close())
+                self._set_outcome(await self._purchase.close())
             except Exception as error:
-                self._fail(error)  # the hold is open, and the journal knows what it needs
+                self._respond_with_internal_error(error)  # the hold stays open; the journal has the evidence to close it
 
     # -- before anything is bought
 
     def _ceiling(self) -> Ceiling:
-        models = (self._order.ask.model, *self._order.ask.fallbacks)
-        return self._kit.evaluate.ceiling(self._order.ask.size, [self._kit.catalogue.price(model) for model in models])
+        models = (self._parsed.model, *self._parsed.fallbacks)
+        catalogue = self._services.catalogue
+        return self._services.evaluate.ceiling(self._parsed.size, [catalogue.price(model) for model in models])
 
-    async def _hold(self, hold_id: HoldId, ceiling: Ceiling) -> Hold:
-        order = self._order
+    async def _hold_funds(self, hold_id: HoldId, ceiling: Ceiling) -> Hold:
         request = HoldRequest(
-            order.claim, hold_id, ceiling, order.ask.model, order.request_id, order.idempotency_key, order.body_hash
+            claim=self._context.claim,
+            hold_id=hold_id,
+            ceiling=ceiling,
+            model=self._parsed.model,
+            request_id=self._context.request_id,
+            idempotency_key=self._context.idempotency_key,
+            body_hash=self._context.body_hash,
         )
         try:
-            hold = await self._kit.ledger.hold_funds(request)
+            hold = await self._services.ledger.hold_funds(request)
         except NotHeld as error:
-            if not isinstance(error, UnknownKey):  # nobody's request leaves no line in anybody's name
+            if not isinstance(error, UnknownKey):  # an unauthenticated request must not be logged under an account's id
                 self._log_request()
-            raise hold_error(error, self._kit.pace) from None
+            raise error_for_hold(error, self._services.rate_limit) from None
         except DatabaseUnavailable as error:
             raise ApiError("database_unavailable", cause=str(error)) from error
         self._log_request()
@@ -118,157 +125,155 @@ class Exchange:
 
     # -- between upstream and downstream
 
-    async def _converse(self, hold: Hold, purchase: Purchase, ceiling: Ceiling) -> None:
-        """Relays one answer, noting what is learnt about the purchase."""
-        body = self._order.ask.upstream_body(
-            user=self._kit.pseudonym(hold.account_id), output_limit=ceiling.output_limit(hold.available_before)
+    async def _buy(self, hold: Hold, purchase: Purchase, ceiling: Ceiling) -> None:
+        """Requests a completion and relays it, recording the evidence of the purchase."""
+        body = self._parsed.upstream_body(
+            user=self._services.pseudonym(hold.account_id), output_limit=ceiling.output_limit(hold.available_before)
         )
-        if self._caller_left():
+        if self.response.cancelled():
             return
         try:
-            reply, left_s = await self._kit.upstream.complete(
+            upstream, left_s = await self._services.upstream.complete(
                 body,
-                self._order.headers,
-                stream=self._order.ask.stream,
-                wanted=lambda: not self._caller_left(),
-                attempting=purchase.send,
-                refused=purchase.take_back,
+                self._context.forwarded_headers,
+                stream=self._parsed.stream,
+                is_wanted=lambda: not self.response.cancelled(),
+                before_attempt=purchase.mark_sent,
+                nothing_bought=purchase.mark_not_sent,
             )
+            try:
+                if not upstream.connection.is_finished:  # a finished response states its bill in the next moment
+                    purchase.record_generation_id(upstream.generation_id)
+                if upstream.is_event_stream:
+                    await self._relay_stream(hold, purchase, upstream)
+                else:
+                    await self._relay_document(hold, purchase, upstream, left_s)
+            finally:
+                upstream.close()
         except JournalError as error:
             LOGGER.error("%s", error)
             raise ApiError("journal_unavailable", cause=str(error)) from error
         except UpstreamError as error:
-            purchase.name(error.failure.generation_id)
-            raise to_api_error(error) from error
-        try:
-            if not reply.is_whole:  # what is whole names its price in the next moment
-                purchase.name(reply.generation_id)
-            if reply.is_event_stream:
-                await self._relay_stream(hold, purchase, reply)
-            else:
-                await self._relay_plain(hold, purchase, reply, left_s)
-        finally:
-            reply.close()
+            purchase.record_generation_id(error.failure.generation_id)
+            raise error_for_upstream(error) from error
 
-    async def _relay_plain(self, hold: Hold, purchase: Purchase, reply: UpstreamResponse, left_s: float) -> None:
-        try:
-            document = await reply.read(left_s)
-        except UpstreamError as error:
-            if purchase.generation_id is None:
-                purchase.name(error.failure.generation_id)
-            raise to_api_error(error) from error
-        said = read_usage_report(document)
-        if said.bill is not None:
-            purchase.note_bill(said.bill, reply.generation_id)
-        elif purchase.generation_id is None:
-            purchase.name(reply.generation_id or said.generation_id)
-        if not self.answer.done():
-            self.answer.set_result(CompleteResponse(document, status=reply.status, headers=self._headers(hold, reply)))
+    async def _relay_document(self, hold: Hold, purchase: Purchase, upstream: UpstreamResponse, left_s: float) -> None:
+        """Raises UpstreamError."""
+        document = await upstream.read_body(left_s)
+        report = read_usage_report(document)
+        if report.bill is not None:
+            purchase.record_bill(report.bill, upstream.generation_id)
+        else:
+            purchase.record_generation_id(upstream.generation_id or report.generation_id)
+        if not self.response.done():
+            headers = self._client_headers(hold, upstream)
+            self.response.set_result(CompleteResponse(document, status=upstream.status, headers=headers))
 
-    async def _relay_stream(self, hold: Hold, purchase: Purchase, reply: UpstreamResponse) -> None:
-        scanner = BillScanner(reply.generation_id)
-        downstream = self._downstream = EventStream(self._request, self.answer, self._headers(hold, reply), self._kit.patience)
-        self.answer.add_done_callback(lambda _: self._hurry(reply))
+    async def _relay_stream(self, hold: Hold, purchase: Purchase, upstream: UpstreamResponse) -> None:
+        """Raises UpstreamError if nothing has been written to the client yet."""
+        limits = self._services.stream_limits
+        scanner = BillScanner(upstream.generation_id)
+        downstream = self._downstream = EventStream(self._request, self.response, self._client_headers(hold, upstream), limits)
+        self.response.add_done_callback(lambda _: self._limit_drain(upstream))
         try:
-            error = await relay(
-                reply,
-                downstream,
-                scanner,
-                lambda bill: purchase.note_bill(bill, reply.generation_id),
-                heartbeat_s=self._kit.patience.heartbeat_s,
-            )
-            if purchase.generation_id is None:  # before the caller is waited for
-                purchase.name(scanner.generation_id)
-            downstream.forget_reply()
-            reply.close()  # however long the caller takes for the rest, others may have the connection
-            if error is not None and not downstream.has_begun:
-                raise to_api_error(error) from error
-            if reply.is_encoded and error is not None:
+            try:
+                error = await relay(
+                    upstream,
+                    downstream,
+                    scanner,
+                    lambda bill: purchase.record_bill(bill, upstream.generation_id),
+                    heartbeat_s=limits.heartbeat_s,
+                )
+            finally:
+                purchase.record_generation_id(scanner.generation_id)
+            downstream.detach_upstream()
+            upstream.close()  # other requests may use the connection while the client takes the rest
+            if error is not None and not downstream.has_started:
+                raise error
+            if upstream.is_encoded and error is not None:
                 self._cause = f"upstream, in mid-stream: {error}"
                 downstream.abort()
-            elif not (reply.is_encoded or scanner.has_ended or self._caller_left()):
-                self._cause = f"upstream, in mid-stream: {error or 'the end came too early'}"
-                downstream.write(TRUNCATED if scanner.at_event_end else b"\n\n" + TRUNCATED)
+            elif not (upstream.is_encoded or scanner.has_seen_end or self.response.cancelled()):
+                self._cause = f"upstream, in mid-stream: {error or 'the stream ended too early'}"
+                downstream.write(TRUNCATED_EVENT if scanner.at_event_boundary else b"\n\n" + TRUNCATED_EVENT)
             await downstream.finish()
         finally:
-            if self._hurries is not None:
-                self._hurries.cancel()
-            if purchase.generation_id is None:
-                purchase.name(scanner.generation_id)
-            downstream.release()
-        if not self.answer.done():
-            self.answer.set_result(downstream.response)
+            if self._drain_timer is not None:
+                self._drain_timer.cancel()
+            downstream.close()
+        if not self.response.done():
+            self.response.set_result(downstream.response)
 
-    def _headers(self, hold: Hold, reply: UpstreamResponse) -> dict[str, str]:
-        return {**reply.headers, **self._kit.pace.headers(hold.minute_requests)}
+    def _client_headers(self, hold: Hold, upstream: UpstreamResponse) -> dict[str, str]:
+        return {**upstream.client_headers, **self._services.rate_limit.headers(hold.minute_requests)}
 
-    def _hurry(self, reply: UpstreamResponse) -> None:
-        """Once the caller has left, the rest of the stream is read for its bill, but not for ever."""
-        if self._caller_left() and not reply.is_closed:
-            self._hurries = self.answer.get_loop().call_later(self._kit.patience.leaver_drain_s, self._give_up, reply)
+    def _limit_drain(self, upstream: UpstreamResponse) -> None:
+        """After the client disconnected, the rest of the stream is read for its bill, for a bounded time."""
+        if self.response.cancelled() and not upstream.is_closed:
+            limit_s = self._services.stream_limits.disconnected_drain_s
+            self._drain_timer = self.response.get_loop().call_later(limit_s, self._stop_drain, upstream)
 
-    def _give_up(self, reply: UpstreamResponse) -> None:
-        self._cause = f"the caller left, and upstream went on for more than {self._kit.patience.leaver_drain_s} s"
-        reply.stop()
+    def _stop_drain(self, upstream: UpstreamResponse) -> None:
+        limit_s = self._services.stream_limits.disconnected_drain_s
+        self._cause = f"the client disconnected, and upstream went on for more than {limit_s} s"
+        upstream.finish_early()
 
-    # -- what is said of it
+    # -- errors, the outcome, the log
 
     @property
     def _is_sent(self) -> bool:
         return self._purchase is not None and self._purchase.is_sent
 
-    def _caller_left(self) -> bool:
-        return self.answer.cancelled()
-
-    def _end(self, outcome: str) -> None:
-        """What became of the money is the outcome, unless the caller got a refusal: then that is."""
+    def _set_outcome(self, outcome: str) -> None:
+        """The outcome is what became of the hold, unless the client got an error: then its code stays the outcome."""
         if outcome == "awaiting_evidence":
-            self._cause = self._cause or "the answer states no price"
-        if not self.answer.done() or self.answer.cancelled() or self.answer.exception() is None:
+            self._cause = self._cause or "the response states no cost"
+        if not self.response.done() or self.response.cancelled() or self.response.exception() is None:
             self._outcome = outcome
 
-    def _refuse(self, refusal: ApiError) -> None:
-        self._outcome = refusal.code
-        self._cause = refusal.cause or refusal.code
-        if self.answer.done():
+    def _respond_with_error(self, error: ApiError) -> None:
+        self._outcome = error.code
+        self._cause = error.cause or error.code
+        if self.response.done():
             return
-        if self._downstream is not None and self._downstream.has_begun:
-            self._downstream.abort()  # too late to refuse: a broken connection is the truth
-            self.answer.cancel()
+        if self._downstream is not None and self._downstream.has_started:
+            self._downstream.abort()  # too late for an error response: a broken connection shows the failure
+            self.response.cancel()
         else:
-            self.answer.set_exception(refusal)
+            self.response.set_exception(error)
 
-    def _fail(self, error: Exception) -> None:
-        LOGGER.exception("An exchange failed", extra={"requestId": self._order.request_id})
-        self._refuse(ApiError("internal_error", cause=repr(error), headers=DO_NOT_RETRY if self._is_sent else None))
+    def _respond_with_internal_error(self, error: Exception) -> None:
+        LOGGER.exception("An exchange failed", extra={"requestId": self._context.request_id})
+        headers = DO_NOT_RETRY if self._is_sent else None
+        self._respond_with_error(ApiError("internal_error", cause=repr(error), headers=headers))
 
     def _log_request(self) -> None:
-        self._request[LOGGED] = self._is_logged = True
-        self._kit.log.llm_request(
-            model=self._order.ask.model,
-            user_id=self._order.claim.account_id,
-            request_id=self._order.request_id,
-            stream=self._order.ask.stream,
-            messages=self._order.ask.messages,
+        self._request[LOGGED] = self._is_request_logged = True
+        self._services.log.llm_request(
+            model=self._parsed.model,
+            user_id=self._context.claim.account_id,
+            request_id=self._context.request_id,
+            stream=self._parsed.stream,
+            messages=self._parsed.message_count,
         )
 
     def _log_response(self) -> None:
         purchase = self._purchase
-        price = purchase.price if purchase else None
+        charge = purchase.charge if purchase else None
         duration_s = time.monotonic() - self._started
-        outcome_counted(self._outcome).inc()
+        outcome_counter(self._outcome).inc()
         COMPLETION_DURATION.observe(duration_s)
-        self._kit.log.llm_response(
-            model=self._order.ask.model,
-            user_id=self._order.claim.account_id,
-            request_id=self._order.request_id,
-            stream=self._order.ask.stream,
+        self._services.log.llm_response(
+            model=self._parsed.model,
+            user_id=self._context.claim.account_id,
+            request_id=self._context.request_id,
+            stream=self._parsed.stream,
             outcome=self._outcome,
             duration_ms=round(duration_s * 1000),
             generation_id=purchase.generation_id if purchase else None,
-            prompt_tokens=price.prompt_tokens if price else None,
-            completion_tokens=price.completion_tokens if price else None,
-            cost_usd=price.cost_usd if price else None,
-            cost_rub=roubles(price.charge) if price else None,
+            prompt_tokens=charge.prompt_tokens if charge else None,
+            completion_tokens=charge.completion_tokens if charge else None,
+            cost_usd=charge.cost_usd if charge else None,
+            cost_rub=roubles(charge.charge) if charge else None,
             cause=self._cause,
         )

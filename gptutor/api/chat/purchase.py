@@ -1,7 +1,7 @@
-"""What is known of one purchase under its hold, and how the hold is closed by it.
+"""What is known about one purchase, and how its hold is closed by that evidence.
 
-Everything that is learnt is in the journal a moment earlier than here. So wherever the exchange is broken off, by an exception, a
-cancellation or the death of the process, closing the hold is a matter of reading what is known.
+Every piece of evidence is written to the journal before it is recorded here. So wherever the exchange is interrupted, by an
+exception, a cancellation or the death of the process, the hold can be closed by what is known.
 """
 
 from gptutor.money.holds import HandOver, Hold, Release
@@ -14,41 +14,43 @@ from gptutor.openrouter.bill import Bill
 class Purchase:
     def __init__(self, ledger: Ledger, evaluate: LLMCostEvaluate, hold: Hold) -> None:
         self.is_sent = False
+        """Whether something may have been bought."""
         self.generation_id: str | None = None
-        self.price: Charge | None = None
+        self.charge: Charge | None = None
         self._ledger = ledger
         self._evaluate = evaluate
         self._hold = hold
 
-    def send(self) -> None:
+    def mark_sent(self) -> None:
         """From here on something may be bought. Raises JournalError."""
         self._ledger.journal.sent(self._hold.account_id, self._hold.hold_id)
         self.is_sent = True
 
-    def take_back(self) -> None:
-        """OpenRouter's refusal proves that nothing was bought: a death before the next attempt must find it so."""
+    def mark_not_sent(self) -> None:
+        """The attempt bought nothing: if the process dies before the next one, recovery must find no purchase."""
         self._ledger.journal.closed([self._hold.hold_id])
         self.is_sent = False
 
-    def name(self, generation_id: str | None) -> None:
-        if generation_id is not None:
+    def record_generation_id(self, generation_id: str | None) -> None:
+        """The first generation id wins; None is ignored."""
+        if self.generation_id is None and generation_id is not None:
             self.generation_id = generation_id
             self._ledger.journal.named(self._hold.hold_id, generation_id)
 
-    def note_bill(self, bill: Bill, name: str | None) -> None:
-        """`name` is the answer's own, by its head; one whose bill comes at once was not named before."""
-        self.generation_id = self.generation_id or name or bill.generation_id
-        self.price = Charge(self._evaluate.charge(bill.cost_usd), bill.cost_usd, bill.prompt_tokens, bill.completion_tokens)
-        self._ledger.journal.billed(self._hold.hold_id, self.price, self.generation_id)
+    def record_bill(self, bill: Bill, generation_id: str | None) -> None:
+        """`generation_id`, of the response's headers, precedes the bill's own; both are written in the bill's journal record."""
+        self.generation_id = self.generation_id or generation_id or bill.generation_id
+        self.charge = Charge(self._evaluate.charge(bill.cost_usd), bill.cost_usd, bill.prompt_tokens, bill.completion_tokens)
+        self._ledger.journal.billed(self._hold.hold_id, self.charge, self.generation_id)
 
     async def close(self) -> str:
-        """By evidence: a bill is settled, a purchase that did not happen is released, and the rest is recovery's.
+        """Closes the hold by evidence: settles a known charge, releases if nothing was bought, else hands over to recovery.
 
-        Gives what became of it: settled, released, awaiting_evidence.
+        Returns the outcome: settled, released, awaiting_evidence.
         """
-        account_id, hold_id, price = self._hold.account_id, self._hold.hold_id, self.price
-        if price is not None:
-            await self._ledger.settle(price.settlement(account_id, hold_id, self.generation_id))
+        account_id, hold_id = self._hold.account_id, self._hold.hold_id
+        if self.charge is not None:
+            await self._ledger.settle(self.charge.settlement(account_id, hold_id, self.generation_id))
             return "settled"
         if not self.is_sent:
             await self._ledger.release(Release(account_id, hold_id))

@@ -1,10 +1,10 @@
-"""The ask: what a caller may send to `POST /v1/chat/completions`, checked, sized, and made ready for upstream. No I/O.
+"""The body of `POST /v1/chat/completions`: validated, measured for its price, and prepared for upstream. No I/O.
 
-`ChatRequest` is the one description: the checks, the texts of the refusals and the OpenAPI schema come from it. What it does not
-name passes unchecked, because OpenRouter learns new fields every week.
+`ChatRequest` is the one description: validation, the texts of errors and the OpenAPI schema are derived from it. Fields that it
+does not name pass without validation, because OpenRouter adds fields every week.
 
-What the caller wrote reaches OpenRouter as he wrote it (contract A4): the top level is split into members, each kept as its own
-bytes, and only the members that are ours are written anew. No number is ever parsed and printed again.
+The client's bytes reach OpenRouter unchanged (contract A4): the top level is split into members, each kept as its own bytes, and
+only our own members are encoded. No number is ever parsed and encoded again.
 """
 
 import re
@@ -21,19 +21,19 @@ from gptutor.money.pricing import RequestSize
 
 MODEL_CHARACTERS_MAX = 200
 BRACKETS_MAX = 1_000_000
-"""More would hold up everybody else while they are read, and mean nothing."""
+"""Parsing more would block the event loop, and no sensible request has more."""
 ESCAPE = b"\\u00"
 ESCAPED_LETTER = re.compile(rb"\\u00(?:5f|6[0-9a-f]|7[0-9a])", re.IGNORECASE)
-"""An underscore or a small letter spelled as an escape, which nobody does without a purpose: what it spells is not looked for."""
+"""An underscore or a lower-case letter written as an escape, which is done only on purpose: the escaped text is not decoded."""
 IMAGES = ("image_url", "input_image")
-"""Parts whose bytes are not tokens: a picture costs by its size in pixels, within a bound."""
-OWN_TOOLS = ("function", "custom")
-"""Tools that the caller runs himself; all others are run by OpenRouter, for money."""
+"""Parts whose bytes are not tokens: an image costs by its size in pixels, within a bound."""
+CLIENT_TOOLS = ("function", "custom")
+"""Tools that the client runs; all others are run by OpenRouter, at a price."""
 RESULTS_MAX = 1000
-RESULTS_USUAL = 5
-"""So many results a search gives, and is paid for, unless it is asked for more."""
+RESULTS_DEFAULT = 5
+"""How many results a search returns, and costs, unless the request sets `max_results`."""
 ONLY_TEXT = frozenset({"text"})
-ORDINARY_TIERS = (None, "auto", "default", "flex")
+STANDARD_TIERS = (None, "auto", "default", "flex")
 
 
 class Message(msgspec.Struct):
@@ -54,8 +54,10 @@ class Message(msgspec.Struct):
 
 
 class Tool(msgspec.Struct):
-    type: Annotated[Any, Meta(description="`function`, or a tool of OpenRouter's")] = "function"
-    parameters: Annotated[Raw, Meta(description="what a tool of OpenRouter's is told")] = msgspec.field(default_factory=Raw)
+    type: Annotated[Any, Meta(description="`function`, or one of OpenRouter's tools")] = "function"
+    parameters: Annotated[Raw, Meta(description="the parameters of one of OpenRouter's tools")] = msgspec.field(
+        default_factory=Raw
+    )
 
 
 class ChatRequest(msgspec.Struct):
@@ -114,45 +116,45 @@ _decode_part = msgspec.json.Decoder(_Part).decode
 
 
 class ParsedRequest(msgspec.Struct, frozen=True):
-    """A checked request. `size` is what its price depends on; `members` are its top level, byte for byte."""
+    """A validated request. `size` is what its price depends on; `members` are its top level, byte for byte."""
 
     model: str
     fallbacks: tuple[str, ...]
     stream: bool
-    messages: int
+    message_count: int
     size: RequestSize
     members: Mapping[str, Raw]
     masked: bool = False
     """Whether lone surrogates are masked in `members`."""
 
     def upstream_body(self, *, user: str, output_limit: int | None) -> bytes:
-        """The body for OpenRouter: the caller's own, with the members that are ours.
+        """The body for OpenRouter: the client's, with our own members.
 
-        `user` is the account's pseudonym; `output_limit` is sent as `max_tokens` where the balance sets one.
+        `user` is the account's pseudonym; `output_limit` is sent as `max_tokens` where the balance sets a limit.
         """
-        ours: dict[str, bytes] = {
+        own_members: dict[str, bytes] = {
             "user": msgspec.json.encode(user),
             "usage": _with_member(self.members.get("usage"), b'"include"'),
         }
         if _is_null(self.members.get("model")):
-            ours["model"] = msgspec.json.encode(self.model)
+            own_members["model"] = msgspec.json.encode(self.model)
         if self.stream:
-            ours["stream_options"] = _with_member(self.members.get("stream_options"), b'"include_usage"')
+            own_members["stream_options"] = _with_member(self.members.get("stream_options"), b'"include_usage"')
         if output_limit is not None:
-            ours["max_tokens"] = b"%d" % output_limit
-        body = _object({**self.members, **ours})
+            own_members["max_tokens"] = b"%d" % output_limit
+        body = _encode_object({**self.members, **own_members})
         return unmask(body) if self.masked else body
 
 
 def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
-    """Checks a request body. Raises ApiError, whose text names the field, its fault and what is allowed."""
+    """Validates a request body. Raises ApiError, whose text names the field and what is allowed."""
     if body.count(b"[") + body.count(b"{") > BRACKETS_MAX:
         raise ApiError("invalid_request", f"Request body must not have more than {BRACKETS_MAX} objects and arrays")
     try:
         reject_ambiguous_json(body.decode())
         request, members, masked = _parse(body)
     except msgspec.ValidationError as error:
-        raise _refusal(str(error)) from error
+        raise _validation_error(str(error)) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ApiError("invalid_json", cause=type(error).__name__) from error
 
@@ -168,7 +170,7 @@ def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
         model=request.model or default_model,
         fallbacks=tuple(request.models or ()),
         stream=bool(request.stream),
-        messages=len(request.messages),
+        message_count=len(request.messages),
         size=RequestSize(
             prompt_bytes=sum([len(memoryview(member)) for member in members.values()]) - image_bytes,
             images=images,
@@ -178,7 +180,7 @@ def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
             paid_tools=_paid_tools(request, files),
             caches_prompt=b'"cache_control"' in body or (ESCAPE in body and ESCAPED_LETTER.search(body) is not None),
             more_than_text=not ONLY_TEXT.issuperset(request.modalities or ()),
-            hurried=request.service_tier not in ORDINARY_TIERS,
+            hurried=request.service_tier not in STANDARD_TIERS,
         ),
         members=members,
         masked=masked,
@@ -186,7 +188,7 @@ def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
 
 
 def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
-    """The request's known fields, its members, and whether lone surrogates had to be masked. Raises msgspec's errors."""
+    """The request's known fields, its members, and whether lone surrogates were masked. Raises msgspec's errors."""
     try:
         return _decode_request(body), _decode_members(body), False
     except msgspec.ValidationError:
@@ -199,23 +201,23 @@ def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
 
 
 def _paid_tools(request: ChatRequest, files: int) -> int:
-    """How many things are asked for that OpenRouter does for a price of their own: searching, and reading files."""
+    """How many uses of OpenRouter's separately priced tools are requested: searching, and reading files."""
     paid = files + (request.web_search_options is not None)
     for tool in request.tools or ():
-        if tool.type not in OWN_TOOLS:
-            paid += 1 + _results(_members(tool.parameters))
+        if tool.type not in CLIENT_TOOLS:
+            paid += 1 + _extra_result_portions(_members(tool.parameters))
     for plugin in request.plugins or ():
-        paid += 1 + _results(plugin)
+        paid += 1 + _extra_result_portions(plugin)
     return paid + (":online" in " ".join((request.model or "", *(request.models or ()))))
 
 
-def _results(options: Mapping[str, Raw]) -> int:
-    """How many usual portions of results are wanted beside the first."""
+def _extra_result_portions(options: Mapping[str, Raw]) -> int:
+    """How many portions of RESULTS_DEFAULT results are requested beyond the first."""
     try:
-        wanted = msgspec.json.decode(options.get("max_results", b"0"), type=float)
+        count = msgspec.json.decode(options.get("max_results", b"0"), type=float)
     except msgspec.DecodeError:
         return 0
-    return int(min(max(wanted, 0), RESULTS_MAX)) // RESULTS_USUAL
+    return int(min(max(count, 0), RESULTS_MAX)) // RESULTS_DEFAULT
 
 
 def _members(raw: Raw) -> Mapping[str, Raw]:
@@ -226,14 +228,14 @@ def _members(raw: Raw) -> Mapping[str, Raw]:
 
 
 def _parts(message: Message, index: int) -> list[tuple[str, int]]:
-    """The parts of the message of that index, type and size in bytes. Raises ApiError if the content is not one of its forms."""
+    """The type and the size in bytes of each part of a message; text has none. Raises ApiError for invalid content."""
     content = message.content
     view = memoryview(content)
     first = view[:1].tobytes()
     if first == b'"':
         return []
     if first in (b"", b"n") and message.role in ("assistant", "function"):
-        return []  # null beside tool calls
+        return []  # null is valid beside tool calls
     place = f"messages[{index}].content"
     if first != b"[":
         raise ApiError("invalid_request", f"{place} must be {RULES['content']}")
@@ -247,11 +249,11 @@ def _parts(message: Message, index: int) -> list[tuple[str, int]]:
     return parts
 
 
-def _refusal(fault: str) -> ApiError:
-    """The refusal for msgspec's fault, which ends in its place: ``Expected `float` <= 2.0 - at `$.temperature` ``."""
-    found = PLACE.search(fault)
+def _validation_error(message: str) -> ApiError:
+    """Our error for a message of msgspec's, which ends in the path: ``Expected `float` <= 2.0 - at `$.temperature` ``."""
+    found = PLACE.search(message)
     place = found[1] if found else ""
-    if missing := MISSING.search(fault):
+    if missing := MISSING.search(message):
         place = f"{place}.{missing[1]}".lstrip(".")
     if place == "messages":
         return ApiError("invalid_request", "messages array is required")
@@ -267,11 +269,11 @@ def _is_null(raw: Raw | None) -> bool:
 
 
 def _with_member(raw: Raw | None, key: bytes) -> bytes:
-    """The object in `raw` with `key: true`, its other members as they were."""
+    """The object in `raw` with `key: true`, its other members unchanged."""
     if raw is None or _is_null(raw):
         return b"{%s:true}" % key
-    return _object({**_decode_members(raw), key.decode().strip('"'): b"true"})
+    return _encode_object({**_decode_members(raw), key.decode().strip('"'): b"true"})
 
 
-def _object(members: Mapping[str, bytes | Raw]) -> bytes:
+def _encode_object(members: Mapping[str, bytes | Raw]) -> bytes:
     return b"{%b}" % b",".join([b"%b:%b" % (msgspec.json.encode(name), value) for name, value in members.items()])

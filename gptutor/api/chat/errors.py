@@ -1,0 +1,72 @@
+"""What the client gets when there is no completion: our error for a rejected hold (contract B3, B4, A8) and for a failure of
+OpenRouter's (contract B6). Each mapping is a table; a row that needs a reason has the reason beside it.
+
+Trouble of our own account at OpenRouter is never shown as the client's: 401, 402 and a limit of our key are 500 for the client,
+and an error in the log for the operator.
+"""
+
+import logging
+
+from gptutor.errors import DO_NOT_RETRY, ApiError
+from gptutor.http.rate_limit import UNDISCLOSED, RateLimit
+from gptutor.money.holds import InsufficientFunds, KeyCapReached, NotHeld, RateLimited, RepeatedRequest, TooManyAtOnce, UnknownKey
+from gptutor.openrouter.errors import UpstreamError
+from gptutor.telemetry.metrics import UPSTREAM_ACCOUNT_ERRORS
+
+LOGGER = logging.getLogger("gptutor.upstream")
+
+BY_HOLD_ERROR: dict[type[NotHeld], str] = {
+    UnknownKey: "invalid_key",
+    InsufficientFunds: "insufficient_balance",
+    KeyCapReached: "key_cap_reached",
+    TooManyAtOnce: "too_many_at_once",
+}
+# Upstream status → (our error code, whether OpenRouter's message is passed on)
+BY_UPSTREAM_STATUS: dict[int, tuple[str, bool]] = {
+    400: ("upstream_rejected", True),  # the client's own mistake
+    404: ("upstream_rejected", True),  # no such model, or no provider under the client's conditions
+    413: ("upstream_rejected", True),  # more than the model takes
+    422: ("upstream_rejected", True),  # well-formed, but not what the model takes
+    401: ("upstream_account", False),  # our key is wrong
+    402: ("upstream_account", False),  # our credit is used up
+    403: ("moderated", True),  # moderation; a limit of our key is recognised by KEY_LIMIT_WORDS
+    408: ("upstream_timeout", False),
+    429: ("rate_limited_upstream", False),
+    504: ("upstream_timeout", False),
+    524: ("upstream_timeout", False),
+}
+BY_UPSTREAM_FAILURE = {
+    "unreachable": "upstream_unreachable",
+    "timeout": "upstream_timeout",
+    "broken": "upstream_outcome_unknown",
+}
+KEY_LIMIT_WORDS = ("key limit", "limit exceeded", "insufficient", "guardrail budget")
+
+
+def error_for_hold(error: NotHeld, rate_limit: RateLimit) -> ApiError:
+    """`rate_limit` is the account's; the numbers of a key's own limit are not disclosed."""
+    if isinstance(error, RateLimited):
+        return (UNDISCLOSED if error.of_key else rate_limit).refusal()
+    if isinstance(error, RepeatedRequest):
+        code = "repeated_request" if error.same_body else "mismatched_request"
+        return ApiError(code, f"{ApiError(code).text}: {error.request_id}")
+    return ApiError(BY_HOLD_ERROR[type(error)])
+
+
+def error_for_upstream(error: UpstreamError) -> ApiError:
+    failure = error.failure
+    cause = f"upstream: {error}"
+    if failure.kind != "status":
+        return ApiError(BY_UPSTREAM_FAILURE[failure.kind], cause=cause)
+    code, shows_message = BY_UPSTREAM_STATUS.get(failure.status, ("upstream_error", False))
+    if failure.status == 403 and any(word in (error.message or "").lower() for word in KEY_LIMIT_WORDS):
+        code, shows_message = "upstream_account", False
+    if code == "upstream_account":
+        UPSTREAM_ACCOUNT_ERRORS.labels(failure.status).inc()
+        LOGGER.error("OpenRouter rejects our account: %d %s", failure.status, error.message)
+    headers = {}
+    if code == "rate_limited_upstream" and failure.retry_after_s is not None:
+        headers["Retry-After"] = f"{failure.retry_after_s:.0f}"
+    if not failure.bought_nothing:
+        headers.update(DO_NOT_RETRY)
+    return ApiError(code, error.message if shows_message else None, headers=headers, cause=cause)
