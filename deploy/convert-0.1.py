@@ -9,9 +9,9 @@ from pathlib import Path
 
 import asyncpg
 
-from gptutor.config import load
+from gptutor.config.load import load
 from gptutor.database.migrations import migrate
-from gptutor.server.serve import database_of
+from gptutor.server.serve import resolved_database
 
 
 async def convert(url: str) -> None:
@@ -24,6 +24,6 @@ async def convert(url: str) -> None:
 
 
 if __name__ == "__main__":
-    with database_of(load.load()) as settings:
+    with resolved_database(load()) as settings:
         asyncio.run(convert(settings.database.url))
     print("The database is converted. `gptutor verify` checks it.")

@@ -201,13 +201,13 @@ def test_separately_priced_tools_are_counted(members: dict[str, Any], paid: int)
 
 def test_what_makes_tokens_more_expensive_is_detected() -> None:
     cached = [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]}]
-    assert parsed(messages=cached).size.caches_prompt
+    assert parsed(messages=cached).size.writes_prompt_cache
     hidden = b'{"messages":[{"role":"user","content":[{"type":"text","text":"x","cache\\u005fcontrol":{}}]}]}'
-    assert parse_request(hidden, default_model="m").size.caches_prompt
-    assert parsed(modalities=["text", "audio"]).size.more_than_text
-    assert parsed(service_tier="priority").size.hurried
+    assert parse_request(hidden, default_model="m").size.writes_prompt_cache
+    assert parsed(modalities=["text", "audio"]).size.multimodal_output
+    assert parsed(service_tier="priority").size.priority_tier
     plain = parsed(modalities=["text"], service_tier="flex").size
-    assert (plain.caches_prompt, plain.more_than_text, plain.hurried) == (False, False, False)
+    assert (plain.writes_prompt_cache, plain.multimodal_output, plain.priority_tier) == (False, False, False)
 
 
 @pytest.mark.parametrize("kind", ["file", "input_audio", "video_url", "something_new"])

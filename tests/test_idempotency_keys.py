@@ -21,7 +21,7 @@ from tests.support.recovery import process
 async def keys(books: Database, database_url: str, tmp_path: Path) -> asyncpg.Connection:
     """Five holds with keys, of which three are older than a day; a connection that counts them."""
     caller = await make_caller(books, "100")
-    ceiling = Ceiling(most=parse_roubles("1"), least=parse_roubles("1"))
+    ceiling = Ceiling(hold_max=parse_roubles("1"), available_min=parse_roubles("1"))
     with process(books, tmp_path / "others") as other:
         for number in range(5):
             key, body = f"order {number}", hashlib.sha256(b"body").digest()

@@ -13,6 +13,7 @@ from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, Release
 from gptutor.money.reconciliation import reconcile
+from gptutor.money.records import reconciliation_json
 from tests.support.gateway import make_caller
 from tests.support.ledger import hold, ledger_of, settlement
 
@@ -57,13 +58,13 @@ async def test_a_days_charges_are_compared_to_the_last_digit(books: Database, da
         (first - DAY, Decimal("0.5"), Decimal("0.4"), Decimal("-0.1")),  # we charged more than it did
         (first - 2 * DAY, 0, Decimal("0.7"), Decimal("0.7")),  # it charged what we know nothing of
     ]
-    assert (found.waiting, found.at_most) == ([], 0)
-    days = orjson.loads(orjson.dumps(found.as_json()))["days"]
+    assert (found.waiting.oldest, found.waiting.count, found.waiting.at_most) == ([], 0, 0)
+    days = orjson.loads(orjson.dumps(reconciliation_json(found)))["days"]
     assert days[0] == {
         "day": first.isoformat(),
-        "oursUsd": "0.033",
-        "openrouterUsd": "0.0330000000000000001",
-        "differenceUsd": "0.0000000000000000001",  # never 1E-19
+        "ours_usd": "0.033",
+        "openrouter_usd": "0.0330000000000000001",
+        "difference_usd": "0.0000000000000000001",  # never 1E-19
     }
 
 
@@ -83,18 +84,18 @@ async def test_what_waits_for_evidence_and_what_was_given_up_is_named_with_the_m
 
     found = await reconcile(books, {})
     assert found.days == []
-    assert [(one.state, one.amount, one.generation_id, one.account_id) for one in found.waiting] == [
+    assert [(one.state, one.amount, one.generation_id, one.account_id) for one in found.waiting.oldest] == [
         ("awaiting_evidence", parse_roubles("1"), "gen-1", caller.account_id),
         ("unresolved", parse_roubles("2.5"), None, caller.account_id),
     ]
-    assert found.at_most == parse_roubles("3.5")
-    told = json.loads(orjson.dumps(found.as_json()))
-    assert (told["waitingCount"], told["waitingAtMost"]) == (2, "3.5")
-    assert [(one["atMost"], one["model"], one["requestId"], one["generationId"]) for one in told["waiting"]] == [
+    assert found.waiting.at_most == parse_roubles("3.5")
+    told = json.loads(orjson.dumps(reconciliation_json(found)))
+    assert (told["waiting_count"], told["waiting_at_most"]) == (2, "3.5")
+    assert [(one["at_most"], one["model"], one["request_id"], one["generation_id"]) for one in told["waiting"]] == [
         ("1", "a/b", "r", "gen-1"),
         ("2.5", "a/b", "r", None),
     ]
     assert under_way.amount == parse_roubles("4")  # it is under way in a living process, and nobody misses it
 
     await ledger.settle(settlement(given_up, "0.01"))
-    assert [one.generation_id for one in (await reconcile(books, {})).waiting] == ["gen-1"]
+    assert [one.generation_id for one in (await reconcile(books, {})).waiting.oldest] == ["gen-1"]

@@ -8,10 +8,10 @@ import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
 from gptutor.database.pool import Database
-from gptutor.money.amounts import AccountId, Nano, roubles
+from gptutor.money.amounts import AccountId, Nano
 
 WAITING_MAX = 1000
 
@@ -41,17 +41,6 @@ class WaitingHold:
     generation_id: str | None
     created_at: datetime.datetime
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "userId": self.account_id,
-            "state": self.state,
-            "atMost": roubles(self.amount),
-            "model": self.model,
-            "requestId": self.request_id,
-            "generationId": self.generation_id,
-            "createdAt": self.created_at,
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class WaitingHolds:
@@ -65,26 +54,7 @@ class WaitingHolds:
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
     days: list[DailyCost]
-    waiting: list[WaitingHold]
-    """The oldest ones."""
-    waiting_count: int
-    at_most: Nano
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "days": [
-                {
-                    "day": day.day.isoformat(),
-                    "oursUsd": f"{day.ours_usd:f}",
-                    "openrouterUsd": f"{day.theirs_usd:f}",
-                    "differenceUsd": f"{day.difference_usd:f}",
-                }
-                for day in self.days
-            ],
-            "waiting": [hold.as_json() for hold in self.waiting],
-            "waitingCount": self.waiting_count,
-            "waitingAtMost": roubles(self.at_most),
-        }
+    waiting: WaitingHolds
 
 
 async def reconcile(database: Database, theirs_usd: Mapping[datetime.date, Decimal]) -> Reconciliation:
@@ -94,8 +64,7 @@ async def reconcile(database: Database, theirs_usd: Mapping[datetime.date, Decim
         rows = await database.fetch("cost_by_day", min(theirs_usd), max(theirs_usd))
         ours_usd = {row["day"]: row["cost_usd"] for row in rows}
     days = [DailyCost(day, ours_usd.get(day, Decimal(0)), theirs_usd[day]) for day in sorted(theirs_usd, reverse=True)]
-    waiting = await waiting_holds(database)
-    return Reconciliation(days, waiting.oldest, waiting.count, waiting.at_most)
+    return Reconciliation(days, await waiting_holds(database))
 
 
 async def waiting_holds(database: Database, limit: int = WAITING_MAX) -> WaitingHolds:
