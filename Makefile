@@ -15,10 +15,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 
 .DEFAULT_GOAL := help
 .PHONY: develop lock audit
-.PHONY: help install run test test-pythons check format lint types sql test-completion test-openai docs migrate service chaos fuzz bench bench-growth
+.PHONY: help install run test test-pythons check format lint types sql schema test-completion test-openai docs migrate convert-0.1 service chaos fuzz bench bench-growth
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Everything is installed from the lock files in requirements/, whose hashes pip verifies: the same packages here, in CI and in production.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --require-hashes
@@ -42,7 +42,7 @@ $(TOOLS): requirements/develop.txt $(STAMP)
 	@touch $@
 
 # These need more than the service does.
-test check format lint types sql audit test-completion test-openai chaos fuzz: develop
+test check format lint types sql schema audit test-completion test-openai chaos fuzz: develop
 check: audit
 
 lock: ## renew the lock files in requirements/ from the ranges in setup.cfg; UPGRADE= keeps the versions that still fit
@@ -88,6 +88,9 @@ types: install
 sql: install
 	@$(BIN)/sqlfluff lint --disable-progress-bar sql
 
+schema: ## renew sql/schema.sql from the migrations and functions
+	@$(BIN)/python -m tests.support.schema
+
 test-completion: install ## chat completions, plain and streamed, against a running gateway of its own
 	@$(BIN)/python -m pytest -v tests/test_completion.py
 
@@ -115,6 +118,9 @@ bench-growth: $(BENCHED) ## the cost of a hold and its settlement with 1 million
 
 docs: install ## the documentation at http://localhost:8080
 	@exec $(BIN)/gptutor docs
+
+convert-0.1: install ## convert the database of GPTutor 0.1 to the schema of 0.2 (stop the service and make a backup first)
+	@$(BIN)/python deploy/convert-0.1.py
 
 migrate: install ## bring the database of DATABASE_URL up to date
 	@$(BIN)/gptutor migrate

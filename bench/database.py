@@ -17,7 +17,7 @@ async def prepare_database(url: str, accounts: int) -> list[str]:
     """Migrates the database, creates funded accounts, and returns their API keys."""
     await migrations.migrate(url)
     keys = []
-    async with pool.connected(url) as database:
+    async with pool.open_database(url) as database:
         for _ in range(accounts):
             user = await UserRepository(database).create("bench")
             await Bookings(database).book(user.account_id, "topup", parse_roubles("1000000"))

@@ -26,7 +26,7 @@ from bench.subjects import cpu_s
 from bench.usage import fill, log
 from gptutor.database import migrations
 from gptutor.database.embedded import embedded_postgres
-from gptutor.database.pool import STATEMENTS
+from gptutor.database.statements import STATEMENTS
 from gptutor.money.holds import new_id
 
 BATCH = 50
@@ -34,7 +34,7 @@ WARM_UP_BATCHES = 300
 BATCHES = 400
 ACTIVE_ACCOUNTS = 2_000
 KEYS = """
-INSERT INTO api_keys (account_id, key_hash, shown, is_main)
+INSERT INTO api_keys (account_id, key_hash, prefix, is_main)
 SELECT account_id, sha256(account_id::text::bytea), 'sk-user-' || account_id, TRUE FROM accounts
 """
 OWNER = uuid.uuid4()

@@ -18,7 +18,7 @@ import asyncpg
 
 from gptutor.database import migrations
 from gptutor.database.embedded import embedded_postgres
-from gptutor.database.pool import STATEMENTS
+from gptutor.database.statements import STATEMENTS
 
 LARGEST = 1
 SHARE = 20
@@ -52,7 +52,7 @@ SELECT account_id, gen_random_uuid(), 'topup', 1000000000000, 'payments', now() 
 FROM accounts, generate_series(1, CASE account_id WHEN {LARGEST} THEN 1000 ELSE 2 END)
 """
 BALANCES = """
-UPDATE accounts SET balance_nano = entries.amount_nano, charges = entries.charges
+UPDATE accounts SET balance_nano = entries.amount_nano, charge_count = entries.charges
 FROM (
     SELECT account_id, sum(amount_nano)::bigint AS amount_nano, count(*) FILTER (WHERE kind = 'charge') AS charges
     FROM ledger GROUP BY account_id
@@ -76,7 +76,7 @@ async def usage_queries(connection: asyncpg.Connection) -> list[tuple[str, str, 
     now = await connection.fetchval("SELECT now()")
     today, long_ago = now.date(), datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
     year = today - datetime.timedelta(days=365)
-    count = await connection.fetchval("SELECT charges FROM accounts WHERE account_id = $1", LARGEST)
+    count = await connection.fetchval("SELECT charge_count FROM accounts WHERE account_id = $1", LARGEST)
     middle = await connection.fetchrow(
         "SELECT created_at, hold_id, model, request_id, generation_id FROM holds WHERE account_id = $1 ORDER BY created_at OFFSET $2 LIMIT 1",
         LARGEST,

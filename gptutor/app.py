@@ -18,6 +18,7 @@ from gptutor.api.models import ModelList
 from gptutor.api.payments import PaymentService
 from gptutor.config.schema import BillingSettings, Config, OpenRouterSettings, RelaySettings, VkSettings, YookassaSettings
 from gptutor.database import migrations, pool
+from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.http import middlewares
 from gptutor.http.address_limits import RequestCounter, limit_by_address, parse_networks
 from gptutor.http.app_keys import (
@@ -123,7 +124,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
         app[JOURNAL], leftovers = stack.enter_context(journal.opened(journals, bytes_max=config.recovery.journal_bytes_max))
 
         database = app[DATABASE] = await stack.enter_async_context(
-            pool.connected(
+            pool.open_database(
                 config.database.url,
                 name=connection_name(app[JOURNAL].owner),
                 connections_min=0,  # the service starts, and reports that it is not ready, before PostgreSQL answers
@@ -197,7 +198,7 @@ async def _become_ready(app: web.Application, recovery: Recovery, leftovers: lis
                 raise migrations.MigrationError(f"The database lacks {', '.join(pending)}: gptutor migrate")
             unreplayed = [leftover for leftover in leftovers if not await recovery.replay(leftover)]
             readiness.obstacle = None
-        except (pool.DatabaseUnavailable, pool.DatabaseRefused, migrations.MigrationError) as error:
+        except (DatabaseUnavailable, DatabaseRefused, migrations.MigrationError) as error:
             readiness.obstacle = str(error)
             LOGGER.warning("Not ready yet: %s", error)
             await asyncio.sleep(DATABASE_RETRY_S)

@@ -1,12 +1,12 @@
--- The rights of the service, for an installation in which it does not own its tables (optional): the owner migrates, the service
--- reads and writes. Run it as a superuser, or as an owner who may create roles (CREATEROLE), after every `gptutor migrate`:
+-- A role with few privileges for the service (optional): the owner of the tables migrates, the service reads and writes.
+-- Run this as a superuser, or as an owner who may create roles (CREATEROLE), after every `gptutor migrate`:
 --   psql -v ON_ERROR_STOP=1 -d gptutor -f sql/roles.sql
--- Then, once and in the same way, make the service's own role:
+-- Then, once and in the same way, create the service's own role:
 --   CREATE ROLE gptutor_service LOGIN PASSWORD '…' IN ROLE gptutor_app;
--- DATABASE_URL of the service names gptutor_service; `gptutor migrate` is run with the owner's.
--- What the service's role cannot do: change or delete an entry of the ledger, delete anything, or change the schema.
+-- The service's DATABASE_URL has gptutor_service; `gptutor migrate` runs with the owner's.
+-- The service's role cannot change or delete a ledger entry, delete anything, or change the schema.
 
-BEGIN; -- all of it or nothing
+BEGIN;
 
 DO $$
 BEGIN
@@ -18,8 +18,10 @@ END $$;
 REVOKE CREATE ON SCHEMA public FROM public;
 REVOKE ALL ON ALL TABLES IN SCHEMA public FROM gptutor_app;
 GRANT USAGE ON SCHEMA public TO gptutor_app;
-GRANT SELECT ON schema_migrations TO gptutor_app;
+GRANT SELECT ON schema_migrations, schema_functions, requests TO gptutor_app;
 GRANT SELECT, INSERT ON ledger, identities TO gptutor_app;
 GRANT SELECT, INSERT, UPDATE ON accounts, api_keys, holds, usage_days TO gptutor_app;
+
+GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO gptutor_app;
 
 COMMIT;

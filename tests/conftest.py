@@ -85,7 +85,7 @@ def covered_bills(test_database: TestDatabase) -> Iterator[None]:
 
 @pytest.fixture
 async def books(database_url: str) -> AsyncIterator[pool.Database]:
-    async with pool.connected(database_url, connections_max=8) as connected:
+    async with pool.open_database(database_url, connections_max=8) as connected:
         yield connected
 
 

@@ -326,7 +326,7 @@ async def test_an_encrypted_copy_moved_to_another_row_is_not_shown(books: Databa
     victim, thief = await make_caller(books, "0"), await make_caller(books, "0")
     connection = await asyncpg.connect(database_url)
     await connection.execute(
-        "UPDATE api_keys SET encrypted = (SELECT encrypted FROM api_keys WHERE account_id = $1) WHERE account_id = $2",
+        "UPDATE api_keys SET encrypted_key = (SELECT encrypted_key FROM api_keys WHERE account_id = $1) WHERE account_id = $2",
         victim.account_id,
         thief.account_id,
     )
@@ -339,7 +339,7 @@ async def test_an_encrypted_copy_moved_to_another_row_is_not_shown(books: Databa
 @pytest.mark.parametrize(
     "spoiled",
     [
-        "UPDATE api_keys SET encrypted = NULL, secret_id = NULL",  # made by the version before
+        "UPDATE api_keys SET encrypted_key = NULL, secret_id = NULL",  # made by the version before
         "UPDATE api_keys SET expires_at = now() - interval '1 second'",
         "UPDATE api_keys SET revoked_at = now()",
         "UPDATE api_keys SET is_main = FALSE",

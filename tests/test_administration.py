@@ -23,6 +23,7 @@ from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver
 from gptutor.money.key_limits import InvalidLimit, changed_limits, parse_expiry
 from gptutor.money.keyring import KeyLimits, KeyRing, NoSuchKey
+from gptutor.money.usage import Cursor
 from gptutor.money.users import UserRepository
 from gptutor.money.vault import DecryptionFailed, Vault
 from gptutor.telemetry import logs
@@ -261,10 +262,10 @@ async def test_pages_of_entries_have_no_gaps(books: Database) -> None:
     for number in range(1, 6):
         await bookings.book(caller.account_id, "topup", Nano(number))
     first = await bookings.entries(caller.account_id, 2)
-    rest = await bookings.entries(caller.account_id, 9, before=first[-1].entry_id)
+    rest = await bookings.entries(caller.account_id, 9, before=Cursor(first[-1].created_at, first[-1].entry_id))
     assert [entry.amount for entry in first + rest] == [5, 4, 3, 2, 1]
     other = await make_caller(books, "1")
-    assert await bookings.entries(other.account_id, 9, before=first[-1].entry_id) == []
+    assert await bookings.entries(other.account_id, 9, before=Cursor(first[-1].created_at, first[-1].entry_id)) == []
 
 
 async def test_an_interrupted_rekey_resumes_where_it_stopped(books: Database) -> None:

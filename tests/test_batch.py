@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptutor.database.pool import ConstraintViolated, Database, DatabaseUnavailable, RowsLocked
+from gptutor.database.errors import ConstraintViolated, DatabaseUnavailable, RowsLocked
+from gptutor.database.pool import Database
 from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.batch import Batcher
 from gptutor.money.holds import Hold, HoldRequest, InsufficientFunds, Release, RepeatedRequest, Settlement, UnknownKey, new_id
@@ -559,7 +560,7 @@ async def test_settlements_and_releases_at_once_share_statements_and_close_each_
     results = await asyncio.gather(*works)
     closed = Counter(result for result in results if result is not None)
     assert closed["settled"] + closed["settled_late"] == 40
-    assert closed["already"] == 40
+    assert closed["already_settled"] == 40
     assert statements.count("settle_and_hold") - taken < 20
     assert [await caller.balance() for caller in callers] == [91] * 4
     assert [await caller.held() for caller in callers] == [0] * 4
@@ -679,7 +680,7 @@ async def test_a_settlement_whose_response_was_lost_is_retried_and_booked_once(
     statements.lost_requests += ["settle_and_hold"]
     statements.lost_responses += ["settle_and_hold"]
     with caplog.at_level(logging.DEBUG, "gptutor.ledger"):
-        assert await ledger.settle(settlement(held, "0.01")) == "already"
+        assert await ledger.settle(settlement(held, "0.01")) == "already_settled"
     said = [(record.getMessage(), record.levelno) for record in caplog.records if record.name == "gptutor.ledger"]
     assert [text for text, _ in said] == [
         "A hold cannot be closed yet: the request was lost",

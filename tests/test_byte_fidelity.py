@@ -289,7 +289,7 @@ async def stage(database_url: str, directory: Path) -> AsyncIterator[tuple[Upstr
     config = config_for(database_url, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", directory, tuned)
     try:
         async with (
-            pool.connected(database_url, connections_max=4) as books,
+            pool.open_database(database_url, connections_max=4) as books,
             gateway_on(config, books, Simulator()) as gateway,
         ):
             yield upstream, gateway

@@ -6,15 +6,16 @@ import asyncpg
 import pytest
 
 from gptutor.database import pool
-from gptutor.database.pool import Connections, DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import IdleConnectionCache
 
 BACKEND_PID = "SELECT pg_backend_pid() AS pid"
 
 
-async def backend_pid(connections: Connections) -> int:
-    connection = await connections.take()
+async def backend_pid(connections: IdleConnectionCache) -> int:
+    connection = await connections.acquire()
     pid: int = await connection.fetchval(BACKEND_PID)
-    await connections.give_back(connection, is_sound=True)
+    await connections.release(connection, is_sound=True)
     return pid
 
 
@@ -24,14 +25,14 @@ async def test_an_idle_connection_is_reused(books: pool.Database) -> None:
 
 
 async def test_a_waiter_gets_a_released_connection(database_url: str) -> None:
-    async with pool.connected(database_url, connections_max=1, acquire_s=5) as books:
+    async with pool.open_database(database_url, connections_max=1, acquire_s=5) as books:
         rows = await asyncio.gather(*(books.fetch("ping") for _ in range(20)))
     assert [row[0]["alive"] for row in rows] == [1] * 20
 
 
 async def test_a_connection_that_was_idle_too_long_is_not_reused(books: pool.Database, monkeypatch: pytest.MonkeyPatch) -> None:
     first = await backend_pid(books._connections)
-    monkeypatch.setattr("gptutor.database.pool.KEPT_S", 0)
+    monkeypatch.setattr("gptutor.database.pool.IDLE_MAX_S", 0)
     assert await backend_pid(books._connections) != first
 
 
@@ -48,13 +49,13 @@ async def test_a_connection_whose_statement_was_cancelled_returns_to_the_pool(bo
     with pytest.raises((DatabaseUnavailable, TimeoutError)):
         async with asyncio.timeout(0.1), books.snapshot() as connection:
             await connection.execute("SELECT pg_sleep(5)")
-    assert not books._connections._kept
+    assert not books._connections._idle
     assert (await books.fetch("ping"))[0]["alive"] == 1
 
 
 async def test_a_statement_that_ends_while_the_pool_closes_does_not_delay_the_closing(database_url: str) -> None:
-    async with asyncio.timeout(5), pool.connected(database_url) as books:
-        connection = await books._connections.take()
+    async with asyncio.timeout(5), pool.open_database(database_url) as books:
+        connection = await books._connections.acquire()
         asyncio.get_running_loop().call_later(
-            0.1, lambda: asyncio.ensure_future(books._connections.give_back(connection, is_sound=True))
+            0.1, lambda: asyncio.ensure_future(books._connections.release(connection, is_sound=True))
         )

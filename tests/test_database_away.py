@@ -19,7 +19,8 @@ import pytest
 
 from gptutor.app import build_app
 from gptutor.config import schema
-from gptutor.database.pool import Database, DatabaseRefused, DatabaseUnavailable, RowsLocked, connected, translated
+from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable, RowsLocked, translate_errors
+from gptutor.database.pool import Database, open_database
 from gptutor.http.app_keys import JOURNAL, READINESS
 from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
@@ -249,7 +250,7 @@ async def test_deadlocks_are_repeated_and_nobody_hears_of_them(books: Database, 
 
 
 async def test_a_pool_that_is_used_up_is_an_overload_and_not_a_queue(database_url: str) -> None:
-    async with connected(database_url, connections_max=1, acquire_s=0.1) as narrow, narrow.snapshot():
+    async with open_database(database_url, connections_max=1, acquire_s=0.1) as narrow, narrow.snapshot():
         with pytest.raises(DatabaseUnavailable):
             await narrow.fetch("ping")
 
@@ -268,7 +269,7 @@ async def test_the_wrong_door_is_said_to_be_so(postgres: str) -> None:
             timeout=60,
         )
         assert ended.returncode == 1
-        assert "PostgreSQL refuses DATABASE_URL" in ended.stderr
+        assert "PostgreSQL rejects DATABASE_URL" in ended.stderr
         assert "Traceback" not in ended.stderr
 
 
@@ -312,6 +313,6 @@ async def test_stopping_is_not_ready(gateway: Gateway) -> None:
     ],
 )
 def test_what_asyncpg_says_is_told_in_our_words(error: Exception, meaning: type[Exception]) -> None:
-    with pytest.raises(Exception) as caught, translated(migrating=True):  # noqa: PT011
+    with pytest.raises(Exception) as caught, translate_errors(migrating=True):  # noqa: PT011
         raise error
     assert type(caught.value) is meaning

@@ -12,7 +12,7 @@ import aiohttp
 import asyncpg
 import pytest
 
-from gptutor.database.pool import DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import ERRORS
 from gptutor.http.app_keys import DATABASE, SERVICES
 from gptutor.money.amounts import AccountId

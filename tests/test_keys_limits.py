@@ -79,7 +79,7 @@ async def owner(books: Database) -> Caller:
 @pytest.fixture
 async def other_books(database_url: str) -> AsyncIterator[Database]:
     """The database, as another process reaches it."""
-    async with pool.connected(database_url, connections_max=4) as connected:
+    async with pool.open_database(database_url, connections_max=4) as connected:
         yield connected
 
 
@@ -289,7 +289,7 @@ def test_any_history_of_a_key_agrees_with_a_model_of_it(database_url: str, histo
 
 
 async def _play(url: str, history: list[tuple[Any, ...]]) -> None:
-    async with pool.connected(url) as books:
+    async with pool.open_database(url) as books:
         bot, ledger, model = await limited(await make_caller(books, "50"), "20"), ledger_of(books), Model()
         holds: list[Hold] = []
         for kind, *numbers in history:
@@ -313,7 +313,7 @@ async def _play(url: str, history: list[tuple[Any, ...]]) -> None:
                 which = holds[numbers[0]]
                 if kind == "settle":
                     cost = Decimal(numbers[1]) / 100
-                    if await ledger.settle(settlement(which, str(cost))) != "already":
+                    if await ledger.settle(settlement(which, str(cost))) != "already_settled":
                         _, counts = model.open.pop(which.hold_id, (0, False))
                         counts = model.released.pop(which.hold_id, counts)
                         model.balance -= cost * 90

@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptutor.database import pool
-from gptutor.database.pool import STATEMENTS, ConstraintViolated, Database
+from gptutor.database.errors import ConstraintViolated
+from gptutor.database.pool import Database
+from gptutor.database.statements import STATEMENTS
 from gptutor.money.amounts import AccountId, Nano, parse_roubles, roubles
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.holds import Hold, HoldId, HoldRequest, InsufficientFunds, RepeatedRequest, UnknownKey, new_id
@@ -79,7 +81,7 @@ async def test_settling_is_idempotent_and_one_item_never_affects_another(books: 
     rows = await ledger._settle_and_hold_batch(batch)
     assert [row["outcome"] for row in rows] == ["settled", "settled", "no_hold", "settled"]
     rows = await ledger._settle_and_hold_batch(batch[:2])
-    assert [row["outcome"] for row in rows] == ["already", "already"]
+    assert [row["outcome"] for row in rows] == ["already_settled", "already_settled"]
     await asyncio.gather(ledger.release(release(first)), ledger.release(release(second)))  # too late: nothing changes
     assert (await caller.balance(), await other.balance()) == (Decimal("99.1"), Decimal("98.2"))
     await assert_books_hold(books)
@@ -89,7 +91,7 @@ async def test_a_settlement_races_with_itself_and_books_once(books: Database) ->
     caller = await make_caller(books, "100")
     held = await hold(books, caller, "5")
     outcomes = await asyncio.gather(*(ledger_of(books).settle(settlement(held, "0.01")) for _ in range(16)))
-    assert sorted(outcomes) == ["already"] * 15 + ["settled"]
+    assert sorted(outcomes) == ["already_settled"] * 15 + ["settled"]
     assert await caller.balance() == Decimal("99.1")
     await assert_books_hold(books)
 
@@ -101,7 +103,7 @@ async def test_a_release_charges_nothing_and_late_evidence_still_charges_once(bo
     await asyncio.gather(*(ledger.release(release(held)) for _ in range(4)))
     assert (await caller.balance(), await caller.held()) == (100, 0)
     assert await ledger.settle(settlement(held, "0.01")) == "settled_late"
-    assert await ledger.settle(settlement(held, "0.01")) == "already"
+    assert await ledger.settle(settlement(held, "0.01")) == "already_settled"
     assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
     await assert_books_hold(books)
 
@@ -221,7 +223,7 @@ def test_any_history_agrees_with_a_model(database_url: str, history: list[tuple[
 
 
 async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
-    async with pool.connected(url) as books:
+    async with pool.open_database(url) as books:
         caller, ledger = await make_caller(books, "100"), ledger_of(books)
         balance, open_holds, holds, closed = Decimal(100), dict[HoldId, Decimal](), list[Hold](), set[HoldId]()
         for kind, *numbers in history:
@@ -244,7 +246,7 @@ async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
                 else:
                     cost = Decimal(numbers[1]) / 100
                     outcome = await ledger.settle(settlement(which, str(cost)))
-                    assert (outcome == "already") == (which.hold_id in closed)
+                    assert (outcome == "already_settled") == (which.hold_id in closed)
                     if which.hold_id not in closed:
                         balance -= cost * RATE
                     closed.add(which.hold_id)

@@ -21,14 +21,13 @@ from aiohttp import web
 from gptutor.config.schema import SimulatorSettings as Place
 from gptutor.config.schema import VkSettings
 from gptutor.database.migrations import load_migrations
-from gptutor.database.pool import SQL, Database, connected
+from gptutor.database.pool import Database, open_database
+from gptutor.database.statements import SQL
 from gptutor.integrations.vk import signature
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
-from gptutor.money.holds import new_id
 from gptutor.money.invariants import check
 from gptutor.money.keyring import KeyRing
-from gptutor.money.keys import display_prefix, hash_key, make_key
 from gptutor.money.reconciliation import reconcile
 from gptutor.money.users import UserRepository
 from gptutor.server.serve import simulated_openrouter
@@ -63,57 +62,10 @@ def test_migrations_only_add() -> None:
     for name, code in codes.items():
         assert not taking.search(code), name
         assert not set(re.findall(r"DROP INDEX (\w+)", code)) & set(laws), name
-    assert taking.search("ALTER TABLE holds DROP COLUMN looks")
+    assert taking.search("ALTER TABLE holds DROP COLUMN recovery_attempts")
     assert "DROP" in KEY_REORDERED.sub(
         without_a_law_that_stays, "ALTER TABLE ledger DROP CONSTRAINT ledger_pkey, ADD PRIMARY KEY (entry_id, created_at)"
     )
-
-
-async def test_the_version_before_works_beside_this_one(books: Database, database_url: str) -> None:
-    """Row operator-3: it holds, books and settles by the functions and columns that it knows; this version settles the same hold
-    again, and nothing is charged twice."""
-    user = await UserRepository(books).create()
-    account, key = user.account_id, make_key(user.account_id)
-    old = await asyncpg.connect(database_url)
-    await old.execute(
-        "INSERT INTO api_keys (account_id, key_hash, shown) VALUES ($1, $2, $3)", account, hash_key(key), display_prefix(key)
-    )
-    await old.execute(
-        "WITH account AS (UPDATE accounts SET balance_nano = balance_nano + $2 WHERE account_id = $1 RETURNING account_id)"
-        " INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra) SELECT account_id, $3, 'topup', $2, 'payments' FROM account",
-        account, 10**11, new_id(),
-    )  # fmt: skip
-    ids = [new_id(), new_id()]
-    rows = await old.fetch(
-        "SELECT hold_id, outcome FROM hold_funds($1::uuid, 60::double precision, 90::numeric, 0::integer, $2::bigint[], $3::bytea[],"
-        " $4::uuid[], $5::bigint[], $6::bigint[], $7::text[], $8::text[], $9::text[], $10::bytea[])",
-        new_id(), [account] * 2, [hash_key(key)] * 2, ids, [10**9] * 2, [10**9] * 2, ["a/b"] * 2, ["r-1", "r-2"], [None] * 2, [None] * 2,
-    )  # fmt: skip
-    assert [row["outcome"] for row in rows] == ["granted", "granted"]
-    settle = "SELECT outcome FROM settle_holds($1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[])"
-    assert await old.fetchval(settle, [account], [ids[0]], [9 * 10**8], ["0.01"], ["gen-1"]) == "settled"
-    none: list[list[object]] = [[]] * 9
-    for hold_id, generation in zip(ids, ("gen-1", "gen-2"), strict=True):
-        charges = ([account], [hold_id], [9 * 10**8], [Decimal("0.01")], [generation], [None], [None])
-        await books.fetch("settle_and_hold", False, *charges, new_id(), 60.0, Decimal(90), 0, 0, *none)
-    assert await old.fetchval(settle, [account], [ids[1]], [9 * 10**8], ["0.01"], ["gen-2"]) == "already"
-    rows = await old.fetch(  # the functions before 0008_one_trip
-        "SELECT outcome, minute_requests FROM hold_funds($1::uuid, 60::double precision, 90::numeric, 0::integer, 0::integer, $2::bigint[],"
-        " $3::bytea[], $4::uuid[], $5::bigint[], $6::bigint[], $7::text[], $8::text[], $9::text[], $10::bytea[])",
-        new_id(), [account], [hash_key(key)], [new_id()], [10**12], [10**12], ["a/b"], ["r-3"], [None], [None],
-    )  # fmt: skip
-    assert [tuple(row) for row in rows] == [("insufficient", 2)]
-    rows = await old.fetch(
-        "SELECT hold_id, outcome FROM settle_holds($1::bigint[], $2::uuid[], $3::bigint[], $4::numeric[], $5::text[], $6::bigint[],"
-        " $7::bigint[])",
-        [account] * 2, [ids[0], nowhere := new_id()], [9 * 10**8] * 2, ["0.01"] * 2, ["gen-1"] * 2, [1, 1], [1, 1],
-    )  # fmt: skip
-    assert {row["hold_id"]: row["outcome"] for row in rows} == {ids[0]: "already", nowhere: "no_hold"}
-    await old.execute("SELECT replace_keys($1, $2, 'sk-user-x')", account, b"y" * 32)
-    await old.close()
-    after = await UserRepository(books).find(account)
-    assert (after.balance, after.held) == (10**11 - 2 * 9 * 10**8, 0)
-    assert [finding async for finding in check(books) if finding.rows] == []
 
 
 # -- a restored backup
@@ -167,10 +119,12 @@ FORBIDDEN = [
     "DELETE FROM holds",
     "DELETE FROM api_keys",
     "UPDATE schema_migrations SET checksum = ''",
+    "UPDATE schema_functions SET checksum = ''",
+    "UPDATE requests SET charge_nano = 0",
     "CREATE TABLE mine (id integer)",
     "ALTER TABLE ledger DISABLE TRIGGER ledger_is_append_only",
     "DROP TABLE ledger",
-    "CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+    "CREATE OR REPLACE FUNCTION reject_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
     "SET session_replication_role = replica",
 ]
 
@@ -188,7 +142,7 @@ async def test_the_role_of_the_service_can_do_all_that_the_service_does(
     app_role_url: str, simulator: Any, tmp_path: Path
 ) -> None:
     """Row operator-7: a whole request, keys, bookings, users by VK, and the check of the invariants."""
-    async with simulated_openrouter(simulator, Place(port=0)) as base_url, connected(app_role_url) as books:
+    async with simulated_openrouter(simulator, Place(port=0)) as base_url, open_database(app_role_url) as books:
         async with gateway_on(config_for(app_role_url, base_url, tmp_path), books, simulator) as gateway:
             caller = await gateway.caller()
             for text in ("Hello", "fault:no-usage"):

@@ -326,8 +326,8 @@ async def test_a_balance_out_of_range_is_rejected(books: Database, gateway: Gate
     assert await caller.balance() == 4 * 10**9
 
 
-async def test_a_reference_that_the_previous_release_is_booking_is_booked_once(books: Database, database_url: str) -> None:
-    """Rows money-12, operator-3: that release does not lock the reference; the unique index decides."""
+async def test_a_reference_that_is_being_booked_by_other_means_is_booked_once(books: Database, database_url: str) -> None:
+    """Rows money-12, operator-3: an INSERT does not lock the reference; the unique index decides."""
     caller = await make_caller(books, "0")
     old = await asyncpg.connect(database_url)
     transaction = old.transaction()

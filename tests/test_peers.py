@@ -19,7 +19,8 @@ from aiohttp import web
 
 from gptutor.api.chat.request import ParsedRequest
 from gptutor.config import schema
-from gptutor.database.pool import Database, DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import Database
 from gptutor.http.app_keys import DATABASE, JOURNAL
 from gptutor.money.administration import Bookkeeper
 from gptutor.money.amounts import Nano
@@ -121,8 +122,8 @@ async def test_no_upstream_failure_leaks_a_hold(gateway: Gateway, fault: str, st
     await gateway.idle()
     if fault == "fault:html=524":  # it may still be running behind the edge proxy: the hold waits for evidence, and is listed
         assert response.status == 500
-        (waiting,) = await gateway.books.fetch("list_waiting_holds")
-        assert (waiting["account_id"], waiting["state"]) == (caller.account_id, "open")
+        (waiting,) = await gateway.books.fetch("list_waiting_holds", 1000)
+        assert (waiting["account_id"], waiting["state"]) == (caller.account_id, "awaiting_evidence")
         assert await charges(caller) == []
     else:
         await assert_books_agree(gateway, caller)
@@ -153,7 +154,7 @@ async def test_no_internal_exception_leaks_a_hold(gateway: Gateway, place: str, 
     assert await charges(caller) == []
     await gateway.idle()
     if place == "the upstream call":  # something may have been sent: the hold waits for evidence, and is listed
-        assert [row["state"] for row in await gateway.books.fetch("list_waiting_holds")] == ["open"]
+        assert [row["state"] for row in await gateway.books.fetch("list_waiting_holds", 1000)] == ["awaiting_evidence"]
     else:
         await assert_books_agree(gateway, caller)
 
@@ -163,7 +164,7 @@ async def test_one_request_has_one_hold_for_all_its_attempts(gateway: Gateway) -
     caller = await gateway.caller()
     response, _ = await gateway.chat(caller, "fault:status=503:0")
     assert response.status == 500
-    assert await gateway.books.fetch("list_waiting_holds") == []
+    assert await gateway.books.fetch("list_waiting_holds", 1000) == []
     async with gateway.books.snapshot() as connection:
         assert await connection.fetchval("SELECT count(*) FROM holds") == 1
     await assert_books_agree(gateway, caller)

@@ -16,7 +16,9 @@ import asyncpg
 import pytest
 
 from gptutor.api.chat.purchase import Purchase
-from gptutor.database.pool import STATEMENTS, Database, DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import Database
+from gptutor.database.statements import STATEMENTS
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.bookings import Bookings
@@ -132,7 +134,7 @@ async def test_a_generation_id_recorded_by_a_dead_process_is_looked_up_and_settl
         (abandoned,) = journals_in(directory)
         await survivor.recovery.replay(abandoned)
         row = await row_of(books, held)
-        assert (row["state"], row["is_sent"], row["generation_id"]) == ("open", True, "gen-1")
+        assert (row["state"], row["is_handed_over"], row["generation_id"]) == ("open", True, "gen-1")
         assert journals_in(directory) == []
 
         assert await survivor.recovery.process_due_holds() == 1
@@ -164,7 +166,7 @@ async def test_a_sent_request_without_a_generation_id_waits(books: Database, dir
         await make_due(books)
         assert await survivor.recovery.process_due_holds() == 1
     row = await row_of(books, held)
-    assert (row["state"], row["is_sent"], row["looks"]) == ("open", True, 2)
+    assert (row["state"], row["is_handed_over"], row["recovery_attempts"]) == ("open", True, 2)
     assert (await caller.balance(), await caller.held()) == (100, 5)
     assert survivor.generations.asked == []
 
@@ -221,7 +223,7 @@ async def test_a_hold_that_an_incomplete_journal_lacks_may_have_been_sent_and_wa
         await survivor.recovery.replay(abandoned)
         assert await survivor.recovery.process_due_holds() == 1
     row = await row_of(books, held)
-    assert (row["state"], row["is_sent"]) == ("open", True)
+    assert (row["state"], row["is_handed_over"]) == ("open", True)
     assert await caller.held() == 5
 
 
@@ -342,16 +344,16 @@ async def test_the_pause_between_attempts_doubles_up_to_its_bound(
     caller = await make_caller(books, "100")
     await hold(books, caller, "5")
     connection = await asyncpg.connect(database_url)
-    await connection.execute("UPDATE holds SET is_sent = $1", is_sent)
+    await connection.execute("UPDATE holds SET is_handed_over = $1", is_sent)
     pauses = []
     for count in range(1, 14):
         async with connection.transaction():
             await connection.execute(DUE)
             assert len(await connection.fetch(STATEMENTS["claim_due_holds"], 50, 600.0)) == 1
-            assert await connection.fetchval("SELECT looks FROM holds") == count
+            assert await connection.fetchval("SELECT recovery_attempts FROM holds") == count
             pauses.append(await connection.fetchval("SELECT extract(EPOCH FROM due_at - now()) FROM holds"))
     assert pauses == expected
-    await connection.execute("UPDATE holds SET looks = 2000000000, due_at = now()")  # it never overflows
+    await connection.execute("UPDATE holds SET recovery_attempts = 2000000000, due_at = now()")  # it never overflows
     assert len(await connection.fetch(STATEMENTS["claim_due_holds"], 50, 600.0)) == 1
     await connection.close()
 
@@ -516,11 +518,11 @@ async def test_the_hold_of_a_lost_machine_does_not_count_as_a_running_request(
     with process(books, directory) as living:
         await change(DUE)
         assert await living.recovery.process_due_holds() == 1
-        assert (await row_of(books, held))["is_sent"] is False  # its process may still be alive
+        assert (await row_of(books, held))["is_handed_over"] is False  # its process may still be alive
         await change("UPDATE holds SET due_at = now(), created_at = now() - interval '2 hours'")
         assert await living.recovery.process_due_holds() == 1
     row = await row_of(books, held)
-    assert (row["state"], row["is_sent"]) == ("open", True)
+    assert (row["state"], row["is_handed_over"]) == ("open", True)
     async with books.snapshot() as connection:
         assert await connection.fetchval("SELECT open_requests FROM accounts WHERE account_id = $1", held.account_id) == 0
     assert await caller.held() == 5
@@ -537,7 +539,7 @@ async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence
         held = await hold(books, caller, "5")
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, name))
         await change(OLD)
-        await change("UPDATE holds SET looks = 10")
+        await change("UPDATE holds SET recovery_attempts = 10")
         with caplog.at_level(logging.ERROR, "gptutor.recovery"):
             assert await living.recovery.process_due_holds() == 1
         (record,) = caplog.records
@@ -545,17 +547,17 @@ async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence
         row = await row_of(books, held)
         assert (row["state"], row["is_unresolved"], row["generation_id"]) == ("released", True, name)
         assert (await caller.balance(), await caller.held()) == (100, 0)
-        (waiting,) = await books.fetch("list_waiting_holds")
-        assert (waiting["account_id"], waiting["state"], waiting["generation_id"]) == (held.account_id, "released", name)
+        (waiting,) = await books.fetch("list_waiting_holds", 1000)
+        assert (waiting["account_id"], waiting["state"], waiting["generation_id"]) == (held.account_id, "unresolved", name)
         await assert_books_hold(books)
 
         assert await living.ledger.settle(settlement(held, "0.01")) == "settled_late"
-        assert await living.ledger.settle(settlement(held, "0.01")) == "already"
+        assert await living.ledger.settle(settlement(held, "0.01")) == "already_settled"
         row = await row_of(books, held)
         assert (row["state"], row["is_unresolved"], row["is_late"]) == ("settled", False, True)
         assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
         assert await living.recovery.process_due_holds() == 0
-        assert await books.fetch("list_waiting_holds") == []
+        assert await books.fetch("list_waiting_holds", 1000) == []
     await assert_books_hold(books)
 
 

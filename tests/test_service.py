@@ -169,7 +169,7 @@ def test_the_wheel_is_complete_and_has_the_version(tmp_path: Path) -> None:
         cwd=tmp_path, env=environ, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert str(installed) in ran.stdout
-    assert f"Applied to the embedded PostgreSQL in {tmp_path / 'var' / 'postgres'}: 0001_accounts_holds_ledger" in ran.stdout
+    assert f"Applied to the embedded PostgreSQL in {tmp_path / 'var' / 'postgres'}: 0001_accounts" in ran.stdout
 
 
 def test_the_unit_is_valid_and_its_stop_fits_the_drain(tmp_path: Path) -> None:

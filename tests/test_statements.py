@@ -1,4 +1,4 @@
-"""The hand-written SQL: every statement is valid on the migrated schema, used, and typed as its door calls it."""
+"""The hand-written SQL: every statement is valid on the migrated schema, used, documented, and declares its types."""
 
 import asyncio
 import re
@@ -8,8 +8,8 @@ import asyncpg
 import pytest
 
 from gptutor.database import migrations
-from gptutor.database.migrations import MigrationError, load_migrations, migrate, pending_migrations
-from gptutor.database.pool import STATEMENTS, load_statements
+from gptutor.database.migrations import MigrationError, load_functions, load_migrations, migrate, pending_migrations
+from gptutor.database.statements import STATEMENTS, load_statements
 
 PACKAGE = Path(__file__).parent.parent / "gptutor"
 SOURCES = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
@@ -36,11 +36,7 @@ def test_every_statement_is_used_and_every_used_one_exists() -> None:
 
 
 def test_every_statement_says_what_it_is_for() -> None:
-    assert [
-        name
-        for name, text in STATEMENTS.items()
-        if not text.startswith("-- ") and name not in ("has_migrations_table", "list_migrations")
-    ] == []
+    assert [name for name, text in STATEMENTS.items() if not text.startswith("-- ")] == []
 
 
 def test_no_sql_in_python() -> None:
@@ -48,7 +44,7 @@ def test_no_sql_in_python() -> None:
     assert [(path.name, found[0]) for path, text in SOURCES.items() if (found := pattern.search(text))] == []
 
 
-def test_a_name_that_stands_twice_stops_the_start(tmp_path: Path) -> None:
+def test_a_duplicate_name_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "a.sql").write_text("-- name: one\nSELECT 1;\n")
     (tmp_path / "b.sql").write_text("-- name: one\nSELECT 2;\n")
     with pytest.raises(ValueError, match="one exists twice"):
@@ -60,7 +56,7 @@ async def test_migrations_are_applied_once_and_their_text_is_remembered(postgres
     url = postgres.replace("/postgres?", "/migrations?")
     server = await asyncpg.connect(postgres)
     await server.execute("CREATE DATABASE migrations")
-    names = [migration.name for migration in load_migrations()]
+    names = [file.name for file in (*load_migrations(), *load_functions())]
     assert await pending_migrations(url) == names
     assert await migrate(url) == names
     assert await migrate(url) == []
@@ -78,18 +74,20 @@ async def test_migrations_are_applied_once_and_their_text_is_remembered(postgres
 
 
 async def test_two_migrators_at_once_apply_each_migration_once(postgres: str) -> None:
-    """Row operator-4: one waits for the other, and finds its work done."""
+    """Row operator-4: one waits for the other, and finds nothing to do."""
     url = postgres.replace("/postgres?", "/migrations_at_once?")
     server = await asyncpg.connect(postgres)
     await server.execute("CREATE DATABASE migrations_at_once")
     applied = await asyncio.gather(*(migrate(url) for _ in range(4)))
-    assert sorted(name for names in applied for name in names) == [migration.name for migration in load_migrations()]
+    assert sorted(name for names in applied for name in names) == sorted(
+        file.name for file in (*load_migrations(), *load_functions())
+    )
     await server.execute("DROP DATABASE migrations_at_once WITH (FORCE)")
     await server.close()
 
 
 async def test_a_failing_migration_leaves_nothing_behind(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row operator-4: half a migration is none."""
+    """Row operator-4: a migration is applied whole or not at all."""
     broken = migrations.Migration("9999_broken", "CREATE TABLE half (id integer); SELECT nonsense;")
     monkeypatch.setattr(migrations, "load_migrations", lambda: [*load_migrations(), broken])
     with pytest.raises(asyncpg.PostgresError):

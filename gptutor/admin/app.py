@@ -66,7 +66,7 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
 
 async def database_context(app: web.Application) -> AsyncIterator[None]:
     limits = app[CONFIG].database
-    async with pool.connected(
+    async with pool.open_database(
         limits.url,
         name="gptutor admin",
         connections_min=0,

@@ -17,8 +17,9 @@ from gptutor.http.json_body import Amount
 from gptutor.http.query import Query, encode_cursor
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
-from gptutor.money.reconciliation import sum_of, waiting_holds
+from gptutor.money.reconciliation import waiting_holds
 from gptutor.money.records import booking_json, csv_header, csv_lines, entry_json, user_json, waiting_hold_json
+from gptutor.money.usage import Cursor
 
 LOGGER = logging.getLogger("gptutor.admin")
 LINE = r"^[^\x00-\x1f\x7f]*\Z"
@@ -83,7 +84,7 @@ async def ledger(request: web.Request) -> web.Response:
     administration = administration_of(request)
     account_id = account_id_of(request)
     await administration.users.find(account_id)
-    entries = await administration.bookings.entries(account_id, limit + 1, before=None if place is None else place[1])
+    entries = await administration.bookings.entries(account_id, limit + 1, before=None if place is None else Cursor(*place))
     page = entries[:limit]
     next_cursor = encode_cursor(page[-1].created_at, page[-1].entry_id) if len(entries) > limit else None
     return data_response([entry_json(entry) for entry in page], next_cursor=next_cursor)
@@ -92,7 +93,11 @@ async def ledger(request: web.Request) -> web.Response:
 async def holds(request: web.Request) -> web.Response:
     Query(request, ())
     waiting = await waiting_holds(request.app[DATABASE])
-    return data_response([waiting_hold_json(hold) for hold in waiting], waiting_at_most=roubles(sum_of(waiting)))
+    return data_response(
+        [waiting_hold_json(hold) for hold in waiting.oldest],
+        waiting_count=waiting.count,
+        waiting_at_most=roubles(waiting.at_most),
+    )
 
 
 async def export_ledger(request: web.Request) -> web.StreamResponse:

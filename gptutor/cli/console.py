@@ -50,7 +50,7 @@ def with_database(
             await migrations.migrate(url)
         elif pending := await migrations.pending_migrations(url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
-        async with pool.connected(url, statement_s=statement_s, idle_s=idle_s) as database:
+        async with pool.open_database(url, statement_s=statement_s, idle_s=idle_s) as database:
             return await work(database)
 
     with resolved_database(settings) as resolved:

@@ -17,7 +17,8 @@ from gptutor.cli.keys import keys_app
 from gptutor.cli.users import user_app
 from gptutor.config.load import load
 from gptutor.config.schema import Config, ConfigError
-from gptutor.database import migrations, pool
+from gptutor.database import migrations
+from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.database.pool import Database
 from gptutor.money.administration import Administration, ReasonMissing
 from gptutor.money.amounts import InvalidAmount, roubles
@@ -26,7 +27,7 @@ from gptutor.money.invariants import check, load_invariants
 from gptutor.money.journal import JournalError
 from gptutor.money.key_limits import InvalidLimit
 from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
-from gptutor.money.reconciliation import WaitingHold, reconcile, sum_of, waiting_holds
+from gptutor.money.reconciliation import WaitingHolds, reconcile, waiting_holds
 from gptutor.money.records import reconciliation_json, waiting_holds_json
 from gptutor.money.users import NoSuchUser
 from gptutor.openrouter.errors import UpstreamError
@@ -53,7 +54,7 @@ app.add_typer(export_app, name="export")
 
 # Errors whose text is written for the operator.
 OPERATOR_ERRORS = (
-    *(ConfigError, StartError, JournalError, migrations.MigrationError, pool.DatabaseRefused),
+    *(ConfigError, StartError, JournalError, migrations.MigrationError, DatabaseRefused),
     *(InvalidAmount, InvalidLimit, ReasonMissing),
 )
 
@@ -91,7 +92,7 @@ def main() -> None:
         fail("The refund exceeds the available balance. Refund less, or correct the balance with: gptutor user adjust.")
     except AlreadyBooked as error:
         fail(f"A booking with the reference {error} exists already; nothing was changed.")
-    except pool.DatabaseUnavailable as error:
+    except DatabaseUnavailable as error:
         fail(f"PostgreSQL does not answer: {error.__cause__ or error}")
     except OSError as error:
         if error.filename is None:
@@ -232,9 +233,9 @@ def rekey_command(json: Json = False) -> None:
         )
 
 
-def _print_waiting(waiting: list[WaitingHold]) -> None:
-    out.print(f"{len(waiting)} holds of unknown cost, together at most {roubles(sum_of(waiting))} roubles:")
-    for hold in waiting:
+def _print_waiting(waiting: WaitingHolds) -> None:
+    out.print(f"{waiting.count} holds of unknown cost, together at most {roubles(waiting.at_most)} roubles:")
+    for hold in waiting.oldest:
         out.print(
             f"  user {hold.account_id}  {hold.created_at:%Y-%m-%d %H:%M}  {hold.state}  at most {roubles(hold.amount)} roubles  "
             f"{hold.model}  {hold.generation_id or 'no generation id'}  request {hold.request_id}",

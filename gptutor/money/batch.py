@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from gptutor.database.pool import DatabaseUnavailable, RowsLocked
+from gptutor.database.errors import DatabaseUnavailable, RowsLocked
 
 OVERTAKE_AFTER_S = 0.05
 

@@ -7,12 +7,16 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from gptutor.database.pool import ConstraintViolated, Database, DatabaseUnavailable, Row
+from gptutor.database.errors import ConstraintViolated, DatabaseUnavailable
+from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano
 from gptutor.money.holds import new_id
 from gptutor.money.users import NoSuchUser, User, UserRepository
+
+if TYPE_CHECKING:
+    from gptutor.money.usage import Cursor
 
 PAUSES_S = (0.2, 1.0)
 Result = TypeVar("Result")
@@ -20,6 +24,9 @@ EntryKind = Literal["charge", "topup", "refund", "adjustment", "bonus"]
 
 # The contra account of each kind of entry (double entry): where the money came from, or went to.
 CONTRA: dict[str, str] = {"topup": "payments", "refund": "payments", "adjustment": "corrections", "bonus": "goodwill"}
+
+# A position that every entry is before.
+END_OF_LEDGER = (datetime.datetime.max.replace(tzinfo=datetime.UTC), uuid.UUID(int=2**128 - 1))
 
 
 class AlreadyBooked(Exception):
@@ -114,14 +121,14 @@ class Bookings:
                 )
             )
         except ConstraintViolated as violation:
-            if violation.name == "ledger_reference_is_booked_once":  # booked by a process of the previous release
+            if violation.name == "ledger_reference_is_booked_once":  # booked by other means than book_entry
                 raise AlreadyBooked(reference) from violation
             if violation.name == "balance_is_bounded":
                 raise InvalidAmount("the balance would become larger than any that can be kept") from violation
             raise
         if row is None:
             raise NoSuchUser
-        if row["outcome"] == "uncovered":
+        if row["outcome"] == "insufficient":
             raise Uncovered
         booking = booking_of(row)
         return booking, row["outcome"] == "booked" or booking.entry_id == entry_id
@@ -131,9 +138,10 @@ class Bookings:
         row = await self._database.fetchrow("find_reference", reference)
         return None if row is None else booking_of(row)
 
-    async def entries(self, account_id: AccountId, limit: int, *, before: uuid.UUID | None = None) -> list[LedgerEntry]:
-        """The newest entries, newest first. `before` is the id of the last entry of the previous page."""
-        rows = await self._database.fetch("list_entries", account_id, limit, before)
+    async def entries(self, account_id: AccountId, limit: int, *, before: "Cursor | None" = None) -> list[LedgerEntry]:
+        """A page of entries, newest first: those before the position `before`, or the newest."""
+        created_at, entry_id = before or END_OF_LEDGER
+        rows = await self._database.fetch("list_entries", account_id, created_at, entry_id, limit)
         return [entry_of(row) for row in rows]
 
     async def export(

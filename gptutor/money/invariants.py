@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptutor.database.pool import SQL, Database
+from gptutor.database.pool import Database
+from gptutor.database.statements import SQL
 
 ROWS_MAX = 20
 

@@ -7,7 +7,7 @@ time, a spending limit and a number of requests per minute. The hold statement e
 import datetime
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import AccountId, Nano
@@ -93,10 +93,7 @@ class KeyRing:
             name,
             encrypted.data,
             encrypted.secret_id,
-            limits.expires_at,
-            limits.limit,
-            _cap_period(limits),
-            limits.requests_per_minute,
+            *_columns_of(limits),
         )
         if row is None:
             raise TooManyKeys
@@ -114,8 +111,8 @@ class KeyRing:
         """
         while True:
             row = await self._database.fetchrow("find_main_key", account_id)
-            if row is not None and row["encrypted"] is not None and not row["has_ended"]:
-                return self._vault.decrypt(account_id, row["key_hash"], EncryptedKey(row["encrypted"], row["secret_id"]))
+            if row is not None and row["encrypted_key"] is not None and not row["is_expired"]:
+                return self._vault.decrypt(account_id, row["key_hash"], EncryptedKey(row["encrypted_key"], row["secret_id"]))
             key, is_new = await self._renew(account_id, only_seen=True, seen=row["key_hash"] if row is not None else None)
             if is_new:  # otherwise another request replaced it first: show that key
                 return key
@@ -128,7 +125,7 @@ class KeyRing:
         key_hash = hash_key(key)
         encrypted = self._vault.encrypt(account_id, key_hash, key)
         (row,) = await self._database.fetch(
-            "renew_key",
+            "replace_main_key",
             account_id,
             others_too,
             only_seen,
@@ -160,14 +157,14 @@ class KeyRing:
         """Returns False, and changes nothing, if the limits are no longer those `seen`. Raises NoSuchKey."""
         before = seen or NO_LIMITS
         (row,) = await self._database.fetch(
-            "limit_key",
+            "set_key_limits",
             account_id,
             key_id,
-            *(limits.limit, _cap_period(limits), limits.requests_per_minute, limits.expires_at),
+            *_columns_of(limits),
             seen is not None,
-            *(before.limit, _cap_period(before), before.requests_per_minute, before.expires_at),
+            *_columns_of(before),
         )
-        if row["outcome"] == "none":
+        if row["outcome"] == "not_found":
             raise NoSuchKey(key_id)
         return bool(row["outcome"] == "done")
 
@@ -186,52 +183,50 @@ class KeyRing:
         return None if row is None else LiveKey(row["key_id"], row["is_main"])
 
     async def find(self, account_id: AccountId, key_id: int) -> Key:
-        """Raises NoSuchKey."""
-        for key in await self.list(account_id):
-            if key.key_id == key_id:
-                return key
-        raise NoSuchKey(key_id)
+        """A key, revoked or not. Raises NoSuchKey."""
+        row = await self._database.fetchrow("find_key", account_id, key_id)
+        if row is None:
+            raise NoSuchKey(key_id)
+        return key_of(row)
 
     async def stale_copies(self) -> int:
         """How many copies `rekey` has left to encrypt."""
-        row = await self._database.fetchrow("count_copies", self._vault.secret_id)
-        return row["copies"] if row else 0
+        row = await self._database.fetchrow("count_keys_to_rekey", self._vault.secret_id)
+        return row["keys"] if row else 0
 
     async def rekey(self) -> AsyncIterator[tuple[int, int]]:
         """Encrypts every copy again, with the first secret; can be resumed. Yields (done, unreadable) after each page."""
         done = unreadable = 0
         account_id = key_id = 0
-        while rows := await self._database.fetch("list_copies", self._vault.secret_id, account_id, key_id, REKEY_PAGE):
+        while rows := await self._database.fetch("list_keys_to_rekey", self._vault.secret_id, account_id, key_id, REKEY_PAGE):
             for row in rows:
                 account_id, key_id = row["account_id"], row["key_id"]
                 try:
-                    copy = EncryptedKey(row["encrypted"], row["secret_id"])
+                    copy = EncryptedKey(row["encrypted_key"], row["secret_id"])
                     key = self._vault.decrypt(AccountId(account_id), row["key_hash"], copy)
                 except DecryptionFailed:
                     unreadable += 1
                     continue
                 encrypted = self._vault.encrypt(AccountId(account_id), row["key_hash"], key)
                 await self._database.fetch(
-                    "replace_copy", account_id, key_id, row["secret_id"], encrypted.data, encrypted.secret_id
+                    "set_encrypted_key", account_id, key_id, row["secret_id"], encrypted.data, encrypted.secret_id
                 )
                 done += 1
             yield done, unreadable
 
 
-def _cap_period(limits: KeyLimits) -> str | None:
-    """As the column `cap_period` has it."""
-    if limits.limit is None:
-        return None
-    return "day" if limits.limit_reset == "daily" else "total"
+def _columns_of(limits: KeyLimits) -> tuple[Any, ...]:
+    """limit_nano, limit_reset, requests_per_minute, expires_at."""
+    return limits.limit, limits.limit_reset, limits.requests_per_minute, limits.expires_at
 
 
 def key_of(row: Row) -> Key:
     return Key(
         key_id=row["key_id"],
-        shown=row["shown"],
+        shown=row["prefix"],
         name=row["name"],
         is_main=row["is_main"],
-        limits=KeyLimits(row["expires_at"], row["cap_nano"], "daily" if row["cap_period"] == "day" else None, row["per_minute"]),
+        limits=KeyLimits(row["expires_at"], row["limit_nano"], row["limit_reset"], row["requests_per_minute"]),
         spent=Nano(row["spent_nano"]),
         held=Nano(row["held_nano"]),
         created_at=row["created_at"],

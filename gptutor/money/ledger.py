@@ -21,7 +21,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from decimal import Decimal
 from typing import Any, Literal, TypeVar
 
-from gptutor.database.pool import Database, DatabaseUnavailable, Row
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import Nano
 from gptutor.money.batch import Batcher
 from gptutor.money.holds import (
@@ -51,11 +52,11 @@ RETRY_PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 
 REJECTIONS: dict[str, type[Exception]] = {
     "unknown_key": UnknownKey,
-    "too_many": ConcurrencyLimitReached,
+    "concurrency_limited": ConcurrencyLimitReached,
     "insufficient": InsufficientFunds,
-    "capped": KeyLimitReached,
+    "key_limit_reached": KeyLimitReached,
 }
-Outcome = Literal["settled", "settled_late", "already", "no_hold"]
+Outcome = Literal["settled", "settled_late", "already_settled", "no_hold"]
 HoldOrSettlement = HoldRequest | Settlement
 Item = TypeVar("Item")
 Result = TypeVar("Result")

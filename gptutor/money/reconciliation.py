@@ -1,16 +1,19 @@
-"""Our charges against OpenRouter's own totals, day by day: the difference is what was lost, or doubled (contract C9).
+"""Our charges compared with OpenRouter's own totals, day by day: a difference is a lost or doubled charge (contract C9).
 
-Small differences at midnight are no loss: OpenRouter counts a request on the day on which it finishes, we on the day on which we
-book it.
+Small differences around midnight are not losses: OpenRouter counts a request on the day on which it ends, we on the day on which
+its charge is booked.
 """
 
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 from gptutor.database.pool import Database
 from gptutor.money.amounts import AccountId, Nano
+
+WAITING_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +31,10 @@ class DailyCost:
 
 @dataclass(frozen=True, slots=True)
 class WaitingHold:
-    """A hold whose cost is not known, `open` or given up; `amount` is the most that it may have cost."""
+    """A request whose cost is not known; `amount` is the most that it can have cost."""
 
     account_id: AccountId
-    state: str
+    state: Literal["open", "awaiting_evidence", "unresolved"]
     amount: Nano
     model: str
     request_id: str
@@ -40,27 +43,34 @@ class WaitingHold:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitingHolds:
+    """The oldest waiting holds; `count` and `at_most` are the number and the sum of all of them."""
+
+    oldest: list[WaitingHold]
+    count: int
+    at_most: Nano
+
+
+@dataclass(frozen=True, slots=True)
 class Reconciliation:
     days: list[DailyCost]
-    waiting: list[WaitingHold]
-
-    @property
-    def at_most(self) -> Nano:
-        return sum_of(self.waiting)
+    waiting: WaitingHolds
 
 
 async def reconcile(database: Database, theirs_usd: Mapping[datetime.date, Decimal]) -> Reconciliation:
-    """Compares the days that OpenRouter tells of with ours, newest first. Raises DatabaseUnavailable."""
-    days = []
-    for day in sorted(theirs_usd, reverse=True):
-        row = await database.fetchrow("cost_of_day", day)
-        days.append(DailyCost(day, row["cost_usd"] if row else Decimal(0), theirs_usd[day]))
+    """Compares the days of OpenRouter's totals with ours, newest first. Raises DatabaseUnavailable."""
+    ours_usd: dict[datetime.date, Decimal] = {}
+    if theirs_usd:
+        rows = await database.fetch("cost_by_day", min(theirs_usd), max(theirs_usd))
+        ours_usd = {row["day"]: row["cost_usd"] for row in rows}
+    days = [DailyCost(day, ours_usd.get(day, Decimal(0)), theirs_usd[day]) for day in sorted(theirs_usd, reverse=True)]
     return Reconciliation(days, await waiting_holds(database))
 
 
-async def waiting_holds(database: Database) -> list[WaitingHold]:
-    """Holds that wait for evidence of what they bought, or were given up; the oldest first. Raises DatabaseUnavailable."""
-    return [
+async def waiting_holds(database: Database, limit: int = WAITING_MAX) -> WaitingHolds:
+    """Holds that wait for evidence of their cost, and unresolved ones; the oldest first. Raises DatabaseUnavailable."""
+    (total,) = await database.fetch("sum_waiting_holds")
+    oldest = [
         WaitingHold(
             AccountId(row["account_id"]),
             row["state"],
@@ -70,10 +80,6 @@ async def waiting_holds(database: Database) -> list[WaitingHold]:
             row["generation_id"],
             row["created_at"],
         )
-        for row in await database.fetch("list_waiting_holds")
+        for row in await database.fetch("list_waiting_holds", limit)
     ]
-
-
-def sum_of(holds: Iterable[WaitingHold]) -> Nano:
-    """The most that they may have cost together."""
-    return Nano(sum(hold.amount for hold in holds))
+    return WaitingHolds(oldest, total["holds"], Nano(total["amount_nano"]))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gptutor.money.amounts import AccountId, roubles
 from gptutor.money.bookings import Booking, LedgerEntry
 from gptutor.money.keyring import Key, KeyLimits
-from gptutor.money.reconciliation import Reconciliation, WaitingHold, sum_of
+from gptutor.money.reconciliation import Reconciliation, WaitingHold, WaitingHolds
 from gptutor.money.users import User
 
 if TYPE_CHECKING:
@@ -120,9 +120,12 @@ def waiting_hold_json(hold: WaitingHold) -> dict[str, Any]:
     }
 
 
-def waiting_holds_json(holds: Iterable[WaitingHold]) -> dict[str, Any]:
-    holds = list(holds)
-    return {"waiting": [waiting_hold_json(hold) for hold in holds], "waiting_at_most": roubles(sum_of(holds))}
+def waiting_holds_json(holds: WaitingHolds) -> dict[str, Any]:
+    return {
+        "waiting": [waiting_hold_json(hold) for hold in holds.oldest],
+        "waiting_count": holds.count,
+        "waiting_at_most": roubles(holds.at_most),
+    }
 
 
 def reconciliation_json(found: Reconciliation) -> dict[str, Any]:

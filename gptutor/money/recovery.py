@@ -19,13 +19,15 @@ one of them.
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from gptutor.database.pool import Database, DatabaseUnavailable, Row
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import Database, Row
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, roubles
 from gptutor.money.holds import HandOver, HoldId, Release, Settlement
@@ -38,6 +40,8 @@ LOGGER = logging.getLogger("gptutor.recovery")
 MACHINE_LOST_S = 3600
 """A hold of another process that is older than this, and was not handed over: no stream takes so long, so its machine is lost."""
 CLAIM_MAX = 50
+CLEAR_KEYS_EVERY_S = 60
+CLEARED_KEYS_MAX = 1000
 CLOSE_TIMEOUT_S = 5
 LOOKUPS_MIN = 10
 """How often at least a generation id is looked up before recovery gives up: the look-ups take about a quarter of an hour."""
@@ -83,6 +87,7 @@ class Recovery:
         self._poll_s = poll_s
         self._look_max_s = look_max_s
         self._give_up_s = give_up_s
+        self._keys_cleared_until = 0.0
 
     async def run(self, not_replayed: Sequence[AbandonedJournal] = ()) -> None:
         """Runs until cancelled: replays the journals of dead processes, then processes due holds.
@@ -96,6 +101,7 @@ class Recovery:
                     for each in abandoned_journals:
                         await self.replay(each)
                 await self.process_due_holds()
+                await self.clear_idempotency_keys()
             except (DatabaseUnavailable, JournalError) as error:
                 LOGGER.warning("Recovery waits: %s", error)
             except Exception:
@@ -140,6 +146,14 @@ class Recovery:
         await _all_succeed(map(self._process_due_hold, rows))
         return len(rows)
 
+    async def clear_idempotency_keys(self) -> None:
+        """Clears keys that are older than 24 hours, at most once a minute. Raises DatabaseUnavailable."""
+        if time.monotonic() < self._keys_cleared_until:
+            return
+        rows = await self._database.fetch("clear_idempotency_keys", CLEARED_KEYS_MAX)
+        if len(rows) < CLEARED_KEYS_MAX:  # otherwise there are more, and the next poll clears them
+            self._keys_cleared_until = time.monotonic() + CLEAR_KEYS_EVERY_S
+
     async def _settle_or_hand_over(self, records: Mapping[HoldId, HoldRecord]) -> bool:
         """Settles the holds with a known charge, and hands over the others. Returns whether the database has all of it."""
         return await _all_succeed(
@@ -156,9 +170,9 @@ class Recovery:
         own = self._ledger.journal
         if hold_id in self._ledger.active or hold_id in own.open_holds:
             return  # a long completion that is still running here, or one that ended abnormally just now
-        record = HoldRecord(account_id, row["generation_id"]) if row["is_sent"] else None
+        record = HoldRecord(account_id, row["generation_id"]) if row["is_handed_over"] else None
         # A generation id is looked up several times at any age: OpenRouter, or this service, may have been down until now.
-        too_old = row["age_s"] > self._give_up_s and (row["generation_id"] is None or row["looks"] > LOOKUPS_MIN)
+        too_old = row["age_s"] > self._give_up_s and (row["generation_id"] is None or row["recovery_attempts"] > LOOKUPS_MIN)
         action = next_action(record, never_sent=row["owner"] == own.owner, too_old=too_old)
         if action == "look_up" and await self._look_up(row):
             return

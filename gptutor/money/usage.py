@@ -132,7 +132,7 @@ class Usage:
                 completion_tokens=row["completion_tokens"],
                 generation_id=row["generation_id"],
                 request_id=row["request_id"],
-                key=row["key"],
+                key=row["key_prefix"],
             )
             for row in rows
         ]
@@ -173,7 +173,7 @@ class Usage:
             held=Nano(row["held_nano"]),
             created_at=row["created_at"],
             closed_at=row["closed_at"],
-            key=row["key"],
+            key=row["key_prefix"],
         )
 
 

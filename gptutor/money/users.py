@@ -42,7 +42,7 @@ class UserRepository:
 
     async def of_person(self, provider: str, subject: str, *, name: str = "", bonus: Nano = NOTHING) -> tuple[User, bool]:
         """The account of an external identity, created at its first sign-in, with a bonus; and whether the account is new."""
-        (row,) = await self._database.fetch("account_of", provider, subject, name, new_id(), bonus)
+        (row,) = await self._database.fetch("find_or_create_account", provider, subject, name, new_id(), bonus)
         return await self.find(AccountId(row["account_id"])), row["is_new"]
 
     async def find_person(self, provider: str, subject: str) -> User:

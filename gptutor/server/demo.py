@@ -16,7 +16,7 @@ DEMO_ROUBLES = "100"
 async def demo_key(config: Config, vault: Vault) -> str:
     """The API key of a user with DEMO_ROUBLES, from `paths.data`. Creates both if there is no such key, or it was revoked."""
     path = config.paths.data / "demo-key"
-    async with pool.connected(config.database.url) as database:
+    async with pool.open_database(config.database.url) as database:
         users, keys = UserRepository(database), KeyRing(database, vault)
         if path.exists():
             key = path.read_text().strip()

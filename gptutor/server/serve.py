@@ -18,7 +18,8 @@ from gptutor.admin.app import build_admin
 from gptutor.app import build_app
 from gptutor.config.schema import Config, SimulatorSettings
 from gptutor.config.secrets import secret_keys
-from gptutor.database import migrations, pool
+from gptutor.database import migrations
+from gptutor.database.errors import DatabaseUnavailable
 from gptutor.money.vault import Vault
 from gptutor.server.banner import banner
 from gptutor.server.demo import demo_key
@@ -96,7 +97,7 @@ async def prepare_database(config: Config, *, embedded: bool) -> None:
             await migrations.migrate(config.database.url)
         elif pending := await migrations.pending_migrations(config.database.url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
-    except pool.DatabaseUnavailable as error:
+    except DatabaseUnavailable as error:
         if embedded:
             raise
         print(f"PostgreSQL does not answer at DATABASE_URL yet ({error.__cause__ or error}): waiting for it.", flush=True)

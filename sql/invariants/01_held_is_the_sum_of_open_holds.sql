@@ -1,4 +1,4 @@
--- What an account has reserved is the sum of its open holds.
+-- The held amount of an account is the sum of its open holds.
 WITH open_holds AS (
     SELECT
         account_id,

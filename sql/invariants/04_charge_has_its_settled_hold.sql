@@ -1,4 +1,4 @@
--- Every charge belongs to a settled hold: nothing is charged that was not reserved.
+-- Every charge belongs to a settled hold: nothing is charged that was not held.
 SELECT
     ledger.account_id,
     ledger.entry_id,

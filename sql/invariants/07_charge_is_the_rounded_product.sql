@@ -1,4 +1,4 @@
--- A charge is dollars × rate, rounded half up to one nano-rouble.
+-- A charge is the cost in dollars × the rate, rounded half up to one nano-rouble.
 SELECT
     account_id,
     hold_id,

@@ -1,4 +1,4 @@
--- One generation of OpenRouter's is paid for once, whoever asked for it.
+-- A generation of OpenRouter's is charged once, over all accounts.
 SELECT
     generation_id,
     count(*) AS charges

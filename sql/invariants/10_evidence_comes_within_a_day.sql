@@ -1,4 +1,4 @@
--- Nothing waits for evidence longer than a day, unless OpenRouter can be asked for it, and has hardly been.
+-- No hold waits for evidence longer than a day, unless it has a generation id that recovery has hardly looked up yet.
 SELECT
     account_id,
     hold_id,
@@ -8,4 +8,4 @@ SELECT
 FROM holds
 WHERE
     state = 'open' AND created_at < now() - interval '24 hours'
-    AND (generation_id IS NULL OR looks > 10);
+    AND (generation_id IS NULL OR recovery_attempts > 10);

@@ -1,4 +1,4 @@
--- One payment is credited once, across all accounts.
+-- A payment is credited once, over all accounts.
 SELECT
     reference,
     count(*) AS entries

@@ -5,7 +5,7 @@ VALUES ($1::text)
 RETURNING account_id, name, balance_nano, held_nano, is_active, created_at, updated_at;
 
 -- name: find_account
--- $1 account. No row: there is none.
+-- $1 account. No row: there is no such account.
 SELECT
     account_id,
     name,
@@ -18,7 +18,7 @@ FROM accounts
 WHERE account_id = $1::bigint;
 
 -- name: list_accounts
--- A page by id. $1 the last id of the page before (0 for the first), $2 how many.
+-- A page by id. $1 the last id of the previous page (0 for the first), $2 how many.
 SELECT
     account_id,
     name,
@@ -33,7 +33,7 @@ ORDER BY account_id
 LIMIT $2::integer;
 
 -- name: set_account_active
--- $1 account, $2 whether it may call. No row: there is none.
+-- $1 account, $2 whether its keys are accepted. No row: there is no such account.
 UPDATE accounts
 SET
     is_active = $2::boolean,
@@ -42,9 +42,8 @@ WHERE account_id = $1::bigint
 RETURNING account_id, name, balance_nano, held_nano, is_active, created_at, updated_at;
 
 -- name: find_accounts
--- Accounts that may be meant: by the id $1, by VK's id $2, by the beginning of a key $3, a LIKE pattern; each NULL if it is not
--- given. At most 100.
-WITH meant AS (
+-- Accounts by the id $1, by VK's id $2, by the prefix of a key $3 (a LIKE pattern); each NULL if it is not given. At most 100.
+WITH matching AS (
     SELECT $1::bigint AS account_id
     UNION
     SELECT identities.account_id
@@ -53,7 +52,7 @@ WITH meant AS (
     UNION
     SELECT api_keys.account_id
     FROM api_keys
-    WHERE api_keys.shown LIKE $3::text
+    WHERE api_keys.prefix LIKE $3::text
 )
 
 SELECT
@@ -65,6 +64,6 @@ SELECT
     accounts.created_at,
     accounts.updated_at
 FROM accounts
-INNER JOIN meant ON accounts.account_id = meant.account_id
+INNER JOIN matching ON accounts.account_id = matching.account_id
 ORDER BY accounts.account_id
 LIMIT 100;

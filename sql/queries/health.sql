@@ -1,3 +1,3 @@
 -- name: ping
--- Whether the database answers.
+-- Whether the database responds.
 SELECT 1 AS alive;

@@ -1,11 +1,12 @@
 -- name: settle_and_hold
--- Books charges, each once; then authenticates and reserves. $1 whether it waits for accounts whose rows somebody has. Of the
--- charges, arrays: $2 accounts, $3 holds, $4 charges in nano-roubles, $5 costs in dollars, $6 generation ids, $7 tokens of the
--- prompts and $8 of the outputs, or NULL. Of the holds: $9 the process, $10 seconds until recovery looks at one, $11 roubles per
--- dollar, $12 requests per minute and $13 at once of an account (0: no limit); arrays: $14 accounts, $15 SHA-256 of the keys,
--- $16 holds, $17 the most to hold, $18 the least that must be available, $19 models, $20 request ids, $21 idempotency keys or
--- NULL, $22 SHA-256 of the bodies or NULL.
--- One row for each charge: settled, settled_late, already, no_hold, locked; and one for each hold: see take_holds for them.
+-- Settles some holds, each once, and places others. $1 whether to wait for accounts that are locked.
+-- Of the settlements, arrays: $2 accounts, $3 holds, $4 charges in nano-roubles, $5 costs in dollars, $6 generation ids or NULL,
+-- $7 prompt and $8 completion tokens or NULL.
+-- Of the new holds: $9 the owner (a run of a process), $10 seconds until recovery looks at one, $11 roubles per dollar, $12
+-- requests per minute and $13 concurrent requests of an account (0: no limit); arrays: $14 accounts, $15 SHA-256 of the keys, $16
+-- holds, $17 ceilings and $18 minimums in nano-roubles, $19 models, $20 request ids, $21 idempotency keys or NULL, $22 SHA-256 of
+-- the bodies or NULL.
+-- One row for each settlement and each new hold: for the outcomes see book_charges and place_holds.
 SELECT
     hold_id,
     outcome,
@@ -14,32 +15,51 @@ SELECT
     earlier_request_id,
     minute_requests
 FROM settle_and_hold(
-    $1::boolean,
-    $2::bigint[], $3::uuid[], $4::bigint[], $5::numeric[], $6::text[], $7::bigint[], $8::bigint[],
-    $9::uuid, $10::double precision, $11::numeric, $12::integer, $13::integer,
-    $14::bigint[], $15::bytea[], $16::uuid[], $17::bigint[], $18::bigint[], $19::text[], $20::text[], $21::text[], $22::bytea[]
+    wait_for_locks => $1::boolean,
+    settled_account_ids => $2::bigint[],
+    settled_hold_ids => $3::uuid[],
+    charges_nano => $4::bigint[],
+    costs_usd => $5::numeric[],
+    generation_ids => $6::text[],
+    prompt_tokens => $7::bigint[],
+    completion_tokens => $8::bigint[],
+    owner => $9::uuid,
+    hold_ttl_s => $10::double precision,
+    rub_per_usd => $11::numeric,
+    account_requests_per_minute => $12::integer,
+    account_concurrency_limit => $13::integer,
+    account_ids => $14::bigint[],
+    key_hashes => $15::bytea[],
+    hold_ids => $16::uuid[],
+    ceilings_nano => $17::bigint[],
+    minimums_nano => $18::bigint[],
+    models => $19::text[],
+    request_ids => $20::text[],
+    idempotency_keys => $21::text[],
+    body_hashes => $22::bytea[]
 );
 
 -- name: release_holds
--- Frees holds. Arrays: $1 accounts, $2 holds, $3 whether it was never learnt what they bought. One row for each that was open.
+-- Arrays: $1 accounts, $2 holds, $3 whether what they bought was never learnt. One row for each hold that was open.
 SELECT hold_id
-FROM release_holds($1::bigint[], $2::uuid[], $3::boolean[]);
+FROM release_holds(account_ids => $1::bigint[], hold_ids => $2::uuid[], unresolved => $3::boolean[]);
 
 -- name: hand_over_holds
--- Leaves open holds to recovery, due at once. Arrays: $1 accounts, $2 holds, $3 generation ids or NULL. One row for each that was
--- open.
+-- Hands open holds over to recovery. Arrays: $1 accounts, $2 holds, $3 generation ids or NULL. One row for each that was open.
 SELECT hold_id
-FROM hand_over_holds($1::bigint[], $2::uuid[], $3::text[]);
+FROM hand_over_holds(account_ids => $1::bigint[], hold_ids => $2::uuid[], generation_ids => $3::text[]);
 
 -- name: claim_due_holds
--- Open holds whose time has come, at most $1 of them, each for one claimant: the next look is put off by 1, 2, 4 … $2 seconds. Of
--- one that is not left to recovery, only its own process knows whether it was sent: that one's turn must not be far.
+-- Open holds that are due, at most $1, each for one claimant: the next look comes after 1, 2, 4 … $2 seconds. A hold that was not
+-- handed over is looked at every 8 seconds at most: only the process that owns it knows whether its request was sent.
 UPDATE holds
 SET
     due_at = now() + make_interval(
-        secs => least(power(2, least(looks, CASE WHEN is_sent THEN 30 ELSE 3 END)), $2::double precision)
+        secs => least(
+            power(2, least(recovery_attempts, CASE WHEN is_handed_over THEN 30 ELSE 3 END)), $2::double precision
+        )
     ),
-    looks = looks + 1
+    recovery_attempts = recovery_attempts + 1
 WHERE (account_id, hold_id) IN (
     SELECT
         due.account_id,
@@ -54,40 +74,91 @@ RETURNING
     account_id,
     hold_id,
     owner,
-    is_sent,
+    is_handed_over,
     model,
     request_id,
     generation_id,
     rub_per_usd,
-    looks,
+    recovery_attempts,
     extract(EPOCH FROM now() - created_at)::double precision AS age_s;
 
 -- name: list_open_holds_of
--- What a process that is no more, $1, left open and did not hand over.
+-- What the process run $1, which has ended, left open and did not hand over.
 SELECT
     account_id,
     hold_id
 FROM holds
-WHERE state = 'open' AND owner = $1::uuid AND NOT is_sent;
+WHERE state = 'open' AND owner = $1::uuid AND NOT is_handed_over;
 
 -- name: list_waiting_holds
--- Holds without evidence, the oldest first: open ones past their time or looked at before, and those given up.
+-- Holds whose cost is not known: open ones that are overdue or that recovery looked at, and unresolved ones. The oldest first,
+-- at most $1.
+WITH waiting AS (
+    SELECT hold_id
+    FROM holds
+    WHERE state = 'open' AND (recovery_attempts > 0 OR due_at < now())
+    UNION ALL
+    (
+        SELECT hold_id
+        FROM holds
+        WHERE is_unresolved
+        ORDER BY created_at
+        LIMIT $1::integer
+    )
+)
+
 SELECT
     account_id,
     hold_id,
-    state::text AS state,
+    state,
     amount_nano,
     model,
     request_id,
     generation_id,
-    looks,
+    recovery_attempts,
     created_at
-FROM holds
-WHERE (state = 'open' AND (looks > 0 OR due_at < now())) OR is_unresolved
-ORDER BY created_at;
+FROM requests
+WHERE hold_id IN (SELECT waiting.hold_id FROM waiting)
+ORDER BY created_at
+LIMIT $1::integer;
+
+-- name: sum_waiting_holds
+-- How many holds list_waiting_holds would list without a limit, and what they amount to. One row.
+WITH waiting AS (
+    SELECT amount_nano
+    FROM holds
+    WHERE state = 'open' AND (recovery_attempts > 0 OR due_at < now())
+    UNION ALL
+    SELECT amount_nano
+    FROM holds
+    WHERE is_unresolved
+)
+
+SELECT
+    count(*) AS holds,
+    coalesce(sum(amount_nano), 0)::bigint AS amount_nano
+FROM waiting;
+
+-- name: clear_idempotency_keys
+-- Clears idempotency keys that are 24 hours old, at most $1. One row for each.
+UPDATE holds
+SET
+    idempotency_key = NULL,
+    body_hash = NULL
+WHERE (hold_id, account_id) IN (
+    SELECT
+        expired.hold_id,
+        expired.account_id
+    FROM holds AS expired
+    WHERE expired.idempotency_key IS NOT NULL AND expired.created_at < now() - interval '24 hours'
+    ORDER BY expired.created_at
+    LIMIT $1::integer
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+RETURNING hold_id;
 
 -- name: end_connections
--- Ends the connections named $1, and waits until they are gone. One row for each.
+-- Ends the connections that are named $1, and waits until they are gone. One row for each.
 SELECT pg_terminate_backend(pid, 5000) AS ended
 FROM pg_stat_activity
 WHERE application_name = $1::text AND pid <> pg_backend_pid();

@@ -1,19 +1,25 @@
--- name: account_of
--- The account of the person $2 of the provider $1, made at the first sight of him, with the name $3. $4 the entry of the bonus,
--- $5 its nano-roubles (0: none). One row.
+-- name: find_or_create_account
+-- The account of the user $2 of the identity provider $1, created at the first sign-in, with the name $3 and a bonus: $4 its
+-- entry, $5 nano-roubles (0: none). One row.
 SELECT
     account_id,
     is_new
-FROM account_of($1::text, $2::text, $3::text, $4::uuid, $5::bigint);
+FROM find_or_create_account(
+    new_provider => $1::text,
+    new_subject => $2::text,
+    new_name => $3::text,
+    bonus_entry_id => $4::uuid,
+    bonus_nano => $5::bigint
+);
 
 -- name: find_identity
--- Whose account the person $2 of the provider $1 has. No row: nobody's.
+-- The account of the user $2 of the identity provider $1. No row: the user has none.
 SELECT account_id
 FROM identities
 WHERE provider = $1::text AND subject = $2::text;
 
 -- name: list_identities
--- Who the account $1 is outside.
+-- The identities of account $1.
 SELECT
     provider,
     subject,

@@ -1,77 +1,125 @@
 -- name: create_key
--- $1 account, $2 whether it only stands beside the main key, even where there is none, $3 how many living keys an account may
--- have, $4 SHA-256 of the key, $5 the part that may be shown, $6 name, $7 encrypted copy, $8 which secret opens it, $9 end, $10
--- cap in nano-roubles, $11 its period, $12 requests per minute. No row: the account has as many keys as it may have.
+-- $1 account, $2 whether it must not become the main key, $3 how many live keys an account may have, $4 SHA-256 of the key, $5
+-- prefix, $6 name, $7 the key, encrypted, $8 with which secret, $9 limit in nano-roubles, $10 its reset, $11 requests per minute,
+-- $12 expiry; NULL: no limit. No row: the account has as many keys as it may have.
 SELECT
     key_id,
-    shown,
+    prefix,
     name,
     is_main,
+    limit_nano,
+    limit_reset,
+    requests_per_minute,
     expires_at,
-    cap_nano,
-    cap_period,
-    per_minute,
     spent_nano,
     held_nano,
     created_at,
     revoked_at
 FROM create_key(
-    $1::bigint, $2::boolean, $3::integer, $4::bytea, $5::text, $6::text, $7::bytea, $8::text, $9::timestamptz, $10::bigint,
-    $11::text, $12::integer
+    owner_account_id => $1::bigint,
+    never_main => $2::boolean,
+    keys_max => $3::integer,
+    new_key_hash => $4::bytea,
+    new_prefix => $5::text,
+    new_name => $6::text,
+    new_encrypted_key => $7::bytea,
+    new_secret_id => $8::text,
+    new_limit_nano => $9::bigint,
+    new_limit_reset => $10::text,
+    new_requests_per_minute => $11::integer,
+    new_expires_at => $12::timestamptz
 );
 
--- name: renew_key
--- A new main key in place of the one before ($2: of all keys) of account $1; if $3, only while that is the one with the SHA-256
--- $4 (NULL: while there is none). $5 SHA-256 of the new key, $6 the part that may be shown, $7 encrypted copy, $8 which secret
--- opens it. One row: whether it was done.
-SELECT renew_key($1::bigint, $2::boolean, $3::boolean, $4::bytea, $5::bytea, $6::text, $7::bytea, $8::text) AS is_new;
+-- name: replace_main_key
+-- A new main key in place of the present one, or ($2) of all keys, of account $1. With $3, only while the main key is that of the
+-- SHA-256 $4 (NULL: while there is none). Of the new key: $5 SHA-256, $6 prefix, $7 the key, encrypted, $8 with which secret.
+-- One row: whether it was done.
+SELECT
+    replace_main_key(
+        owner_account_id => $1::bigint,
+        revoke_all => $2::boolean,
+        if_unchanged => $3::boolean,
+        expected_key_hash => $4::bytea,
+        new_key_hash => $5::bytea,
+        new_prefix => $6::text,
+        new_encrypted_key => $7::bytea,
+        new_secret_id => $8::text
+    ) AS is_new;
 
 -- name: find_main_key
--- The main key of account $1, encrypted. No row: it has none that lives.
+-- The live main key of account $1, encrypted. No row: there is none.
 SELECT
     key_hash,
-    encrypted,
+    encrypted_key,
     secret_id,
-    expires_at <= now() AS has_ended
+    expires_at <= now() AS is_expired
 FROM api_keys
 WHERE account_id = $1::bigint AND is_main AND revoked_at IS NULL;
 
 -- name: list_keys
--- The keys of account $1, newest first.
+-- The keys of account $1, revoked ones included, newest first.
 SELECT
     key_id,
-    shown,
+    prefix,
     name,
     is_main,
+    limit_nano,
+    limit_reset,
+    requests_per_minute,
     expires_at,
-    cap_nano,
-    cap_period,
-    per_minute,
     held_nano,
     created_at,
     revoked_at,
-    CASE WHEN cap_period = 'day' AND spent_on < (now() AT TIME ZONE 'UTC')::date THEN 0 ELSE spent_nano END AS spent_nano
+    CASE WHEN limit_reset = 'daily' AND spent_on < (now() AT TIME ZONE 'UTC')::date THEN 0 ELSE spent_nano END AS spent_nano
 FROM api_keys
 WHERE account_id = $1::bigint
 ORDER BY created_at DESC, key_id DESC;
 
--- name: limit_key
--- Sets the limits of key $2 of account $1: $3 cap in nano-roubles, $4 its period, $5 requests per minute, $6 end; NULL lifts one.
--- With $7 only while they are those of $8 to $11, in the same order. One row: done, changed, none.
-SELECT limit_key(
-    $1::bigint, $2::bigint, $3::bigint, $4::text, $5::integer, $6::timestamptz,
-    $7::boolean, $8::bigint, $9::text, $10::integer, $11::timestamptz
-) AS outcome;
+-- name: find_key
+-- Key $2 of account $1, revoked or not. No row: there is no such key.
+SELECT
+    key_id,
+    prefix,
+    name,
+    is_main,
+    limit_nano,
+    limit_reset,
+    requests_per_minute,
+    expires_at,
+    held_nano,
+    created_at,
+    revoked_at,
+    CASE WHEN limit_reset = 'daily' AND spent_on < (now() AT TIME ZONE 'UTC')::date THEN 0 ELSE spent_nano END AS spent_nano
+FROM api_keys
+WHERE account_id = $1::bigint AND key_id = $2::bigint;
+
+-- name: set_key_limits
+-- Sets the limits of key $2 of account $1: $3 limit in nano-roubles, $4 its reset, $5 requests per minute, $6 expiry; NULL lifts
+-- one. With $7, only while they are those of $8 to $11, in the same order. One row: done, changed, not_found.
+SELECT
+    set_key_limits(
+        owner_account_id => $1::bigint,
+        changed_key_id => $2::bigint,
+        new_limit_nano => $3::bigint,
+        new_limit_reset => $4::text,
+        new_requests_per_minute => $5::integer,
+        new_expires_at => $6::timestamptz,
+        if_unchanged => $7::boolean,
+        expected_limit_nano => $8::bigint,
+        expected_limit_reset => $9::text,
+        expected_requests_per_minute => $10::integer,
+        expected_expires_at => $11::timestamptz
+    ) AS outcome;
 
 -- name: revoke_key
--- Key $2 of account $1 is dead from the next request on. No row: there was none that lived.
+-- Key $2 of account $1 is rejected from the next request on. No row: there is no such live key.
 UPDATE api_keys
 SET revoked_at = now()
 WHERE account_id = $1::bigint AND key_id = $2::bigint AND revoked_at IS NULL
 RETURNING key_id;
 
 -- name: find_live_key
--- $1 account, $2 SHA-256 of the key. No row: unknown, revoked or ended, or its account is inactive.
+-- $1 account, $2 SHA-256 of the key. No row: the key is unknown, revoked or expired, or its account is inactive.
 SELECT
     api_keys.key_id,
     api_keys.is_main
@@ -84,30 +132,30 @@ WHERE
     AND (api_keys.expires_at IS NULL OR api_keys.expires_at > now())
     AND accounts.is_active;
 
--- name: list_copies
--- A page of the encrypted copies that another secret than $1 opens. $2 and $3 the last account and key of the page before, $4 how
--- many.
+-- name: list_keys_to_rekey
+-- A page of the live keys that are encrypted with another secret than $1. $2 and $3 the last account and key of the previous
+-- page, $4 how many.
 SELECT
     account_id,
     key_id,
     key_hash,
-    encrypted,
+    encrypted_key,
     secret_id
 FROM api_keys
 WHERE secret_id <> $1::text AND revoked_at IS NULL AND (account_id, key_id) > ($2::bigint, $3::bigint)
 ORDER BY account_id, key_id
 LIMIT $4::integer;
 
--- name: count_copies
--- How many living keys have a copy that another secret than $1 opens. One row.
-SELECT count(*) AS copies
+-- name: count_keys_to_rekey
+-- How many live keys are encrypted with another secret than $1. One row.
+SELECT count(*) AS keys
 FROM api_keys
 WHERE secret_id <> $1::text AND revoked_at IS NULL;
 
--- name: replace_copy
--- $1 account, $2 key, $3 the secret that opens the copy now; $4 the new copy, $5 the secret that opens it.
+-- name: set_encrypted_key
+-- Of key $2 of account $1, while its secret is $3: $4 the key, encrypted, $5 with which secret.
 UPDATE api_keys
 SET
-    encrypted = $4::bytea,
+    encrypted_key = $4::bytea,
     secret_id = $5::text
 WHERE account_id = $1::bigint AND key_id = $2::bigint AND secret_id = $3::text;

@@ -1,7 +1,6 @@
 -- name: book_entry
--- Changes a balance, by an entry. $1 account, $2 entry, $3 kind, $4 amount in nano-roubles, $5 counter-account, $6 reason,
--- $7 reference or NULL, $8 whether what is taken must be available. No row: no such account; else see the function for its
--- outcomes.
+-- Changes a balance by an entry. $1 account, $2 entry, $3 kind, $4 amount in nano-roubles, $5 counter-account, $6 reason, $7
+-- reference or NULL, $8 whether what is taken must be available. No row: there is no such account. Outcomes: see the function.
 SELECT
     outcome,
     account_id,
@@ -9,10 +8,19 @@ SELECT
     kind,
     amount_nano,
     created_at
-FROM book_entry($1::bigint, $2::uuid, $3::entry_kind, $4::bigint, $5::text, $6::text, $7::text, $8::boolean);
+FROM book_entry(
+    new_account_id => $1::bigint,
+    new_entry_id => $2::uuid,
+    new_kind => $3::entry_kind,
+    new_amount_nano => $4::bigint,
+    new_contra => $5::text,
+    new_reason => $6::text,
+    new_reference => $7::text,
+    must_be_available => $8::boolean
+);
 
 -- name: find_reference
--- The entry that has the reference $1. No row: none has.
+-- The entry with the reference $1. No row: there is none.
 SELECT
     account_id,
     entry_id,
@@ -25,7 +33,7 @@ ORDER BY created_at
 LIMIT 1;
 
 -- name: list_entries
--- The newest entries of account $1, at most $2; of those before the entry $3, unless it is NULL.
+-- A page of the entries of account $1, newest first: those before the position $2 (time) and $3 (entry); at most $4.
 SELECT
     entry_id,
     kind::text AS kind,
@@ -39,20 +47,9 @@ SELECT
     rub_per_usd,
     created_at
 FROM ledger
-WHERE
-    account_id = $1::bigint
-    AND (
-        $3::uuid IS NULL
-        OR (created_at, entry_id) < (
-            SELECT
-                last.created_at,
-                last.entry_id
-            FROM ledger AS last
-            WHERE last.account_id = $1::bigint AND last.entry_id = $3::uuid
-        )
-    )
+WHERE account_id = $1::bigint AND (created_at, entry_id) < ($2::timestamptz, $3::uuid)
 ORDER BY created_at DESC, entry_id DESC
-LIMIT $2::integer;
+LIMIT $4::integer;
 
 -- name: export_entries
 -- The entries of the UTC days $1 to $2, both included, each NULL for no limit; of account $3, or NULL for all.
@@ -75,12 +72,3 @@ WHERE
     AND ($2::date IS NULL OR created_at < ($2::date + 1)::timestamp AT TIME ZONE 'UTC')
     AND ($3::bigint IS NULL OR account_id = $3::bigint)
 ORDER BY account_id, created_at, entry_id;
-
--- name: cost_of_day
--- What OpenRouter charged us on the UTC day $1, by our books, in dollars. One row.
-SELECT coalesce(sum(cost_usd), 0) AS cost_usd
-FROM ledger
-WHERE
-    kind = 'charge'
-    AND created_at >= $1::date::timestamp AT TIME ZONE 'UTC'
-    AND created_at < ($1::date + 1)::timestamp AT TIME ZONE 'UTC';

@@ -1,8 +1,17 @@
 -- name: create_migrations_table
--- What has been applied, with the checksum of its text. Harmless when it exists.
+-- The applied migrations, with the SHA-256 of their text. Harmless when it exists.
 CREATE TABLE IF NOT EXISTS schema_migrations (
     name text PRIMARY KEY,
     checksum text NOT NULL,
+    applied_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- name: create_functions_table
+-- The applied files of functions, with the SHA-256 of their text. Harmless when it exists.
+CREATE TABLE IF NOT EXISTS schema_functions (
+    name text PRIMARY KEY,
+    checksum text NOT NULL,
+    version text NOT NULL, -- of GPTutor
     applied_at timestamptz NOT NULL DEFAULT now()
 );
 
@@ -10,10 +19,14 @@ CREATE TABLE IF NOT EXISTS schema_migrations (
 -- One migrator at a time, until the end of its transaction.
 SELECT pg_advisory_xact_lock(hashtext('gptutor migrations'));
 
--- name: has_migrations_table
-SELECT to_regclass('schema_migrations') IS NOT NULL AS present;
+-- name: find_migrations_tables
+-- Which of the two tables exist. One row.
+SELECT
+    to_regclass('schema_migrations') IS NOT NULL AS has_migrations,
+    to_regclass('schema_functions') IS NOT NULL AS has_functions;
 
 -- name: list_migrations
+-- The applied migrations.
 SELECT
     name,
     checksum
@@ -24,3 +37,19 @@ ORDER BY name;
 -- $1 name, $2 checksum.
 INSERT INTO schema_migrations (name, checksum)
 VALUES ($1::text, $2::text);
+
+-- name: list_functions
+-- The applied files of functions, and the version of GPTutor that applied each.
+SELECT
+    name,
+    checksum,
+    version
+FROM schema_functions
+ORDER BY name;
+
+-- name: record_function
+-- $1 name, $2 checksum, $3 version of GPTutor.
+INSERT INTO schema_functions (name, checksum, version)
+VALUES ($1::text, $2::text, $3::text)
+ON CONFLICT (name) DO UPDATE
+    SET checksum = excluded.checksum, version = excluded.version, applied_at = now();

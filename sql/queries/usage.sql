@@ -1,6 +1,6 @@
 -- name: find_credits
--- What account $1 has, and what it spent: what it was given less its balance. No row: there is none.
-WITH given AS (
+-- The money of account $1, and what it spent: the sum of its other entries less its balance. No row: there is no such account.
+WITH other_entries AS (
     SELECT coalesce(sum(amount_nano), 0) AS amount_nano
     FROM ledger
     WHERE account_id = $1::bigint AND kind <> 'charge'
@@ -9,14 +9,14 @@ WITH given AS (
 SELECT
     accounts.balance_nano,
     accounts.held_nano,
-    (given.amount_nano - accounts.balance_nano)::bigint AS spent_nano
+    (other_entries.amount_nano - accounts.balance_nano)::bigint AS spent_nano
 FROM accounts
-CROSS JOIN given
+CROSS JOIN other_entries
 WHERE accounts.account_id = $1::bigint;
 
 -- name: list_usage
--- A page of the entries of account $1, newest first: those older than the place $2 (time) and $3 (entry), and not older than $4;
--- at most $5.
+-- A page of the entries of account $1, newest first: those before the position $2 (time) and $3 (entry), and not before $4; at
+-- most $5.
 SELECT
     ledger.entry_id,
     ledger.created_at,
@@ -30,7 +30,7 @@ SELECT
     ledger.completion_tokens,
     ledger.generation_id,
     holds.request_id,
-    api_keys.shown AS key
+    api_keys.prefix AS key_prefix
 FROM ledger
 LEFT JOIN holds ON ledger.account_id = holds.account_id AND ledger.entry_id = holds.hold_id
 LEFT JOIN api_keys ON holds.account_id = api_keys.account_id AND holds.key_id = api_keys.key_id
@@ -56,7 +56,7 @@ SELECT
     ledger.completion_tokens,
     ledger.generation_id,
     holds.request_id,
-    api_keys.shown AS key
+    api_keys.prefix AS key_prefix
 FROM ledger
 LEFT JOIN holds ON ledger.account_id = holds.account_id AND ledger.entry_id = holds.hold_id
 LEFT JOIN api_keys ON holds.account_id = api_keys.account_id AND holds.key_id = api_keys.key_id
@@ -69,9 +69,9 @@ ORDER BY ledger.created_at DESC, ledger.entry_id DESC
 LIMIT $5::integer;
 
 -- name: sum_usage
--- The charges of account $1 on the UTC days from $2 to $3, added up; $4 whether by day, $5 whether by model. One row for each of
--- these; no row where nothing was charged.
-WITH known AS (
+-- The charges of account $1 on the UTC days from $2 to $3, added up; $4 whether by day, $5 whether by model. One row for each day
+-- and model with charges.
+WITH selected AS (
     SELECT
         requests,
         prompt_tokens,
@@ -92,16 +92,25 @@ SELECT
     sum(completion_tokens) AS completion_tokens,
     sum(cost_usd) AS cost_usd,
     sum(charge_nano)::bigint AS charge_nano
-FROM known
+FROM selected
 GROUP BY by_day, by_model
 ORDER BY by_day DESC, sum(charge_nano) DESC, by_model ASC;
 
+-- name: cost_by_day
+-- What OpenRouter charged us on the UTC days from $1 to $2, by our own books, in dollars. One row for each day with charges.
+SELECT
+    day,
+    sum(cost_usd) AS cost_usd
+FROM usage_days
+WHERE day BETWEEN $1::date AND $2::date
+GROUP BY day;
+
 -- name: find_request
--- The newest request of account $1 that is named $2, by its caller or by OpenRouter. No row: it has none.
+-- The newest request of account $1 with the id $2, which is the request's own or the generation's. No row: there is none.
 WITH found AS (
     (
         SELECT *
-        FROM holds
+        FROM requests
         WHERE account_id = $1::bigint AND request_id = $2::text
         ORDER BY created_at DESC
         LIMIT 1
@@ -109,7 +118,7 @@ WITH found AS (
     UNION ALL
     (
         SELECT *
-        FROM holds
+        FROM requests
         WHERE account_id = $1::bigint AND generation_id = $2::text
         ORDER BY created_at DESC
         LIMIT 1
@@ -121,20 +130,16 @@ SELECT
     found.request_id,
     found.generation_id,
     found.model,
+    found.state,
     ledger.prompt_tokens,
     ledger.completion_tokens,
     found.cost_usd,
     found.rub_per_usd,
     found.charge_nano,
+    found.held_nano,
     found.created_at,
     found.closed_at,
-    api_keys.shown AS key,
-    CASE found.state WHEN 'open' THEN found.amount_nano ELSE 0 END AS held_nano,
-    CASE
-        WHEN found.state = 'open' AND found.is_sent THEN 'awaiting_evidence'
-        WHEN found.is_unresolved THEN 'unresolved'
-        ELSE found.state::text
-    END AS state
+    api_keys.prefix AS key_prefix
 FROM found
 LEFT JOIN ledger ON found.account_id = ledger.account_id AND found.hold_id = ledger.entry_id
 LEFT JOIN api_keys ON found.account_id = api_keys.account_id AND found.key_id = api_keys.key_id

@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 async def make_accounts(url: str, rng: random.Random) -> list[Account]:
     await migrations.migrate(url)
     accounts = []
-    async with pool.connected(url) as database:
+    async with pool.open_database(url) as database:
         users, bookings = UserRepository(database), Bookings(database)
         for number in range(RICH + POOR):
             user = await users.create(f"user {number}")

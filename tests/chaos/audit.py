@@ -33,7 +33,7 @@ EXCHANGE_S = 12.0
 """Every exchange with OpenRouter has ended by then."""
 NOT_SETTLED = "generation id known, but not settled in time"
 HOLDS = """
-SELECT account_id, hold_id, owner, state::text, is_sent, looks, request_id, generation_id, amount_nano, rub_per_usd, is_unresolved,
+SELECT account_id, hold_id, owner, state::text, is_handed_over, recovery_attempts, request_id, generation_id, amount_nano, rub_per_usd, is_unresolved,
     created_at, extract(EPOCH FROM now() - created_at)::float AS age_s
 FROM holds ORDER BY created_at
 """
@@ -125,7 +125,7 @@ async def wait_for_recovery(
 
 
 def _may_still_change(hold: asyncpg.Record, *, skip_slow_holds: bool) -> bool:
-    return not hold["is_sent"] and (hold["age_s"] < EXCHANGE_S if skip_slow_holds else hold["looks"] < 3)
+    return not hold["is_handed_over"] and (hold["age_s"] < EXCHANGE_S if skip_slow_holds else hold["recovery_attempts"] < 3)
 
 
 def compare(records: Records, received_ids: Iterable[str], owners: set[str]) -> Findings:
@@ -179,9 +179,9 @@ def _compare_charge(charge: asyncpg.Record, bill: dict[str, Any] | None, hold: a
 
 def _check_uncharged_bill(bill: dict[str, Any], holds: list[asyncpg.Record], found: Findings) -> None:
     """A bill without a charge must have an open hold that covers it and has no generation id yet."""
-    waiting = [hold for hold in holds if hold["state"] == "open" and hold["is_sent"] and hold["generation_id"] is None]
+    waiting = [hold for hold in holds if hold["state"] == "open" and hold["is_handed_over"] and hold["generation_id"] is None]
     if len(waiting) != 1:
-        states = [(hold["request_id"], hold["state"], hold["is_sent"], hold["generation_id"]) for hold in holds]
+        states = [(hold["request_id"], hold["state"], hold["is_handed_over"], hold["generation_id"]) for hold in holds]
         found.errors.append(f"no charge and no waiting hold for {bill}; its holds: {states or 'none'}")
         return
     (hold,) = waiting
@@ -198,7 +198,7 @@ def _why_open(hold: asyncpg.Record, bills_of_job: Counter[str], owners: set[str]
     is_billed = bills_of_job[job_of(hold)] > 0
     if hold["generation_id"] is not None:
         return NOT_SETTLED
-    if not hold["is_sent"]:
+    if not hold["is_handed_over"]:
         owner = "a running worker" if str(hold["owner"]) in owners else "a dead worker, whose journal is gone"
         return f"not known to be sent; owned by {owner}"
     return "sent, but the generation id never arrived; " + ("billed by OpenRouter" if is_billed else "not billed by OpenRouter")

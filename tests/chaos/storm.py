@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gptutor.database import pool
-from gptutor.database.pool import DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.invariants import check
@@ -77,7 +77,7 @@ class Storm:
             number += 1
             while True:
                 try:
-                    async with pool.connected(self.postgres.url, connections_min=0) as connected:
+                    async with pool.open_database(self.postgres.url, connections_min=0) as connected:
                         await Bookings(connected).book(
                             AccountId(account.account_id), "topup", Nano(10**9), reference=f"payment-{number}"
                         )
@@ -100,7 +100,7 @@ class Storm:
 
 async def violated_invariants(url: str) -> list[str]:
     """Descriptions of the invariants that are violated now. Raises DatabaseUnavailable."""
-    async with pool.connected(url, connections_min=0) as connected:
+    async with pool.open_database(url, connections_min=0) as connected:
         return [
             f"invariant {finding.invariant.name}: {finding.invariant.meaning} {finding.rows}"
             async for finding in check(connected)

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from gptutor.database.pool import Database, DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.pool import Database
 
 
 class Statements:

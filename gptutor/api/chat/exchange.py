@@ -19,7 +19,7 @@ from gptutor.api.chat.context import RequestContext, Services
 from gptutor.api.chat.errors import error_for_hold, error_for_upstream
 from gptutor.api.chat.event_stream import EventStream
 from gptutor.api.chat.purchase import Purchase
-from gptutor.database.pool import DatabaseUnavailable
+from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.http.app_keys import LOGGED
 from gptutor.http.unbuffered_response import CompleteResponse

@@ -1,4 +1,4 @@
--- A hold ends after it began, and reserves no more than a person could own.
+-- A hold ends after it begins, and holds no more than a billion roubles.
 SELECT
     account_id,
     hold_id,

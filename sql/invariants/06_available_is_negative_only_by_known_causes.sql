@@ -1,4 +1,4 @@
--- Available funds are below zero by no more than charges above their holds, charges after a release, and corrections took.
+-- An account is overdrawn by no more than charges above their holds, charges after a release, and corrections took.
 WITH holds_exceeded AS (
     SELECT
         account_id,

@@ -1,4 +1,4 @@
--- The account's own count of charges agrees with the ledger: no update was lost or doubled.
+-- The charge count of an account is the number of its charges in the ledger: no update was lost or doubled.
 WITH entries AS (
     SELECT
         account_id,
@@ -10,8 +10,8 @@ WITH entries AS (
 
 SELECT
     accounts.account_id,
-    accounts.charges,
+    accounts.charge_count,
     coalesce(entries.charges, 0) AS entries
 FROM accounts
 LEFT JOIN entries ON accounts.account_id = entries.account_id
-WHERE accounts.charges <> coalesce(entries.charges, 0);
+WHERE accounts.charge_count <> coalesce(entries.charges, 0);

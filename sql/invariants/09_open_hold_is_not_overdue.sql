@@ -1,4 +1,4 @@
--- No hold stays open past its time: one that does waits for evidence of what it bought.
+-- No open hold is overdue: recovery puts off the next look at a hold that still has no evidence of its cost.
 SELECT
     account_id,
     hold_id,
