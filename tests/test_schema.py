@@ -284,7 +284,7 @@ async def test_a_database_of_0_1_is_converted_with_every_row(postgres: str, tmp_
             await apply(url)
 
     await connection.close()
-    script = [sys.executable, CONVERSION.with_suffix(".py")]
+    script: list[str | Path] = [sys.executable, CONVERSION.with_suffix(".py")]
     done = await asyncio.to_thread(
         lambda: subprocess.run(
             script, cwd=tmp_path, env=environment(tmp_path, DATABASE_URL=url), check=False, capture_output=True, text=True

@@ -8,6 +8,9 @@ import pytest
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database
 
+OF_RECOVERY = frozenset({"claim_due_holds", "clear_idempotency_keys"})
+"""Statements that recovery sends by itself, at any time."""
+
 
 class Statements:
     """Counts the statements of a database, and can delay one, or lose its request or its response, as a network may."""
@@ -33,6 +36,11 @@ class Statements:
             self.lost_responses.remove(statement)
             raise DatabaseUnavailable("the response was lost")
         return rows
+
+    @property
+    def of_requests(self) -> list[str]:
+        """The names of all statements but recovery's."""
+        return [name for name, _ in self.seen if name not in OF_RECOVERY]
 
     def count(self, statement: str) -> int:
         return sum(name == statement for name, _ in self.seen)
