@@ -5,27 +5,57 @@ SYSTEMD_RUN ?= systemd-run
 SYSTEMCTL ?= systemctl
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.developed
+UV := $(VENV)/lock/bin/uv
+UPGRADE ?= --upgrade
+LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes $(UPGRADE)
 # The first Python that is new enough; PYTHON=… overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
+.PHONY: develop lock audit
 .PHONY: help install run test test-pythons check format lint types sql test-completion test-openai docs migrate service chaos fuzz bench bench-growth
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## make .venv and install everything into it
+# Everything is installed from the lock files in requirements/, whose hashes pip verifies: the same packages here, in CI and in production.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --require-hashes
 
-$(STAMP): setup.cfg pyproject.toml
+install: $(STAMP) ## make .venv and install what the service needs to run
+
+$(STAMP): requirements/build.txt requirements/run.txt setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "GPTutor needs Python 3.11 or newer, and none was found. Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@echo "Making $(VENV) with $(PYTHON) and installing (about a minute, this once) …"
+	@echo "Making $(VENV) with $(PYTHON) and installing (half a minute, once) …"
 	@$(PYTHON) -m venv $(VENV) || { echo "The venv module is missing. On Debian or Ubuntu: apt install python3-venv"; exit 1; }
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade 'pip>=24'
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,dev]'
+	@$(PIP) -r requirements/build.txt
+	@$(PIP) -r requirements/run.txt
+	@$(BIN)/python -m pip --disable-pip-version-check install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
-run: install ## the service, whole: embedded PostgreSQL and the OpenRouter simulator where nothing else is configured
+develop: $(TOOLS) ## install what tests, lint, types and the audit need as well
+
+$(TOOLS): requirements/develop.txt $(STAMP)
+	@echo "Installing what tests and checks need (once) …"
+	@$(PIP) -r requirements/develop.txt
+	@touch $@
+
+# These need more than the service does.
+test check format lint types sql audit test-completion test-openai chaos fuzz: develop
+check: audit
+
+lock: ## renew the lock files in requirements/ from the ranges in setup.cfg; UPGRADE= keeps the versions that still fit
+	@test -x $(UV) || { $(PYTHON) -m venv $(dir $(UV)).. && $(dir $(UV))python -m pip --disable-pip-version-check install -qq 'uv>=0.13,<1'; }
+	@$(LOCK) requirements/build.in -o requirements/build.txt
+	@$(LOCK) setup.cfg -o requirements/run.txt
+	@$(LOCK) setup.cfg --extra test --extra dev -c requirements/run.txt -o requirements/develop.txt
+	@$(LOCK) setup.cfg --extra bench -c requirements/run.txt -c requirements/develop.txt -o requirements/bench.txt
+
+audit: ## check the locked packages for known vulnerabilities; passes, and says so, where the vulnerability service is unreachable
+	@$(BIN)/python requirements/audit.py
+
+run: install ## the whole service: embedded PostgreSQL and the OpenRouter simulator where nothing else is configured
 	@exec $(BIN)/gptutor serve
 
 # Each of the processes has a PostgreSQL of its own; whoever has nothing left takes tests from the others.
@@ -46,7 +76,7 @@ check: install lint types sql ## lint, types, SQL, tests, and that every branch 
 	@$(BIN)/python -m pytest $(PARALLEL) --cov=gptutor.money --cov=gptutor.openrouter.bill --cov=gptutor.openrouter.retry --cov-branch \
 		--cov-report=term-missing:skip-covered --cov-fail-under=100
 
-format: install ## put the code into the project's form
+format: install ## format the code
 	@$(BIN)/ruff format .
 
 lint: install
@@ -73,8 +103,8 @@ fuzz: install ## bytes that nobody meant, for each of what reads bytes: SECONDS=
 		$(BIN)/python -m tests.fuzz $$target --seconds $(or $(SECONDS),60) || exit 1; done
 
 BENCHED := $(VENV)/.bench-installed
-$(BENCHED): $(STAMP)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[bench]'
+$(BENCHED): requirements/bench.txt $(STAMP)
+	@$(PIP) -r requirements/bench.txt
 	@touch $@
 
 bench: $(BENCHED) ## CPU per request against a bare relay, nginx and LiteLLM, in one run (bench/README.md): ARGS="--tls --rounds 5"
@@ -89,8 +119,8 @@ docs: install ## the documentation at http://localhost:8080
 migrate: install ## bring the database of DATABASE_URL up to date
 	@$(BIN)/gptutor migrate
 
-# One that ends at once is started again after RestartSec (2), and a single look could find it running: so there are three.
-service: install ## run as a systemd service, with restart, until the next reboot; settings from gptutor.env
+# A service that exits at once is restarted after RestartSec (2 s), and a single check could find it running: so there are three.
+service: install ## run as a systemd service, restarted on exit, until the next reboot; settings from gptutor.env
 	@command -v systemd-run >/dev/null || { echo "There is no systemd here. Run it with: make run"; exit 1; }
 	@test -f gptutor.env || { echo "Write gptutor.env first: DATABASE_URL, OPENROUTER_API_KEY and GPTUTOR_SECRET_KEY, a line each (README, Going live)."; exit 1; }
 	@$(SYSTEMD_RUN) --unit=gptutor --collect --working-directory=$(CURDIR) -p User=$$(stat -c %U .) \

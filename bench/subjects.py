@@ -170,7 +170,7 @@ def gptutor(workers: int = 1) -> Callable[[Setup], AbstractContextManager[Runnin
             "GPTUTOR_SECRET_KEY": base64.b64encode(bytes(32)).decode(),
             "GPTUTOR_WORKERS": str(workers),
             "GPTUTOR_RATE_LIMIT__CHAT_PER_MINUTE": "0",
-            "GPTUTOR_RATE_LIMIT__CHAT_AT_ONCE": "0",
+            "GPTUTOR_RATE_LIMIT__CHAT_CONCURRENT_MAX": "0",
             "GPTUTOR_OPENROUTER__CONNECTIONS_MAX": "4000",
         }
         command = [str(Path(sys.executable).with_name("gptutor")), "serve"]

@@ -1,4 +1,4 @@
-"""The application: its rooms are wired here, and a request's way through them can be read in one place."""
+"""The public application: its middlewares, and the objects that its handlers use, wired in the order in which they start."""
 
 import asyncio
 import hashlib
@@ -6,259 +6,196 @@ import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from gptutor.api import auth, models, payments, sign_in
-from gptutor.api.chat import completions
+from gptutor.api.auth import VkSignIn, authenticate
 from gptutor.api.chat.context import Services
 from gptutor.api.chat.event_stream import StreamLimits
-from gptutor.config.schema import Config
+from gptutor.api.models import ModelList
+from gptutor.api.payments import PaymentService
+from gptutor.config.schema import BillingSettings, Config, OpenRouterSettings, RelaySettings, VkSettings, YookassaSettings
 from gptutor.database import migrations, pool
-from gptutor.http import health, middlewares
-from gptutor.http.address_limits import RequestCounter, limit_by_address, networks
-from gptutor.http.body import BodyLimits, defer_continue
-from gptutor.http.cors import cors, open_to_pages
+from gptutor.http import middlewares
+from gptutor.http.address_limits import RequestCounter, limit_by_address, parse_networks
+from gptutor.http.app_keys import (
+    CONFIG,
+    DATABASE,
+    JOURNAL,
+    KEYRING,
+    MODEL_LIST,
+    PAYMENTS,
+    READINESS,
+    SERVICES,
+    VAULT,
+    VK_SIGN_IN,
+)
+from gptutor.http.body import BodyLimits
+from gptutor.http.cors import add_cors_headers, cors
+from gptutor.http.errors import errors
+from gptutor.http.health import Readiness
 from gptutor.http.rate_limit import RateLimit
+from gptutor.http.routing import add_routes
 from gptutor.integrations import yookassa
+from gptutor.integrations.vk import ExpiredLaunch
 from gptutor.money import journal
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.balance_auditor import BalanceAuditor
-from gptutor.money.journal import Journal, Leftover
+from gptutor.money.journal import AbandonedJournal
 from gptutor.money.keyring import KeyRing
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.money.recovery import Recovery, connection_name
 from gptutor.money.vault import Vault
 from gptutor.openrouter import catalogue, service
-from gptutor.routes import KEYED, PERSONAL, ROUTES
+from gptutor.openrouter.service import FORWARDED_HEADERS
+from gptutor.routes import METHODS, ROUTES
 from gptutor.tasks import BackgroundTasks
-from gptutor.telemetry import metrics
 from gptutor.telemetry.logs import LoggerService
+from gptutor.telemetry.metrics import IN_FLIGHT_REQUESTS
 
 LOGGER = logging.getLogger("gptutor.app")
 HOLD_SLACK_S = 60
-"""Beyond a request's own time limits, for settling it; then recovery looks at its hold."""
+"""Added to a request's own timeouts for settling it; after that recovery takes its hold over."""
 DATABASE_RETRY_S = 1.0
-ORPHANS_DRAIN_S = 5.0
+LEDGER_DRAIN_S = 5.0
 JOURNALS = "journal"
 MODELS_FILE = "models.json"
 
-CONFIG = web.AppKey("config", Config)
-LOG = web.AppKey("log", LoggerService)
-UPSTREAM = web.AppKey("upstream", service.OpenRouterService)
-CATALOGUE = web.AppKey("catalogue", catalogue.Catalogue)
-JOURNAL = web.AppKey("journal", Journal)
-LEFTOVERS = web.AppKey("leftovers", list[Leftover])
-RECOVERY = web.AppKey("recovery", Recovery)
-SECRET = web.AppKey("secret", bytes)
-VAULT = web.AppKey("vault", Vault)
-PARSER_THREAD = web.AppKey("slow_lane", ThreadPoolExecutor)
-IN_FLIGHT = web.AppKey("in_flight", BackgroundTasks)
-
 
 def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
-    """One application. `config.database.url` and `config.openrouter` name real ends here: embedded ones were filled in before.
+    """`config.database.url` and `config.openrouter` must name real servers, also where they are the embedded ones.
 
-    Of the secrets the first is today's, the others are those before it.
+    `secrets`: the current secret first, then the old ones.
     """
+    origins = config.server.allowed_origins
     app = web.Application(
-        client_max_size=config.server.body_bytes_max,  # for whatever reads by aiohttp's own means
+        client_max_size=config.server.body_bytes_max,  # for code that reads a body by aiohttp's own methods
         middlewares=[
-            middlewares.request_id,  # outermost: every answer has an id, and every line names it
-            cors(config.server.allowed_origins),  # a browser asks leave before it asks; that needs no line in the log
-            middlewares.access_log(log),  # sees the final answer, refusals included
-            middlewares.errors,  # turns every failure into an answer; all below it may raise a Refusal
-            _address_limits(config),  # those without an account, before anything is done for them
+            middlewares.request_id,  # outermost: every response has an id, and every log line names it
+            cors(origins, methods=METHODS, request_headers=FORWARDED_HEADERS),  # preflight requests need no log line
+            middlewares.access_log(log),  # sees the final response, errors included
+            errors,  # turns every exception into a response; everything below may raise ApiError
+            _address_limits(config),  # before any work is done for unauthenticated clients
             middlewares.body_limit(config.server.body_bytes_max),  # before anything reads the body
-            # nearest to the handler: a 404 or 405 needs no key
-            auth.authenticate(KEYED, PERSONAL, RequestCounter(config.rate_limit.own_pages_per_minute)),
+            # nearest to the handler, so that a 404 or 405 needs no key
+            authenticate(RequestCounter(config.rate_limit.account_pages_per_minute)),
         ],
     )
-    app.on_response_prepare.extend([middlewares.name_response, open_to_pages(config.server.allowed_origins)])
+    app.on_response_prepare.extend([middlewares.add_request_id, add_cors_headers(origins)])
     app[CONFIG] = config
-    app[LOG] = log
-    app[SECRET] = secrets[0]
+    app[READINESS] = Readiness()
     app[VAULT] = Vault(secrets)
-    app[auth.VK_SIGN_IN] = auth.VkSignIn(
-        app_id=config.vk.app_id,
-        secret=config.vk.secret_key,
-        age_s_max=config.vk.launch_age_s,
-        bonus=parse_roubles(f"{config.vk.bonus_rub:f}"),
-    )
-    app[health.READINESS] = health.Readiness()
+    app[VK_SIGN_IN] = _vk_sign_in(config.vk)
 
-    # Entered in this order, left in the reverse: money under way is closed before the sessions and the pool that it needs.
-    app.cleanup_ctx.extend(
-        [journal_context, database_context, payments_context, upstream_context, slow_lane_context, exchanges_context]
-    )
-    app.on_shutdown.append(close_the_door)
+    async def services_context(app: web.Application) -> AsyncIterator[None]:
+        async with running_services(app, log=log, secret=secrets[0]):
+            yield
 
-    for method, path, handler in ROUTES:
-        if method == "GET":
-            app.router.add_get(path, handler, expect_handler=defer_continue)  # and HEAD
-        else:
-            app.router.add_route(method, path, handler, expect_handler=defer_continue)
+    app.cleanup_ctx.append(services_context)
+    app.on_shutdown.append(_stop_accepting)
+    add_routes(app, ROUTES)
     return app
 
 
 def _address_limits(config: Config) -> Middleware:
     limits = config.rate_limit
-    models_read, sign_ins = RequestCounter(limits.models_per_minute), RequestCounter(limits.sign_ins_per_minute)
-    arrivals = {
-        models.list_models: models_read,
-        models.show_model: models_read,
-        sign_in.vk_test: sign_ins,
-        sign_in.update_token: sign_ins,
-        payments.notified: RequestCounter(limits.notifications_per_minute),
-    }
     return limit_by_address(
-        arrivals,
-        RequestCounter(limits.strangers_per_minute),
-        KEYED | PERSONAL | {sign_in.vk_test, sign_in.update_token},
-        networks(config.server.trusted_proxies),
+        {
+            "models_per_minute": RequestCounter(limits.models_per_minute),
+            "sign_ins_per_minute": RequestCounter(limits.sign_ins_per_minute),
+            "notifications_per_minute": RequestCounter(limits.notifications_per_minute),
+        },
+        unauthenticated=RequestCounter(limits.unauthenticated_per_minute),
+        trusted_proxies=parse_networks(config.server.trusted_proxies),
+        not_counted=(ExpiredLaunch,),  # a page that was left open
     )
 
 
-async def journal_context(app: web.Application) -> AsyncIterator[None]:
-    with journal.opened(app[CONFIG].paths.data / JOURNALS, bytes_max=app[CONFIG].recovery.journal_bytes_max) as (own, leftovers):
-        app[JOURNAL] = own
-        app[LEFTOVERS] = leftovers
-        yield
-
-
-async def database_context(app: web.Application) -> AsyncIterator[None]:
-    limits = app[CONFIG].database
-    async with pool.connected(
-        limits.url,
-        name=connection_name(app[JOURNAL].owner),
-        connections_min=0,  # the service starts, and says so, before PostgreSQL answers
-        connections_max=limits.connections_max,
-        acquire_s=limits.acquire_s,
-        statement_s=limits.statement_s,
-    ) as connected:
-        app[health.DATABASE] = connected
-        app[auth.KEYRING] = KeyRing(connected, app[VAULT])
-        yield
-
-
-async def payments_context(app: web.Application) -> AsyncIterator[None]:
-    """The cashier, with YooKassa behind it where it is set up."""
-    shop = app[CONFIG].yookassa
+@asynccontextmanager
+async def running_services(app: web.Application, *, log: LoggerService, secret: bytes) -> AsyncIterator[None]:
+    """Starts what the handlers use, from the journal up, and stops it in reverse: requests are settled before the pool closes."""
+    config = app[CONFIG]
+    journals = config.paths.data / JOURNALS
     async with AsyncExitStack() as stack:
-        client = None
-        if shop.is_set:
-            client = await stack.enter_async_context(
-                yookassa.connected(
-                    shop_id=shop.shop_id,
-                    secret_key=shop.secret_key,
-                    base_url=shop.base_url,
-                    return_url=shop.return_url,
-                    timeout_s=shop.timeout_s,
-                )
+        app[JOURNAL], leftovers = stack.enter_context(journal.opened(journals, bytes_max=config.recovery.journal_bytes_max))
+
+        database = app[DATABASE] = await stack.enter_async_context(
+            pool.connected(
+                config.database.url,
+                name=connection_name(app[JOURNAL].owner),
+                connections_min=0,  # the service starts, and reports that it is not ready, before PostgreSQL answers
+                connections_max=config.database.connections_max,
+                acquire_s=config.database.acquire_s,
+                statement_s=config.database.statement_s,
             )
-        app[payments.PAYMENTS] = payments.PaymentService(
-            client, least_rub=shop.payment_min_rub, most_rub=shop.payment_max_rub, at_once=shop.at_once
         )
+        app[KEYRING] = KeyRing(database, app[VAULT])
+
+        app[PAYMENTS] = await stack.enter_async_context(_payment_service(config.yookassa))
+
+        upstream = await stack.enter_async_context(_openrouter(config.openrouter))
+        models = await stack.enter_async_context(
+            catalogue.refreshed(upstream, config.openrouter.models_refresh_s, config.paths.data / MODELS_FILE)
+        )
+        app[MODEL_LIST] = ModelList(models, config.billing.rub_per_usd)
+
+        ledger = Ledger(
+            database,
+            app[JOURNAL],
+            rub_per_usd=config.billing.rub_per_usd,
+            hold_ttl_s=config.openrouter.total_s + config.relay.disconnected_drain_s + HOLD_SLACK_S,
+            chat_per_minute=config.rate_limit.chat_per_minute,
+            chat_at_once=config.rate_limit.chat_concurrent_max,
+        )
+        in_flight = BackgroundTasks()
+        IN_FLIGHT_REQUESTS.set_function(in_flight.__len__)
+        app[SERVICES] = Services(
+            ledger=ledger,
+            evaluate=_cost_evaluation(config.billing),
+            upstream=upstream,
+            catalogue=models,
+            log=log,
+            in_flight=in_flight,
+            parser_thread=stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="large bodies")),
+            body_limits=BodyLimits(config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s),
+            default_model=config.openrouter.default_model,
+            pseudonym_key=derived_key(secret, b"pseudonym"),
+            stream_limits=_stream_limits(config.relay),
+            rate_limit=RateLimit(config.rate_limit.chat_per_minute),
+        )
+
+        recovery = Recovery(
+            database,
+            ledger,
+            journals,
+            upstream.cost_of,
+            poll_s=config.recovery.poll_s,
+            look_max_s=config.recovery.lookup_interval_max_s,
+            give_up_s=config.recovery.give_up_s,
+        )
+        background = asyncio.create_task(_become_ready(app, recovery, leftovers), name="startup and recovery")
         yield
-        await app[payments.PAYMENTS].drain()
+        cut_off = await in_flight.drain(config.server.drain_s)
+        if cut_off:
+            LOGGER.error("%d requests were cut off before they were settled; the journal has what is known of them", cut_off)
+        background.cancel()
+        await asyncio.gather(background, return_exceptions=True)
+        unreleased = await ledger.drain(LEDGER_DRAIN_S)
+        app[JOURNAL].keep_when_empty = bool(cut_off or unreleased)
 
 
-async def upstream_context(app: web.Application) -> AsyncIterator[None]:
-    config = app[CONFIG]
-    openrouter = config.openrouter
-    limits = service.UpstreamLimits(
-        connect_s=openrouter.connect_s,
-        total_s=openrouter.total_s,
-        first_byte_s=openrouter.first_byte_s,
-        idle_s=openrouter.idle_s,
-        end_s=openrouter.end_s,
-        attempts_max=openrouter.attempts_max,
-    )
-    async with (
-        service.connected(
-            openrouter.base_url,
-            openrouter.api_key,
-            limits,
-            referer=openrouter.referer,
-            title=openrouter.title,
-            connections_max=openrouter.connections_max,
-            proxy=openrouter.proxy,
-            old_api_keys=openrouter.old_api_keys.split(),
-        ) as upstream,
-        catalogue.refreshed(upstream, openrouter.models_refresh_s, config.paths.data / MODELS_FILE) as models_known,
-    ):
-        app[UPSTREAM] = upstream
-        app[CATALOGUE] = models_known
-        app[models.MODELS] = models.ModelList(models_known, config.billing.rub_per_usd)
-        yield
-
-
-async def slow_lane_context(app: web.Application) -> AsyncIterator[None]:
-    with ThreadPoolExecutor(1, thread_name_prefix="large bodies") as lane:
-        app[PARSER_THREAD] = lane
-        yield
-
-
-async def exchanges_context(app: web.Application) -> AsyncIterator[None]:
-    config = app[CONFIG]
-    ledger = Ledger(
-        app[health.DATABASE],
-        app[JOURNAL],
-        rub_per_usd=config.billing.rub_per_usd,
-        hold_ttl_s=config.openrouter.total_s + config.relay.disconnected_drain_s + HOLD_SLACK_S,
-        chat_per_minute=config.rate_limit.chat_per_minute,
-        chat_at_once=config.rate_limit.chat_at_once,
-    )
-    app[IN_FLIGHT] = BackgroundTasks()
-    metrics.IN_FLIGHT_REQUESTS.set_function(app[IN_FLIGHT].__len__)
-    app[completions.SERVICES] = Services(
-        ledger=ledger,
-        evaluate=LLMCostEvaluate(**{name: getattr(config.billing, name) for name in config.billing.__struct_fields__}),
-        upstream=app[UPSTREAM],
-        catalogue=app[CATALOGUE],
-        log=app[LOG],
-        in_flight=app[IN_FLIGHT],
-        readiness=app[health.READINESS],
-        keyring=app[auth.KEYRING],
-        parser_thread=app[PARSER_THREAD],
-        body_limits=BodyLimits(config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s),
-        default_model=config.openrouter.default_model,
-        pseudonym_key=derived_key(app[SECRET], b"pseudonym"),
-        stream_limits=StreamLimits(**{name: getattr(config.relay, name) for name in config.relay.__struct_fields__}),
-        rate_limit=RateLimit(config.rate_limit.chat_per_minute),
-    )
-    app[RECOVERY] = Recovery(
-        app[health.DATABASE],
-        ledger,
-        config.paths.data / JOURNALS,
-        app[UPSTREAM].cost_of,
-        poll_s=config.recovery.poll_s,
-        look_max_s=config.recovery.look_max_s,
-        give_up_s=config.recovery.give_up_s,
-    )
-    opening = asyncio.create_task(open_for_business(app), name="open for business")
-    yield
-    late = await app[IN_FLIGHT].drain(config.server.drain_s)
-    if late:
-        LOGGER.error("%d requests were cut off before their money was closed; the journal has what is known of them", late)
-    opening.cancel()
-    await asyncio.gather(opening, return_exceptions=True)
-    unfreed = await ledger.drain(ORPHANS_DRAIN_S)
-    app[JOURNAL].proves_something = bool(late or unfreed)
-
-
-async def open_for_business(app: web.Application) -> None:
-    """Waits for a migrated database, replays what dead processes left, opens the door, and goes on recovering and watching."""
-    readiness = app[health.READINESS]
-    left: list[Leftover] = []
+async def _become_ready(app: web.Application, recovery: Recovery, leftovers: list[AbandonedJournal]) -> None:
+    """Waits for a migrated database, replays the journals of dead processes, sets READINESS, then runs recovery and auditor."""
+    config, readiness = app[CONFIG], app[READINESS]
+    unreplayed: list[AbandonedJournal] = []
     while readiness.obstacle is not None:
         try:
-            if pending := await migrations.pending_migrations(app[CONFIG].database.url):
+            if pending := await migrations.pending_migrations(config.database.url):
                 raise migrations.MigrationError(f"The database lacks {', '.join(pending)}: gptutor migrate")
-            left = [leftover for leftover in app[LEFTOVERS] if not await app[RECOVERY].replay(leftover)]
+            unreplayed = [leftover for leftover in leftovers if not await recovery.replay(leftover)]
             readiness.obstacle = None
         except (pool.DatabaseUnavailable, pool.DatabaseRefused, migrations.MigrationError) as error:
             readiness.obstacle = str(error)
@@ -266,19 +203,103 @@ async def open_for_business(app: web.Application) -> None:
             await asyncio.sleep(DATABASE_RETRY_S)
         except Exception as error:
             readiness.obstacle = type(error).__name__
-            LOGGER.exception("Not ready yet, by a fault of ours")
+            LOGGER.exception("Not ready yet: unexpected exception")
             await asyncio.sleep(DATABASE_RETRY_S)
-    async with asyncio.TaskGroup() as for_ever:
-        for_ever.create_task(app[RECOVERY].run(left), name="recovery")
-        for_ever.create_task(
-            BalanceAuditor(app[health.DATABASE], app[CONFIG].recovery.watch_s).run(), name="watch over the books"
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(recovery.run(unreplayed), name="recovery")
+        tasks.create_task(BalanceAuditor(app[DATABASE], config.recovery.audit_interval_s).run(), name="balance auditor")
+
+
+async def _stop_accepting(app: web.Application) -> None:
+    app[READINESS].obstacle = "the service is stopping"
+
+
+# -- settings into objects
+
+
+def _vk_sign_in(settings: VkSettings) -> VkSignIn:
+    return VkSignIn(
+        app_id=settings.app_id,
+        secret=settings.secret_key,
+        age_s_max=settings.launch_age_s,
+        bonus=parse_roubles(f"{settings.bonus_rub:f}"),
+    )
+
+
+@asynccontextmanager
+async def _payment_service(settings: YookassaSettings) -> AsyncIterator[PaymentService]:
+    """With a YooKassa client if the shop is configured."""
+    async with AsyncExitStack() as stack:
+        client = None
+        if settings.is_set:
+            client = await stack.enter_async_context(
+                yookassa.connected(
+                    shop_id=settings.shop_id,
+                    secret_key=settings.secret_key,
+                    base_url=settings.base_url,
+                    return_url=settings.return_url,
+                    timeout_s=settings.timeout_s,
+                )
+            )
+        payments = PaymentService(
+            client,
+            amount_min_rub=settings.payment_min_rub,
+            amount_max_rub=settings.payment_max_rub,
+            concurrent_max=settings.concurrent_max,
         )
+        yield payments
+        await payments.drain()
 
 
-async def close_the_door(app: web.Application) -> None:
-    app[health.READINESS].obstacle = "the service is stopping"
+@asynccontextmanager
+async def _openrouter(settings: OpenRouterSettings) -> AsyncIterator[service.OpenRouterService]:
+    limits = service.UpstreamLimits(
+        connect_s=settings.connect_s,
+        total_s=settings.total_s,
+        first_byte_s=settings.first_byte_s,
+        idle_s=settings.idle_s,
+        end_s=settings.end_s,
+        attempts_max=settings.attempts_max,
+    )
+    async with service.connected(
+        settings.base_url,
+        settings.api_key,
+        limits,
+        referer=settings.referer,
+        title=settings.title,
+        connections_max=settings.connections_max,
+        proxy=settings.proxy,
+        old_api_keys=settings.old_api_keys.split(),
+    ) as openrouter:
+        yield openrouter
+
+
+def _cost_evaluation(settings: BillingSettings) -> LLMCostEvaluate:
+    return LLMCostEvaluate(
+        rub_per_usd=settings.rub_per_usd,
+        balance_min_rub=settings.balance_min_rub,
+        margin=settings.margin,
+        output_tokens_typical=settings.output_tokens_typical,
+        output_tokens_min=settings.output_tokens_min,
+        reserve=settings.reserve,
+        hold_default_rub=settings.hold_default_rub,
+        image_tokens=settings.image_tokens,
+        paid_tool_usd=settings.paid_tool_usd,
+        cache_write_factor=settings.cache_write_factor,
+        priority_tier_factor=settings.priority_tier_factor,
+    )
+
+
+def _stream_limits(settings: RelaySettings) -> StreamLimits:
+    return StreamLimits(
+        heartbeat_s=settings.heartbeat_s,
+        buffer_bytes=settings.buffer_bytes,
+        write_timeout_s=settings.write_timeout_s,
+        disconnected_drain_s=settings.disconnected_drain_s,
+        disconnected_drain_bytes=settings.disconnected_drain_bytes,
+    )
 
 
 def derived_key(secret: bytes, purpose: bytes) -> bytes:
-    """A key for one purpose only: none of them reveals another, or the secret."""
+    """A key for one purpose; knowing it reveals neither the secret nor the keys for other purposes."""
     return hmac.new(secret, b"gptutor " + purpose, hashlib.sha256).digest()

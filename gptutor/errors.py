@@ -1,7 +1,7 @@
-"""The closed list of refusals: what a caller can be told when there is no answer (contract B).
+"""The closed list of errors that a client can get (contract B).
 
-A refusal is raised anywhere above the rims and becomes a response in one place, the `errors` middleware. Its body is
-`{"error": "<text>"}`; its code, one word of this list, stands in the header X-Error-Code.
+An ApiError is raised anywhere above money/, openrouter/ and database/, and becomes a response in one place, the `errors`
+middleware. The response body is `{"error": "<text>"}`; the code, one word of this list, is in the header X-Error-Code.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """One row of the list: HTTP status, default text, and whether a second attempt could be charged twice."""
+    """One row of the list: HTTP status, default text, and headers that say whether and when to retry."""
 
     status: int
     text: str
@@ -18,15 +18,15 @@ class ErrorKind:
 
 
 DO_NOT_RETRY = {"x-should-retry": "false"}
-"""Obeyed by the OpenAI SDKs, which otherwise repeat every 409, 429 and 5xx."""
+"""The OpenAI SDKs obey this header; without it they repeat every 409, 429 and 5xx."""
 
 RETRY_SOON = {"Retry-After": "1"}
 
 ERRORS: dict[str, ErrorKind] = {
-    # the ask
+    # the request
     "malformed_request": ErrorKind(400, "Malformed HTTP request"),
     "invalid_json": ErrorKind(400, "Request body is not valid JSON"),
-    "duplicate_key": ErrorKind(400, "A key stands twice in one JSON object"),
+    "duplicate_field": ErrorKind(400, "A JSON object has a duplicated field"),
     "invalid_request": ErrorKind(400, "Invalid request"),
     "model_not_found": ErrorKind(400, "Unknown model"),
     "upstream_rejected": ErrorKind(400, "OpenRouter rejected the request"),
@@ -34,24 +34,24 @@ ERRORS: dict[str, ErrorKind] = {
     "body_too_slow": ErrorKind(408, "Request body did not arrive in time"),
     "unsupported_encoding": ErrorKind(415, "Request body must not be compressed"),
     "unsupported_media_type": ErrorKind(415, "Content-Type must be application/json"),
-    # the caller
+    # the client and its account
     "invalid_key": ErrorKind(401, "Invalid API key or inactive user", {"WWW-Authenticate": "Bearer"}),
     "insufficient_balance": ErrorKind(402, "Insufficient balance", DO_NOT_RETRY),
-    "key_cap_reached": ErrorKind(402, "The spending cap of this API key is reached", DO_NOT_RETRY),
-    "too_many_keys": ErrorKind(409, "The account has as many API keys as it may have", DO_NOT_RETRY),
+    "key_limit_reached": ErrorKind(402, "The spending limit of this API key is reached", DO_NOT_RETRY),
+    "too_many_keys": ErrorKind(409, "The account has reached its maximum number of API keys", DO_NOT_RETRY),
     "main_key_required": ErrorKind(403, "Only the main API key or a sign-in may change keys"),
-    "repeated_request": ErrorKind(409, "A request with this Idempotency-Key was made before", DO_NOT_RETRY),
-    "mismatched_request": ErrorKind(422, "This Idempotency-Key was used for a different request", DO_NOT_RETRY),
-    "already_booked": ErrorKind(409, "This reference was booked before", DO_NOT_RETRY),
+    "duplicate_request": ErrorKind(409, "A request with this Idempotency-Key was already made", DO_NOT_RETRY),
+    "idempotency_mismatch": ErrorKind(422, "This Idempotency-Key was used for a different request", DO_NOT_RETRY),
+    "already_booked": ErrorKind(409, "This reference was already booked", DO_NOT_RETRY),
     "moderated": ErrorKind(403, "OpenRouter's moderation refused the request"),
     "rate_limited": ErrorKind(429, "Too Many Requests"),
-    "too_many_at_once": ErrorKind(429, "Too many requests at the same time", RETRY_SOON),
+    "too_many_concurrent_requests": ErrorKind(429, "Too many requests at the same time", RETRY_SOON),
     "rate_limited_upstream": ErrorKind(429, "The model is overloaded, try again later", {"Retry-After": "5"}),
     # the route
     "not_found": ErrorKind(404, "Not found"),
     "method_not_allowed": ErrorKind(405, "Method not allowed"),
-    "expectation_failed": ErrorKind(417, "The only expectation that is met is 100-continue"),
-    # us and upstream
+    "expectation_failed": ErrorKind(417, "The only supported expectation is 100-continue"),
+    # the gateway and OpenRouter
     "internal_error": ErrorKind(500, "Internal server error"),
     "upstream_error": ErrorKind(500, "Internal server error"),
     "upstream_unreachable": ErrorKind(500, "Internal server error"),
@@ -66,7 +66,7 @@ ERRORS: dict[str, ErrorKind] = {
 
 
 class ApiError(Exception):
-    """A refusal of one request. `more` stands beside the text in its body; `cause` is for the log, and never leaves the house."""
+    """An error for the client. `extra` are fields beside `error` in the body; `cause` is for the log only."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class ApiError(Exception):
         text: str | None = None,
         *,
         headers: Mapping[str, str] | None = None,
-        more: Mapping[str, str | int] | None = None,
+        extra: Mapping[str, str | int] | None = None,
         cause: str | None = None,
     ) -> None:
         kind = ERRORS[code]
@@ -82,6 +82,6 @@ class ApiError(Exception):
         self.status = kind.status
         self.text = text or kind.text
         self.headers = {**kind.headers, **(headers or {})}
-        self.more = more or {}
+        self.extra = extra or {}
         self.cause = cause
         super().__init__(self.text)

@@ -1,4 +1,4 @@
-"""Accounts, from the caller's side: signing in by VK, the main key, who is let in and who is not (contract D1 to D4, D6, B3).
+"""Accounts, from the client's side: sign-in by VK, the main key, who is accepted and who is rejected (contract D1 to D4, D6, B3).
 
 Rows auth-1 to -14: no header, wrong schemes and doubled headers, keys of a wrong form, unknown, revoked and foreign keys, SQL in
 a key, inactive users; VK's signature, its odd parameters, its clock, other apps, replays; auth-14 is in `test_keys_limits.py`.
@@ -23,13 +23,13 @@ import psutil
 import pytest
 
 from gptutor.database.pool import Database
-from gptutor.http.health import DATABASE, READINESS
+from gptutor.http.app_keys import DATABASE, READINESS
 from gptutor.money.amounts import AccountId, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import hash_key, make_key
 from gptutor.money.users import NoSuchUser, UserRepository
-from gptutor.money.vault import Sealed, Unreadable, Vault
+from gptutor.money.vault import DecryptionFailed, EncryptedKey, Vault
 from tests.support.books import assert_books_agree
 from tests.support.gateway import SECRET, VAULT, Caller, Gateway, make_caller
 from tests.support.ledger import assert_books_hold
@@ -43,11 +43,11 @@ UNAUTHORIZED = (401, "invalid_key", {"error": "Invalid API key or inactive user"
 with_gift = pytest.mark.parametrize("tuned", [GIFT])
 
 
-# -- the way of the document
+# -- the documented way
 
 
 @with_gift
-async def test_from_vk_to_an_answer_that_is_paid_for(gateway: Gateway) -> None:
+async def test_from_vk_sign_in_to_a_charged_completion(gateway: Gateway) -> None:
     """Contract D1, A6: VK → /vk-test → dbUser.apiKey → an OpenAI SDK → balance."""
     signed_in = await sign_in(gateway)
     assert set(signed_in) == {"message", "vkData", "dbUser", "timestamp"}
@@ -75,7 +75,7 @@ async def test_from_vk_to_an_answer_that_is_paid_for(gateway: Gateway) -> None:
 
 
 @with_vk
-async def test_a_balance_is_a_number_that_is_spelled_exactly(gateway: Gateway) -> None:
+async def test_the_balance_of_a_sign_in_is_an_exact_number(gateway: Gateway) -> None:
     user = (await sign_in(gateway))["dbUser"]
     await Bookings(gateway.books).book(AccountId(user["id"]), "topup", parse_roubles("123456789.000000001"))
     async with gateway.session.get(f"{gateway.url}/vk-test", headers=bearer(launch())) as response:
@@ -83,7 +83,7 @@ async def test_a_balance_is_a_number_that_is_spelled_exactly(gateway: Gateway) -
 
 
 @with_gift
-async def test_twenty_first_sign_ins_make_one_account_one_key_and_one_gift(gateway: Gateway) -> None:
+async def test_twenty_concurrent_first_sign_ins_create_one_account_one_key_and_one_bonus(gateway: Gateway) -> None:
     answers = await asyncio.gather(*(sign_in(gateway) for _ in range(20)))
     assert len({answer["dbUser"]["id"] for answer in answers}) == 1
     (key,) = {answer["dbUser"]["apiKey"] for answer in answers}
@@ -97,7 +97,7 @@ async def test_twenty_first_sign_ins_make_one_account_one_key_and_one_gift(gatew
 
 
 @with_vk
-async def test_every_person_has_an_account_of_his_own(gateway: Gateway) -> None:
+async def test_every_person_has_their_own_account(gateway: Gateway) -> None:
     first, second = [(await sign_in(gateway, launch(user_id)))["dbUser"] for user_id in (1, 2)]
     assert first["id"] != second["id"]
     assert first["apiKey"] != second["apiKey"]
@@ -111,14 +111,14 @@ async def test_every_person_has_an_account_of_his_own(gateway: Gateway) -> None:
 
 @with_vk
 async def test_signing_in_again_changes_nothing(gateway: Gateway) -> None:
-    """Row auth-13: within its hour a launch may be used again."""
+    """Row auth-13: launch parameters may be reused for an hour."""
     token = launch()
     answers = [await sign_in(gateway, token) for _ in range(3)]
     assert [answer["dbUser"] for answer in answers] == [answers[0]["dbUser"]] * 3
 
 
 @with_vk
-async def test_update_token_kills_the_main_key_at_once_and_no_other(gateway: Gateway) -> None:
+async def test_update_token_invalidates_the_main_key_at_once_and_no_other(gateway: Gateway) -> None:
     """Contract D3."""
     user = (await sign_in(gateway))["dbUser"]
     account_id = AccountId(user["id"])
@@ -137,7 +137,7 @@ async def test_update_token_kills_the_main_key_at_once_and_no_other(gateway: Gat
     assert (await sign_in(gateway))["dbUser"]["apiKey"] == document["newApiKey"]
 
 
-# -- who is not let in
+# -- who is rejected
 
 FORMS: dict[str, Callable[[Caller], Any]] = {
     "auth-1: no header": lambda caller: {},
@@ -178,7 +178,7 @@ PLACES = [("POST", "/v1/chat/completions"), ("GET", "/v1/keys"), ("GET", "/vk-te
 
 @with_vk
 @pytest.mark.parametrize("form", FORMS)
-async def test_what_is_no_key_is_refused_without_asking_the_database(
+async def test_malformed_keys_are_rejected_without_a_database_query(
     gateway: Gateway, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = await gateway.caller()
@@ -192,8 +192,8 @@ async def test_what_is_no_key_is_refused_without_asking_the_database(
 
 
 @with_vk
-async def test_a_key_in_the_address_is_none(gateway: Gateway) -> None:
-    """Row auth-2: addresses stand in logs."""
+async def test_a_key_in_the_url_is_not_accepted(gateway: Gateway) -> None:
+    """Row auth-2: URLs are logged."""
     caller = await gateway.caller()
     for method, path in PLACES:
         for name in ("key", "api_key", "access_token"):
@@ -201,7 +201,7 @@ async def test_a_key_in_the_address_is_none(gateway: Gateway) -> None:
         assert await send(gateway, method, f"{path}?{launch()}", {}) == UNAUTHORIZED
 
 
-async def test_a_key_of_a_megabyte_does_not_even_reach_the_checks(gateway: Gateway) -> None:
+async def test_a_key_of_a_megabyte_is_malformed_http(gateway: Gateway) -> None:
     """Row auth-3: what is longer than any header may be is not HTTP to us."""
     async with gateway.session.get(f"{gateway.url}/v1/keys", headers=bearer("sk-user-1-" + "a" * 1_000_000)) as response:
         assert response.status == 400
@@ -210,7 +210,7 @@ async def test_a_key_of_a_megabyte_does_not_even_reach_the_checks(gateway: Gatew
 
 @with_vk
 @pytest.mark.parametrize("fault", LAUNCHES)
-async def test_what_vk_has_not_signed_for_us_and_now_is_refused_without_asking_the_database(
+async def test_invalid_launch_parameters_are_rejected_without_a_database_query(
     gateway: Gateway, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Statements(gateway.app[DATABASE], monkeypatch).seen
@@ -230,20 +230,20 @@ async def test_what_vk_has_not_signed_for_us_and_now_is_refused_without_asking_t
         lambda: f"https://app.example/index.html?{launch()}#home",
     ],
 )
-async def test_odd_launches_that_vk_has_signed_are_let_in(gateway: Gateway, token: Callable[[], str]) -> None:
+async def test_unusual_launch_parameters_with_a_valid_signature_are_accepted(gateway: Gateway, token: Callable[[], str]) -> None:
     """Row auth-10."""
     assert (await sign_in(gateway, token()))["dbUser"]["vkId"] == "494075"
 
 
-async def test_without_a_secret_vk_opens_nothing(gateway: Gateway) -> None:
-    """Not even for who signs with the empty one."""
+async def test_without_a_secret_every_vk_sign_in_is_rejected(gateway: Gateway) -> None:
+    """Also one that is signed with the empty secret."""
     for token in (launch(), launch(secret="", vk_app_id=0), launch(secret="")):
         assert await send(gateway, "GET", "/vk-test", bearer(token)) == UNAUTHORIZED
 
 
 @with_vk
-async def test_an_api_key_is_no_sign_in(gateway: Gateway) -> None:
-    """Contract D1, D3: who has found a key must not be able to lock its owner out."""
+async def test_an_api_key_is_not_accepted_as_a_sign_in(gateway: Gateway) -> None:
+    """Contract D1, D3: the finder of a key must not be able to lock its owner out."""
     caller = await gateway.caller()
     for method, path in (("GET", "/vk-test"), ("POST", "/update-token")):
         assert await send(gateway, method, path, caller.headers) == UNAUTHORIZED
@@ -274,7 +274,7 @@ async def test_unknown_revoked_and_inactive_cost_the_same_statements(gateway: Ga
 
 
 @with_vk
-async def test_an_inactive_person_is_a_stranger_everywhere(gateway: Gateway) -> None:
+async def test_an_inactive_user_is_rejected_everywhere(gateway: Gateway) -> None:
     """Row auth-8."""
     user = (await sign_in(gateway))["dbUser"]
     users, account_id = UserRepository(gateway.books), AccountId(user["id"])
@@ -287,7 +287,7 @@ async def test_an_inactive_person_is_a_stranger_everywhere(gateway: Gateway) -> 
 
 
 @with_vk
-async def test_before_the_service_is_ready_people_are_asked_to_wait(gateway: Gateway) -> None:
+async def test_before_the_service_is_ready_sign_ins_are_503(gateway: Gateway) -> None:
     gateway.app[READINESS].obstacle = "a test"
     for method, path in PLACES[1:]:
         async with gateway.session.request(method, gateway.url + path, headers=bearer(launch())) as response:
@@ -298,31 +298,31 @@ async def test_before_the_service_is_ready_people_are_asked_to_wait(gateway: Gat
 # -- copies of keys
 
 
-async def test_a_copy_opens_only_in_its_row_and_with_its_secret() -> None:
+async def test_an_encrypted_copy_decrypts_only_in_its_row_and_with_its_secret() -> None:
     """Contract D4."""
     key = make_key(AccountId(1))
     key_hash = hash_key(key)
-    sealed = VAULT.seal(AccountId(1), key_hash, key)
-    assert VAULT.open(AccountId(1), key_hash, sealed) == key
+    sealed = VAULT.encrypt(AccountId(1), key_hash, key)
+    assert VAULT.decrypt(AccountId(1), key_hash, sealed) == key
     assert key.encode() not in sealed.data
-    assert VAULT.seal(AccountId(1), key_hash, key).data != sealed.data
+    assert VAULT.encrypt(AccountId(1), key_hash, key).data != sealed.data
     flipped = bytes([sealed.data[0] ^ 1]) + sealed.data[1:]
     for vault, account_id, own_hash, copy in [
         (VAULT, 2, key_hash, sealed),
         (VAULT, 1, hash_key("another"), sealed),
-        (VAULT, 1, key_hash, Sealed(flipped, sealed.secret_id)),
-        (VAULT, 1, key_hash, Sealed(sealed.data[:20], sealed.secret_id)),
-        (VAULT, 1, key_hash, Sealed(b"", sealed.secret_id)),
+        (VAULT, 1, key_hash, EncryptedKey(flipped, sealed.secret_id)),
+        (VAULT, 1, key_hash, EncryptedKey(sealed.data[:20], sealed.secret_id)),
+        (VAULT, 1, key_hash, EncryptedKey(b"", sealed.secret_id)),
         (Vault([b"x" * 32]), 1, key_hash, sealed),
-        (Vault([b"x" * 32]), 1, key_hash, Sealed(sealed.data, Vault([b"x" * 32]).secret_id)),
+        (Vault([b"x" * 32]), 1, key_hash, EncryptedKey(sealed.data, Vault([b"x" * 32]).secret_id)),
     ]:
-        with pytest.raises(Unreadable):
-            vault.open(AccountId(account_id), own_hash, copy)
-    assert Vault([b"x" * 32, SECRET]).open(AccountId(1), key_hash, sealed) == key
+        with pytest.raises(DecryptionFailed):
+            vault.decrypt(AccountId(account_id), own_hash, copy)
+    assert Vault([b"x" * 32, SECRET]).decrypt(AccountId(1), key_hash, sealed) == key
 
 
-async def test_a_copy_that_was_moved_to_another_row_is_not_shown(books: Database, database_url: str) -> None:
-    """Who can write to the database still cannot read a key by way of his own account."""
+async def test_an_encrypted_copy_moved_to_another_row_is_not_shown(books: Database, database_url: str) -> None:
+    """Somebody who can write to the database still cannot read a key through their own account."""
     victim, thief = await make_caller(books, "0"), await make_caller(books, "0")
     connection = await asyncpg.connect(database_url)
     await connection.execute(
@@ -331,7 +331,7 @@ async def test_a_copy_that_was_moved_to_another_row_is_not_shown(books: Database
         thief.account_id,
     )
     await connection.close()
-    with pytest.raises(Unreadable):
+    with pytest.raises(DecryptionFailed):
         await KeyRing(books, VAULT).main(thief.account_id)
     assert await KeyRing(books, VAULT).main(victim.account_id) == victim.key
 
@@ -345,7 +345,7 @@ async def test_a_copy_that_was_moved_to_another_row_is_not_shown(books: Database
         "UPDATE api_keys SET is_main = FALSE",
     ],
 )
-async def test_a_main_key_that_cannot_be_shown_is_replaced_once_however_many_ask(
+async def test_a_main_key_without_a_copy_is_replaced_once_by_concurrent_sign_ins(
     books: Database, database_url: str, spoiled: str
 ) -> None:
     caller, keys = await make_caller(books, "0"), KeyRing(books, VAULT)
@@ -360,16 +360,16 @@ async def test_a_main_key_that_cannot_be_shown_is_replaced_once_however_many_ask
     assert shown == {await keys.main(caller.account_id)}
 
 
-async def test_a_secret_that_is_a_wrong_one_kills_no_key(gateway: Gateway) -> None:
+async def test_a_wrong_secret_invalidates_no_key(gateway: Gateway) -> None:
     caller = await gateway.caller()
     for _ in range(2):
-        with pytest.raises(Unreadable):
+        with pytest.raises(DecryptionFailed):
             await KeyRing(gateway.books, Vault([b"w" * 32])).main(caller.account_id)
     assert await KeyRing(gateway.books, VAULT).main(caller.account_id) == caller.key
     assert (await gateway.chat(caller))[0].status == 200
 
 
-async def test_copies_are_sealed_anew_with_the_secret_of_today(books: Database, database_url: str) -> None:
+async def test_rekey_encrypts_copies_with_the_current_secret(books: Database, database_url: str) -> None:
     callers = [await make_caller(books, "0") for _ in range(3)]
     connection = await asyncpg.connect(database_url)
     await connection.execute("UPDATE api_keys SET secret_id = 'lost' WHERE account_id = $1", callers[2].account_id)

@@ -1,4 +1,4 @@
-"""Those who have no account are limited by their address (contract A8; row auth-3 in part)."""
+"""Clients without an account are limited by their address (contract A8; row auth-3 in part)."""
 
 import time
 from typing import Any
@@ -9,14 +9,14 @@ from aiohttp.test_utils import make_mocked_request
 from gptutor.config.load import load
 from gptutor.config.schema import ConfigError
 from gptutor.http import address_limits
-from gptutor.http.address_limits import RequestCounter, client_address, networks
+from gptutor.http.address_limits import RequestCounter, client_address, parse_networks
 from gptutor.money.keys import make_key
 from tests.support.gateway import Gateway
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time of day, in a list of one: always the same minute, unless a test goes on."""
+    """The time of day, in a list of one: it stands still unless a test advances it."""
     now = [1_795_500_000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     return now
@@ -36,8 +36,8 @@ async def status(gateway: Gateway, path: str, key: str = "", **headers: str) -> 
         return response.status, response
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 3}, "server": {"trusted_proxies": ""}}])
-async def test_who_guesses_keys_is_held_off_before_the_database(gateway: Gateway, clock: list[float]) -> None:
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 3}, "server": {"trusted_proxies": ""}}])
+async def test_guessing_keys_is_limited_before_the_database_is_reached(gateway: Gateway, clock: list[float]) -> None:
     caller = await gateway.caller()
     for key in (make_key(caller.account_id), "sk-user-nonsense", ""):
         assert (await status(gateway, "/v1/chat/completions", key))[0] == 401
@@ -55,8 +55,8 @@ async def test_who_guesses_keys_is_held_off_before_the_database(gateway: Gateway
     await gateway.idle()
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 2}, "server": {"trusted_proxies": ""}}])
-async def test_good_keys_and_other_refusals_are_not_counted(gateway: Gateway) -> None:
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 2}, "server": {"trusted_proxies": ""}}])
+async def test_valid_keys_and_other_errors_are_not_counted(gateway: Gateway) -> None:
     caller, poor = await gateway.caller(), await gateway.caller("0")
     for _ in range(4):
         assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
@@ -73,7 +73,7 @@ async def test_each_address_has_its_own_count_behind_a_trusted_proxy(gateway: Ga
 
 
 @pytest.mark.parametrize("tuned", [{"rate_limit": {"models_per_minute": 2}, "server": {"trusted_proxies": ""}}])
-async def test_nobody_can_say_himself_where_he_is(gateway: Gateway, clock: list[float]) -> None:
+async def test_a_client_cannot_choose_its_address(gateway: Gateway, clock: list[float]) -> None:
     codes = [(await status(gateway, "/v1/models", **{"X-Forwarded-For": f"203.0.113.{number}"}))[0] for number in range(3)]
     assert codes == [200, 200, 429]
 
@@ -95,7 +95,7 @@ async def test_nobody_can_say_himself_where_he_is(gateway: Gateway, clock: list[
 )
 def test_the_address_is_the_last_that_no_trusted_proxy_has(remote: str, forwarded: list[str], address: str) -> None:
     request = make_mocked_request("GET", "/", headers=[("X-Forwarded-For", value) for value in forwarded])
-    assert client_address(request.clone(remote=remote), networks("10.0.0.0/8 ::1")) == address
+    assert client_address(request.clone(remote=remote), parse_networks("10.0.0.0/8 ::1")) == address
 
 
 def test_a_flood_of_addresses_fills_no_memory(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,13 +108,13 @@ def test_a_flood_of_addresses_fills_no_memory(clock: list[float], monkeypatch: p
     assert not counter.is_used_up("10.0.0.1")
 
 
-def test_what_is_no_network_stops_the_start() -> None:
+def test_an_invalid_network_stops_the_start() -> None:
     with pytest.raises(ConfigError, match="GPTUTOR_SERVER__TRUSTED_PROXIES must be addresses or networks"):
         load({"GPTUTOR_SERVER__TRUSTED_PROXIES": "10.0.0.1/8"})
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 2}, "server": {"trusted_proxies": ""}}])
-async def test_strangers_do_not_hold_off_their_neighbours_who_have_a_key(gateway: Gateway, clock: list[float]) -> None:
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 2}, "server": {"trusted_proxies": ""}}])
+async def test_a_used_up_address_does_not_limit_a_recently_accepted_key(gateway: Gateway, clock: list[float]) -> None:
     caller = await gateway.caller()
     assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
     for _ in range(3):
@@ -124,8 +124,8 @@ async def test_strangers_do_not_hold_off_their_neighbours_who_have_a_key(gateway
     await gateway.idle()
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"strangers_per_minute": 2, "models_per_minute": 2}}])
-async def test_a_proxy_that_does_not_say_for_whom_it_asks_locks_nobody_out(gateway: Gateway, clock: list[float]) -> None:
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 2, "models_per_minute": 2}}])
+async def test_a_proxy_without_x_forwarded_for_is_not_limited(gateway: Gateway, clock: list[float]) -> None:
     caller = await gateway.caller()
     for _ in range(4):
         assert (await status(gateway, "/v1/chat/completions", "sk-user-nonsense"))[0] == 401
@@ -134,8 +134,8 @@ async def test_a_proxy_that_does_not_say_for_whom_it_asks_locks_nobody_out(gatew
     await gateway.idle()
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"own_pages_per_minute": 2}}])
-async def test_an_account_does_not_read_its_own_pages_all_day(gateway: Gateway, clock: list[float]) -> None:
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"account_pages_per_minute": 2}}])
+async def test_account_requests_are_limited_per_account(gateway: Gateway, clock: list[float]) -> None:
     caller, other = await gateway.caller(), await gateway.caller()
     codes = [(await status(gateway, "/v1/credits", Authorization=f"Bearer {caller.key}"))[0] for _ in range(3)]
     assert codes == [200, 200, 429]

@@ -1,5 +1,5 @@
-"""The administrator's listener (contract F10, F11, C11; rows money-12, money-15): what the command line can, over HTTP, for who has
-the token, and never on the public side."""
+"""The administrators' API (contract F10, F11, C11; rows money-12, money-15): what the command line does, over HTTP, with a token,
+and never on the public listener."""
 
 import asyncio
 import csv
@@ -28,7 +28,7 @@ from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver
 from gptutor.money.users import UserRepository
 from gptutor.server.listener import StartError
-from gptutor.server.serve import administering
+from gptutor.server.serve import admin_listening
 from gptutor.telemetry.log_writer import logging_to
 from gptutor.telemetry.logs import LoggerService
 from tests.support.gateway import SECRET, Gateway, config_for, make_caller
@@ -45,7 +45,7 @@ class Admin:
     books: Database
     logs: Path
 
-    async def ask(self, method: str, path: str, body: Any = None, *, token: str = ANNAS) -> tuple[int, Any]:
+    async def request(self, method: str, path: str, body: Any = None, *, token: str = ANNAS) -> tuple[int, Any]:
         headers = {"Authorization": f"Bearer {token}"}
         async with self.session.request(method, f"http://admin{path}", json=body, headers=headers) as response:
             assert response.headers["X-Request-ID"]
@@ -54,6 +54,12 @@ class Admin:
                 assert list(document) == ["error"]
                 return response.status, response.headers["X-Error-Code"]
             return response.status, document["data"]
+
+    async def document(self, path: str) -> Any:
+        """The whole of a successful response, with what stands beside `data`."""
+        async with self.session.get(f"http://admin{path}", headers={"Authorization": f"Bearer {ANNAS}"}) as response:
+            assert response.status == 200
+            return await response.json()
 
     def audit(self) -> list[dict[str, Any]]:
         (path,) = self.logs.glob("combined-*.log")
@@ -74,7 +80,7 @@ async def admin(database_url: str, books: Database, tmp_path: Path) -> AsyncIter
     config = msgspec.structs.replace(plain, admin=schema.AdminSettings(socket=str(socket), token=f"{TOKEN} anna:{ANNAS}"))
     with logging_to(tmp_path / "lines", level="error", retention_days=1, stdout=False):
         async with (
-            administering(build_admin(config, log=LoggerService(), secrets=[SECRET]), config),
+            admin_listening(build_admin(config, log=LoggerService(), secrets=[SECRET]), config),
             aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket))) as session,
         ):
             assert socket.stat().st_mode & 0o777 == 0o660
@@ -87,7 +93,7 @@ async def admin(database_url: str, books: Database, tmp_path: Path) -> AsyncIter
 
 
 async def test_the_life_of_a_user(admin: Admin) -> None:
-    status, user = await admin.ask("POST", "/admin/users", {"name": "Иван", "balance": "100.000000001"})
+    status, user = await admin.request("POST", "/admin/users", {"name": "Иван", "balance": "100.000000001"})
     assert (status, user["balance"], user["name"]) == (201, "100.000000001", "Иван")
     path = f"/admin/users/{user['id']}"
     assert user["apiKey"].startswith(f"sk-user-{user['id']}-")
@@ -98,39 +104,41 @@ async def test_the_life_of_a_user(admin: Admin) -> None:
         {"kind": "adjustment", "amount": "-1.5", "reason": "a mistake of ours"},
     ]
     for booking in bookings:
-        status, after = await admin.ask("POST", f"{path}/bookings", booking)
+        status, after = await admin.request("POST", f"{path}/bookings", booking)
         assert status == 201
     assert after["balance"] == "53.600000001"
-    assert (await admin.ask("POST", f"{path}/deactivate"))[1]["isActive"] is False
-    assert (await admin.ask("POST", f"{path}/activate"))[1]["isActive"] is True
-    limits = {"name": "bot", "cap": "10", "capPeriod": "day", "perMinute": 3, "expires": "2999-12-31"}
-    status, key = await admin.ask("POST", f"{path}/keys", limits)
-    assert (status, key["cap"], key["capPeriod"], key["perMinute"]) == (201, "10", "day", 3)
-    assert key["expiresAt"] == "3000-01-01T00:00:00+00:00"
-    status, key = await admin.ask("PATCH", f"{path}/keys/{key['id']}", {"cap": "20", "expires": None})
-    assert (key["cap"], key["capPeriod"], key["perMinute"], key["expiresAt"]) == ("20", "day", 3, None)
-    status, key = await admin.ask("DELETE", f"{path}/keys/{key['id']}")
-    assert (status, bool(key["revokedAt"])) == (200, True)
-    _, person = await admin.ask("GET", path)
-    assert [bool(one["revokedAt"]) for one in person["keys"]] == [True, False]
-    assert [one["name"] for one in (await admin.ask("GET", f"{path}/keys"))[1]] == ["bot", ""]
+    assert (await admin.request("POST", f"{path}/deactivate"))[1]["is_active"] is False
+    assert (await admin.request("POST", f"{path}/activate"))[1]["is_active"] is True
+    limits = {"name": "bot", "limit": "10", "limit_reset": "daily", "requests_per_minute": 3, "expires_at": "2999-12-31"}
+    status, key = await admin.request("POST", f"{path}/keys", limits)
+    assert (status, key["limit"], key["limit_reset"], key["requests_per_minute"]) == (201, "10", "daily", 3)
+    assert key["expires_at"] == "3000-01-01T00:00:00.000Z"
+    status, key = await admin.request("PATCH", f"{path}/keys/{key['id']}", {"limit": 20, "expires_at": None})
+    assert (key["limit"], key["limit_reset"], key["requests_per_minute"], key["expires_at"]) == ("20", "daily", 3, None)
+    _, key = await admin.request("PATCH", f"{path}/keys/{key['id']}", {"limit_reset": None})
+    assert (key["limit"], key["limit_reset"], key["usage"], key["held"]) == ("20", None, "0", "0")
+    status, key = await admin.request("DELETE", f"{path}/keys/{key['id']}")
+    assert (status, bool(key["revoked_at"])) == (200, True)
+    _, person = await admin.request("GET", path)
+    assert [bool(one["revoked_at"]) for one in person["keys"]] == [True, False]
+    assert [one["name"] for one in (await admin.request("GET", f"{path}/keys"))[1]] == ["bot", ""]
 
-    lines = await admin.audited(12)
+    lines = await admin.audited(13)
     assert [(line["what"], line["amount"]) for line in lines] == [
         ("create user", None), ("topup", "100.000000001"), ("issue key", None), ("topup", "0.1"), ("bonus", "5"), ("refund", "-50"),
         ("adjustment", "-1.5"), ("deactivate", None), ("activate", None), ("issue key", None), ("limit key", None),
-        ("revoke key", None),
+        ("limit key", None), ("revoke key", None),
     ]  # fmt: skip
     assert {(line["who"], line["userId"]) for line in lines} == {("admin:anna", str(user["id"]))}
     assert (lines[3]["reference"], lines[5]["reason"]) == ("p-1", "asked for")
-    assert lines[10]["limits"] == {"cap": "20", "capPeriod": "day", "perMinute": 3, "expiresAt": None}
+    assert lines[10]["limits"] == {"limit": "20", "limit_reset": "daily", "requests_per_minute": 3, "expires_at": None}
 
 
-async def test_a_database_without_its_tables_is_not_our_fault(admin: Admin, database_url: str) -> None:
+async def test_a_database_without_the_schema_is_503(admin: Admin, database_url: str) -> None:
     server = await asyncpg.connect(database_url)
     await server.execute("ALTER TABLE accounts RENAME TO elsewhere")
     try:
-        assert await admin.ask("GET", "/admin/users/1") == (503, "database_unavailable")
+        assert await admin.request("GET", "/admin/users/1") == (503, "database_unavailable")
     finally:
         await server.execute("ALTER TABLE elsewhere RENAME TO accounts")
         await server.close()
@@ -163,39 +171,39 @@ async def test_a_database_without_its_tables_is_not_our_fault(admin: Admin, data
         ([], 400, "invalid_request"),
     ],
 )
-async def test_a_booking_that_makes_no_sense_is_refused(admin: Admin, body: Any, status: int, code: str) -> None:
+async def test_an_invalid_booking_is_rejected(admin: Admin, body: Any, status: int, code: str) -> None:
     """Row money-15."""
     caller = await make_caller(admin.books, "0")
     await Bookings(admin.books).book(caller.account_id, "topup", parse_roubles("10"), reference="used")
-    assert await admin.ask("POST", f"/admin/users/{caller.account_id}/bookings", body) == (status, code)
+    assert await admin.request("POST", f"/admin/users/{caller.account_id}/bookings", body) == (status, code)
     assert await caller.balance() == 10
     assert admin.audit() == []
 
 
-async def test_a_payment_is_credited_once_with_the_same_answer(admin: Admin, database_url: str) -> None:
-    """Row money-12: twice, at once, and after a year; another payment under its name is refused."""
+async def test_a_payment_is_credited_once_with_the_same_response(admin: Admin, database_url: str) -> None:
+    """Row money-12: twice, concurrently, and after a year; another payment with its reference is rejected."""
     user, _ = await UserRepository(admin.books).of_person("vk", "494075")
-    payment = {"vkId": 494075, "amount": "99.90", "reference": "17", "provider": "bank"}
-    answers = await asyncio.gather(*(admin.ask("POST", "/admin/payments", payment) for _ in range(16)))
+    payment = {"vk_id": 494075, "amount": "99.90", "reference": "17", "provider": "bank"}
+    answers = await asyncio.gather(*(admin.request("POST", "/admin/payments", payment) for _ in range(16)))
     assert all(answer == answers[0] for answer in answers)
     status, told = answers[0]
-    assert (status, told["amount"], told["userId"], told["reference"]) == (200, "99.9", user.account_id, "bank:17")
+    assert (status, told["amount"], told["user_id"], told["reference"]) == (200, "99.9", user.account_id, "bank:17")
     connection = await asyncpg.connect(database_url)
     await connection.execute("SET session_replication_role = replica")
     await connection.execute("UPDATE ledger SET created_at = created_at - interval '1 year'")
     await connection.close()
-    status, later = await admin.ask("POST", "/admin/payments", {**payment, "vkId": None, "userId": user.account_id})
-    assert (status, later["entryId"]) == (200, told["entryId"])
-    assert await admin.ask("POST", "/admin/payments", {**payment, "amount": "1"}) == (409, "already_booked")
+    status, later = await admin.request("POST", "/admin/payments", {**payment, "vk_id": None, "user_id": user.account_id})
+    assert (status, later["entry_id"]) == (200, told["entry_id"])
+    assert await admin.request("POST", "/admin/payments", {**payment, "amount": "1"}) == (409, "already_booked")
     other = await make_caller(admin.books, "0")
-    elsewhere = {**payment, "vkId": None, "userId": other.account_id}
-    assert await admin.ask("POST", "/admin/payments", elsewhere) == (409, "already_booked")
-    assert await admin.ask("POST", "/admin/payments", {**payment, "vkId": "494075"}) == (200, later)
+    elsewhere = {**payment, "vk_id": None, "user_id": other.account_id}
+    assert await admin.request("POST", "/admin/payments", elsewhere) == (409, "already_booked")
+    assert await admin.request("POST", "/admin/payments", {**payment, "vk_id": "494075"}) == (200, later)
     for number in (1, "1"):
-        assert await admin.ask("POST", "/admin/payments", {**payment, "vkId": number}) == (404, "not_found")
-    for nonsense in (0, "0", "0494075", "", "x", "49407٥", " 494075", "1" * 19, 1.5, True):
-        assert await admin.ask("POST", "/admin/payments", {**payment, "vkId": nonsense}) == (400, "invalid_request")
-    assert await admin.ask("POST", "/admin/payments", {**payment, "userId": 1}) == (400, "invalid_request")
+        assert await admin.request("POST", "/admin/payments", {**payment, "vk_id": number}) == (404, "not_found")
+    for invalid in (0, "0", "0494075", "", "x", "49407٥", " 494075", "1" * 19, 1.5, True):
+        assert await admin.request("POST", "/admin/payments", {**payment, "vk_id": invalid}) == (400, "invalid_request")
+    assert await admin.request("POST", "/admin/payments", {**payment, "user_id": 1}) == (400, "invalid_request")
     assert (await UserRepository(admin.books).find(user.account_id)).balance == parse_roubles("99.9")
     assert [line["reference"] for line in admin.audit()] == ["bank:17"]
 
@@ -206,7 +214,7 @@ async def test_users_are_found_by_id_by_vks_id_and_by_the_beginning_of_a_key(adm
     start_of_key = caller.key.rpartition("-")[2][:2]
 
     async def found(query: str) -> list[int]:
-        return [user["id"] for user in (await admin.ask("GET", f"/admin/users?query={query}"))[1]]
+        return [user["id"] for user in (await admin.request("GET", f"/admin/users?query={query}"))[1]]
 
     number = str(caller.account_id)
     assert await found(number) == [caller.account_id]
@@ -215,11 +223,14 @@ async def test_users_are_found_by_id_by_vks_id_and_by_the_beginning_of_a_key(adm
         assert await found(query) == [caller.account_id]
     for query in ("sk-user-%", "_", "nobody", "9" * 30, "sk-user-1-'"):
         assert await found(query) == []
-    assert {user["id"] for user in (await admin.ask("GET", "/admin/users"))[1]} == {caller.account_id, other.account_id}
-    assert len((await admin.ask("GET", f"/admin/users?limit=1&after={caller.account_id}"))[1]) == 1
-    assert (await admin.ask("GET", f"/admin/users?after={10**18 - 1}"))[1] == []
-    for query in ("limit=0", "limit=x", "after=-1", f"after={10**18}", "search=1", "query=1&query=2"):
-        assert await admin.ask("GET", f"/admin/users?{query}") == (400, "invalid_request")
+    assert {user["id"] for user in (await admin.request("GET", "/admin/users"))[1]} == {caller.account_id, other.account_id}
+    first = await admin.document("/admin/users?limit=1")
+    assert ([user["id"] for user in first["data"]], first["next_cursor"]) == ([caller.account_id], str(caller.account_id))
+    second = await admin.document(f"/admin/users?limit=1&cursor={first['next_cursor']}")
+    assert ([user["id"] for user in second["data"]], second["next_cursor"]) == ([other.account_id], None)
+    assert (await admin.request("GET", f"/admin/users?cursor={10**18 - 1}"))[1] == []
+    for query in ("limit=0", "limit=x", "cursor=-1", f"cursor={10**18}", "search=1", "query=1&query=2", "after=1"):
+        assert await admin.request("GET", f"/admin/users?{query}") == (400, "invalid_request")
 
 
 async def test_a_ledger_is_read_in_pages(admin: Admin) -> None:
@@ -227,21 +238,18 @@ async def test_a_ledger_is_read_in_pages(admin: Admin) -> None:
     for number in range(1, 8):
         await Bookings(admin.books).book(caller.account_id, "topup", parse_roubles(str(number)))
     path = f"/admin/users/{caller.account_id}/ledger"
-    amounts, before = [], ""
-    while before is not None:
-        async with admin.session.get(
-            f"http://admin{path}?limit=3{before}", headers={"Authorization": f"Bearer {TOKEN}"}
-        ) as response:
-            document = await response.json()
+    amounts, cursor = [], ""
+    while cursor is not None:
+        document = await admin.document(f"{path}?limit=3{cursor}")
         amounts.append([entry["amount"] for entry in document["data"]])
-        before = f"&before={document['next']}" if document["next"] else None  # type: ignore[assignment]
+        cursor = f"&cursor={document['next_cursor']}" if document["next_cursor"] else None  # type: ignore[assignment]
     assert amounts == [["7", "6", "5"], ["4", "3", "2"], ["1"]]
-    for query in ("limit=0", "limit=1001", "limit=x", "before=x", "before=", "limit=1&limit=2", "after=5"):
-        assert await admin.ask("GET", f"{path}?{query}") == (400, "invalid_request")
-    assert await admin.ask("GET", "/admin/users/999/ledger") == (404, "not_found")
+    for query in ("limit=0", "limit=1001", "limit=x", "cursor=x", "cursor=", "limit=1&limit=2", "before=5"):
+        assert await admin.request("GET", f"{path}?{query}") == (400, "invalid_request")
+    assert await admin.request("GET", "/admin/users/999/ledger") == (404, "not_found")
 
 
-async def test_the_export_is_the_whole_ledger_and_harmless_in_a_spreadsheet(admin: Admin) -> None:
+async def test_the_export_is_the_whole_ledger_and_has_no_formulas(admin: Admin) -> None:
     caller, other = await make_caller(admin.books, "10"), await make_caller(admin.books, "20")
     await Bookings(admin.books).book(caller.account_id, "bonus", parse_roubles("0.1"), reason='=cmd|"x"!A1', reference='+1, "2"')
     await ledger_of(admin.books).settle(settlement(await hold(admin.books, caller, "5"), "0.01"))
@@ -268,16 +276,14 @@ async def test_the_export_is_the_whole_ledger_and_harmless_in_a_spreadsheet(admi
     assert await rows(f"?to={yesterday}") == []
     assert await rows(f"?user={other.account_id}") == whole[3:]
     assert await rows(f"?from={yesterday}&user={other.account_id}") == whole[3:]
-    assert await admin.ask("GET", f"/admin/export/ledger?from={today}&to={yesterday}") == (400, "invalid_request")
-    assert await admin.ask("GET", f"/admin/export/ledger?user={'9' * 18}") == (404, "not_found")
+    assert await admin.request("GET", f"/admin/export/ledger?from={today}&to={yesterday}") == (400, "invalid_request")
+    assert await admin.request("GET", f"/admin/export/ledger?user={'9' * 18}") == (404, "not_found")
     for query in ("user=0", "user=x", "users=1", "from=20260131"):
-        assert await admin.ask("GET", f"/admin/export/ledger?{query}") == (400, "invalid_request")
-    assert await admin.ask("GET", "/admin/export/ledger?from=yesterday") == (400, "invalid_request")
+        assert await admin.request("GET", f"/admin/export/ledger?{query}") == (400, "invalid_request")
+    assert await admin.request("GET", "/admin/export/ledger?from=yesterday") == (400, "invalid_request")
 
 
-async def test_an_export_that_breaks_off_does_not_look_whole(
-    admin: Admin, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_failed_export_does_not_look_complete(admin: Admin, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await make_caller(admin.books, "10")
     real = Bookings.export
 
@@ -294,15 +300,15 @@ async def test_an_export_that_breaks_off_does_not_look_whole(
             await response.read()
 
 
-async def test_what_waits_for_evidence_is_listed(admin: Admin) -> None:
+async def test_holds_of_unknown_cost_are_listed(admin: Admin) -> None:
     caller = await make_caller(admin.books, "10")
     waiting = await hold(admin.books, caller, "2.5")
     await ledger_of(admin.books).hand_over(HandOver(caller.account_id, waiting.hold_id, "gen-1"))
-    status, holds = await admin.ask("GET", "/admin/holds")
-    assert (status, [(one["userId"], one["atMost"], one["generationId"]) for one in holds]) == (
+    status, holds = await admin.request("GET", "/admin/holds")
+    assert (status, [(one["user_id"], one["at_most"], one["generation_id"]) for one in holds]) == (
         200, [(caller.account_id, "2.5", "gen-1")],
     )  # fmt: skip
-    assert await admin.ask("GET", "/admin/holds?user=1") == (400, "invalid_request")
+    assert await admin.request("GET", "/admin/holds?user=1") == (400, "invalid_request")
 
 
 @pytest.mark.parametrize(
@@ -310,18 +316,18 @@ async def test_what_waits_for_evidence_is_listed(admin: Admin) -> None:
     [
         ("POST", "ID/bookings", {"kind": "charge", "amount": "1"}, "kind must be one of topup, refund, adjustment, bonus"),
         ("POST", "ID/bookings", {"amount": "1"}, "kind must be one of topup, refund, adjustment, bonus"),
-        ("POST", "ID/keys", {"cap": "1", "capPeriod": "week"}, "capPeriod must be one of day, total"),
+        ("POST", "ID/keys", {"limit": "1", "limit_reset": "weekly"}, 'limit_reset must be "daily", or null for never'),
         (
             "POST",
             "ID/keys",
-            {"cap_period": "day"},
-            "'cap_period' is not a field of this request; it has cap, capPeriod, expires, ",
+            {"cap": "1"},
+            "'cap' is not a field of this request; known fields: limit, limit_reset, requests_per_minute, expires_at, name",
         ),
         (
             "POST",
             "/admin/payments",
-            {"amount": 1, "reference": "1", "provider": "x", "vkId": "x"},
-            "vkId must be VK's number of the",
+            {"amount": 1, "reference": "1", "provider": "x", "vk_id": "x"},
+            "vk_id must be the user's VK id",
         ),
         (
             "GET",
@@ -329,14 +335,14 @@ async def test_what_waits_for_evidence_is_listed(admin: Admin) -> None:
             None,
             "from must not be later than to: 2026-02-01 is later",
         ),
-        ("GET", "/admin/export/ledger?user=999", None, "There is no such user"),
-        ("GET", "/admin/users?search=1", None, "'search' is not a parameter here; known are query, after, limit"),
+        ("GET", "/admin/export/ledger?user=999", None, "There is no user with this id"),
+        ("GET", "/admin/users?search=1", None, "'search' is not a parameter here; known parameters: query, cursor, limit"),
         ("GET", "/admin/holds?user=1", None, "'user' is not a parameter here; there are none"),
         ("GET", "/admin/users/1?keys=1", None, "'keys' is not a parameter here; there are none"),
         ("GET", "/admin/users/1/keys?all=1", None, "'all' is not a parameter here; there are none"),
     ],
 )
-async def test_what_is_wrong_and_what_is_allowed_is_said(admin: Admin, method: str, path: str, body: Any, words: str) -> None:
+async def test_errors_name_the_fault_and_what_is_allowed(admin: Admin, method: str, path: str, body: Any, words: str) -> None:
     caller = await make_caller(admin.books, "0")
     address = "http://admin" + path.replace("ID", f"/admin/users/{caller.account_id}")
     headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -358,33 +364,34 @@ async def test_what_is_wrong_and_what_is_allowed_is_said(admin: Admin, method: s
         ("GET", "/v1/models", 404, "not_found"),
     ],
 )
-async def test_what_is_not_there_is_said(admin: Admin, method: str, path: str, status: int, code: str) -> None:
-    assert await admin.ask(method, path, {}) == (status, code)
+async def test_unknown_users_keys_and_paths_are_404(admin: Admin, method: str, path: str, status: int, code: str) -> None:
+    assert await admin.request(method, path, {}) == (status, code)
 
 
 @pytest.mark.parametrize(
     "body",
-    [{"cap": "-1"}, {"cap": "x"}, {"capPeriod": "day"}, {"cap": "1", "capPeriod": "week"}, {"expires": "2020-01-01"}, {"expires": "soon"},
-     {"expires": "2999-01-01T00:00:00"}, {"perMinute": 0}, {"perMinute": "5"}, {"limit": 5}, {"name": "x" * 101}, {"name": "a\nb"}],
+    [{"limit": "-1"}, {"limit": -1}, {"limit": "x"}, {"limit": True}, {"limit_reset": "daily"}, {"limit": "1", "limit_reset": "weekly"},
+     {"expires_at": "2020-01-01"}, {"expires_at": "soon"}, {"expires_at": "2999-01-01T00:00:00"}, {"requests_per_minute": 0},
+     {"requests_per_minute": "5"}, {"cap": 5}, {"name": "x" * 101}, {"name": "a\nb"}],
 )  # fmt: skip
-async def test_a_limit_that_is_none_is_refused(admin: Admin, body: dict[str, Any]) -> None:
+async def test_an_invalid_limit_is_rejected(admin: Admin, body: dict[str, Any]) -> None:
     caller = await make_caller(admin.books, "0")
-    assert await admin.ask("POST", f"/admin/users/{caller.account_id}/keys", body) == (400, "invalid_request")
+    assert await admin.request("POST", f"/admin/users/{caller.account_id}/keys", body) == (400, "invalid_request")
 
 
 @pytest.mark.parametrize("path", ["/admin/users", "/admin/nowhere", "/metrics"])
-async def test_nobody_comes_in_without_the_token(admin: Admin, path: str) -> None:
+async def test_requests_without_the_token_are_rejected(admin: Admin, path: str) -> None:
     for header in (None, "", TOKEN, f"Basic {TOKEN}", "Bearer", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Bearer ключ"):
         async with admin.session.get(
             f"http://admin{path}", headers={} if header is None else {"Authorization": header}
         ) as response:
             assert (response.status, response.headers["X-Error-Code"]) == (401, "invalid_key")
-            assert await response.json() == {"error": "Invalid administrator's token"}
+            assert await response.json() == {"error": "Invalid administrator token"}
     async with admin.session.get("http://admin/metrics", headers={"Authorization": f"Bearer {TOKEN}"}) as response:
         assert "gptutor_in_flight_requests" in await response.text()
 
 
-async def test_it_is_never_on_the_public_side(gateway: Gateway) -> None:
+async def test_no_path_of_it_is_on_the_public_listener(gateway: Gateway) -> None:
     app = build_admin(schema.Config(), log=LoggerService(), secrets=[SECRET])
     paths = {route.resource.canonical for route in app.router.routes() if route.resource is not None}
     assert len(paths) == 12
@@ -411,7 +418,7 @@ async def test_it_is_never_on_the_public_side(gateway: Gateway) -> None:
         {"PORT": "3010", "TOKEN": f"Анна:{TOKEN}"},
     ],
 )
-def test_a_door_without_a_lock_stops_the_start(environ: dict[str, str]) -> None:
+def test_a_listener_without_a_sound_token_stops_the_start(environ: dict[str, str]) -> None:
     """Row operator-1: a sentence, and the token is not in it."""
     with pytest.raises(ConfigError, match=r"admin\.|ADMIN") as told:
         load({f"GPTUTOR_ADMIN__{name}": value for name, value in environ.items()})
@@ -419,24 +426,24 @@ def test_a_door_without_a_lock_stops_the_start(environ: dict[str, str]) -> None:
 
 
 def test_it_is_off_by_default() -> None:
-    assert not load({"GPTUTOR_ADMIN__TOKEN": TOKEN}).admin.is_open
+    assert not load({"GPTUTOR_ADMIN__TOKEN": TOKEN}).admin.is_enabled
     assert load({"GPTUTOR_ADMIN__PORT": "3010", "GPTUTOR_ADMIN__TOKEN": f"a:{TOKEN}"}).admin.tokens == {"a": TOKEN}
 
 
-async def test_a_socket_that_cannot_be_is_told_in_a_sentence(tmp_path: Path) -> None:
+async def test_an_impossible_socket_path_is_reported_in_a_sentence(tmp_path: Path) -> None:
     config = schema.Config(admin=schema.AdminSettings(socket=str(tmp_path / "no" / "where"), token=TOKEN))
     with pytest.raises(StartError, match="Cannot listen on the socket"):
-        async with administering(web.Application(), config):
+        async with admin_listening(web.Application(), config):
             pass
 
 
-async def test_the_service_opens_it_beside_itself(tmp_path: Path, unused_tcp_port: int) -> None:
+async def test_the_service_listens_for_administrators_beside_its_public_port(tmp_path: Path, unused_tcp_port: int) -> None:
     service = start(tmp_path, GPTUTOR_ADMIN__PORT=str(unused_tcp_port), GPTUTOR_ADMIN__TOKEN=f"boris:{TOKEN}")
     address = f"http://127.0.0.1:{unused_tcp_port}/admin/users"
     assert f"Administration     http://localhost:{unused_tcp_port}" in service.banner
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with aiohttp.ClientSession() as session:
-        async with session.post(address, json={"balance": "5"}, headers=headers) as response:
+        async with session.post(address, json={"balance": 5}, headers=headers) as response:
             user = (await response.json())["data"]
         async with session.get(f"{service.url}/v1/models", headers={"Authorization": f"Bearer {user['apiKey']}"}) as response:
             assert response.status == 200

@@ -1,4 +1,4 @@
-"""The administrator's hands on the command line (contract F10, C11; row money-15): each change leaves an audit line."""
+"""Administration by the command line (contract F10, C11; row money-15): each change leaves an audit line."""
 
 import base64
 import csv
@@ -21,10 +21,10 @@ from gptutor.money.administration import Administration
 from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver
-from gptutor.money.key_limits import InvalidLimit, changed, end_of
+from gptutor.money.key_limits import InvalidLimit, changed_limits, parse_expiry
 from gptutor.money.keyring import KeyLimits, KeyRing, NoSuchKey
 from gptutor.money.users import UserRepository
-from gptutor.money.vault import Unreadable, Vault
+from gptutor.money.vault import DecryptionFailed, Vault
 from gptutor.telemetry import logs
 from gptutor.telemetry.log_writer import logging_to
 from tests.support.gateway import SECRET, make_caller
@@ -62,21 +62,41 @@ def test_money_moves_with_a_reason_and_leaves_an_audit_line(service: Service) ->
 
 def test_keys_have_limits_of_their_own(service: Service) -> None:
     number, _ = new_user(service)
-    limits = ["--name", "bot", "--cap", "50", "--cap-period", "day", "--expires", "2999-12-31", "--per-minute", "5"]
+    limits = [
+        "--name",
+        "bot",
+        "--limit",
+        "50",
+        "--limit-reset",
+        "daily",
+        "--expires-at",
+        "2999-12-31",
+        "--requests-per-minute",
+        "5",
+    ]
     key = service.command("user", "issue-key", number, *limits)
     assert key["apiKey"].startswith(f"sk-user-{number}-")
-    assert (key["cap"], key["capPeriod"], key["perMinute"]) == ("50", "day", 5)
-    assert key["expiresAt"].startswith("3000-01-01T00:00:00")
-    changed = service.command("user", "limit-key", number, str(key["id"]), "--cap", "60", "--expires", "none")
-    assert (changed["cap"], changed["capPeriod"], changed["perMinute"], changed["expiresAt"]) == ("60", "day", 5, None)
-    assert "0 of 60 roubles spent (day), 5 requests per minute" in said(service, "user", "keys", number)
+    assert (key["limit"], key["limit_reset"], key["requests_per_minute"]) == ("50", "daily", 5)
+    assert key["expires_at"] == "3000-01-01T00:00:00.000Z"
+    changed = service.command("user", "limit-key", number, str(key["id"]), "--limit", "60", "--expires-at", "none")
+    assert (changed["limit"], changed["limit_reset"], changed["requests_per_minute"], changed["expires_at"]) == (
+        "60",
+        "daily",
+        5,
+        None,
+    )
+    assert "0 of 60 roubles spent (resets daily), 5 requests per minute" in said(service, "user", "keys", number)
     assert f"key {key['id']}" in said(service, "user", "show", number)
-    assert "shown only now (alive" in said(service, "user", "issue-key", number)
+    assert "shown only now (active" in said(service, "user", "issue-key", number)
+    lifted = ("--limit-reset", "never", "--requests-per-minute", "none")
+    changed = service.command("user", "limit-key", number, str(key["id"]), *lifted)
+    assert (changed["limit"], changed["limit_reset"], changed["requests_per_minute"]) == ("60", None, None)
+    assert service.command("user", "limit-key", number, str(key["id"]), "--limit", "none")["limit"] is None
     assert "revoked" in said(service, "user", "revoke-key", number, str(key["id"]))
-    assert service.command("user", "keys", number)[1]["revokedAt"]
-    assert "no living key" in refused(service.environ, "user", "revoke-key", number, str(key["id"]))
+    assert service.command("user", "keys", number)[1]["revoked_at"]
+    assert "no active key" in refused(service.environ, "user", "revoke-key", number, str(key["id"]))
     limited = next(line for line in audit_of(service, number) if line["what"] == "limit key")
-    assert limited["limits"] == {"cap": "60", "capPeriod": "day", "perMinute": 5, "expiresAt": None}
+    assert limited["limits"] == {"limit": "60", "limit_reset": "daily", "requests_per_minute": 5, "expires_at": None}
 
 
 def test_people_are_found(service: Service) -> None:
@@ -84,17 +104,17 @@ def test_people_are_found(service: Service) -> None:
     for query in (number, key, key[: len(f"sk-user-{number}-") + 2]):
         assert [user["id"] for user in service.command("user", "find", query)] == [int(number)]
     assert f"│ {number} " in said(service, "user", "find", number)
-    assert "Nobody is found by nobody" in said(service, "user", "find", "nobody")
+    assert "No user matches nobody" in said(service, "user", "find", "nobody")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("refund", "ID", "500"), "Less is available than this refund would take"),
+        (("refund", "ID", "500"), "The refund exceeds the available balance"),
         (("refund", "ID", "-5"), "No such option"),
         (("refund", "ID", "0"), "must be more than zero"),
         (("refund", "ID", "0.0000000001"), "more than nine decimal places"),
-        (("adjust", "ID", "0", "--reason", "x"), "makes no sense"),
+        (("adjust", "ID", "0", "--reason", "x"), "must be other than zero, not 0"),
         (("adjust", "ID", "5"), "Missing option '--reason'"),
         (("adjust", "ID", "5", "--reason", " "), "An adjustment needs a reason"),
         (("adjust", "ID", "-99999999999", "--reason", "x"), "more than 1000000000 roubles"),
@@ -102,14 +122,14 @@ def test_people_are_found(service: Service) -> None:
         (("adjust", "999999999", "1", "--reason", "x"), "There is no user with this id"),
         (("topup", "ID", "5", "--reason", "x" * 501), "at most 500 characters"),
         (("topup", "ID", "5", "--reference", "a\nb"), "one line"),
-        (("issue-key", "ID", "--cap", "-5"), "must be zero or more"),
-        (("issue-key", "ID", "--cap-period", "day"), "A period needs a cap"),
-        (("issue-key", "ID", "--expires", "2020-01-01"), "is in the past"),
-        (("issue-key", "ID", "--expires", "31.12.2026"), "is not a day such as"),
-        (("issue-key", "ID", "--per-minute", "0"), "from 1 to 1000000"),
-        (("issue-key", "ID", "--per-minute", "many"), "not a number of requests"),
+        (("issue-key", "ID", "--limit", "-5"), "must be zero or more"),
+        (("issue-key", "ID", "--limit-reset", "daily"), "limit_reset needs a limit"),
+        (("issue-key", "ID", "--expires-at", "2020-01-01"), "must be in the future"),
+        (("issue-key", "ID", "--expires-at", "31.12.2026"), "must be a day such as"),
+        (("issue-key", "ID", "--requests-per-minute", "0"), "from 1 to 1000000"),
+        (("issue-key", "ID", "--requests-per-minute", "many"), "must be a whole number"),
         (("issue-key", "999999999"), "There is no user with this id"),
-        (("limit-key", "ID", "999999999", "--cap", "5"), "no living key"),
+        (("limit-key", "ID", "999999999", "--limit", "5"), "no active key"),
     ],
 )
 def test_a_mistake_changes_nothing_and_gets_a_sentence(service: Service, arguments: tuple[str, ...], words: str) -> None:
@@ -122,7 +142,7 @@ def test_a_mistake_changes_nothing_and_gets_a_sentence(service: Service, argumen
     assert len(audit_of(service, number)) == before
 
 
-async def test_holds_without_evidence_are_listed_without_asking_openrouter(
+async def test_holds_of_unknown_cost_are_listed_without_a_request_to_openrouter(
     books: Database, database_url: str, tmp_path: Path
 ) -> None:
     """Contract C6: the list of `reconcile`, alone."""
@@ -130,9 +150,9 @@ async def test_holds_without_evidence_are_listed_without_asking_openrouter(
     waiting = await hold(books, caller, "2.5")
     await ledger_of(books).hand_over(HandOver(caller.account_id, waiting.hold_id, "gen-1"))
     environ = own(tmp_path, database_url)
-    told = orjson.loads(run(environ, "holds", "--json").stdout)
-    assert (told["waitingAtMost"], told["waiting"][0]["generationId"]) == ("2.5", "gen-1")
-    assert "1 holds wait for evidence" in run(environ, "holds").stdout
+    shown = orjson.loads(run(environ, "holds", "--json").stdout)
+    assert (shown["waiting_at_most"], shown["waiting"][0]["generation_id"]) == ("2.5", "gen-1")
+    assert "1 holds of unknown cost" in run(environ, "holds").stdout
 
 
 def own(directory: Path, database_url: str, secret: bytes = SECRET, **settings: str) -> dict[str, str]:
@@ -150,7 +170,7 @@ async def test_an_export_of_any_length_takes_little_memory(books: Database, data
     connection = await asyncpg.connect(database_url)
     await connection.execute(
         "INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason)"
-        " SELECT $1, gen_random_uuid(), 'topup', n, 'payments', repeat('x', 100) FROM generate_series(1, 150000) AS n",
+        " SELECT $1, gen_random_uuid(), 'topup', n, 'payments', repeat('x', 110) FROM generate_series(1, 150000) AS n",
         caller.account_id,
     )
     await connection.close()
@@ -179,29 +199,31 @@ async def test_an_export_of_any_length_takes_little_memory(books: Database, data
     assert not file.with_name("ledger.csv.part").exists()
 
 
-async def test_copies_are_sealed_with_the_secret_of_today(books: Database, database_url: str, tmp_path: Path) -> None:
-    """Contract D4: after GPTUTOR_SECRET_KEY was changed; what no known secret opens is counted, and its key goes on working."""
-    before, today, lost = SECRET, bytes(32), b"x" * 32
+async def test_rekey_encrypts_copies_with_the_current_secret(books: Database, database_url: str, tmp_path: Path) -> None:
+    """Contract D4: after GPTUTOR_SECRET_KEY was changed; a copy that no known secret decrypts is counted, and its key keeps working."""
+    before, current, lost = SECRET, bytes(32), b"x" * 32
     users = UserRepository(books)
     keys = []
     for secret in (before, before, lost):
         user = await users.create()
         keys.append((user.account_id, (await KeyRing(books, Vault([secret])).issue(user.account_id))[0]))
-    environ = own(tmp_path, database_url, today, GPTUTOR_SECURITY__OLD_SECRET_KEYS=base64.b64encode(before).decode())
+    environ = own(tmp_path, database_url, current, GPTUTOR_SECURITY__OLD_SECRET_KEYS=base64.b64encode(before).decode())
     assert orjson.loads(run(environ, "rekey", "--json").stdout) == {"done": 2, "unreadable": 1}
-    told = run(environ, "rekey").stdout
-    assert "0 copies were sealed anew with today's secret.\n1 copies are opened by no known secret" in told
-    ring = KeyRing(books, Vault([today]))
-    with pytest.raises(Unreadable):
+    output = run(environ, "rekey").stdout
+    assert "0 copies were encrypted with the current secret.\n1 copies cannot be decrypted with any configured secret" in output
+    ring = KeyRing(books, Vault([current]))
+    with pytest.raises(DecryptionFailed):
         await ring.main(keys[2][0])
     knowing = f"{environ['GPTUTOR_SECURITY__OLD_SECRET_KEYS']} {base64.b64encode(lost).decode()}"
     environ["GPTUTOR_SECURITY__OLD_SECRET_KEYS"] = knowing
-    assert run(environ, "rekey").stdout == "1 copies were sealed anew with today's secret; none is left under an old one.\n"
-    assert run(environ, "rekey").stdout == "No copy is under an old secret.\n"
+    assert (
+        run(environ, "rekey").stdout == "1 copies were encrypted with the current secret; no copy needs an old secret any more.\n"
+    )
+    assert run(environ, "rekey").stdout == "All copies are encrypted with the current secret.\n"
     assert [await ring.main(account_id) == key for account_id, key in keys] == [True, True, True]
 
 
-def test_a_log_that_cannot_be_written_lets_nothing_be_changed(tmp_path: Path) -> None:
+def test_without_a_writable_log_nothing_is_changed(tmp_path: Path) -> None:
     """A change without its audit line is not made."""
     environ = environment(tmp_path)
     run(environ, "migrate")
@@ -222,18 +244,18 @@ def test_audit_lines_are_written_at_every_level(tmp_path: Path) -> None:
 
 
 def test_limits_are_changed_one_by_one() -> None:
-    whole = KeyLimits(end_of("2999-12-31"), parse_roubles("5"), "day", 7)
-    assert changed(whole, {}) == whole
-    assert changed(whole, {"cap": None}) == KeyLimits(whole.expires_at, None, None, 7)
-    assert changed(whole, {"cap_period": "total"}) == KeyLimits(whole.expires_at, whole.cap, "total", 7)
-    assert changed(KeyLimits(), {"cap": "0"}) == KeyLimits(cap=Nano(0), cap_period="total")
-    assert end_of("2999-12-31T18:00:00+03:00") == datetime.datetime(2999, 12, 31, 15, tzinfo=datetime.UTC)
+    whole = KeyLimits(parse_expiry("2999-12-31"), parse_roubles("5"), "daily", 7)
+    assert changed_limits(whole, {}) == whole
+    assert changed_limits(whole, {"limit": None}) == KeyLimits(whole.expires_at, None, None, 7)
+    assert changed_limits(whole, {"limit_reset": None}) == KeyLimits(whole.expires_at, whole.limit, None, 7)
+    assert changed_limits(KeyLimits(), {"limit": Nano(0)}) == KeyLimits(limit=Nano(0))
+    assert parse_expiry("2999-12-31T18:00:00+03:00") == datetime.datetime(2999, 12, 31, 15, tzinfo=datetime.UTC)
     for text in ("", "9999-12-31", "2999-13-01", "2999-12-31T18:00:00", "tomorrow"):
         with pytest.raises(InvalidLimit):
-            end_of(text)
+            parse_expiry(text)
 
 
-async def test_pages_of_entries_do_not_leave_one_out(books: Database) -> None:
+async def test_pages_of_entries_have_no_gaps(books: Database) -> None:
     caller = await make_caller(books, "0")
     bookings = Bookings(books)
     for number in range(1, 6):
@@ -245,16 +267,16 @@ async def test_pages_of_entries_do_not_leave_one_out(books: Database) -> None:
     assert await bookings.entries(other.account_id, 9, before=first[-1].entry_id) == []
 
 
-async def test_a_rekey_that_is_broken_off_goes_on_where_it_stopped(books: Database) -> None:
-    """Contract D4: pages are done one by one, and what is done stays done."""
-    before, today = SECRET, bytes(32)
+async def test_an_interrupted_rekey_resumes_where_it_stopped(books: Database) -> None:
+    """Contract D4: pages are committed one by one."""
+    before, current = SECRET, bytes(32)
     old = KeyRing(books, Vault([before]))
     for _ in range(3):
         await old.issue((await UserRepository(books).create()).account_id)
     await old.issue((await UserRepository(books).create()).account_id)
-    strange = KeyRing(books, Vault([b"x" * 32]))
-    await strange.issue((await UserRepository(books).create()).account_id)
-    administration = Administration(books, Vault([today, before]), "cli:me")
+    unknown = KeyRing(books, Vault([b"x" * 32]))
+    await unknown.issue((await UserRepository(books).create()).account_id)
+    administration = Administration(books, Vault([current, before]), "cli:me")
     assert await administration.stale_copies() == 5
     assert [step async for step in administration.rekey()] == [(4, 1)]
     assert await administration.stale_copies() == 1
@@ -263,10 +285,10 @@ async def test_a_rekey_that_is_broken_off_goes_on_where_it_stopped(books: Databa
         await administration.key(AccountId(1), 10**9)
 
 
-async def test_an_administrator_renews_all_keys_of_a_user(books: Database, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_administrator_rotates_all_keys_of_a_user(books: Database, caplog: pytest.LogCaptureFixture) -> None:
     caller = await make_caller(books, "1")
     with caplog.at_level(logging.INFO, "gptutor.audit"):
-        key = await Administration(books, Vault([SECRET]), "cli:me").renew_keys(caller.account_id)
+        key = await Administration(books, Vault([SECRET]), "cli:me").rotate_keys(caller.account_id)
     (line,) = caplog.records
     assert line.what == "rotate keys"  # type: ignore[attr-defined]
     assert key not in repr(vars(line))

@@ -1,4 +1,4 @@
-"""Roubles in and out are exact (contract C1; row money-15)."""
+"""Amounts are parsed and printed exactly (contract C1; row money-15)."""
 
 from decimal import Decimal
 
@@ -20,7 +20,7 @@ from gptutor.money.amounts import NANO_MAX, InvalidAmount, nano_ceiling, nano_ha
         ("1000000000", NANO_MAX),
     ],
 )
-def test_an_amount_is_read_exactly(text: str, nano: int) -> None:
+def test_an_amount_is_parsed_exactly(text: str, nano: int) -> None:
     assert parse_roubles(text) == nano
 
 
@@ -28,13 +28,13 @@ def test_an_amount_is_read_exactly(text: str, nano: int) -> None:
     "text",
     ["", "ten", "NaN", "Infinity", "-Infinity", "1e1000000", "1e-1000000", "0.0000000001", "1000000000.1", "1,5", "9" * 50],
 )
-def test_what_is_no_amount_is_refused_in_a_sentence(text: str) -> None:
+def test_an_invalid_amount_is_rejected_with_a_sentence(text: str) -> None:
     with pytest.raises(InvalidAmount, match=r"roubles|decimal places"):
         parse_roubles(text)
 
 
 @given(st.integers(-NANO_MAX, NANO_MAX))
-def test_what_is_printed_reads_back(nano: int) -> None:
+def test_a_printed_amount_parses_to_itself(nano: int) -> None:
     assert parse_roubles(roubles(nano)) == nano
     assert "e" not in roubles(nano).lower()
 

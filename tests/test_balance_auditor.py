@@ -1,4 +1,4 @@
-"""The watch over the books of a running service (row operator-6)."""
+"""The balance auditor of a running service (row operator-6)."""
 
 import asyncio
 import logging
@@ -20,42 +20,42 @@ FORGERIES = [
 
 
 @pytest.fixture
-async def watch(books: Database) -> BalanceAuditor:
-    watching = BalanceAuditor(books, 3600)
-    assert await watching.look() == set()
-    return watching
+async def auditor(books: Database) -> BalanceAuditor:
+    auditor = BalanceAuditor(books, 3600)
+    assert await auditor.check_once() == set()
+    return auditor
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-async def test_a_change_past_the_ledger_is_told_of_once_and_until_it_is_mended(
-    books: Database, database_url: str, watch: BalanceAuditor, forgery: str, caplog: pytest.LogCaptureFixture
+async def test_a_change_past_the_ledger_is_logged_once_and_counted_until_it_is_corrected(
+    books: Database, database_url: str, auditor: BalanceAuditor, forgery: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caller, other = [await make_caller(books, "100") for _ in range(2)]
     ledger = ledger_of(books)
     await ledger.settle(settlement(await hold(books, caller, "5"), "0.01"))
     await ledger.release(release(await hold(books, caller, "5")))
     await hold(books, caller, "5")
-    assert await watch.look() == set()
+    assert await auditor.check_once() == set()
     by_hand = await asyncpg.connect(database_url)
     await by_hand.execute(forgery, caller.account_id)
     for _ in range(2):
-        assert await watch.look() == {caller.account_id}
+        assert await auditor.check_once() == {caller.account_id}
     assert REGISTRY.get_sample_value("gptutor_inconsistent_accounts") == 1
-    told = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert [vars(record)["userId"] for record in told] == [str(caller.account_id)]
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert [vars(record)["userId"] for record in errors] == [str(caller.account_id)]
     await by_hand.execute(
         "UPDATE accounts SET (balance_nano, held_nano) = (SELECT sum(amount_nano), 5000000000 FROM ledger WHERE account_id = $1)"
         " WHERE account_id = $1",
         caller.account_id,
     )
     await by_hand.close()
-    assert await watch.look() == set()
+    assert await auditor.check_once() == set()
     assert REGISTRY.get_sample_value("gptutor_inconsistent_accounts") == 0
     assert other.account_id != caller.account_id
 
 
-async def test_a_long_transaction_is_seen_when_it_ends(books: Database, database_url: str, watch: BalanceAuditor) -> None:
-    """It took its number before looks that could not see it."""
+async def test_a_long_transaction_is_seen_when_it_ends(books: Database, database_url: str, auditor: BalanceAuditor) -> None:
+    """Its transaction id is older than checks that could not see it yet."""
     caller = await make_caller(books, "100")
     by_hand = await asyncpg.connect(database_url)
     transaction = by_hand.transaction()
@@ -63,21 +63,23 @@ async def test_a_long_transaction_is_seen_when_it_ends(books: Database, database
     await by_hand.execute("UPDATE accounts SET balance_nano = 0 WHERE account_id = $1", caller.account_id)
     for _ in range(3):
         await make_caller(books, "1")
-        assert await watch.look() == set()
+        assert await auditor.check_once() == set()
     await transaction.commit()
     await by_hand.close()
-    assert await watch.look() == {caller.account_id}
+    assert await auditor.check_once() == {caller.account_id}
 
 
-@pytest.mark.parametrize("tuned", [{"recovery": {"watch_s": 0.05}}])
-async def test_the_service_watches_while_it_serves(gateway: Gateway, database_url: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("tuned", [{"recovery": {"audit_interval_s": 0.05}}])
+async def test_the_service_audits_balances_while_it_serves(
+    gateway: Gateway, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caller = await gateway.caller()
     await gateway.chat(caller)
     await asyncio.sleep(0.2)
-    assert "An account is not what the ledger says" not in caplog.text
+    assert "An account does not match its ledger" not in caplog.text
     by_hand = await asyncpg.connect(database_url)
     await by_hand.execute("UPDATE accounts SET balance_nano = balance_nano + 1")
     await by_hand.close()
     async with asyncio.timeout(10):
-        while "An account is not what the ledger says" not in caplog.text:
+        while "An account does not match its ledger" not in caplog.text:
             await asyncio.sleep(0.02)

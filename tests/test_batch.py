@@ -1,6 +1,6 @@
-"""Natural batching and the doors of the ledger that stand on it (contract C2, C3; rows money-3, money-4, db-3 to db-6, db-10,
-process-1, process-2, process-12): what arrives while a statement is under way forms the next one, nobody waits without need, and
-nobody suffers for his neighbour."""
+"""Natural batching, and the ledger's batches (contract C2, C3; rows money-3, money-4, db-3 to db-6, db-10,
+process-1, process-2, process-12): items that arrive while a statement is running form the next one, no item waits without need, and
+no item fails because of another."""
 
 import asyncio
 import hashlib
@@ -22,32 +22,33 @@ from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.batch import Batcher
 from gptutor.money.holds import Hold, HoldRequest, InsufficientFunds, Release, RepeatedRequest, Settlement, UnknownKey, new_id
 from gptutor.money.keys import KeyClaim, make_key, parse_key
-from gptutor.money.pricing import Ceiling
+from gptutor.money.pricing import Ceiling, Charge
 from tests.support.gateway import Caller, make_caller
 from tests.support.ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
 from tests.support.statements import Statements
 
 Item = tuple[int, Any]
-"""An account, and what is asked for it."""
+"""An account, and a label."""
 
 
 @dataclass
-class Door:
-    """What carries out batches: it notes them, and waits where it is told to. An item's result is the item itself."""
+class Executor:
+    """Runs batches: records them, and waits where a test wants it to. An item's result is the item itself."""
 
     batches: list[list[Item]] = field(default_factory=list)
     open: asyncio.Event = field(default_factory=asyncio.Event)
     failures: dict[Any, BaseException] = field(default_factory=dict)
     gates: dict[Any, asyncio.Event] = field(default_factory=dict)
-    """Where an item that is alone in its batch waits."""
+    """For an item that is alone in its batch: the event that it waits for."""
     running: Counter[int] = field(default_factory=Counter)
-    met: list[int] = field(default_factory=list)
+    overlapping: list[int] = field(default_factory=list)
+    """Accounts that were in two running statements."""
     abandoned: list[tuple[Item, Any]] = field(default_factory=list)
 
     async def execute(self, items: list[Item]) -> list[Item]:
         self.batches.append(items)
         accounts = {account for account, _ in items}
-        self.met += [account for account in accounts if self.running[account]]
+        self.overlapping += [account for account in accounts if self.running[account]]
         self.running.update(accounts)
         try:
             await self.open.wait()
@@ -65,16 +66,21 @@ class Door:
         return [item for batch in self.batches for item in batch]
 
     def batcher(
-        self, at_once: int = 1, batch_max: int = 100, patience_s: float = 60, *, apart: bool = False
+        self,
+        concurrent_max: int = 1,
+        batch_max: int = 100,
+        overtake_after_s: float = 60,
+        *,
+        one_account_per_batch: bool = False,
     ) -> Batcher[Item, Item]:
         return Batcher(
             self.execute,
             lambda item: item[0],
-            at_once=at_once,
+            concurrent_max=concurrent_max,
             batch_max=batch_max,
-            patience_s=patience_s,
-            apart=apart,
-            abandoned=lambda item, result: self.abandoned.append((item, result)),
+            overtake_after_s=overtake_after_s,
+            one_account_per_batch=one_account_per_batch,
+            on_abandoned=lambda item, result: self.abandoned.append((item, result)),
         )
 
 
@@ -82,14 +88,14 @@ def submitted(batcher: Batcher[Item, Item], *items: Item) -> list[asyncio.Task[I
     return [asyncio.create_task(batcher.submit(item)) for item in items]
 
 
-async def settle_down() -> None:
-    """Lets everything run that can."""
+async def run_pending() -> None:
+    """Runs everything that is ready."""
     for _ in range(20):
         await asyncio.sleep(0)
 
 
 async def outcomes(tasks: list[asyncio.Task[Item]]) -> list[Any]:
-    """Results and exceptions, in order; a submitter who hangs is a failure."""
+    """Results and exceptions, in order; a submitter that never gets a result is a failure."""
     async with asyncio.timeout(5):
         return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -99,110 +105,110 @@ async def outcomes(tasks: list[asyncio.Task[Item]]) -> list[Any]:
 
 async def test_one_at_a_time_is_one_statement_each_and_starts_at_once() -> None:
     """No timer: a lone request pays nothing for batching."""
-    door = Door()
-    door.open.set()
-    batcher = door.batcher()
+    executor = Executor()
+    executor.open.set()
+    batcher = executor.batcher()
     for number in range(5):
         assert await batcher.submit((1, number)) == (1, number)
-    assert door.batches == [[(1, number)] for number in range(5)]
+    assert executor.batches == [[(1, number)] for number in range(5)]
 
-    door.open.clear()
+    executor.open.clear()
     task = asyncio.create_task(batcher.submit((1, "x")))
     await asyncio.sleep(0)  # the submitter runs, and starts its batch …
     await asyncio.sleep(0)  # … which begins in the next turn of the loop, not after a while
-    assert door.batches[-1] == [(1, "x")]
-    door.open.set()
+    assert executor.batches[-1] == [(1, "x")]
+    executor.open.set()
     await task
 
 
-async def test_what_arrives_meanwhile_is_the_next_batch_and_no_batch_is_too_large() -> None:
-    door = Door()
-    batcher = door.batcher(batch_max=10)
+async def test_items_that_arrive_while_a_statement_runs_are_the_next_batch_and_no_batch_is_too_large() -> None:
+    executor = Executor()
+    batcher = executor.batcher(batch_max=10)
     tasks = submitted(batcher, (1, 0))
-    await settle_down()
+    await run_pending()
     tasks += submitted(batcher, *((1, number) for number in range(1, 26)))
-    await settle_down()
-    assert len(door.batches) == 1
-    door.open.set()
+    await run_pending()
+    assert len(executor.batches) == 1
+    executor.open.set()
     assert await outcomes(tasks) == [(1, number) for number in range(26)]
-    assert [len(batch) for batch in door.batches] == [1, 10, 10, 5]
-    assert door.served == [(1, number) for number in range(26)]
+    assert [len(batch) for batch in executor.batches] == [1, 10, 10, 5]
+    assert executor.served == [(1, number) for number in range(26)]
 
 
-async def test_whoever_waits_behind_a_statement_for_long_goes_past_it_and_no_account_is_in_two() -> None:
-    """Two statements of one process must not wait for each other's row; one that waits for another's must hold up nobody else."""
-    door = Door()
-    batcher = door.batcher(at_once=2, patience_s=0.02)
+async def test_items_behind_a_slow_statement_overtake_it_and_no_account_is_in_two_statements() -> None:
+    """Two statements of one process must not wait for each other's rows; one that waits for a lock must not delay other accounts."""
+    executor = Executor()
+    batcher = executor.batcher(concurrent_max=2, overtake_after_s=0.02)
     tasks = submitted(batcher, (1, "a"))
-    await settle_down()
+    await run_pending()
     tasks += submitted(batcher, (1, "b"), (2, "c"), (1, "d"), (3, "e"))
-    await settle_down()
-    assert door.batches == [[(1, "a")]]  # patiently
+    await run_pending()
+    assert executor.batches == [[(1, "a")]]  # not overtaken yet
     await asyncio.sleep(0.05)
-    assert door.batches == [[(1, "a")], [(2, "c"), (3, "e")]]
+    assert executor.batches == [[(1, "a")], [(2, "c"), (3, "e")]]
     tasks += submitted(batcher, (4, "f"))
     await asyncio.sleep(0.05)
-    assert len(door.batches) == 2  # as many as there may be
-    door.open.set()
+    assert len(executor.batches) == 2  # `concurrent_max` are running
+    executor.open.set()
     await outcomes(tasks)
-    assert door.batches[2:] == [[(1, "b"), (1, "d"), (4, "f")]]
-    assert door.met == []
+    assert executor.batches[2:] == [[(1, "b"), (1, "d"), (4, "f")]]
+    assert executor.overlapping == []
 
 
-async def test_a_statement_that_takes_its_usual_time_is_waited_for() -> None:
-    door = Door()
-    batcher = door.batcher(at_once=3, patience_s=0.05)
+async def test_a_statement_of_normal_duration_is_not_overtaken() -> None:
+    executor = Executor()
+    batcher = executor.batcher(concurrent_max=3, overtake_after_s=0.05)
     tasks = submitted(batcher, (1, 0))
     for number in range(1, 8):
         await asyncio.sleep(0.02)
         tasks += submitted(batcher, (number, number))
-        await settle_down()
-        door.open.set()
-        await settle_down()
-        door.open.clear()
-        assert sum(door.running.values()) <= 1
-    door.open.set()
+        await run_pending()
+        executor.open.set()
+        await run_pending()
+        executor.open.clear()
+        assert sum(executor.running.values()) <= 1
+    executor.open.set()
     await outcomes(tasks)
 
 
-async def test_apart_each_account_has_a_statement_of_its_own_and_none_waits_for_another() -> None:
-    door = Door()
-    batcher = door.batcher(at_once=3, patience_s=0, apart=True)
+async def test_with_one_account_per_batch_no_account_waits_for_another() -> None:
+    executor = Executor()
+    batcher = executor.batcher(concurrent_max=3, overtake_after_s=0, one_account_per_batch=True)
     tasks = submitted(batcher, (1, "a"), (2, "b"), (1, "c"), (3, "d"), (4, "e"))
     await asyncio.sleep(0.01)
-    assert door.batches == [[(1, "a"), (1, "c")], [(2, "b")], [(3, "d")]]
+    assert executor.batches == [[(1, "a"), (1, "c")], [(2, "b")], [(3, "d")]]
     tasks += submitted(batcher, (1, "f"))
-    await settle_down()
-    door.open.set()
+    await run_pending()
+    executor.open.set()
     await outcomes(tasks)
-    assert door.batches[3:] in ([[(4, "e")], [(1, "f")]], [[(1, "f")], [(4, "e")]])
-    assert door.met == []
+    assert executor.batches[3:] in ([[(4, "e")], [(1, "f")]], [[(1, "f")], [(4, "e")]])
+    assert executor.overlapping == []
 
 
-async def test_one_who_comes_while_a_place_is_being_left_is_not_forgotten() -> None:
-    """All places were taken when he came, and the one that is free now has not been told of him."""
-    door = Door(gates={"stuck": asyncio.Event()})
-    door.open.set()
-    batcher = door.batcher(at_once=2, patience_s=0.01)
+async def test_an_item_that_arrives_while_a_worker_ends_is_not_forgotten() -> None:
+    """All workers were busy when the item arrived, and the worker that has ended since has not seen it."""
+    executor = Executor(gates={"stuck": asyncio.Event()})
+    executor.open.set()
+    batcher = executor.batcher(concurrent_max=2, overtake_after_s=0.01)
     tasks = submitted(batcher, (1, "stuck"))
-    await settle_down()
+    await run_pending()
     async with asyncio.timeout(2):
-        for number in range(5):  # each comes when the one before has his answer
+        for number in range(5):  # each is submitted when the previous one has its result
             assert await batcher.submit((2, number)) == (2, number)
-    door.gates["stuck"].set()
+    executor.gates["stuck"].set()
     await outcomes(tasks)
 
 
-async def test_whoever_can_only_wait_does_it_quietly() -> None:
-    door = Door()
-    batcher = door.batcher(at_once=3, patience_s=0, apart=True)
+async def test_an_item_that_can_only_wait_starts_no_workers_in_vain() -> None:
+    executor = Executor()
+    batcher = executor.batcher(concurrent_max=3, overtake_after_s=0, one_account_per_batch=True)
     tasks = submitted(batcher, (1, "a"))
-    await settle_down()
-    with patch.object(batcher, "_start", wraps=batcher._start) as start:
+    await run_pending()
+    with patch.object(batcher, "_start_worker", wraps=batcher._start_worker) as start:
         tasks += submitted(batcher, (1, "b"))
         await asyncio.sleep(0.02)
     assert start.call_count <= 1
-    door.open.set()
+    executor.open.set()
     await outcomes(tasks)
 
 
@@ -215,23 +221,23 @@ async def test_whoever_can_only_wait_does_it_quietly() -> None:
     st.integers(0, 2**32),
 )
 def test_in_any_order_of_arrival_all_are_served_in_their_accounts_order(
-    accounts: list[int], at_once: int, batch_max: int, patience_s: float, seed: int
+    accounts: list[int], concurrent_max: int, batch_max: int, overtake_after_s: float, seed: int
 ) -> None:
     async def play() -> None:
         dice = random.Random(seed)
-        door = Door()
-        batcher = door.batcher(at_once, batch_max, patience_s)
+        executor = Executor()
+        batcher = executor.batcher(concurrent_max, batch_max, overtake_after_s)
         tasks = []
         for number, account in enumerate(accounts):
             tasks += submitted(batcher, (account, number))
             if dice.random() < 0.3:
-                door.open.set() if dice.random() < 0.5 else door.open.clear()
+                executor.open.set() if dice.random() < 0.5 else executor.open.clear()
                 await asyncio.sleep(0)
-        door.open.set()
+        executor.open.set()
         assert await outcomes(tasks) == [(account, number) for number, account in enumerate(accounts)]
-        assert door.met == []
+        assert executor.overlapping == []
         served: dict[int, list[int]] = defaultdict(list)
-        for batch in door.batches:
+        for batch in executor.batches:
             assert 1 <= len(batch) <= batch_max
             for account, number in batch:
                 served[account].append(number)
@@ -242,105 +248,105 @@ def test_in_any_order_of_arrival_all_are_served_in_their_accounts_order(
 
 
 async def test_one_bad_item_fails_alone() -> None:
-    """A rejected item never spoils its neighbours, and each good one is carried out once with effect."""
-    door = Door(failures={"bad": ConstraintViolated("law"), "worse": ValueError("nonsense")})
-    batcher = door.batcher()
+    """A rejected item does not fail the other items, and each of them takes effect once."""
+    executor = Executor(failures={"bad": ConstraintViolated("constraint"), "worse": ValueError("nonsense")})
+    batcher = executor.batcher()
     tasks = submitted(batcher, (1, "first"), (1, "a"), (1, "bad"), (1, "b"), (1, "worse"), (1, "c"))
-    door.open.set()
+    executor.open.set()
     results = await outcomes(tasks)
     assert [type(result) for result in results] == [tuple, tuple, ConstraintViolated, tuple, ValueError, tuple]
     assert (await outcomes(submitted(batcher, (1, "after"))))[0] == (1, "after")
 
 
-async def test_a_database_that_is_away_is_everybodys_and_nothing_is_tried_one_by_one() -> None:
+async def test_an_unavailable_database_fails_the_whole_batch_and_nothing_is_retried_one_by_one() -> None:
     """Row db-2: a statement whose outcome is unknown is not simply repeated by the batcher."""
-    door = Door(failures={"b": DatabaseUnavailable("gone")})
-    batcher = door.batcher()
+    executor = Executor(failures={"b": DatabaseUnavailable("gone")})
+    batcher = executor.batcher()
     tasks = submitted(batcher, (1, "first"))
-    await settle_down()
+    await run_pending()
     tasks += submitted(batcher, (1, "a"), (1, "b"), (1, "c"))
-    await settle_down()
-    door.open.set()
+    await run_pending()
+    executor.open.set()
     first, *others = await outcomes(tasks)
     assert first == (1, "first")
     assert [type(error) for error in others] == [DatabaseUnavailable] * 3
-    assert [len(batch) for batch in door.batches] == [1, 3]
+    assert [len(batch) for batch in executor.batches] == [1, 3]
     assert await batcher.submit((1, "after")) == (1, "after")
 
 
-async def test_a_row_that_somebody_has_is_one_accounts_affair() -> None:
-    """Row db-11: also where it is not the account's own row, which a statement goes round."""
-    door = Door(failures={"locked": RowsLocked("gone")})
-    batcher = door.batcher()
+async def test_a_locked_row_fails_the_items_of_its_account_only() -> None:
+    """Row db-11: also if the lock is not on the account row, which a statement would skip."""
+    executor = Executor(failures={"locked": RowsLocked("gone")})
+    batcher = executor.batcher()
     tasks = submitted(batcher, (1, "first"))
-    await settle_down()
+    await run_pending()
     tasks += submitted(batcher, (1, "a"), (2, "locked"), (3, "c"))
-    await settle_down()
-    door.open.set()
+    await run_pending()
+    executor.open.set()
     first, *others = await outcomes(tasks)
     assert first == (1, "first")
     assert [type(result) for result in others] == [tuple, RowsLocked, tuple]
 
 
-async def test_a_submitter_who_is_cancelled_in_the_queue_is_not_served() -> None:
-    door = Door()
-    batcher = door.batcher(batch_max=2)
+async def test_an_item_whose_submitter_is_cancelled_in_the_queue_is_dropped() -> None:
+    executor = Executor()
+    batcher = executor.batcher(batch_max=2)
     tasks = submitted(batcher, (1, 0), (1, 1), (1, 2), (1, 3), (1, 4))
-    await settle_down()
+    await run_pending()
     for number in (2, 3):  # a whole batch of them
         tasks[number].cancel()
-    door.open.set()
+    executor.open.set()
     results = await outcomes(tasks)
     assert [isinstance(result, asyncio.CancelledError) for result in results] == [False, False, True, True, False]
-    assert door.served == [(1, 0), (1, 1), (1, 4)]
-    assert door.abandoned == []
+    assert executor.served == [(1, 0), (1, 1), (1, 4)]
+    assert executor.abandoned == []
 
 
-async def test_a_result_that_nobody_waits_for_any_more_is_given_to_abandoned() -> None:
-    """A caller who left at the wrong moment must not leave a hold behind."""
-    door = Door()
-    batcher = door.batcher()
+async def test_a_result_whose_submitter_was_cancelled_is_passed_to_on_abandoned() -> None:
+    """A client that disconnects at the wrong moment must not leave a hold behind."""
+    executor = Executor()
+    batcher = executor.batcher()
     tasks = submitted(batcher, (1, "left"), (1, "stayed"))
-    await settle_down()
+    await run_pending()
     tasks[0].cancel()
-    await settle_down()
-    door.open.set()
+    await run_pending()
+    executor.open.set()
     assert (await outcomes(tasks))[1] == (1, "stayed")
-    assert door.abandoned == [((1, "left"), (1, "left"))]
+    assert executor.abandoned == [((1, "left"), (1, "left"))]
 
 
-async def test_without_abandoned_a_result_that_nobody_waits_for_is_dropped() -> None:
-    door = Door()
-    batcher: Batcher[Item, Item] = Batcher(door.execute, lambda item: item[0], at_once=1, batch_max=9)
+async def test_without_on_abandoned_a_result_whose_submitter_was_cancelled_is_dropped() -> None:
+    executor = Executor()
+    batcher: Batcher[Item, Item] = Batcher(executor.execute, lambda item: item[0], concurrent_max=1, batch_max=9)
     tasks = submitted(batcher, (1, "left"), (1, "stayed"))
-    await settle_down()
+    await run_pending()
     tasks[0].cancel()
-    await settle_down()
-    door.open.set()
+    await run_pending()
+    executor.open.set()
     assert (await outcomes(tasks))[1] == (1, "stayed")
 
 
-async def test_a_failure_that_nobody_waits_for_harms_nobody() -> None:
-    door = Door(failures={"left": DatabaseUnavailable("gone")})
-    batcher = door.batcher()
+async def test_a_failure_whose_submitter_was_cancelled_affects_no_other_item() -> None:
+    executor = Executor(failures={"left": DatabaseUnavailable("gone")})
+    batcher = executor.batcher()
     tasks = submitted(batcher, (1, "left"), (1, "stayed"))
-    await settle_down()
+    await run_pending()
     tasks[0].cancel()
-    await settle_down()
-    door.open.set()
+    await run_pending()
+    executor.open.set()
     assert isinstance((await outcomes(tasks))[1], DatabaseUnavailable)
-    assert door.abandoned == []
+    assert executor.abandoned == []
 
 
-async def test_a_worker_that_is_cancelled_leaves_no_submitter_of_its_batch_hanging() -> None:
-    """Row process-12: the outcome is unknown, and that is what they are told."""
-    door = Door()
-    batcher = door.batcher()
+async def test_a_cancelled_worker_leaves_no_submitter_of_its_batch_waiting_forever() -> None:
+    """Row process-12: the outcome is unknown, and each submitter gets an exception that says so."""
+    executor = Executor()
+    batcher = executor.batcher()
     tasks = submitted(batcher, (1, "a"), (1, "b"))
-    await settle_down()
+    await run_pending()
     cancel_worker(batcher)
     assert [type(error) for error in await outcomes(tasks)] == [DatabaseUnavailable] * 2
-    door.open.set()
+    executor.open.set()
     assert await batcher.submit((1, "after")) == (1, "after")
 
 
@@ -349,23 +355,23 @@ def cancel_worker(batcher: Batcher[Item, Item]) -> None:
     worker.cancel()
 
 
-async def test_a_worker_that_is_cancelled_leaves_nobody_in_its_queue_hanging() -> None:
+async def test_a_cancelled_worker_leaves_no_queued_submitter_waiting_forever() -> None:
     """Row process-12."""
-    door = Door()
-    batcher = door.batcher()
+    executor = Executor()
+    batcher = executor.batcher()
     tasks = submitted(batcher, (1, "under way"))
-    await settle_down()
+    await run_pending()
     tasks += submitted(batcher, (1, "queued"))
-    await settle_down()
+    await run_pending()
     cancel_worker(batcher)
-    door.open.set()
+    executor.open.set()
     first, queued = await outcomes_or_hanging(tasks)
     assert isinstance(first, DatabaseUnavailable)
     assert queued == (1, "queued") or isinstance(queued, DatabaseUnavailable)
 
 
 async def outcomes_or_hanging(tasks: list[asyncio.Task[Item]]) -> list[Any]:
-    await settle_down()
+    await run_pending()
     hanging = [task for task in tasks if not task.done()]
     for task in hanging:
         task.cancel()
@@ -373,48 +379,48 @@ async def outcomes_or_hanging(tasks: list[asyncio.Task[Item]]) -> list[Any]:
     return ["hangs" if task in hanging else result for task, result in zip(tasks, results, strict=True)]
 
 
-async def test_a_worker_that_is_cancelled_before_it_begins_does_not_close_the_door() -> None:
+async def test_a_worker_that_is_cancelled_before_it_begins_does_not_stop_the_batcher() -> None:
     """Row process-12."""
-    door = Door()
-    door.open.set()
-    batcher = door.batcher()
+    executor = Executor()
+    executor.open.set()
+    batcher = executor.batcher()
     tasks = submitted(batcher, (1, "first"))
     await asyncio.sleep(0)
     cancel_worker(batcher)
-    await settle_down()
+    await run_pending()
     tasks += submitted(batcher, (1, "after"))
     first, after = await outcomes_or_hanging(tasks)
     assert first == (1, "first") or isinstance(first, DatabaseUnavailable)
     assert after == (1, "after")
 
 
-async def test_a_worker_that_is_cancelled_while_it_tries_one_by_one_leaves_nobody_hanging() -> None:
+async def test_a_worker_that_is_cancelled_while_it_retries_one_by_one_leaves_no_submitter_waiting_forever() -> None:
     """Row process-12."""
-    door = Door(failures={"bad": ValueError("nonsense")}, gates={"b": asyncio.Event()})
-    batcher = door.batcher()
+    executor = Executor(failures={"bad": ValueError("nonsense")}, gates={"b": asyncio.Event()})
+    batcher = executor.batcher()
     tasks = submitted(batcher, (1, "a"), (1, "bad"), (1, "b"), (1, "c"))
-    door.open.set()
-    await settle_down()
-    assert door.batches[-1] == [(1, "b")]
+    executor.open.set()
+    await run_pending()
+    assert executor.batches[-1] == [(1, "b")]
     cancel_worker(batcher)
-    await settle_down()
+    await run_pending()
     assert [task.done() for task in tasks[:3]] == [True] * 3
     results = await outcomes_or_hanging(tasks)
     assert "hangs" not in results
 
 
-async def test_a_submitter_who_is_cancelled_while_others_are_tried_one_by_one_is_not_served() -> None:
-    door = Door(failures={"bad": ValueError("nonsense")})
-    batcher = door.batcher()
+async def test_an_item_whose_submitter_is_cancelled_while_others_are_retried_is_dropped() -> None:
+    executor = Executor(failures={"bad": ValueError("nonsense")})
+    batcher = executor.batcher()
     tasks = submitted(batcher, (1, "bad"), (1, "left"))
-    await settle_down()
+    await run_pending()
     tasks[1].cancel()
-    door.open.set()
+    executor.open.set()
     assert isinstance((await outcomes(tasks))[0], ValueError)
-    assert door.served[2:] == [(1, "bad")]
+    assert executor.served[2:] == [(1, "bad")]
 
 
-# -- the doors of the ledger, on real SQL
+# -- the batches of the ledger, on real SQL
 
 
 @pytest.fixture
@@ -425,15 +431,15 @@ def statements(books: Database, monkeypatch: pytest.MonkeyPatch) -> Statements:
 def request(
     caller: Caller, roubles: str, *, key: str | None = None, body: bytes = b"", model: str = "a/b", name: str = "r"
 ) -> HoldRequest:
-    ceiling = Ceiling(most=parse_roubles(roubles), least=parse_roubles(roubles))
+    ceiling = Ceiling(hold_max=parse_roubles(roubles), available_min=parse_roubles(roubles))
     body_hash = hashlib.sha256(body).digest() if key else None
     return HoldRequest(claim(caller), new_id(), ceiling, model, name, key, body_hash)
 
 
 async def test_each_of_a_mixed_batch_gets_its_own_outcome(books: Database, statements: Statements) -> None:
-    """Contract C2, C10, B3; rows money-1, money-4, auth-4, auth-5, auth-8: one statement, five kinds of answer, four accounts."""
+    """Contract C2, C10, B3; rows money-1, money-4, auth-4, auth-5, auth-8: one statement, five kinds of outcome, four accounts."""
     rich, poor, other = [await make_caller(books, balance) for balance in ("100", "10", "50")]
-    stranger = Caller(make_key(rich.account_id), rich.account_id, books)
+    unauthenticated = Caller(make_key(rich.account_id), rich.account_id, books)
     nobody = Caller(make_key(AccountId(10**12)), AccountId(10**12), books)
     ledger = ledger_of(books)
     await ledger.hold_funds(request(other, "1", key="k", body=b"x", name="the-first"))
@@ -441,7 +447,7 @@ async def test_each_of_a_mixed_batch_gets_its_own_outcome(books: Database, state
     asked: list[tuple[HoldRequest, str]] = [
         (request(rich, "30"), "granted"),
         (request(poor, "6"), "granted"),
-        (request(stranger, "1"), "unknown_key"),
+        (request(unauthenticated, "1"), "unknown_key"),
         (request(poor, "5"), "insufficient"),  # 4 are left
         (request(poor, "4"), "granted"),  # the one before took nothing
         (request(nobody, "1"), "unknown_key"),
@@ -453,7 +459,7 @@ async def test_each_of_a_mixed_batch_gets_its_own_outcome(books: Database, state
         (request(rich, "68"), "granted"),
         (request(rich, "0.000000001"), "insufficient"),
     ]
-    rows = await ledger._trade_batch([item for item, _ in asked])
+    rows = await ledger._settle_and_hold_batch([item for item, _ in asked])
     assert [row["outcome"] for row in rows] == [expected for _, expected in asked]
     assert [row["hold_id"] for row in rows] == [item.hold_id for item, _ in asked]
     assert rows[6]["earlier_request_id"] == "the-first"
@@ -468,23 +474,23 @@ async def test_each_of_a_mixed_batch_gets_its_own_outcome(books: Database, state
 async def test_every_outcome_of_a_batch_comes_as_its_own_exception(books: Database, statements: Statements) -> None:
     """Contract C2, C10, B3."""
     caller = await make_caller(books, "10")
-    stranger = Caller(make_key(caller.account_id), caller.account_id, books)
+    unauthenticated = Caller(make_key(caller.account_id), caller.account_id, books)
     ledger = ledger_of(books)
-    statements.let_in.clear()
+    statements.unblocked.clear()
     first = asyncio.create_task(ledger.hold_funds(request(caller, "1", key="k", body=b"x", name="the-first")))
-    await settle_down()
+    await run_pending()
     others = [
         asyncio.create_task(ledger.hold_funds(item))
         for item in (
             request(caller, "1", key="k", body=b"x"),
             request(caller, "1", key="k", body=b"y"),
             request(caller, "10"),
-            request(stranger, "1"),
+            request(unauthenticated, "1"),
             request(caller, "9"),
         )
     ]
-    await settle_down()
-    statements.let_in.set()
+    await run_pending()
+    statements.unblocked.set()
     assert isinstance(await first, Hold)
     repeated, mismatched, insufficient, unknown, granted = await asyncio.gather(*others, return_exceptions=True)
     assert isinstance(repeated, RepeatedRequest)
@@ -499,15 +505,15 @@ async def test_every_outcome_of_a_batch_comes_as_its_own_exception(books: Databa
     assert (await caller.user()).available == 0
 
 
-async def test_an_item_that_the_database_refuses_fails_alone(books: Database, statements: Statements) -> None:
-    """Rows input-11, process-12: text that PostgreSQL does not take is one request's own trouble."""
+async def test_an_item_that_the_database_rejects_fails_alone(books: Database, statements: Statements) -> None:
+    """Rows input-11, process-12: text that PostgreSQL rejects fails one request only."""
     caller = await make_caller(books, "10")
     ledger = ledger_of(books)
-    statements.let_in.clear()
+    statements.unblocked.clear()
     asked = [request(caller, "1"), request(caller, "1"), request(caller, "1", model="a\0b"), request(caller, "1")]
     tasks = [asyncio.create_task(ledger.hold_funds(item)) for item in asked]
-    await settle_down()
-    statements.let_in.set()
+    await run_pending()
+    statements.unblocked.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [isinstance(result, Hold) for result in results] == [True, True, False, True]
     await ledger.drain(5)
@@ -560,17 +566,17 @@ async def test_settlements_and_releases_at_once_share_statements_and_close_each_
     await assert_books_hold(books)
 
 
-async def test_who_has_one_accounts_row_keeps_nobody_else_waiting(books: Database, database_url: str) -> None:
-    """Row db-6: an operator's hand, or another process. What belongs to that account waits, in its order, and is not lost."""
+async def test_a_lock_on_one_account_row_delays_no_other_account(books: Database, database_url: str) -> None:
+    """Row db-6: a lock held by hand, or by another process. The items of that account wait, in order, and none is lost."""
     other, caller = await make_caller(books, "10"), await make_caller(books, "10")
     ledger = ledger_of(books)
     held = await hold(books, caller, "1", ledger=ledger)
-    ledger.journal.sent(held.account_id, held.hold_id)
+    ledger.journal.record_sent(held.account_id, held.hold_id)
     given_up = [await hold(books, each, "1", ledger=ledger) for each in (other, caller)]
-    hand = await asyncpg.connect(database_url)
-    transaction = hand.transaction()
+    by_hand = await asyncpg.connect(database_url)
+    transaction = by_hand.transaction()
     await transaction.start()
-    await hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", caller.account_id)
+    await by_hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", caller.account_id)
     waiting: list[asyncio.Task[Any]] = [asyncio.create_task(ledger.settle(settlement(held, "0.01")))]
     waiting += [asyncio.create_task(hold(books, caller, "1", ledger=ledger)) for _ in range(3)]
     releases = [asyncio.create_task(ledger.release(release(each))) for each in given_up]  # which begin with the other's row
@@ -579,44 +585,44 @@ async def test_who_has_one_accounts_row_keeps_nobody_else_waiting(books: Databas
             later = await hold(books, other, "0.1", ledger=ledger)
             assert await ledger.settle(settlement(later, "0.0001")) == "settled"
     assert [task.done() for task in waiting] == [False] * 4
-    assert list(ledger.journal.known) == [held.hold_id]
+    assert list(ledger.journal.open_holds) == [held.hold_id]
     await transaction.rollback()
-    await hand.close()
+    await by_hand.close()
     outcome, *holds = await asyncio.gather(*waiting)
     assert outcome == "settled"
     assert all(isinstance(each, Hold) for each in holds)
     await asyncio.gather(*releases)
-    assert ledger.journal.known == {}
+    assert ledger.journal.open_holds == {}
     assert (await caller.balance(), await caller.held()) == (Decimal("9.1"), 3)
     await assert_books_hold(books)
 
 
-async def test_only_the_account_itself_is_refused_when_its_row_does_not_come_free(books: Database, database_url: str) -> None:
+async def test_only_the_locked_account_is_rejected_when_its_row_stays_locked(books: Database, database_url: str) -> None:
     caller, other = await make_caller(books, "10"), await make_caller(books, "10")
     ledger = ledger_of(books)
-    hand = await asyncpg.connect(database_url)
-    async with hand.transaction():
-        await hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", caller.account_id)
+    by_hand = await asyncpg.connect(database_url)
+    async with by_hand.transaction():
+        await by_hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", caller.account_id)
         results = await asyncio.gather(
             *(hold(books, each, "1", ledger=ledger) for each in (caller, other, caller, other)), return_exceptions=True
         )
-    await hand.close()
+    await by_hand.close()
     assert [type(result) for result in results] == [RowsLocked, Hold, RowsLocked, Hold]
     await ledger.drain(5)
     assert [await each.held() for each in (caller, other)] == [0, 2]
 
 
-async def test_a_caller_who_is_cancelled_in_the_queue_asks_for_no_hold(books: Database, statements: Statements) -> None:
+async def test_a_request_that_is_cancelled_in_the_queue_takes_no_hold(books: Database, statements: Statements) -> None:
     """Contract C8; row client-1."""
     caller = await make_caller(books, "10")
     ledger = ledger_of(books)
-    statements.let_in.clear()
+    statements.unblocked.clear()
     tasks = [asyncio.create_task(ledger.hold_funds(request(caller, "1"))) for _ in range(2)]
-    await settle_down()
+    await run_pending()
     tasks.append(asyncio.create_task(ledger.hold_funds(request(caller, "1"))))
-    await settle_down()
+    await run_pending()
     tasks[2].cancel()
-    statements.let_in.set()
+    statements.unblocked.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(results[2], asyncio.CancelledError)
     await ledger.drain(5)
@@ -625,20 +631,20 @@ async def test_a_caller_who_is_cancelled_in_the_queue_asks_for_no_hold(books: Da
     assert len(ledger.active) == 2
 
 
-async def test_a_caller_who_is_cancelled_while_his_hold_is_taken_leaves_none_behind(
+async def test_a_request_that_is_cancelled_while_its_hold_is_taken_leaves_none_behind(
     books: Database, statements: Statements
 ) -> None:
     """Contract C3, C8; rows client-1, process-1: its release may even come before it, and another follows it."""
     caller = await make_caller(books, "10")
     ledger = ledger_of(books)
-    statements.let_in.clear()
+    statements.unblocked.clear()
     task = asyncio.create_task(ledger.hold_funds(request(caller, "1")))
-    await settle_down()
+    await run_pending()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await ledger.drain(5)
     assert statements.count("release_holds") == 1  # too early: there was nothing yet
-    statements.let_in.set()
+    statements.unblocked.set()
     async with asyncio.timeout(5):
         while statements.count("release_holds") < 2:
             await asyncio.sleep(0.001)
@@ -648,11 +654,11 @@ async def test_a_caller_who_is_cancelled_while_his_hold_is_taken_leaves_none_beh
     await assert_books_hold(books)
 
 
-async def test_a_hold_whose_reply_was_lost_is_refused_and_released(books: Database, statements: Statements) -> None:
+async def test_a_hold_whose_response_was_lost_is_rejected_and_released(books: Database, statements: Statements) -> None:
     """Contract C3, C8; row db-3."""
     caller = await make_caller(books, "10")
     ledger = ledger_of(books)
-    statements.lost_replies += ["settle_and_hold", "release_holds"]
+    statements.lost_responses += ["settle_and_hold", "release_holds"]
     with pytest.raises(DatabaseUnavailable):
         await ledger.hold_funds(request(caller, "1"))
     assert await caller.held() == 1  # it was committed all the same
@@ -662,63 +668,61 @@ async def test_a_hold_whose_reply_was_lost_is_refused_and_released(books: Databa
     assert (await caller.held(), await caller.balance()) == (0, 10)
 
 
-async def test_a_settlement_whose_reply_was_lost_is_repeated_and_booked_once(
+async def test_a_settlement_whose_response_was_lost_is_retried_and_booked_once(
     books: Database, statements: Statements, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Contract C3; rows db-4, db-5."""
     caller = await make_caller(books, "10")
     ledger = ledger_of(books)
     held = await hold(books, caller, "1", ledger=ledger)
-    ledger.journal.sent(held.account_id, held.hold_id)
+    ledger.journal.record_sent(held.account_id, held.hold_id)
     statements.lost_requests += ["settle_and_hold"]
-    statements.lost_replies += ["settle_and_hold"]
+    statements.lost_responses += ["settle_and_hold"]
     with caplog.at_level(logging.DEBUG, "gptutor.ledger"):
         assert await ledger.settle(settlement(held, "0.01")) == "already"
     said = [(record.getMessage(), record.levelno) for record in caplog.records if record.name == "gptutor.ledger"]
     assert [text for text, _ in said] == [
         "A hold cannot be closed yet: the request was lost",
-        "A hold cannot be closed yet: the reply was lost",
+        "A hold cannot be closed yet: the response was lost",
     ]
-    assert said[0][1] >= logging.WARNING  # the operator hears of it
-    assert ledger.journal.known == {}
+    assert said[0][1] >= logging.WARNING  # visible to the operator
+    assert ledger.journal.open_holds == {}
     assert (await caller.balance(), await caller.held()) == (Decimal("9.1"), 0)
     await assert_books_hold(books)
 
 
-async def test_a_settlement_of_a_hold_that_is_lost_is_told_to_the_operator(
-    books: Database, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_settlement_of_a_lost_hold_is_logged_as_an_error(books: Database, caplog: pytest.LogCaptureFixture) -> None:
     """Row operator-5: after a failover to a stale replica, or a restore, a charge has no hold."""
     caller = await make_caller(books, "10")
-    lost = Settlement(caller.account_id, new_id(), Nano(1), Decimal("0.01"), None)
+    lost = Settlement(caller.account_id, new_id(), Charge(Nano(1), Decimal("0.01")), None)
     with caplog.at_level(logging.ERROR, "gptutor.ledger"):
         assert await ledger_of(books).settle(lost) == "no_hold"
     assert caplog.records[0].getMessage().startswith("A charge has no hold: ")
     assert await caller.balance() == 10
 
 
-async def test_a_failure_that_is_no_outage_is_not_repeated(books: Database, statements: Statements) -> None:
-    """Row process-12: what the database refuses once it refuses for ever."""
+async def test_a_failure_that_is_not_an_outage_is_not_retried(books: Database, statements: Statements) -> None:
+    """Row process-12: a statement that the database rejects would be rejected again."""
     caller = await make_caller(books, "10")
     ledger = ledger_of(books)
     held = await hold(books, caller, "1", ledger=ledger)
     with pytest.raises(ConstraintViolated, match="charge_is_not_negative"):
-        await ledger.settle(Settlement(held.account_id, held.hold_id, Nano(-1), Decimal("0.01"), None))
+        await ledger.settle(Settlement(held.account_id, held.hold_id, Charge(Nano(-1), Decimal("0.01")), None))
     assert statements.count("settle_and_hold") == 2  # the hold's, and one
     assert await caller.held() == 1
 
 
-async def test_draining_waits_for_forsaken_holds_but_not_for_ever(books: Database, statements: Statements) -> None:
-    """Rows process-7, db-4: what is left then, recovery finds."""
+async def test_draining_waits_for_background_releases_but_not_forever(books: Database, statements: Statements) -> None:
+    """Rows process-7, db-4: recovery will find the rest."""
     caller = await make_caller(books, "10")
     ledger = ledger_of(books)
     await ledger.drain(5)  # nothing to wait for
-    statements.lost_replies += ["settle_and_hold"]
+    statements.lost_responses += ["settle_and_hold"]
     statements.lost_requests += ["release_holds"] * 50
     with pytest.raises(DatabaseUnavailable):
         await ledger.hold_funds(request(caller, "1"))
     await ledger.drain(0.01)
-    assert ledger._orphans == set()
+    assert len(ledger._background_releases) == 0
     assert await caller.held() == 1
 
 
@@ -739,7 +743,7 @@ async def test_a_key_names_its_account_and_no_other_accounts_row_is_touched(book
     caller, victim = await make_caller(books, "10"), await make_caller(books, "10")
     forged = KeyClaim(victim.account_id, claim(caller).key_hash)
     ledger = ledger_of(books)
-    ceiling = Ceiling(most=Nano(1), least=Nano(1))
+    ceiling = Ceiling(hold_max=Nano(1), available_min=Nano(1))
     results = await asyncio.gather(
         ledger.hold_funds(request(caller, "1")),
         ledger.hold_funds(request(victim, "1")),

@@ -139,7 +139,7 @@ def test_a_number_that_two_parsers_may_read_differently_is_rejected(number: str)
     ],
 )
 def test_a_duplicate_field_is_rejected(body: str, name: str) -> None:
-    assert error_of(body.encode()) == (400, "duplicate_key", f"'{name}' stands twice in one object")
+    assert error_of(body.encode()) == (400, "duplicate_field", f"The field '{name}' is duplicated in one object")
 
 
 @pytest.mark.parametrize(
@@ -201,13 +201,13 @@ def test_separately_priced_tools_are_counted(members: dict[str, Any], paid: int)
 
 def test_what_makes_tokens_more_expensive_is_detected() -> None:
     cached = [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]}]
-    assert parsed(messages=cached).size.caches_prompt
+    assert parsed(messages=cached).size.writes_prompt_cache
     hidden = b'{"messages":[{"role":"user","content":[{"type":"text","text":"x","cache\\u005fcontrol":{}}]}]}'
-    assert parse_request(hidden, default_model="m").size.caches_prompt
-    assert parsed(modalities=["text", "audio"]).size.more_than_text
-    assert parsed(service_tier="priority").size.hurried
+    assert parse_request(hidden, default_model="m").size.writes_prompt_cache
+    assert parsed(modalities=["text", "audio"]).size.multimodal_output
+    assert parsed(service_tier="priority").size.priority_tier
     plain = parsed(modalities=["text"], service_tier="flex").size
-    assert (plain.caches_prompt, plain.more_than_text, plain.hurried) == (False, False, False)
+    assert (plain.writes_prompt_cache, plain.multimodal_output, plain.priority_tier) == (False, False, False)
 
 
 @pytest.mark.parametrize("kind", ["file", "input_audio", "video_url", "something_new"])
@@ -291,7 +291,7 @@ def test_many_fields_with_the_last_one_duplicated_are_checked_quickly() -> None:
     keys = b",".join(b'"%d":1' % number for number in range(50_000))
     body = b'{"messages":[{"role":"user","content":"x"}],"x":{%s,"49999":2}}' % keys
     began = time.process_time()
-    assert error_of(body) == (400, "duplicate_key", "'49999' stands twice in one object")
+    assert error_of(body) == (400, "duplicate_field", "The field '49999' is duplicated in one object")
     assert time.process_time() - began < 2
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from gptutor.app import UPSTREAM
+from gptutor.http.app_keys import SERVICES
 from gptutor.openrouter.circuit import FAILURES_MAX, PROBE_INTERVAL_S, CircuitBreaker
 from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.openrouter.connection_pool import Endpoint
@@ -35,7 +35,7 @@ async def test_while_openrouter_is_unreachable_requests_fail_at_once_and_afterwa
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = await gateway.caller()
-    upstream = gateway.app[UPSTREAM]
+    upstream = gateway.app[SERVICES].upstream
     pool = upstream._pool
     real, pool._origin = pool._origin, Endpoint.parse("http://127.0.0.1:1/api/v1")
     pool.close()
@@ -77,9 +77,11 @@ async def test_an_exhausted_pool_does_not_open_the_circuit(gateway: Gateway) -> 
 
 async def test_a_connection_closes_the_circuit_before_any_response(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row upstream-20: OpenRouter is reachable again, and its first response is slow."""
-    circuit = gateway.app[UPSTREAM]._circuit
+    circuit = gateway.app[SERVICES].upstream._circuit
     circuit.failures, circuit.next_probe_at = FAILURES_MAX, 0
-    monkeypatch.setattr(gateway.app[UPSTREAM]._pool, "acquire_idle", lambda: None)  # no idle connection from before the outage
+    monkeypatch.setattr(
+        gateway.app[SERVICES].upstream._pool, "acquire_idle", lambda: None
+    )  # no idle connection from before the outage
     gateway.simulator.first_word_s = 2
     caller = await gateway.caller()
     requesting = asyncio.create_task(gateway.chat(caller))

@@ -8,44 +8,50 @@ from pathlib import Path
 import orjson
 import pytest
 
+from gptutor import __version__
 from gptutor.money.invariants import load_invariants
 from tests.support.service import Service, environment, refused, run, running_with, said, start_simulator
 
 
-def test_an_argument_that_is_no_text_gets_a_sentence(service: Service) -> None:
+def test_an_argument_that_is_not_utf8_gets_a_sentence(service: Service) -> None:
     assert "UTF-8" in refused(service.environ, "user", "create", "--name", "\udcff")
 
 
-def test_a_place_that_is_not_there_gets_a_sentence(service: Service, tmp_path: Path) -> None:
+def test_a_missing_output_folder_gets_a_sentence(service: Service, tmp_path: Path) -> None:
     assert "cannot be used" in refused(service.environ, "export", "ledger", "--out", str(tmp_path / "none" / "ledger.csv"))
 
 
-def test_the_first_sight_explains_itself(service: Service) -> None:
+def test_help_names_the_first_commands(service: Service) -> None:
     first = run(service.environ, check=False).stdout
     for word in ("gptutor serve", "gptutor user create --balance 100", "serve", "migrate", "simulator", "docs", "verify", "user"):
         assert word in first
     assert "rotate-key" in run(service.environ, "user", check=False).stdout
 
 
+def test_the_version_has_one_source(tmp_path: Path) -> None:
+    assert run(environment(tmp_path), "--version").stdout == f"gptutor {__version__}\n"
+    assert "version = attr: gptutor.__version__" in (Path(__file__).parent.parent / "setup.cfg").read_text()
+
+
 def test_the_life_of_a_user_for_scripts(service: Service) -> None:
     user = service.command("user", "create", "--balance", "100.000000001", "--name", "Иван")
     number = str(user["id"])
-    assert (user["balance"], user["name"], user["isActive"]) == ("100.000000001", "Иван", True)
+    assert (user["balance"], user["name"], user["is_active"]) == ("100.000000001", "Иван", True)
     assert (
         service.command("user", "topup", number, "50", "--reason", "card", "--reference", f"pay-{number}")["balance"]
         == "150.000000001"
     )
-    assert service.command("user", "deactivate", number)["isActive"] is False
-    assert service.command("user", "activate", number)["isActive"] is True
+    assert service.command("user", "deactivate", number)["is_active"] is False
+    assert service.command("user", "activate", number)["is_active"] is True
     key = service.command("user", "rotate-key", number)["apiKey"]
     shown = service.command("user", "show", number)
     assert shown["available"] == "150.000000001"
-    assert [bool(entry["revokedAt"]) for entry in shown["keys"]] == [False, True]
-    assert shown["keys"][0]["key"] == key[: len(f"sk-user-{number}-") + 4] + "…"
+    assert [bool(one["revoked_at"]) for one in shown["keys"]] == [False, True]
+    assert shown["keys"][0]["label"] == key[: len(f"sk-user-{number}-") + 4]
     assert user["id"] in {entry["id"] for entry in service.command("user", "list")}
-    topup, begin = service.command("user", "ledger", number)
+    topup, initial = service.command("user", "ledger", number)
     assert (topup["kind"], topup["amount"], topup["reason"], topup["reference"]) == ("topup", "50", "card", f"pay-{number}")
-    assert begin["reason"] == "initial balance"
+    assert initial["reason"] == "initial balance"
 
 
 def test_the_same_for_people(service: Service) -> None:
@@ -54,7 +60,7 @@ def test_the_same_for_people(service: Service) -> None:
     assert "3 roubles" in said(service, "user", "show", number)
     assert "4.5 roubles" in said(service, "user", "topup", number, "1.5")
     assert "inactive" in said(service, "user", "deactivate", number)
-    assert "the old ones are dead" in said(service, "user", "rotate-key", number)
+    assert "all earlier keys are revoked" in said(service, "user", "rotate-key", number)
     assert "initial balance" in said(service, "user", "ledger", number)
     assert "balance" in said(service, "user", "list")
 
@@ -81,22 +87,22 @@ def test_a_mistake_gets_a_sentence(service: Service, arguments: tuple[str, ...],
 def test_a_payment_is_not_booked_twice(service: Service) -> None:
     number = str(service.command("user", "create")["id"])
     run(service.environ, "user", "topup", number, "5", "--reference", "twice")
-    assert "was booked before" in refused(service.environ, "user", "topup", number, "5", "--reference", "twice")
+    assert "exists already; nothing was changed" in refused(service.environ, "user", "topup", number, "5", "--reference", "twice")
     assert service.command("user", "show", number)["balance"] == "5"
 
 
-def test_a_wrong_setting_or_a_silent_database_is_one_sentence(service: Service) -> None:
+def test_a_wrong_setting_or_an_unreachable_database_is_one_sentence(service: Service) -> None:
     assert "PORT" in refused({**service.environ, "PORT": "99999"}, "serve")
-    away = {
+    unreachable = {
         **service.environ,
         "DATABASE_URL": "postgresql://nobody:secret@127.0.0.1:1/none",
         "GPTUTOR_SECRET_KEY": "A" * 43 + "=",
     }
     for command in (("migrate",), ("user", "list"), ("verify",)):
-        sentence = refused(away, *command)
+        sentence = refused(unreachable, *command)
         assert "PostgreSQL does not answer" in sentence
         assert "secret" not in sentence
-    assert "GPTUTOR_SECRET_KEY is missing" in refused({**away, "GPTUTOR_SECRET_KEY": ""}, "serve")
+    assert "GPTUTOR_SECRET_KEY is missing" in refused({**unreachable, "GPTUTOR_SECRET_KEY": ""}, "serve")
 
 
 @pytest.mark.parametrize(
@@ -112,12 +118,12 @@ def test_a_wrong_setting_or_a_silent_database_is_one_sentence(service: Service) 
         *(("verify",), ("holds",), ("rekey",), ("export", "ledger")),
     ],
 )
-def test_in_a_wrong_folder_no_database_is_begun(tmp_path: Path, command: tuple[str, ...]) -> None:
-    """Empty books would be believed to be the service's."""
+def test_in_a_wrong_folder_no_database_is_created(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """An empty new database would be mistaken for the service's."""
     sentence = refused(environment(tmp_path), *command)
-    beginning = tmp_path / "var" / "postgres" / "PG_VERSION"
-    assert f"There is no database here: DATABASE_URL is not set, and {beginning} does not exist. Run this in" in sentence
-    assert "`gptutor serve` and `gptutor user create` begin a new one." in sentence
+    marker = tmp_path / "var" / "postgres" / "PG_VERSION"
+    assert f"There is no database here: DATABASE_URL is not set, and {marker} does not exist. Run this in" in sentence
+    assert "`gptutor serve` and `gptutor user create` create a new database." in sentence
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,8 +138,8 @@ def test_it_works_alone_on_a_bare_directory(tmp_path: Path) -> None:
     assert running_with(str(tmp_path)) == [], "the embedded PostgreSQL was left running"
 
 
-def test_broken_books_are_shown_and_exit_with_one(tmp_path: Path, postgres: str, database_url: str) -> None:
-    secret = base64.b64encode(bytes(32)).decode()  # the key's copy is sealed with it
+def test_broken_invariants_are_shown_and_verify_exits_with_one(tmp_path: Path, postgres: str, database_url: str) -> None:
+    secret = base64.b64encode(bytes(32)).decode()  # the key's copy is encrypted with it
     environ = environment(tmp_path, DATABASE_URL=database_url, GPTUTOR_SECRET_KEY=secret)
     run(environ, "user", "create", "--balance", "5")
     corrupt = "import asyncio, asyncpg, sys\n" + (
@@ -144,14 +150,14 @@ def test_broken_books_are_shown_and_exit_with_one(tmp_path: Path, postgres: str,
     )
 
     subprocess.run([sys.executable, "-c", corrupt, database_url], check=True)
-    proof = run(environ, "verify", check=False)
-    assert proof.returncode == 1
-    assert f"2 of {len(load_invariants())} invariants are broken." in proof.stdout
-    assert "balance_nano=5000000001" in proof.stdout
+    verified = run(environ, "verify", check=False)
+    assert verified.returncode == 1
+    assert f"2 of {len(load_invariants())} invariants are broken." in verified.stdout
+    assert "balance_nano=5000000001" in verified.stdout
 
 
 def test_our_totals_are_compared_with_openrouters(service: Service, tmp_path: Path) -> None:
-    """Contract C9, C6: charges against `/key` and `/activity`, and every hold without evidence with its upper bound."""
+    """Contract C9, C6: charges against `/key` and `/activity`, and every hold of unknown cost with its upper bound."""
     assert "OPENROUTER_API_KEY is not set" in refused(service.environ, "reconcile")
     simulator = start_simulator(tmp_path)
     try:
@@ -163,13 +169,13 @@ def test_our_totals_are_compared_with_openrouters(service: Service, tmp_path: Pa
         )
         run(environ, "migrate")
         today, yesterday = orjson.loads(run(environ, "reconcile", "--json").stdout)["days"]
-        assert (today["oursUsd"], today["openrouterUsd"], today["differenceUsd"]) == ("0", "0", "0")
-        assert yesterday["openrouterUsd"] == "0"
+        assert (today["ours_usd"], today["openrouter_usd"], today["difference_usd"]) == ("0", "0", "0")
+        assert yesterday["openrouter_usd"] == "0"
         simulator.spend()
         (today, _) = orjson.loads(run(environ, "reconcile", "--json").stdout)["days"]
-        assert today["differenceUsd"] == today["openrouterUsd"] != "0"  # asked for without us: it shows
-        said = run(environ, "reconcile").stdout
-        assert "difference" in said
-        assert "0 holds wait for evidence" in said
+        assert today["difference_usd"] == today["openrouter_usd"] != "0"  # a request past the gateway shows
+        output = run(environ, "reconcile").stdout
+        assert "difference" in output
+        assert "0 holds of unknown cost" in output
     finally:
         simulator.stop()

@@ -22,7 +22,7 @@ def written(tmp_path: Path, text: str) -> dict[str, str]:
     return {"GPTUTOR_CONFIG": str(tmp_path / "my.yaml")}
 
 
-def test_the_shipped_file_says_the_defaults_and_all_of_them() -> None:
+def test_the_shipped_file_has_every_setting_with_its_default() -> None:
     assert load({"GPTUTOR_CONFIG": str(DEFAULT_FILE)}) == Config()
     assert {section: set(keys) for section, keys in SHIPPED.items()} == {
         name: set(getattr(Config(), name).__struct_fields__) for name in Config.__struct_fields__
@@ -97,30 +97,33 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("server: sk-or-1", "must hold sections of `name: value` lines, as the shipped config.yaml does: server is none."),
-        ("logs: [sk-or-1]", "logs is none."),
-        ("server:\n  port: 1\nlogs:\n  level: info\nserver:\n  host: h\n", "names server in line 5 for the second time."),
-        ("server:\n  port: 1\n  port: 2\n", "names port in line 3 for the second time."),
+        (
+            "server: sk-or-1",
+            "must consist of sections with `name: value` lines, as the shipped config.yaml does: server is not a section.",
+        ),
+        ("logs: [sk-or-1]", "logs is not a section."),
+        ("server:\n  port: 1\nlogs:\n  level: info\nserver:\n  host: h\n", "names server a second time in line 5."),
+        ("server:\n  port: 1\n  port: 2\n", "names port a second time in line 3."),
         ("server: {port: [1]}", "server.port must be a whole number (it is ['1'])."),
         ("server: {host: {a: b}}", "server.host must be a text (it is {'a': 'b'})."),
     ],
 )
-def test_a_wrong_file_is_told_what_and_where(tmp_path: Path, text: str, words: str) -> None:
-    with pytest.raises(ConfigError) as told:
+def test_a_fault_in_the_file_is_named_with_its_line(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
         load(written(tmp_path, text))
-    assert str(told.value).endswith(words)
-    assert "my.yaml" in str(told.value)
-    assert "sk-or-1" not in str(told.value)
+    assert str(caught.value).endswith(words)
+    assert "my.yaml" in str(caught.value)
+    assert "sk-or-1" not in str(caught.value)
 
 
-def test_a_section_without_lines_is_an_empty_one(tmp_path: Path) -> None:
+def test_a_section_without_lines_has_the_defaults(tmp_path: Path) -> None:
     environ = written(tmp_path, "server:\nlogs:\n  level: debug\n")
     assert load({**environ, "PORT": "5000"}).server.port == 5000
     assert load(environ).server == Config().server
 
 
 @pytest.mark.parametrize("name", ["OPENROUTER_API_KEY", "VK_SECRET_KEY", "GPTUTOR_OPENROUTER__OLD_API_KEYS"])
-def test_a_secret_that_cannot_be_is_told_and_not_shown(name: str) -> None:
+def test_an_invalid_secret_is_named_and_not_shown(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} must be (printable ASCII without spaces|keys separated by one space)\.$"):
         load({"OPENROUTER_API_KEY": "x", name: " ключ"})
 
@@ -146,10 +149,10 @@ def test_a_secret_that_cannot_be_is_told_and_not_shown(name: str) -> None:
         ),
     ],
 )
-def test_an_address_of_a_database_that_cannot_be_is_told_without_its_password(url: str) -> None:
-    with pytest.raises(ConfigError) as told:
+def test_an_invalid_database_url_is_reported_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
         load({"DATABASE_URL": url})
-    assert str(told.value) == (
+    assert str(caught.value) == (
         "DATABASE_URL must be such as postgresql://user:password@host:5432/name; in its password write % as %25, / as %2F, "
         "# as %23, ? as %3F, @ as %40, [ as %5B."
     )
@@ -169,7 +172,7 @@ def test_an_address_of_a_database_that_cannot_be_is_told_without_its_password(ur
         "postgresql://ivan:p@%2Fvar%2Frun%2Fpostgresql/name",
     ],
 )
-def test_an_address_that_asyncpg_reads_is_taken(url: str) -> None:
+def test_a_url_that_asyncpg_reads_is_accepted(url: str) -> None:
     assert load({"DATABASE_URL": url}).database.url == url
 
 
@@ -186,9 +189,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_folders_own_file_stands_between_the_environment_and_the_settings_file(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gptutor_env_is_below_the_environment_and_above_the_settings_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "config.yaml").write_text("server: {port: 1, host: h, workers: 3}\nlogs: {level: debug}\n")
     (folder / "gptutor.env").write_bytes(
         b"# a comment\n; another\n\n  export PORT=2\r\nHOST='a b'\nGPTUTOR_OPENROUTER__TITLE=\"$HOME # `x`\"\n"
@@ -199,13 +200,13 @@ def test_the_folders_own_file_stands_between_the_environment_and_the_settings_fi
     assert (config.server.port, config.server.host, config.server.workers, config.logs.level) == (2, "a b", 4, "debug")
     assert (config.openrouter.title, config.openrouter.api_key) == ("$HOME # `x`", "sk\"or'")
     (folder / "gptutor.env").write_text("PORT=7\n")
-    assert load().server.port == 7, "a reload reads it anew"
+    assert load().server.port == 7, "every load reads the file again"
     monkeypatch.setenv("PORT", "8")
     assert load().server.port == 8
-    assert load({}).server.port == 1, "a mapping is all that there is"
+    assert load({}).server.port == 1, "with a mapping, gptutor.env is not read"
 
 
-def test_it_is_looked_for_beside_the_settings_file_that_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gptutor_env_is_read_beside_the_file_that_gptutor_config_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "my.yaml").write_text("logs: {level: debug}\n")
@@ -224,9 +225,9 @@ def test_it_is_looked_for_beside_the_settings_file_that_is_named(folder: Path, m
         (b"s3cret", "line 1, is not a setting"),
         (b"4PORT=s3cret", "line 1, is not a setting"),
         (b"PORT=s3\0cret", "line 1, is not a setting"),
-        (b"A=1\nGPTUTOR_SECRET_KEY=$(cat s3cret)", "line 2: no command is run here; write what it prints"),
-        (b'GPTUTOR_SECRET_KEY="$(cat s3cret)"', "line 1: no command is run here"),
-        (b"GPTUTOR_SECRET_KEY=`cat s3cret`", "line 1: no command is run here"),
+        (b"A=1\nGPTUTOR_SECRET_KEY=$(cat s3cret)", "line 2: commands are not run; write the value itself"),
+        (b'GPTUTOR_SECRET_KEY="$(cat s3cret)"', "line 1: commands are not run"),
+        (b"GPTUTOR_SECRET_KEY=`cat s3cret`", "line 1: commands are not run"),
         (b"#\n#\nHOST=s3cret\xff", "line 3, is not UTF-8"),
         (b"PORT=many", "PORT in gptutor.env must be a whole number (it is 'many')."),
         (b"DATABASE_URL=mysql://ivan:s3cret@h/x", "DATABASE_URL in gptutor.env must be such as postgresql://"),
@@ -235,22 +236,22 @@ def test_it_is_looked_for_beside_the_settings_file_that_is_named(folder: Path, m
         (b"OPENROUTER_API_KEY=x\nHTTPS_PROXY=http://ivan:s3cret@h:99999", "HTTPS_PROXY in gptutor.env must be an address"),
     ],
 )
-def test_a_mistake_in_it_is_told_by_its_line_without_its_value(folder: Path, text: bytes, words: str) -> None:
+def test_a_fault_in_gptutor_env_is_named_by_its_line_without_its_value(folder: Path, text: bytes, words: str) -> None:
     (folder / "gptutor.env").write_bytes(text)
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         load()
-    assert words in str(told.value)
-    assert "gptutor.env" in str(told.value)
-    assert "s3cret" not in str(told.value)
+    assert words in str(caught.value)
+    assert "gptutor.env" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
 
 
-def test_one_that_cannot_be_read_is_named(folder: Path) -> None:
+def test_an_unreadable_gptutor_env_is_named(folder: Path) -> None:
     (folder / "gptutor.env").mkdir()
-    with pytest.raises(ConfigError, match=r"^gptutor\.env cannot be read: Is a directory\. Run this as the user"):
+    with pytest.raises(ConfigError, match=r"^gptutor\.env cannot be read: Is a directory\. Run this as the owner"):
         load()
 
 
-def test_its_proxy_counts_below_that_of_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_in_the_environment_wins_over_gptutor_env(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "gptutor.env").write_text("OPENROUTER_API_KEY=x\nHTTPS_PROXY=file:1\n")
     assert load().openrouter.proxy == "http://file:1"
     monkeypatch.setenv("https_proxy", "http://own:1")
@@ -273,10 +274,10 @@ def test_tests_do_not_run_with_the_settings_of_a_living_service(folder: Path) ->
 def test_secrets_are_not_printed() -> None:
     config = load({"OPENROUTER_API_KEY": "sk-or-secret", "GPTUTOR_SECRET_KEY": "hush", "DATABASE_URL": "postgresql://u:pw@h/d"})
     assert not re.search("secret|hush|pw", repr(config) + repr(config.openrouter) + str(config.database))
-    assert repr(OpenRouterSettings(api_key="sk-or-secret")) == "<OpenRouterSettings settings>"
+    assert repr(OpenRouterSettings(api_key="sk-or-secret")) == "<OpenRouterSettings>"
 
 
-def test_without_a_secret_key_an_own_database_is_refused_and_the_embedded_one_gets_one(tmp_path: Path) -> None:
+def test_a_secret_key_is_required_with_database_url_and_generated_for_the_embedded_database(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="GPTUTOR_SECRET_KEY is missing"):
         secret_key(load({"DATABASE_URL": "postgresql:///x"}))
     with pytest.raises(ConfigError, match="32 bytes"):
@@ -301,14 +302,14 @@ def test_without_a_secret_key_an_own_database_is_refused_and_the_embedded_one_ge
         {"GPTUTOR_OPENROUTER__TITLE": "a\r\nb"},
     ],
 )
-def test_an_address_or_a_header_that_cannot_be_is_told_without_its_secrets(environ: dict[str, str]) -> None:
-    with pytest.raises(ConfigError) as told:
+def test_an_invalid_url_or_header_is_reported_without_its_secrets(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError) as caught:
         load({"OPENROUTER_API_KEY": "sk-or-1", **environ})
     (name,) = environ
-    assert name in str(told.value)
-    assert "s3cret" not in str(told.value)
-    assert "sk-or-1" not in str(told.value)
+    assert name in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+    assert "sk-or-1" not in str(caught.value)
 
 
-def test_the_proxy_of_the_environment_does_not_matter_to_the_simulator() -> None:
+def test_the_simulator_ignores_https_proxy() -> None:
     assert load({"HTTPS_PROXY": "socks5://h:1"}).openrouter.proxy == ""

@@ -1,4 +1,4 @@
-"""Callers in browsers: what a page may ask and read (contract A6, A7)."""
+"""CORS: what a web page may send and read (contract A6, A7)."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ async def preflight(gateway: Gateway, *, origin: str = PAGE, method: str = "POST
         return response
 
 
-async def test_a_page_may_ask_with_everything_that_the_sdk_sends(gateway: Gateway) -> None:
+async def test_preflight_allows_all_headers_of_the_sdk(gateway: Gateway) -> None:
     leave = await preflight(gateway)
     assert leave.status == 204
     assert leave.headers["Access-Control-Allow-Origin"] == "*"
@@ -32,14 +32,14 @@ async def test_a_page_may_ask_with_everything_that_the_sdk_sends(gateway: Gatewa
     assert leave.headers["X-Request-ID"]
 
 
-async def test_headers_that_mean_nothing_here_are_not_allowed(gateway: Gateway) -> None:
+async def test_preflight_does_not_allow_unknown_headers(gateway: Gateway) -> None:
     leave = await preflight(gateway, headers="cookie, X-Forwarded-For, Idempotency-Key")
     assert leave.headers["Access-Control-Allow-Headers"] == "idempotency-key"
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("text", ["Hello", "fault:status=400"])
-async def test_a_page_may_read_answers_and_refusals_with_their_headers(gateway: Gateway, stream: bool, text: str) -> None:
+async def test_a_page_may_read_responses_and_errors_with_their_headers(gateway: Gateway, stream: bool, text: str) -> None:
     caller = await gateway.caller()
     body = {"messages": [{"role": "user", "content": text}], "stream": stream}
     async with gateway.session.post(gateway.chat_url, json=body, headers={**caller.headers, "Origin": PAGE}) as response:
@@ -53,7 +53,7 @@ async def test_a_page_may_read_answers_and_refusals_with_their_headers(gateway: 
 
 
 @pytest.mark.parametrize("tuned", [{"server": {"cors_origins": f"https://other.example {PAGE}"}}])
-async def test_pages_can_be_limited_to_some(gateway: Gateway) -> None:
+async def test_origins_can_be_restricted(gateway: Gateway) -> None:
     allowed, refused = await preflight(gateway), await preflight(gateway, origin="https://evil.example")
     assert allowed.headers["Access-Control-Allow-Origin"] == PAGE
     assert refused.status == 405
@@ -62,16 +62,16 @@ async def test_pages_can_be_limited_to_some(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("tuned", [{"server": {"cors_origins": ""}}])
-async def test_or_to_none(gateway: Gateway) -> None:
+async def test_cors_can_be_disabled(gateway: Gateway) -> None:
     assert "Access-Control-Allow-Origin" not in (await preflight(gateway)).headers
 
 
-async def test_a_request_for_options_that_is_no_preflight_is_a_wrong_method(gateway: Gateway) -> None:
+async def test_options_without_preflight_headers_is_405(gateway: Gateway) -> None:
     async with gateway.session.options(gateway.chat_url, headers={"Origin": PAGE}) as response:
         assert (response.status, response.headers["Allow"]) == (405, "POST")
 
 
 @pytest.mark.parametrize("origins", ["example.org", "https://a.example/", "https://*.example", "null"])
-def test_what_is_no_origin_stops_the_start(origins: str) -> None:
+def test_an_invalid_origin_stops_the_start(origins: str) -> None:
     with pytest.raises(ConfigError, match=r"GPTUTOR_SERVER__CORS_ORIGINS must be \*, or origins such as"):
         load({"GPTUTOR_SERVER__CORS_ORIGINS": origins})

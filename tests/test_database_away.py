@@ -17,10 +17,10 @@ import aiohttp
 import asyncpg
 import pytest
 
-from gptutor.app import JOURNAL, build_app
+from gptutor.app import build_app
 from gptutor.config import schema
 from gptutor.database.pool import Database, DatabaseRefused, DatabaseUnavailable, RowsLocked, connected, translated
-from gptutor.http.health import READINESS
+from gptutor.http.app_keys import JOURNAL, READINESS
 from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
 from gptutor.telemetry.logs import LoggerService
@@ -153,16 +153,16 @@ async def test_at_settlement_the_journal_holds_it_and_all_is_settled_after_the_r
                 return response.status
 
         asking = asyncio.gather(*(ask(index) for index in range(12)))
-        while len(gateway.app[JOURNAL].known) < 12:
+        while len(gateway.app[JOURNAL].open_holds) < 12:
             await asyncio.sleep(0.005)
         await door.shut()
         assert await asking == [200] * 12  # the callers notice nothing
-        assert len(gateway.app[JOURNAL].known) == 12
-        assert all(knowledge.price is not None for knowledge in gateway.app[JOURNAL].known.values())
+        assert len(gateway.app[JOURNAL].open_holds) == 12
+        assert all(record.charge is not None for record in gateway.app[JOURNAL].open_holds.values())
         assert sum([await caller.held() for caller in callers]) > 0
         await door.open()
         await gateway.idle()
-        assert not gateway.app[JOURNAL].known
+        assert not gateway.app[JOURNAL].open_holds
         spent = sum([100 - await caller.balance() for caller in callers])
         assert spent == gateway.billed_usd() * 90
 
@@ -173,7 +173,7 @@ async def test_what_was_not_settled_before_a_death_is_settled_after_it(door: Doo
         await first.ready()
         first.simulator.first_word_s = 0.2
         asking = asyncio.create_task(first.chat(caller))
-        while not first.app[JOURNAL].known:
+        while not first.app[JOURNAL].open_holds:
             await asyncio.sleep(0.005)
         await door.shut()
         await asyncio.sleep(0.4)  # the answer comes, its settlement cannot; then this process is stopped

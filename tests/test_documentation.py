@@ -80,7 +80,7 @@ def test_openapi_lists_every_error_code() -> None:
     components = openapi.describe()["components"]
     assert components["schemas"]["ErrorCode"]["enum"] == list(ERRORS)
     for code, kind in ERRORS.items():
-        response = components["responses"][f"Refused{kind.status}"]
+        response = components["responses"][f"Error{kind.status}"]
         assert code in response["headers"]["X-Error-Code"]["schema"]["enum"]
         assert set(kind.headers) <= set(response["headers"])
         assert response["content"]["application/json"]["examples"][code]["value"] == {"error": kind.text}
@@ -90,7 +90,7 @@ def test_every_error_response_in_openapi_has_a_code_and_a_request_id() -> None:
     for path in openapi.describe()["paths"].values():
         for operation in path.values():
             for status, response in operation["responses"].items():
-                assert response.get("$ref") == f"#/components/responses/Refused{status}" or "X-Request-ID" in response["headers"]
+                assert response.get("$ref") == f"#/components/responses/Error{status}" or "X-Request-ID" in response["headers"]
 
 
 def test_request_schemas_are_defined_only_in_the_code() -> None:

@@ -13,7 +13,7 @@ from gptutor.database.embedded import EmbeddedPostgresError, embedded_postgres
 from tests.support.service import environment, run
 
 
-def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> None:
+def test_a_pid_that_another_process_reuses_is_left_alone(tmp_path: Path) -> None:
     with embedded_postgres(tmp_path / "postgres"):
         pass
     bystander = subprocess.Popen(["sleep", "60"])
@@ -28,7 +28,7 @@ def test_a_pid_that_is_somebody_elses_by_now_is_left_alone(tmp_path: Path) -> No
         bystander.wait()
 
 
-async def test_a_path_may_have_what_means_something_in_a_url(tmp_path: Path) -> None:
+async def test_a_path_may_have_characters_that_are_special_in_a_url(tmp_path: Path) -> None:
     with embedded_postgres(tmp_path / "a@b+[c]" / "postgres") as url:
         assert is_database(url)
         server = await asyncpg.connect(url)
@@ -36,7 +36,7 @@ async def test_a_path_may_have_what_means_something_in_a_url(tmp_path: Path) -> 
         await server.close()
 
 
-def test_a_path_with_a_space_is_a_sentence(tmp_path: Path) -> None:
+def test_a_path_with_a_space_is_rejected_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(EmbeddedPostgresError, match="has a space"), embedded_postgres(tmp_path / "my data" / "postgres"):
         pass
     ended = run(environment(tmp_path / "my data"), "user", "create", check=False)
@@ -46,7 +46,7 @@ def test_a_path_with_a_space_is_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's server is another user's")
-def test_the_folders_above_are_passed_through_and_not_opened(tmp_path: Path) -> None:
+def test_parent_folders_become_traversable_and_not_readable(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     with embedded_postgres(closed / "var" / "postgres"):

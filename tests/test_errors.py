@@ -1,4 +1,4 @@
-"""Refusals over HTTP: exact texts, codes and headers (contract A7, A8, B1 to B6, C8; rows input-7 to -10, -12, -21, auth-1 to -8, money-1,
+"""Errors over HTTP: exact texts, codes and headers (contract A7, A8, B1 to B6, C8; rows input-7 to -10, -12, -21, auth-1 to -8, money-1,
 upstream-2 to -5, db-2, process-12)."""
 
 import asyncio
@@ -12,10 +12,9 @@ import aiohttp
 import asyncpg
 import pytest
 
-from gptutor.app import CATALOGUE
 from gptutor.database.pool import DatabaseUnavailable
 from gptutor.errors import ERRORS
-from gptutor.http.health import DATABASE
+from gptutor.http.app_keys import DATABASE, SERVICES
 from gptutor.money.amounts import AccountId
 from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import make_key
@@ -73,7 +72,7 @@ async def test_the_four_ways_to_be_unauthorized_look_the_same(gateway: Gateway) 
     await assert_nothing_happened(gateway)
 
 
-async def test_a_key_in_the_query_is_no_key(gateway: Gateway) -> None:
+async def test_a_key_in_the_query_string_is_not_accepted(gateway: Gateway) -> None:
     caller = await gateway.caller()
     assert await send(gateway, path=f"/v1/chat/completions?key={caller.key}", json=ASK) == UNAUTHORIZED
 
@@ -91,21 +90,21 @@ async def test_deactivation_and_rotation_take_effect_with_the_next_request(gatew
 
 
 @pytest.mark.parametrize("balance", ["0", "0.999999999"])
-async def test_without_the_minimum_there_is_no_answer(gateway: Gateway, balance: str) -> None:
+async def test_a_balance_under_the_minimum_is_402(gateway: Gateway, balance: str) -> None:
     caller = await gateway.caller(balance)
     assert await send(gateway, json=ASK, headers=caller.headers) == (402, "insufficient_balance", "Insufficient balance")
     assert send.headers["x-should-retry"] == "false"  # type: ignore[attr-defined]
     await assert_nothing_happened(gateway)
 
 
-async def test_an_estimate_above_the_balance_is_refused(gateway: Gateway) -> None:
+async def test_an_estimate_above_the_balance_is_402(gateway: Gateway) -> None:
     caller = await gateway.caller("2")
     ask = {**ASK, "max_tokens": 65_000}  # × 0.0000004 × 90 × 1.1 ≈ 2.57 roubles
     assert await send(gateway, json=ask, headers=caller.headers) == (402, "insufficient_balance", "Insufficient balance")
     await assert_nothing_happened(gateway)
 
 
-async def test_the_ask_is_checked_before_any_money_moves(gateway: Gateway) -> None:
+async def test_the_request_is_validated_before_any_money_moves(gateway: Gateway) -> None:
     caller = await gateway.caller()
     assert await send(gateway, json={}, headers=caller.headers) == (400, "invalid_request", "messages array is required")
     assert await send(gateway, json={**ASK, "temperature": 3}, headers=caller.headers) == (
@@ -116,7 +115,7 @@ async def test_the_ask_is_checked_before_any_money_moves(gateway: Gateway) -> No
     await assert_nothing_happened(gateway)
 
 
-async def test_the_body_has_a_limit_however_it_comes(gateway: Gateway) -> None:
+async def test_the_body_size_limit_holds_with_and_without_a_declared_length(gateway: Gateway) -> None:
     caller = await gateway.caller()
     headers = {**caller.headers, "Content-Type": "application/json"}
     body = b'{"messages": [{"role": "user", "content": "%s"}]}' % (b"x" * 10_485_760)
@@ -135,7 +134,7 @@ async def test_the_body_has_a_limit_however_it_comes(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd"])
-async def test_a_compressed_body_is_refused_unopened(gateway: Gateway, encoding: str) -> None:
+async def test_a_compressed_body_is_rejected_without_decompressing_it(gateway: Gateway, encoding: str) -> None:
     caller = await gateway.caller()
     headers = {**caller.headers, "Content-Type": "application/json", "Content-Encoding": encoding}
     status = (await send(gateway, data=b"\x1f\x8b" * 100, headers=headers))[:2]
@@ -200,7 +199,9 @@ async def test_a_harmless_request_id_is_kept(gateway: Gateway, given: str, kept:
         (302, 500, "upstream_error", False),
     ],
 )
-async def test_what_openrouter_refuses(gateway: Gateway, upstream: int, status: int, code: str, told: bool) -> None:
+async def test_upstream_statuses_become_the_documented_errors(
+    gateway: Gateway, upstream: int, status: int, code: str, told: bool
+) -> None:
     caller = await gateway.caller()
     ask = {"messages": [{"role": "user", "content": f"fault:status={upstream}"}]}
     text = f"Simulated error {upstream}" if told else ERRORS[code].text
@@ -209,14 +210,14 @@ async def test_what_openrouter_refuses(gateway: Gateway, upstream: int, status: 
     assert await caller.balance() == 100
 
 
-async def test_a_rate_limit_upstream_is_told_with_its_time(gateway: Gateway) -> None:
+async def test_an_upstream_rate_limit_keeps_its_retry_after(gateway: Gateway) -> None:
     caller = await gateway.caller()
     ask = {"messages": [{"role": "user", "content": "fault:status=429:120"}]}
     assert (await send(gateway, json=ask, headers=caller.headers))[:2] == (429, "rate_limited_upstream")
     assert send.headers["Retry-After"] == "120"  # type: ignore[attr-defined]
 
 
-async def test_an_edges_error_page_is_not_passed_on(gateway: Gateway) -> None:
+async def test_an_html_error_page_of_a_proxy_is_not_passed_on(gateway: Gateway) -> None:
     caller = await gateway.caller()
     ask = {"messages": [{"role": "user", "content": "fault:html=524"}]}
     refused = await send(gateway, json=ask, headers=caller.headers)
@@ -226,14 +227,14 @@ async def test_an_edges_error_page_is_not_passed_on(gateway: Gateway) -> None:
     assert await caller.held() > 0
 
 
-async def test_an_unknown_model_is_refused_here_while_the_list_is_fresh(gateway: Gateway) -> None:
+async def test_an_unknown_model_is_rejected_by_the_gateway_while_the_list_is_fresh(gateway: Gateway) -> None:
     caller = await gateway.caller()
     status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=caller.headers)
     assert (status, code) == (400, "model_not_found")
     assert text.startswith("no/such is not a model")
     assert (await send(gateway, json={**ASK, "models": ["no/such"]}, headers=caller.headers))[:2] == (400, "model_not_found")
     await assert_nothing_happened(gateway)
-    gateway.app[CATALOGUE].fetched_at = -math.inf  # the list is old by now: who knows
+    gateway.app[SERVICES].catalogue.fetched_at = -math.inf  # the list is old by now: who knows
     status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=caller.headers)
     assert (status, code) == (400, "upstream_rejected")
     assert "no/such" in text
@@ -273,7 +274,7 @@ async def test_without_the_database_nothing_is_bought(gateway: Gateway, monkeypa
 
 async def test_a_bug_is_a_plain_500_and_leaves_no_hold(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     caller = await gateway.caller()
-    monkeypatch.setattr(gateway.app[CATALOGUE], "models", None)
+    monkeypatch.setattr(gateway.app[SERVICES].catalogue, "models", None)
     assert await send(gateway, json=ASK, headers=caller.headers) == (500, "internal_error", "Internal server error")
     await assert_nothing_happened(gateway)
 

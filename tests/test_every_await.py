@@ -21,12 +21,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gptutor.api.chat.completions import SERVICES
 from gptutor.api.chat.event_stream import EventStream
-from gptutor.app import JOURNAL, UPSTREAM, build_app
+from gptutor.app import build_app
 from gptutor.config import schema
 from gptutor.database.pool import Database
-from gptutor.http.health import DATABASE
+from gptutor.http.app_keys import DATABASE, JOURNAL, SERVICES
 from gptutor.money.invariants import check
 from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
@@ -110,7 +109,7 @@ async def kill(gateway: Gateway) -> None:
 
     gateway.app[DATABASE].fetch = nowhere  # type: ignore[method-assign]
     gateway.app[DATABASE].fetchrow = nowhere  # type: ignore[method-assign]
-    gateway.app[UPSTREAM]._pool.close()
+    gateway.app[SERVICES].upstream._pool.close()
     for connection in (thing for thing in gc.get_objects() if isinstance(thing, aiohttp.connector.Connection)):
         connection._protocol = None  # a dead process does not warn about unclosed connections
     journal = gateway.app[JOURNAL]

@@ -14,7 +14,7 @@ from tests.support.service import start
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
-def test_without_descriptors_the_others_are_still_served_and_it_recovers(tmp_path: Path) -> None:
+def test_without_free_descriptors_open_connections_are_served_and_the_service_recovers(tmp_path: Path) -> None:
     service = start(tmp_path, GPTUTOR_LOGS__STDOUT="false")
     process = psutil.Process(service.process.pid)
     address = (urlsplit(service.url).hostname, urlsplit(service.url).port)
@@ -39,7 +39,7 @@ def test_without_descriptors_the_others_are_still_served_and_it_recovers(tmp_pat
         except OSError:
             time.sleep(0.1)
     else:
-        raise AssertionError("it does not recover")
+        raise AssertionError("the service does not recover")
     complaints = [line["message"] for line in service.log() if "No connection can be accepted" in line["message"]]
     assert 1 <= len(complaints) <= 3
     assert service.stop() == 0

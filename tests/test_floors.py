@@ -1,4 +1,4 @@
-"""The house stands: imports run one way, and the pure modules do no I/O (ARCHITECTURE.md, "Rooms and floors")."""
+"""Imports run one way, and the pure modules do no I/O (ARCHITECTURE.md, "Packages and the direction of imports")."""
 
 import ast
 from pathlib import Path
@@ -8,36 +8,58 @@ import pytest
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "gptutor"
 
-# room → what it must never import
-FORBIDDEN = {
-    "gptutor.money": ("gptutor.api", "gptutor.http", "gptutor.openrouter", "gptutor.web", "aiohttp", "aiohttp_sse"),
-    "gptutor.openrouter": ("gptutor.api", "gptutor.http", "gptutor.money", "gptutor.simulator", "gptutor.database", "asyncpg"),
-    "gptutor.simulator": ("gptutor.api", "gptutor.http", "gptutor.money", "gptutor.openrouter", "gptutor.database"),
-    "gptutor.http": ("gptutor.admin", "gptutor.cli", "gptutor.server"),
-    "gptutor.api": ("gptutor.admin", "gptutor.cli", "gptutor.server"),
-    "gptutor.integrations": ("gptutor.api", "gptutor.http", "gptutor.money", "gptutor.openrouter", "gptutor.database", "asyncpg"),
-    "gptutor.database": ("gptutor.api", "gptutor.http", "gptutor.money", "gptutor.openrouter", "gptutor.server"),
-    "gptutor.web": ("gptutor.money", "gptutor.openrouter", "gptutor.database"),
+# Package or module → what it may import of ours: only packages of earlier rows, or single modules of them.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "tasks": (),
+    "telemetry": (),
+    "config": (),
+    "integrations": (),
+    "simulator": (),
+    "database": (),
+    "openrouter": ("telemetry",),
+    "money": ("database", "tasks", "telemetry"),
+    "http": ("errors", "telemetry", "database", "money.amounts"),
+    "api": ("errors", "tasks", "telemetry", "integrations", "database", "openrouter", "money", "http"),
+    "admin": ("errors", "telemetry", "config", "database", "money", "http"),
+    "routes": ("http", "api"),
+    "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
+    "server": ("telemetry", "config", "simulator", "database", "money", "http", "admin", "app"),
+    "web": ("errors", "config", "api.keys", "api.chat.request", "server.listener"),
+    "cli": ("telemetry", "config", "simulator", "database", "openrouter", "money", "server", "web"),
+    "__main__": ("cli",),
 }
-# pure modules → the only modules of ours that they may import
+# The keys of `app[…]` name types of higher packages, for the type checker only.
+IMPORTS_TYPES_FROM_ABOVE = "gptutor.http.app_keys"
+# Package → libraries that it must not import.
+FORBIDDEN_LIBRARIES = {
+    "config": {"aiohttp", "asyncpg"},
+    "database": {"aiohttp"},
+    "integrations": {"asyncpg"},
+    "money": {"aiohttp", "aiohttp_sse"},
+    "openrouter": {"asyncpg"},
+    "http": {"asyncpg"},
+    "api": {"asyncpg"},
+    "admin": {"asyncpg"},
+}
+# Pure modules → the only modules of ours that they may import.
 PURE = {
     "gptutor.config.urls": (),
     "gptutor.money.amounts": (),
-    "gptutor.money.journal_records": ("gptutor.money.amounts", "gptutor.money.holds"),
+    "gptutor.money.journal_records": ("gptutor.money.amounts", "gptutor.money.holds", "gptutor.money.pricing"),
     "gptutor.money.keys": ("gptutor.money.amounts",),
     "gptutor.money.pricing": ("gptutor.money.amounts",),
     "gptutor.openrouter.response_parser": (),
     "gptutor.openrouter.bill": (),
     "gptutor.openrouter.retry": (),
     "gptutor.openrouter.circuit": (),
-    "gptutor.http.strict_json": ("gptutor.errors",),
     "gptutor.api.chat.request": (
-        "gptutor.http.strict_json",
+        "gptutor.http.json_body",
         "gptutor.api.chat.surrogates",
         "gptutor.errors",
         "gptutor.money.pricing",
     ),
-    "gptutor.http.json_body": ("gptutor.http.strict_json", "gptutor.api.chat.request", "gptutor.errors", "gptutor.money.amounts"),
+    "gptutor.http.json_body": ("gptutor.errors", "gptutor.money.amounts"),
     "gptutor.integrations.vk": (),
     "gptutor.api.chat.surrogates": (),
     "gptutor.errors": (),
@@ -52,48 +74,80 @@ def modules() -> dict[str, Path]:
     }
 
 
-def imports(path: Path) -> set[str]:
+def imports(source: str, *, of_types: bool = True) -> set[str]:
+    """The names that a module imports; without `of_types` those under `if TYPE_CHECKING` are left out."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    nodes: list[ast.AST] = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" and not of_types:
+            nodes.extend(node.orelse)
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative imports hide the floors"
+            assert node.level == 0, "relative imports hide the floors"
             names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def within(name: str, room: str) -> bool:
-    return name == room or name.startswith(room + ".")
+def imports_of(module: str, path: Path) -> set[str]:
+    return imports(path.read_text(encoding="utf-8"), of_types=module != IMPORTS_TYPES_FROM_ABOVE)
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_rooms_import_downwards_only(room: str) -> None:
-    inside = {name: path for name, path in modules().items() if within(name, room)}
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def is_allowed(imported: str, package: str) -> bool:
+    """Whether a module of `package` may import this name of ours; `gptutor` alone is the package's version."""
+    if imported in ("gptutor", "gptutor.__version__"):
+        return True
+    return any(within(imported, f"gptutor.{allowed}") for allowed in (package, *MAY_IMPORT[package]))
+
+
+def test_every_package_has_a_row_and_rows_allow_earlier_ones_only() -> None:
+    packages = {name.split(".")[1] for name in modules() if "." in name}
+    assert packages == set(MAY_IMPORT)
+    rows = list(MAY_IMPORT)
+    assert [
+        (row, allowed)
+        for number, row in enumerate(rows)
+        for allowed in MAY_IMPORT[row]
+        if allowed.partition(".")[0] not in rows[:number]
+    ] == []
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_import_downwards_only(package: str) -> None:
+    inside = {name: path for name, path in modules().items() if within(name, f"gptutor.{package}")}
     assert inside
-    wrong = [
-        (name, imported)
-        for name, path in inside.items()
-        for imported in imports(path)
-        if any(within(imported, forbidden) for forbidden in FORBIDDEN[room])
-    ]
-    assert not wrong
+    imported = {(name, one) for name, path in inside.items() for one in imports_of(name, path)}
+    # `from gptutor.x import y` also yields gptutor.x: where only gptutor.x.y is allowed, gptutor.x alone is no import of its own.
+    parents = {(name, one.rpartition(".")[0]) for name, one in imported}
+    assert {(name, one) for name, one in imported - parents if within(one, "gptutor") and not is_allowed(one, package)} == set()
+    assert {(name, one) for name, one in imported if one.partition(".")[0] in FORBIDDEN_LIBRARIES.get(package, ())} == set()
 
 
 @pytest.mark.parametrize("module", PURE)
 def test_pure_modules_do_no_io(module: str) -> None:
-    imported = imports(modules()[module])
+    imported = imports_of(module, modules()[module])
     assert not {name.partition(".")[0] for name in imported} & DOES_IO
     ours = {name for name in imported if within(name, "gptutor")}
     assert all(any(within(name, allowed) for allowed in PURE[module]) for name in ours), ours
 
 
-def test_the_floors_test_can_fail(tmp_path: Path) -> None:
-    module = tmp_path / "wrong.py"
-    module.write_text("import asyncio\nfrom gptutor.api.chat import request\n")
-    assert {"asyncio", "gptutor.api.chat", "gptutor.api.chat.request"} <= imports(module)
+def test_the_floors_test_can_fail() -> None:
+    source = "import asyncio\nfrom gptutor.api.chat import request\nif TYPE_CHECKING:\n    import socket\n"
+    assert {"asyncio", "gptutor.api.chat", "gptutor.api.chat.request", "socket"} <= imports(source)
+    assert "socket" not in imports(source, of_types=False)
     assert within("gptutor.api.chat.request", "gptutor.api")
     assert not within("gptutor.apiary", "gptutor.api")
+    assert is_allowed("gptutor.money.amounts.roubles", "http")
+    assert not is_allowed("gptutor.money.ledger", "http")
+    assert not is_allowed("gptutor.money", "http")
+    assert not is_allowed("gptutor.api", "http")
 
 
 def test_what_tests_share_is_in_their_support() -> None:
@@ -101,10 +155,6 @@ def test_what_tests_share_is_in_their_support() -> None:
         (str(path.relative_to(TESTS)), imported)
         for path in TESTS.rglob("*.py")
         if "node_modules" not in path.parts
-        for imported in imports(path)
+        for imported in imports(path.read_text(encoding="utf-8"))
         if imported.startswith("tests.test_") or within(imported, "tests.conftest")
     }
-
-
-def test_modules_are_short_enough_to_read() -> None:
-    assert not {name: lines for name, path in modules().items() if (lines := len(path.read_text().splitlines())) > 360}

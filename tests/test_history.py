@@ -31,10 +31,9 @@ from gptutor.money.amounts import Nano, parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, HoldId, HoldRequest, InsufficientFunds, Release, Settlement, new_id
 from gptutor.money.invariants import check
-from gptutor.money.journal import Journal, read_slot
-from gptutor.money.journal_records import Charge
+from gptutor.money.journal import Journal, read_journals
 from gptutor.money.ledger import Ledger
-from gptutor.money.pricing import Ceiling
+from gptutor.money.pricing import Ceiling, Charge
 from gptutor.money.recovery import Recovery
 from tests.support.gateway import Caller, make_caller
 from tests.support.ledger import RATE, claim
@@ -109,7 +108,7 @@ class History(RuleBasedStateMachine):
     def hold_many_at_once(self, wishes: list[tuple[int, int]]) -> Any:
         async def hold(account: int, amount: int) -> Modelled | None:
             nano = Nano(amount * 10**9)
-            request = HoldRequest(claim(self.callers[account]), new_id(), Ceiling(most=nano, least=nano), "a/b", "r")
+            request = HoldRequest(claim(self.callers[account]), new_id(), Ceiling(hold_max=nano, available_min=nano), "a/b", "r")
             try:
                 granted = await self.ledger.hold_funds(request)
             except InsufficientFunds:
@@ -136,25 +135,25 @@ class History(RuleBasedStateMachine):
     def send(self, hold: Modelled, cost: Decimal | None) -> None:
         """The request goes upstream, gets a name, and OpenRouter may know its price at once or never."""
         if self.mine(hold) and not hold.sent:
-            self.journal.sent(self.callers[hold.account].account_id, hold.hold_id)
+            self.journal.record_sent(self.callers[hold.account].account_id, hold.hold_id)
             hold.sent = True
             if cost is not None:
                 hold.name = f"gen-{hold.hold_id}"
                 self.openrouter[hold.name] = cost
-                self.journal.named(hold.hold_id, hold.name)
+                self.journal.record_generation_id(hold.hold_id, hold.name)
 
     @rule(hold=holds)
     def see_the_price(self, hold: Modelled) -> None:
         if self.mine(hold) and hold.name is not None and hold.cost is None:
             hold.cost = self.openrouter[hold.name]
-            self.journal.billed(hold.hold_id, self.price(hold.cost), hold.name)
+            self.journal.record_charge(hold.hold_id, self.charge(hold.cost), hold.name)
 
     @rule(hold=holds, cost=COSTS, times=st.integers(1, 3))
     def settle(self, hold: Modelled, cost: Decimal, times: int) -> None:
         """Also again, also after a release: late evidence charges, once."""
         cost = hold.cost if hold.cost is not None else self.openrouter.get(hold.name or "", cost)
         item = Settlement(
-            self.callers[hold.account].account_id, hold.hold_id, self.price(cost).charge, cost, hold.name or f"gen-{hold.hold_id}"
+            self.callers[hold.account].account_id, hold.hold_id, self.charge(cost), hold.name or f"gen-{hold.hold_id}"
         )
 
         async def together() -> list[str]:
@@ -164,27 +163,27 @@ class History(RuleBasedStateMachine):
         expected = {"open": "settled", "released": "settled_late", "settled": "already"}[hold.state]
         assert set(outcomes) <= {expected, "already"}
         assert (expected in outcomes) or expected == "already"
-        self.ledger.let_go(hold.hold_id)
+        self.ledger.deactivate(hold.hold_id)
         self.settled(hold, cost)
 
     @rule(hold=holds)
     def release(self, hold: Modelled) -> None:
         if not hold.sent:
             self.do(self.ledger.release(Release(self.callers[hold.account].account_id, hold.hold_id)))
-            self.ledger.let_go(hold.hold_id)
+            self.ledger.deactivate(hold.hold_id)
             hold.state = "released" if hold.state == "open" else hold.state
 
     @rule(hold=holds)
     def hand_over(self, hold: Modelled) -> None:
         if self.mine(hold) and hold.sent and hold.cost is None:
             self.do(self.ledger.hand_over(HandOver(self.callers[hold.account].account_id, hold.hold_id, hold.name)))
-            self.ledger.let_go(hold.hold_id)
+            self.ledger.deactivate(hold.hold_id)
             hold.handed_over = True
 
     @rule(hold=consumes(holds))
     def break_off(self, hold: Modelled) -> None:
         """Its exchange ends without a word."""
-        self.ledger.let_go(hold.hold_id)
+        self.ledger.deactivate(hold.hold_id)
 
     @rule(tear=st.booleans())
     def die(self, tear: bool) -> None:
@@ -194,7 +193,7 @@ class History(RuleBasedStateMachine):
             with self.journal._path.open("ab") as file:
                 file.write(b"0123abcd named 1 ")
         self.live()
-        for leftover in read_slot(self.slot):
+        for leftover in read_journals(self.slot):
             if leftover.owner != self.journal.owner:
                 self.do(self.recovery.replay(leftover))
         for hold in self.known.values():
@@ -217,7 +216,7 @@ class History(RuleBasedStateMachine):
                 hold.handed_over = True
         for _ in range(2):  # what was handed over by the first look is looked at by the second
             self.do(self.make_due())
-            while self.do(self.recovery.look()):
+            while self.do(self.recovery.process_due_holds()):
                 pass  # a claim has a bound
         for hold in self.known.values():
             if hold.state == "open" and hold.handed_over and hold.name is not None:
@@ -240,7 +239,7 @@ class History(RuleBasedStateMachine):
         """Whether the living process has it in its hands, or had."""
         return hold.state == "open" and not hold.handed_over
 
-    def price(self, cost: Decimal) -> Charge:
+    def charge(self, cost: Decimal) -> Charge:
         return Charge(Nano(int(cost * RATE * 10**9)), cost)
 
     @invariant()

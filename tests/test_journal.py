@@ -1,4 +1,4 @@
-"""The journal: what a process knows survives its death, and what cannot be trusted is never trusted (contract C3, C6; rows process-3
+"""The journal: what a process knows survives its death, and damaged lines are never trusted (contract C3, C6; rows process-3
 to process-6, process-11, operator-2, db-4)."""
 
 import contextlib
@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.holds import HoldId
-from gptutor.money.journal import Journal, JournalError, Leftover
-from gptutor.money.journal_records import Charge, HoldRecord, _line
+from gptutor.money.journal import AbandonedJournal, Journal, JournalError
+from gptutor.money.journal_records import HoldRecord, _with_checksum
+from gptutor.money.pricing import Charge
 
 ACCOUNT = AccountId(7)
-PRICE = Charge(Nano(9 * 10**8), Decimal("0.01"))
+CHARGE = Charge(Nano(9 * 10**8), Decimal("0.01"))
 MANY = 1 << 30
 
 
@@ -42,24 +43,24 @@ def slot(tmp_path: Path) -> Path:
 
 
 def written(slot: Path) -> Journal:
-    """A process that learns all kinds of things, and dies: hold 1 was sent, 2 named, 3 billed, 4 billed without a name, 5 closed."""
+    """A process that records all kinds of lines, and dies: hold 1 sent, 2 named, 3 billed, 4 billed without a generation id, 5 closed."""
     own = Journal(slot, MANY, MANY)
     for number in (1, 2, 3, 4, 5):
-        own.sent(ACCOUNT, hold_id(number))
+        own.record_sent(ACCOUNT, hold_id(number))
     for number in (2, 3, 5):
-        own.named(hold_id(number), f"gen-{number}")
-    own.billed(hold_id(3), PRICE, "gen-3")
-    own.billed(hold_id(4), PRICE, None)
-    own.billed(hold_id(5), PRICE, "gen-5")
-    own.closed([hold_id(5), hold_id(99)])
+        own.record_generation_id(hold_id(number), f"gen-{number}")
+    own.record_charge(hold_id(3), CHARGE, "gen-3")
+    own.record_charge(hold_id(4), CHARGE, None)
+    own.record_charge(hold_id(5), CHARGE, "gen-5")
+    own.record_closed([hold_id(5), hold_id(99)])
     return own
 
 
 WRITTEN = {
     hold_id(1): HoldRecord(ACCOUNT),
     hold_id(2): HoldRecord(ACCOUNT, "gen-2"),
-    hold_id(3): HoldRecord(ACCOUNT, "gen-3", PRICE),
-    hold_id(4): HoldRecord(ACCOUNT, None, PRICE),
+    hold_id(3): HoldRecord(ACCOUNT, "gen-3", CHARGE),
+    hold_id(4): HoldRecord(ACCOUNT, None, CHARGE),
 }
 
 
@@ -68,53 +69,53 @@ def the_file(slot: Path) -> Path:
     return path
 
 
-def read(slot: Path) -> Leftover:
-    (leftover,) = journal.read_slot(slot)
-    return leftover
+def read(slot: Path) -> AbandonedJournal:
+    (abandoned,) = journal.read_journals(slot)
+    return abandoned
 
 
 # -- what survives
 
 
-def test_what_was_written_survives_being_dropped_without_a_word(slot: Path) -> None:
+def test_what_was_written_survives_without_flush_and_close(slot: Path) -> None:
     """Rows process-3 to process-5: no flush, no close."""
     own = written(slot)
-    leftover = read(slot)
-    assert leftover.owner == own.owner
-    assert leftover.known == own.known == WRITTEN
-    assert leftover.complete
-    leftover.discard()
-    leftover.discard()  # another has done it already
+    abandoned = read(slot)
+    assert abandoned.owner == own.owner
+    assert abandoned.open_holds == own.open_holds == WRITTEN
+    assert abandoned.is_complete
+    abandoned.delete()
+    abandoned.delete()  # deleting twice is no error
     assert list(slot.iterdir()) == []
 
 
-def test_the_first_name_stays_whatever_the_bill_says(slot: Path) -> None:
-    """Contract C6: the name in the headers is the one that `/generation` knows."""
+def test_the_first_generation_id_stays_whatever_the_bill_says(slot: Path) -> None:
+    """Contract C6: `/generation` knows the generation id from the headers."""
     own = Journal(slot, MANY, MANY)
     for number, (first, second) in enumerate([("gen-1", None), ("gen-1", "gen-2"), (None, "gen-2")]):
-        own.sent(ACCOUNT, hold_id(number))
+        own.record_sent(ACCOUNT, hold_id(number))
         if first is not None:
-            own.named(hold_id(number), first)
-        own.billed(hold_id(number), PRICE, second)
-    assert [knowledge.generation_id for knowledge in read(slot).known.values()] == ["gen-1", "gen-1", "gen-2"]
-    assert read(slot).known == own.known
+            own.record_generation_id(hold_id(number), first)
+        own.record_charge(hold_id(number), CHARGE, second)
+    assert [record.generation_id for record in read(slot).open_holds.values()] == ["gen-1", "gen-1", "gen-2"]
+    assert read(slot).open_holds == own.open_holds
 
 
 DYING = """
 import os, signal, sys, uuid
 from decimal import Decimal
 from pathlib import Path
-from gptutor.money import journal, knowledge
-with journal.opened(Path(sys.argv[1])) as (own, leftovers):
-    own.sent(7, uuid.UUID(int=1))
-    own.named(uuid.UUID(int=1), "gen-1")
-    own.billed(uuid.UUID(int=1), knowledge.Price(900000000, Decimal("0.01")), "gen-1")
-    own.sent(7, uuid.UUID(int=2))
-    print(own.owner, own._slot.name, len(leftovers), flush=True)
+from gptutor.money import journal, pricing
+with journal.opened(Path(sys.argv[1])) as (own, journals):
+    own.record_sent(7, uuid.UUID(int=1))
+    own.record_generation_id(uuid.UUID(int=1), "gen-1")
+    own.record_charge(uuid.UUID(int=1), pricing.Charge(900000000, Decimal("0.01")), "gen-1")
+    own.record_sent(7, uuid.UUID(int=2))
+    print(own.owner, own._slot.name, len(journals), flush=True)
     if sys.argv[2] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     sys.stdin.readline()
-    own.closed([uuid.UUID(int=1), uuid.UUID(int=2)])
+    own.record_closed([uuid.UUID(int=1), uuid.UUID(int=2)])
 """
 
 
@@ -132,113 +133,113 @@ def said_by(process: subprocess.Popen[str]) -> list[str]:
     return process.stdout.readline().split()
 
 
-def test_a_process_that_is_killed_leaves_all_it_knew_to_the_next_in_its_slot(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_all_it_knew_to_the_next_process_in_its_slot(tmp_path: Path) -> None:
     """Rows process-4, process-5; contract C6: kill -9 of a real process."""
     with other_process(tmp_path, "die") as process:
         owner, slot, _ = said_by(process)
         assert process.wait(30) == -signal.SIGKILL
-    with journal.opened(tmp_path) as (own, leftovers):
-        (leftover,) = leftovers
+    with journal.opened(tmp_path) as (own, journals):
+        (abandoned,) = journals
         assert own._slot.name == slot == "0"
-        assert str(leftover.owner) == owner != str(own.owner)
-        assert leftover.complete
-        assert leftover.known == {hold_id(1): HoldRecord(ACCOUNT, "gen-1", PRICE), hold_id(2): HoldRecord(ACCOUNT)}
+        assert str(abandoned.owner) == owner != str(own.owner)
+        assert abandoned.is_complete
+        assert abandoned.open_holds == {hold_id(1): HoldRecord(ACCOUNT, "gen-1", CHARGE), hold_id(2): HoldRecord(ACCOUNT)}
 
 
-def test_two_processes_never_share_a_slot_and_only_the_dead_are_adopted(tmp_path: Path) -> None:
+def test_two_processes_never_share_a_slot_and_only_journals_of_dead_processes_are_abandoned(tmp_path: Path) -> None:
     """Rows process-11, operator-2: two processes of one machine, and two journals of one process."""
     with other_process(tmp_path, "live") as process:
         owner, slot, _ = said_by(process)
         with journal.opened(tmp_path) as (one, none), journal.opened(tmp_path) as (two, none_either):
             assert [slot, one._slot.name, two._slot.name] == ["0", "1", "2"]
             assert none == none_either == []
-            one.sent(ACCOUNT, hold_id(5))
-            with journal.adopted(tmp_path) as leftovers:
-                assert leftovers == []
+            one.record_sent(ACCOUNT, hold_id(5))
+            with journal.abandoned(tmp_path) as journals:
+                assert journals == []
             process.kill()
             process.wait(30)
-            with journal.adopted(tmp_path) as leftovers:
-                assert [str(leftover.owner) for leftover in leftovers] == [owner]
-                with journal.adopted(tmp_path) as again:  # one adopts, the others pass by
+            with journal.abandoned(tmp_path) as journals:
+                assert [str(abandoned.owner) for abandoned in journals] == [owner]
+                with journal.abandoned(tmp_path) as again:  # its slot is locked
                     assert again == []
-                with journal.opened(tmp_path) as (three, not_three):  # nor does a newcomer take the slot meanwhile
+                with journal.opened(tmp_path) as (three, not_three):  # nor does a new process take that slot
                     assert (three._slot.name, not_three) == ("3", [])
-                leftovers[0].discard()
-            with journal.adopted(tmp_path) as leftovers:
-                assert leftovers == []
+                journals[0].delete()
+            with journal.abandoned(tmp_path) as journals:
+                assert journals == []
     assert [path.name for path in (tmp_path / "1").glob("*.log")] == [f"{one.owner}.000001.log"]
 
 
 def test_an_orderly_end_leaves_a_file_only_if_something_is_open(tmp_path: Path) -> None:
-    """Row process-7: what was cut off at the end is known to the next."""
+    """Row process-7: the next process knows what was cancelled at shutdown."""
     with journal.opened(tmp_path) as (own, _):
-        own.sent(ACCOUNT, hold_id(1))
-        own.closed([hold_id(1)])
-    with journal.opened(tmp_path) as (own, leftovers):
-        assert leftovers == []
-        own.sent(ACCOUNT, hold_id(2))
-    with journal.opened(tmp_path) as (_, leftovers):
-        assert [leftover.known for leftover in leftovers] == [{hold_id(2): HoldRecord(ACCOUNT)}]
+        own.record_sent(ACCOUNT, hold_id(1))
+        own.record_closed([hold_id(1)])
+    with journal.opened(tmp_path) as (own, journals):
+        assert journals == []
+        own.record_sent(ACCOUNT, hold_id(2))
+    with journal.opened(tmp_path) as (_, journals):
+        assert [abandoned.open_holds for abandoned in journals] == [{hold_id(2): HoldRecord(ACCOUNT)}]
 
 
-def test_a_journal_that_proves_something_stays_even_if_it_knows_nothing(tmp_path: Path) -> None:
-    """Row process-7: of holds that could not be freed at the end it says that their requests were never sent."""
+def test_an_empty_journal_is_kept_on_request(tmp_path: Path) -> None:
+    """Row process-7: it proves that the requests of holds that could not be released at shutdown were never sent."""
     with journal.opened(tmp_path) as (own, _):
-        own.proves_something = True
-    with journal.opened(tmp_path) as (_, leftovers):
-        assert [(leftover.known, leftover.complete) for leftover in leftovers] == [({}, True)]
+        own.keep_when_empty = True
+    with journal.opened(tmp_path) as (_, journals):
+        assert [(abandoned.open_holds, abandoned.is_complete) for abandoned in journals] == [({}, True)]
 
 
-def test_a_leftover_stays_until_it_is_discarded_however_many_die_over_it(tmp_path: Path) -> None:
-    """Row process-6: a process that dies before it has replayed leaves two."""
+def test_an_abandoned_journal_stays_until_it_is_deleted_however_many_processes_die_before(tmp_path: Path) -> None:
+    """Row process-6: a process that dies before its replay leaves two journals."""
     (tmp_path / "0").mkdir()
     dead = written(tmp_path / "0")
     for _ in range(3):
-        with journal.opened(tmp_path) as (own, leftovers):
-            assert [leftover.owner for leftover in leftovers] == [dead.owner]
+        with journal.opened(tmp_path) as (own, journals):
+            assert [abandoned.owner for abandoned in journals] == [dead.owner]
             assert own.owner != dead.owner
     another = Journal(tmp_path / "0", MANY, MANY)
-    another.sent(ACCOUNT, hold_id(8))
-    with journal.opened(tmp_path) as (_, leftovers):
-        assert {leftover.owner: set(leftover.known) for leftover in leftovers} == {
+    another.record_sent(ACCOUNT, hold_id(8))
+    with journal.opened(tmp_path) as (_, journals):
+        assert {abandoned.owner: set(abandoned.open_holds) for abandoned in journals} == {
             dead.owner: set(WRITTEN),
             another.owner: {hold_id(8)},
         }
 
 
-def refused(sentence: str, directory: Path) -> None:
-    """There can be no journal there, for a reason that an operator reads."""
+def cannot_open(sentence: str, directory: Path) -> None:
+    """No journal can be opened there, and the error is a sentence for the operator."""
     with pytest.raises(JournalError, match=sentence), journal.opened(directory):
         pass
 
 
-def test_a_full_house_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_free_slot_no_journal_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "SLOTS_MAX", 2)
     with journal.opened(tmp_path), journal.opened(tmp_path):
-        refused(f"All 2 journals in {tmp_path} are in use", tmp_path)
+        cannot_open(f"All 2 journals in {tmp_path} are in use", tmp_path)
 
 
 # -- what is not trusted
 
 
 def test_a_torn_last_line_is_ignored(slot: Path) -> None:
-    """Row process-11: it was never acknowledged, so what it would have said has not happened."""
+    """Row process-11: it was never acknowledged, so its fact has not happened."""
     written(slot)
     content = the_file(slot).read_bytes()
     last = content.rstrip(b"\n").rindex(b"\n") + 1  # the line that closes hold 5
-    open_again = {**WRITTEN, hold_id(5): HoldRecord(ACCOUNT, "gen-5", PRICE)}
+    open_again = {**WRITTEN, hold_id(5): HoldRecord(ACCOUNT, "gen-5", CHARGE)}
     for length in range(last, len(content) - 1):
         the_file(slot).write_bytes(content[:length])
-        leftover = read(slot)
-        assert leftover.known == open_again
-        assert leftover.complete
-    the_file(slot).write_bytes(content[:-1])  # all of it but its end: it checks, so it counts
-    assert read(slot).known == WRITTEN
-    assert read(slot).complete
+        abandoned = read(slot)
+        assert abandoned.open_holds == open_again
+        assert abandoned.is_complete
+    the_file(slot).write_bytes(content[:-1])  # whole but for its line end: the checksum is right, so the line counts
+    assert read(slot).open_holds == WRITTEN
+    assert read(slot).is_complete
 
 
-def test_a_flipped_bit_costs_its_line_and_the_trust_in_what_is_absent(slot: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Row process-11: the line is skipped and counted, and `complete` is no more: it may have said that a request was sent."""
+def test_a_flipped_bit_costs_its_line_and_the_completeness_of_the_journal(slot: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Row process-11: the line is skipped and counted, and the journal is not complete: the line may have said that a request was sent."""
     own = written(slot)
     path = the_file(slot)
     content = path.read_bytes()
@@ -250,148 +251,146 @@ def test_a_flipped_bit_costs_its_line_and_the_trust_in_what_is_absent(slot: Path
             damaged[start + place] ^= 0x04
             path.write_bytes(damaged)
             caplog.clear()
-            leftover = read(slot)
-            assert not leftover.complete
-            assert leftover.owner == own.owner  # the file's name says it, too
+            abandoned = read(slot)
+            assert not abandoned.is_complete
+            assert abandoned.owner == own.owner  # also in the file's name
             assert [record.getMessage() for record in caplog.records] == [
-                f"The journal {path} has 1 lines that do not check; they are skipped"
+                f"The journal {path} has 1 lines with a wrong checksum or format; they are skipped"
             ]
             path.write_bytes(b"".join(lines[:number] + lines[number + 1 :]))
-            assert leftover.known == read(slot).known
+            assert abandoned.open_holds == read(slot).open_holds
         start += len(line)
 
 
 def test_garbage_with_a_right_checksum_is_skipped_as_well(slot: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Row process-11: a line of a version to come, or of a stranger, is no reason to stop."""
+    """Row process-11: a line of a later release, or of another program, is no reason to stop."""
     written(slot)
     odd = [b"", b"sent", b"sent x y", b"named 7 not-a-uuid gen", b"closed", b"billed 7", b"owner", b"billed 7 \xff"]
     with the_file(slot).open("ab") as file:
         for payload in odd:
-            file.write(_line(payload))
-    leftover = read(slot)
-    assert leftover.known == WRITTEN
-    assert not leftover.complete
-    assert f"has {len(odd)} lines that do not check" in caplog.text
+            file.write(_with_checksum(payload))
+    abandoned = read(slot)
+    assert abandoned.open_holds == WRITTEN
+    assert not abandoned.is_complete
+    assert f"has {len(odd)} lines with a wrong checksum or format" in caplog.text
 
 
-def test_a_flipped_bit_is_counted_although_the_last_line_is_torn_at_its_very_end(slot: Path) -> None:
+def test_a_flipped_bit_is_counted_even_if_the_last_line_has_no_line_end(slot: Path) -> None:
     """Row process-11."""
     written(slot)
     content = bytearray(the_file(slot).read_bytes()[:-1])
     content[content.index(b"sent")] ^= 0x04
     the_file(slot).write_bytes(content)
-    assert not read(slot).complete
+    assert not read(slot).is_complete
 
 
 def test_an_empty_file_and_one_without_its_first_line_prove_nothing(slot: Path) -> None:
-    """Row process-11: whoever wrote it, it does not say in which life of the machine."""
+    """Row process-11: without the first line, the boot of the machine is unknown."""
     written(slot)
     path = the_file(slot)
     _, _, rest = path.read_bytes().partition(b"\n")
     path.write_bytes(rest)
-    assert (read(slot).complete, read(slot).known) == (False, WRITTEN)
+    assert (read(slot).is_complete, read(slot).open_holds) == (False, WRITTEN)
     path.write_bytes(b"")
-    assert (read(slot).complete, read(slot).known) == (False, {})
+    assert (read(slot).is_complete, read(slot).open_holds) == (False, {})
 
 
 def test_after_another_boot_absence_proves_nothing(slot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contract C6: a power cut loses the last lines of the file, and keeps the database's commits."""
     written(slot)
-    assert read(slot).complete
+    assert read(slot).is_complete
     other = tmp_path / "boot_id"
     other.write_text("another-boot\n")
     monkeypatch.setattr(journal, "BOOT_ID", other)
-    assert (read(slot).complete, read(slot).known) == (False, WRITTEN)
+    assert (read(slot).is_complete, read(slot).open_holds) == (False, WRITTEN)
 
 
-def test_where_the_machine_does_not_name_its_boot_absence_proves_nothing(
-    slot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_boot_id_absence_proves_nothing(slot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "BOOT_ID", tmp_path / "there is none")
     written(slot)
-    assert (read(slot).complete, read(slot).known) == (False, WRITTEN)
+    assert (read(slot).is_complete, read(slot).open_holds) == (False, WRITTEN)
 
 
 # -- rotation and bounds
 
 
 def test_a_segment_that_has_grown_is_replaced_by_what_is_open(slot: Path) -> None:
-    """The files stay as small as the work under way; nothing that is open is lost, nothing that is closed comes back."""
+    """The files stay as small as the work in progress; no open hold is lost, no closed one comes back."""
     own = Journal(slot, segment_bytes_max=2000, bytes_max=MANY)
     for number in (1, 2, 3, 4):
-        own.sent(ACCOUNT, hold_id(number))
-    own.named(hold_id(2), "gen-2")
-    own.billed(hold_id(3), PRICE, "gen-3")
-    own.billed(hold_id(4), PRICE, None)
+        own.record_sent(ACCOUNT, hold_id(number))
+    own.record_generation_id(hold_id(2), "gen-2")
+    own.record_charge(hold_id(3), CHARGE, "gen-3")
+    own.record_charge(hold_id(4), CHARGE, None)
     names, sizes = set(), []
     for number in range(100, 300):
-        own.sent(ACCOUNT, hold_id(number))
-        own.closed([hold_id(number)])
+        own.record_sent(ACCOUNT, hold_id(number))
+        own.record_closed([hold_id(number)])
         names.add(the_file(slot).name)  # exactly one at any time
         sizes.append(the_file(slot).stat().st_size)
-        assert read(slot).known == own.known == WRITTEN
-        assert read(slot).complete
+        assert read(slot).open_holds == own.open_holds == WRITTEN
+        assert read(slot).is_complete
     assert len(names) > 10
     assert max(sizes) < 2500
     assert {path.suffix for path in slot.iterdir()} == {".log"}
 
 
 def test_a_segment_full_of_what_is_open_is_not_rewritten_again_and_again(slot: Path) -> None:
-    """Row db-4: while PostgreSQL is away thousands are open, and each closing must stay cheap."""
+    """Row db-4: while PostgreSQL is unavailable thousands are open, and each closing must stay cheap."""
     own = Journal(slot, segment_bytes_max=1000, bytes_max=MANY)
     for number in range(1, 201):
-        own.sent(ACCOUNT, hold_id(number))
+        own.record_sent(ACCOUNT, hold_id(number))
     for number in range(1, 101):
-        own.closed([hold_id(number)])
+        own.record_closed([hold_id(number)])
     assert own._segment < 5
-    assert set(read(slot).known) == {hold_id(number) for number in range(101, 201)}
-    own.closed([hold_id(number) for number in range(101, 201)])
+    assert set(read(slot).open_holds) == {hold_id(number) for number in range(101, 201)}
+    own.record_closed([hold_id(number) for number in range(101, 201)])
     assert own._segment > 1
-    assert read(slot).known == {}
+    assert read(slot).open_holds == {}
 
 
 def test_a_death_between_the_new_segment_and_the_removal_of_the_old_one_changes_nothing(slot: Path) -> None:
-    """Row process-6: both files are there, and say the same."""
+    """Row process-6: both files exist, with the same content."""
     own = written(slot)
     old = the_file(slot)
     content = old.read_bytes()
     own._begin_segment()
-    own.closed([hold_id(1)])
-    own.sent(ACCOUNT, hold_id(6))
+    own.record_closed([hold_id(1)])
+    own.record_sent(ACCOUNT, hold_id(6))
     old.write_bytes(content)
-    leftover = read(slot)
-    assert leftover.known == own.known
-    assert len(leftover.files) == 2
-    leftover.discard()
+    abandoned = read(slot)
+    assert abandoned.open_holds == own.open_holds
+    assert len(abandoned.files) == 2
+    abandoned.delete()
     assert list(slot.iterdir()) == []
 
 
 def fill(own: Journal) -> None:
     for number in range(1, 1000):
-        own.sent(ACCOUNT, hold_id(number))
+        own.record_sent(ACCOUNT, hold_id(number))
 
 
 def test_a_journal_that_has_reached_its_bound_takes_no_new_work(slot: Path) -> None:
-    """Row process-11, db-4: what is under way may still be written down, and when PostgreSQL has caught up, work goes on."""
+    """Row process-11, db-4: running requests may still be recorded, and when PostgreSQL has caught up, new ones are accepted."""
     own = Journal(slot, segment_bytes_max=100, bytes_max=1000)
     with pytest.raises(JournalError, match=r"has reached 1000 bytes; PostgreSQL must catch up first\."):
         fill(own)
-    numbers = list(own.known)
+    numbers = list(own.open_holds)
     assert 5 < len(numbers) < 20
-    assert set(numbers) == set(read(slot).known)
-    own.named(numbers[0], "gen-1")
-    own.billed(numbers[0], PRICE, "gen-1")
-    assert read(slot).known[numbers[0]] == HoldRecord(ACCOUNT, "gen-1", PRICE)
-    own.closed(numbers)
-    own.sent(ACCOUNT, hold_id(500))
-    assert read(slot).known == {hold_id(500): HoldRecord(ACCOUNT)}
+    assert set(numbers) == set(read(slot).open_holds)
+    own.record_generation_id(numbers[0], "gen-1")
+    own.record_charge(numbers[0], CHARGE, "gen-1")
+    assert read(slot).open_holds[numbers[0]] == HoldRecord(ACCOUNT, "gen-1", CHARGE)
+    own.record_closed(numbers)
+    own.record_sent(ACCOUNT, hold_id(500))
+    assert read(slot).open_holds == {hold_id(500): HoldRecord(ACCOUNT)}
 
 
-# -- disks that refuse
+# -- disks that fail
 
 
 class FullDisk:
-    """From now on a write takes only so many bytes, or none."""
+    """A disk with `room` for so many bytes, or any number if None."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.room: int | None = None
@@ -414,43 +413,43 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
 
 
 @pytest.mark.parametrize("room", [0, 1, 20])
-def test_a_full_disk_stops_new_work_and_spoils_nothing(
+def test_a_full_disk_stops_new_work_and_damages_nothing(
     slot: Path, disk: FullDisk, caplog: pytest.LogCaptureFixture, room: int
 ) -> None:
-    """Row process-11: `sent` refuses, the rest is remembered and told; the file stays readable, half lines are taken back."""
+    """Row process-11: `record_sent` fails, other facts stay in memory and are logged; the file stays readable, half lines are removed."""
     own = written(slot)
     size = the_file(slot).stat().st_size
     disk.room = room
     with pytest.raises(JournalError, match=r"cannot be written: No space left on device\."):
-        own.sent(ACCOUNT, hold_id(6))
-    assert hold_id(6) not in own.known
+        own.record_sent(ACCOUNT, hold_id(6))
+    assert hold_id(6) not in own.open_holds
     with caplog.at_level(logging.ERROR, "gptutor.journal"):
         disk.room = room
-        own.named(hold_id(1), "gen-1")
+        own.record_generation_id(hold_id(1), "gen-1")
         disk.room = room
-        own.billed(hold_id(2), PRICE, "gen-2")
+        own.record_charge(hold_id(2), CHARGE, "gen-2")
         disk.room = room
-        own.closed([hold_id(3)])
+        own.record_closed([hold_id(3)])
     assert [record.name for record in caplog.records] == ["gptutor.journal"] * 3
-    assert own.known == {
+    assert own.open_holds == {
         hold_id(1): HoldRecord(ACCOUNT, "gen-1"),
-        hold_id(2): HoldRecord(ACCOUNT, "gen-2", PRICE),
+        hold_id(2): HoldRecord(ACCOUNT, "gen-2", CHARGE),
         hold_id(4): WRITTEN[hold_id(4)],
     }
     assert the_file(slot).stat().st_size == size
-    assert read(slot).known == WRITTEN
-    assert read(slot).complete
+    assert read(slot).open_holds == WRITTEN
+    assert read(slot).is_complete
 
-    disk.room = None  # there is room again, and the next line is not spoilt by the last
-    own.sent(ACCOUNT, hold_id(7))
-    assert read(slot).known == {**WRITTEN, hold_id(7): HoldRecord(ACCOUNT)}
-    assert read(slot).complete
+    disk.room = None  # there is room again, and the next line is whole
+    own.record_sent(ACCOUNT, hold_id(7))
+    assert read(slot).open_holds == {**WRITTEN, hold_id(7): HoldRecord(ACCOUNT)}
+    assert read(slot).is_complete
 
 
-def test_a_journal_that_cannot_begin_is_a_sentence(tmp_path: Path, disk: FullDisk) -> None:
+def test_a_journal_that_cannot_be_created_is_a_sentence(tmp_path: Path, disk: FullDisk) -> None:
     """Issue 3, row process-11: no journal, no service."""
     disk.room = 0
-    refused(r"^The journal .*\.log cannot be written: No space left on device\.$", tmp_path)
+    cannot_open(r"^The journal .*\.log cannot be written: No space left on device\.$", tmp_path)
 
 
 ROTATING = {"segment_bytes_max": 300, "bytes_max": MANY}
@@ -460,33 +459,33 @@ def full_at_rotation(slot: Path, disk: FullDisk) -> Journal:
     """A journal whose next closing wants a new segment, for which there is no room."""
     own = Journal(slot, **ROTATING)
     for number in (1, 2, 3, 4):
-        own.sent(ACCOUNT, hold_id(number))
-    own.billed(hold_id(4), PRICE, "gen-4")
-    own.closed([hold_id(1), hold_id(2)])
+        own.record_sent(ACCOUNT, hold_id(number))
+    own.record_charge(hold_id(4), CHARGE, "gen-4")
+    own.record_closed([hold_id(1), hold_id(2)])
     own._size = 10_000  # the segment has grown
     disk.room = 60  # the line of the closing fits, the segment does not
     return own
 
 
-def test_a_new_segment_that_cannot_be_begun_is_no_failure_of_a_closing(slot: Path, disk: FullDisk) -> None:
-    """Row process-11: the database has it; the old segment goes on."""
+def test_a_new_segment_that_cannot_be_written_does_not_fail_a_closing(slot: Path, disk: FullDisk) -> None:
+    """Row process-11: the database has it; the old segment stays in use."""
     own = full_at_rotation(slot, disk)
-    own.closed([hold_id(3)])
-    assert own.known == {hold_id(4): HoldRecord(ACCOUNT, "gen-4", PRICE)} == read(slot).known
-    assert {path.suffix for path in slot.iterdir()} == {".log"}  # half a segment is not left about
+    own.record_closed([hold_id(3)])
+    assert own.open_holds == {hold_id(4): HoldRecord(ACCOUNT, "gen-4", CHARGE)} == read(slot).open_holds
+    assert {path.suffix for path in slot.iterdir()} == {".log"}  # half a segment is not left behind
 
 
-def test_after_a_new_segment_could_not_be_begun_what_is_written_is_still_found(slot: Path, disk: FullDisk) -> None:
-    """Row process-11, contract C6: what was sent afterwards must not be taken for never sent."""
+def test_after_a_failed_new_segment_later_lines_are_still_found(slot: Path, disk: FullDisk) -> None:
+    """Row process-11, contract C6: what was sent afterwards must not count as never sent."""
     own = full_at_rotation(slot, disk)
-    with contextlib.suppress(JournalError):  # the test before this one is about that
-        own.closed([hold_id(3)])
+    with contextlib.suppress(JournalError):  # the previous test is about that
+        own.record_closed([hold_id(3)])
     disk.room = None
-    own.sent(ACCOUNT, hold_id(9))
-    own.billed(hold_id(9), PRICE, "gen-9")
-    leftover = read(slot)
-    assert leftover.known[hold_id(9)] == HoldRecord(ACCOUNT, "gen-9", PRICE)
-    assert leftover.known[hold_id(4)] == HoldRecord(ACCOUNT, "gen-4", PRICE)
+    own.record_sent(ACCOUNT, hold_id(9))
+    own.record_charge(hold_id(9), CHARGE, "gen-9")
+    abandoned = read(slot)
+    assert abandoned.open_holds[hold_id(9)] == HoldRecord(ACCOUNT, "gen-9", CHARGE)
+    assert abandoned.open_holds[hold_id(4)] == HoldRecord(ACCOUNT, "gen-4", CHARGE)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="only root may mount a small disk")
@@ -503,26 +502,26 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
             ballast.write_bytes(b"x" * 40_000)
             with pytest.raises(JournalError, match="No space left on device"):
                 fill(own)
-            count = len(own.known)
+            count = len(own.open_holds)
             assert count > 20
-            own.billed(hold_id(1), PRICE, "g" * 200)
-            assert own.known[hold_id(1)].price == PRICE
-            (leftover,) = journal.read_slot(tmp_path / "0")
-            assert leftover.complete
-            assert set(leftover.known) == set(own.known)
+            own.record_charge(hold_id(1), CHARGE, "g" * 200)
+            assert own.open_holds[hold_id(1)].charge == CHARGE
+            (abandoned,) = journal.read_journals(tmp_path / "0")
+            assert abandoned.is_complete
+            assert set(abandoned.open_holds) == set(own.open_holds)
             ballast.unlink()
-            own.sent(ACCOUNT, hold_id(5000))
-            (leftover,) = journal.read_slot(tmp_path / "0")
-            assert set(leftover.known) == set(own.known)
-            assert len(own.known) == count + 1
+            own.record_sent(ACCOUNT, hold_id(5000))
+            (abandoned,) = journal.read_journals(tmp_path / "0")
+            assert set(abandoned.open_holds) == set(own.open_holds)
+            assert len(own.open_holds) == count + 1
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_an_unusable_directory_is_a_sentence(tmp_path: Path) -> None:
-    """Issue 3: no journal directory, no service, said at start. (Root may write anywhere, so the way is barred by a file.)"""
+    """Issue 3: no journal directory, no service, said at start. (Root may write anywhere, so a file is in the way.)"""
     (tmp_path / "file").write_text("")
-    refused(r"^The journal needs the directory .*/file/0, and it cannot be used: Not a directory\.$", tmp_path / "file")
+    cannot_open(r"^The journal needs the directory .*/file/0, and it cannot be used: Not a directory\.$", tmp_path / "file")
 
 
 def test_a_permission_lost_is_a_sentence(slot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,12 +531,12 @@ def test_a_permission_lost_is_a_sentence(slot: Path, monkeypatch: pytest.MonkeyP
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "open", forbidden)
-    refused(r"it cannot be used: Permission denied\.$", slot.parent)
+    cannot_open(r"it cannot be used: Permission denied\.$", slot.parent)
     with pytest.raises(JournalError, match=r"cannot be written: Permission denied\.$"):
         Journal(slot, MANY, MANY)
 
 
-def test_files_are_their_owners_alone(tmp_path: Path) -> None:
+def test_files_are_private(tmp_path: Path) -> None:
     with journal.opened(tmp_path / "journal"):
         modes = {
             path.name: path.stat().st_mode & 0o777
@@ -548,37 +547,37 @@ def test_files_are_their_owners_alone(tmp_path: Path) -> None:
     assert len(modes) == 2
 
 
-def test_a_slot_that_cannot_be_read_does_not_lock_the_others_away(tmp_path: Path) -> None:
-    """Row process-11: what fails once must be possible the next time."""
+def test_a_slot_that_cannot_be_read_does_not_keep_other_slots_locked(tmp_path: Path) -> None:
+    """Row process-11: what failed once must be possible the next time."""
     for number in ("0", "1"):
         (tmp_path / number).mkdir()
     dead = written(tmp_path / "0")
     odd = tmp_path / "1" / f"{uuid.uuid4()}.000001.log"
     odd.mkdir()
-    with pytest.raises(OSError, match="Is a directory"), journal.adopted(tmp_path):
+    with pytest.raises(OSError, match="Is a directory"), journal.abandoned(tmp_path):
         pass
     odd.rmdir()
-    with journal.adopted(tmp_path) as leftovers:
-        assert [leftover.owner for leftover in leftovers] == [dead.owner]
+    with journal.abandoned(tmp_path) as journals:
+        assert [abandoned.owner for abandoned in journals] == [dead.owner]
 
 
 def test_a_journal_that_is_closed_writes_nowhere(slot: Path, tmp_path: Path) -> None:
-    """Row process-13: a closing that comes in after the end (a worker of a batch) must not write into another file."""
+    """Row process-13: a closing after shutdown (by a worker of a batch) must not write into another file."""
     own = written(slot)
     own.close()
-    stranger = os.open(tmp_path / "stranger", os.O_WRONLY | os.O_CREAT)  # takes the lowest number that is free
+    other_file = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)  # gets the file descriptor that was closed
     try:
-        own.closed([hold_id(1)])
-        assert (tmp_path / "stranger").read_bytes() == b""
+        own.record_closed([hold_id(1)])
+        assert (tmp_path / "other").read_bytes() == b""
     finally:
-        os.close(stranger)
+        os.close(other_file)
 
 
 # -- any history, cut anywhere
 
 numbers = st.integers(1, 6)
 names = st.text(alphabet="abc-019_~!", min_size=1, max_size=12).filter(lambda name: name != "-")
-prices = st.builds(
+charges = st.builds(
     Charge,
     st.integers(0, 10**18).map(Nano),
     st.decimals(min_value=0, max_value=99_999, allow_nan=False, allow_infinity=False),
@@ -586,44 +585,44 @@ prices = st.builds(
 operations = st.one_of(
     st.tuples(st.just("sent"), numbers),
     st.tuples(st.just("named"), numbers, names),
-    st.tuples(st.just("billed"), numbers, prices, st.none() | names),
+    st.tuples(st.just("billed"), numbers, charges, st.none() | names),
     st.tuples(st.just("closed"), st.lists(numbers, max_size=3)),
 )
 
 
 def copied(known: dict[HoldId, HoldRecord]) -> dict[HoldId, HoldRecord]:
-    return {one: HoldRecord(what.account_id, what.generation_id, what.price) for one, what in known.items()}
+    return {one: HoldRecord(what.account_id, what.generation_id, what.charge) for one, what in known.items()}
 
 
 def play(own: Journal, operation: tuple[Any, ...]) -> None:
     kind, which, *values = operation
     if kind == "closed":
-        own.closed([hold_id(number) for number in which])
-    elif kind == "sent" and hold_id(which) not in own.known:
-        own.sent(AccountId(which * 1000), hold_id(which))
-    elif kind == "named" and hold_id(which) in own.known:
-        own.named(hold_id(which), *values)
-    elif kind == "billed" and hold_id(which) in own.known:
-        own.billed(hold_id(which), *values)
+        own.record_closed([hold_id(number) for number in which])
+    elif kind == "sent" and hold_id(which) not in own.open_holds:
+        own.record_sent(AccountId(which * 1000), hold_id(which))
+    elif kind == "named" and hold_id(which) in own.open_holds:
+        own.record_generation_id(hold_id(which), *values)
+    elif kind == "billed" and hold_id(which) in own.open_holds:
+        own.record_charge(hold_id(which), *values)
 
 
 @given(st.lists(operations, max_size=25), st.integers(0, 10**6), st.sampled_from([200, 600, 10**6]))
-def test_any_history_cut_at_any_byte_is_what_was_known_at_one_moment(
+def test_any_history_cut_at_any_byte_is_the_state_at_one_moment(
     history: list[tuple[Any, ...]], cut: int, segment_bytes_max: int
 ) -> None:
     """Contract C3, C6; row process-11: never a mixture, and never more than one operation behind the byte at which it ends."""
     with tempfile.TemporaryDirectory() as directory:
         slot = Path(directory)
         own = Journal(slot, segment_bytes_max, MANY)
-        moments = [(the_file(slot).stat().st_size, copied(own.known))]
+        moments = [(the_file(slot).stat().st_size, copied(own.open_holds))]
         for operation in history:
             segment = own._segment
             play(own, operation)
             if own._segment != segment:
-                moments.clear()  # a new file, which is there as a whole or not at all
-            moments.append((the_file(slot).stat().st_size, copied(own.known)))
-            assert read(slot).known == own.known
-            assert read(slot).complete
+                moments.clear()  # a new file, which exists as a whole or not at all
+            moments.append((the_file(slot).stat().st_size, copied(own.open_holds)))
+            assert read(slot).open_holds == own.open_holds
+            assert read(slot).is_complete
         os.close(own._file)
 
         path = the_file(slot)
@@ -633,40 +632,40 @@ def test_any_history_cut_at_any_byte_is_what_was_known_at_one_moment(
         path.write_bytes(content[:length])
         before = [known for size, known in moments if size <= length]
         after = [known for size, known in moments if size > length]
-        leftover = read(slot)
-        assert leftover.complete
+        abandoned = read(slot)
+        assert abandoned.is_complete
         if length in [size for size, _ in moments]:
-            assert leftover.known == before[-1]
+            assert abandoned.open_holds == before[-1]
         else:
-            closing = before[-1].keys() - after[0].keys()  # one closing of several holds is several lines
-            assert leftover.known in (before[-1], after[0]) or (
-                closing and leftover.known == {one: what for one, what in before[-1].items() if one in leftover.known}
+            closing = before[-1].keys() - after[0].keys()  # one call for several holds writes several lines
+            assert abandoned.open_holds in (before[-1], after[0]) or (
+                closing and abandoned.open_holds == {one: what for one, what in before[-1].items() if one in abandoned.open_holds}
             )
 
 
 @given(st.lists(operations, min_size=1, max_size=12), st.data())
-def test_any_history_with_any_bit_flipped_is_never_believed_to_be_complete_and_never_invents(
+def test_any_history_with_any_bit_flipped_is_never_complete_and_never_invents_facts(
     history: list[tuple[Any, ...]], data: st.DataObject
 ) -> None:
-    """Row process-11: every line but the last one's end is guarded; what is read was written, by someone, once."""
+    """Row process-11: checksums cover all but the last line end; whatever is read was once written."""
     with tempfile.TemporaryDirectory() as directory:
         slot = Path(directory)
         own = Journal(slot, MANY, MANY)
-        prices_written, names_written = set(), set()
+        charges_written, generation_ids_written = set(), set()
         for operation in history:
             play(own, operation)
-            prices_written |= {what.price for what in own.known.values()}
-            names_written |= {what.generation_id for what in own.known.values()}
+            charges_written |= {what.charge for what in own.open_holds.values()}
+            generation_ids_written |= {what.generation_id for what in own.open_holds.values()}
         os.close(own._file)
         path = the_file(slot)
         content = bytearray(path.read_bytes())
         place = data.draw(st.integers(0, len(content) - 2))
         content[place] ^= 1 << data.draw(st.integers(0, 7))
         path.write_bytes(content)
-        leftover = read(slot)
-        if leftover.complete:
-            assert leftover.known == own.known  # the same number, spelled with a capital letter
-        for what in leftover.known.values():
-            assert what.price in prices_written | {None}
-            assert what.generation_id in names_written | {None}
+        abandoned = read(slot)
+        if abandoned.is_complete:
+            assert abandoned.open_holds == own.open_holds  # the same checksum, with a capital letter
+        for what in abandoned.open_holds.values():
+            assert what.charge in charges_written | {None}
+            assert what.generation_id in generation_ids_written | {None}
             assert what.account_id in {1000, 2000, 3000, 4000, 5000, 6000}

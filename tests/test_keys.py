@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptutor.money.amounts import AccountId
-from gptutor.money.keys import hash_key, make_key, parse_key, shown
+from gptutor.money.keys import display_prefix, hash_key, make_key, parse_key
 
 KEY = make_key(AccountId(17))
 
 
 @given(st.integers(1, 2**63 - 1))
-def test_a_key_names_its_account(account: int) -> None:
+def test_a_key_contains_its_account(account: int) -> None:
     key = make_key(AccountId(account))
     claim = parse_key(key)
     assert claim is not None
@@ -25,7 +25,7 @@ def test_keys_are_never_the_same() -> None:
 
 
 @given(st.integers(0, len(KEY) - 1), st.characters(codec="utf-8"))
-def test_any_changed_character_is_noticed_without_a_look_up(place: int, letter: str) -> None:
+def test_any_changed_character_is_detected_without_a_look_up(place: int, letter: str) -> None:
     changed = KEY[:place] + letter + KEY[place + 1 :]
     assert changed == KEY or parse_key(changed) is None
 
@@ -48,9 +48,9 @@ def test_any_changed_character_is_noticed_without_a_look_up(place: int, letter: 
         "sk-user-١-" + "a" * 58,
     ],
 )
-def test_what_is_no_key_of_ours_is_refused(text: str) -> None:
+def test_a_malformed_key_is_rejected(text: str) -> None:
     assert parse_key(text) is None
 
 
-def test_what_may_be_shown_is_useless() -> None:
-    assert shown(KEY) == KEY[: len("sk-user-17-") + 4]
+def test_the_display_prefix_has_four_random_characters() -> None:
+    assert display_prefix(KEY) == KEY[: len("sk-user-17-") + 4]

@@ -15,24 +15,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptutor.app import CONFIG
 from gptutor.database import pool
 from gptutor.database.pool import Database
+from gptutor.http.app_keys import CONFIG
 from gptutor.money.amounts import Nano, parse_roubles, roubles
 from gptutor.money.holds import (
+    ConcurrencyLimitReached,
     HandOver,
     Hold,
     HoldRequest,
     InsufficientFunds,
-    KeyCapReached,
+    KeyLimitReached,
     RateLimited,
     Release,
-    TooManyAtOnce,
     UnknownKey,
     new_id,
 )
 from gptutor.money.journal import Journal
-from gptutor.money.keyring import CapPeriod, Key, KeyLimits, KeyRing, NoSuchKey
+from gptutor.money.keyring import Key, KeyLimits, KeyRing, LimitReset, NoSuchKey
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
 from tests.support.books import assert_books_agree
@@ -59,13 +59,13 @@ class Limited(Caller):
         key = await self.row()
         return Decimal(roubles(key.spent)), Decimal(roubles(key.held))
 
-    async def limit(self, cap: str | None, period: CapPeriod | None = None, **others: Any) -> None:
-        limits = KeyLimits(cap=None if cap is None else parse_roubles(cap), cap_period=period, **others)
+    async def limit(self, limit: str | None, reset: LimitReset | None = None, **others: Any) -> None:
+        limits = KeyLimits(limit=None if limit is None else parse_roubles(limit), limit_reset=reset, **others)
         await KeyRing(self.books, VAULT).limit(self.account_id, self.key_id, limits)
 
 
-async def limited(owner: Caller, cap: str | None = None, period: CapPeriod | None = "total", **others: Any) -> Limited:
-    limits = KeyLimits(cap=None if cap is None else parse_roubles(cap), cap_period=None if cap is None else period, **others)
+async def limited(owner: Caller, limit: str | None = None, reset: LimitReset | None = None, **others: Any) -> Limited:
+    limits = KeyLimits(limit=None if limit is None else parse_roubles(limit), limit_reset=reset, **others)
     key, made = await KeyRing(owner.books, VAULT).issue(owner.account_id, "bot", limits)
     assert not made.is_main
     return Limited(key, owner.account_id, owner.books, made.key_id)
@@ -104,17 +104,17 @@ async def same_minute() -> None:
 # -- caps
 
 
-@pytest.mark.parametrize("period", ["day", "total"])
+@pytest.mark.parametrize("reset", ["daily", None])
 async def test_twenty_at_once_on_a_cap_for_three_hold_exactly_three(
-    owner: Caller, books: Database, other_books: Database, period: CapPeriod
+    owner: Caller, books: Database, other_books: Database, reset: LimitReset | None
 ) -> None:
-    bot = await limited(owner, "3.5", period)
+    bot = await limited(owner, "3.5", reset)
     ledgers = [ledger_of(books), ledger_of(books), ledger_of(other_books), ledger_of(other_books)]
     results = await asyncio.gather(
         *(hold(books, bot, "1", ledger=ledgers[number % 4]) for number in range(20)), return_exceptions=True
     )
     assert sum(isinstance(result, Hold) for result in results) == 3
-    assert sum(isinstance(result, KeyCapReached) for result in results) == 17
+    assert sum(isinstance(result, KeyLimitReached) for result in results) == 17
     assert await bot.counted() == (0, 3)
     assert await owner.held() == 3
     await hold(books, owner, "500")  # another key of the account is free of it
@@ -123,15 +123,15 @@ async def test_twenty_at_once_on_a_cap_for_three_hold_exactly_three(
 
 async def test_a_hold_takes_what_is_left_of_the_cap_down_to_the_least(owner: Caller, books: Database) -> None:
     bot = await limited(owner, "10")
-    held = await hold(books, bot, most="30", least="10")
+    held = await hold(books, bot, hold_max="30", available_min="10")
     assert (roubles(held.amount), roubles(held.available_before)) == ("10", "10")
-    with pytest.raises(KeyCapReached):
-        await hold(books, bot, most="1", least="0.000000001")
+    with pytest.raises(KeyLimitReached):
+        await hold(books, bot, hold_max="1", available_min="0.000000001")
 
 
 async def test_a_cap_above_the_balance_lends_nothing(books: Database) -> None:
     bot = await limited(await make_caller(books, "5"), "1000")
-    held = await hold(books, bot, most="30", least="1")
+    held = await hold(books, bot, hold_max="30", available_min="1")
     assert (roubles(held.amount), roubles(held.available_before)) == ("5", "5")
     with pytest.raises(InsufficientFunds):
         await hold(books, bot, "1")
@@ -139,7 +139,7 @@ async def test_a_cap_above_the_balance_lends_nothing(books: Database) -> None:
 
 async def test_a_cap_of_nothing_is_a_cap(owner: Caller, books: Database) -> None:
     bot = await limited(owner, "0")
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, bot, "0.000000001")
 
 
@@ -164,26 +164,26 @@ async def test_the_end_of_a_hold_leaves_exactly_what_was_spent(owner: Caller, bo
     for again in (settled, released, handed, given_up, dear):
         await ledger.settle(settlement(again, "0.01")) if again is not released else await ledger.release(release(again))
     assert await bot.counted() == (Decimal("185.4"), 0)
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, bot, "0.01")
     await assert_books_hold(books)
 
 
 async def test_a_daily_cap_is_whole_again_on_the_next_day(owner: Caller, books: Database, raw: asyncpg.Connection) -> None:
-    daily, total = await limited(owner, "10", "day"), await limited(owner, "10", "total")
+    daily, total = await limited(owner, "10", "daily"), await limited(owner, "10")
     ledger = ledger_of(books)
     overnight = await hold(books, daily, "2")
     for bot in (daily, total):
         await ledger.settle(settlement(await hold(books, bot, "8"), "0.08"))  # 7.2 roubles
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, daily, "1")
     await raw.execute("UPDATE api_keys SET spent_on = spent_on - 1 WHERE spent_nano > 0")
     assert await daily.counted() == (0, 2)
     assert await total.counted() == (Decimal("7.2"), 0)
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, total, "8")
     today = await hold(books, daily, "8")  # what was held overnight still counts
-    with pytest.raises(KeyCapReached):
+    with pytest.raises(KeyLimitReached):
         await hold(books, daily, "0.1")
     await ledger.settle(settlement(overnight, "0.01"))  # charged today, so spent today
     assert await daily.counted() == (Decimal("0.9"), 8)
@@ -195,14 +195,14 @@ async def test_a_cap_lifted_and_set_again_counts_from_then_on(owner: Caller, boo
     bot, ledger = await limited(owner, "10"), ledger_of(books)
     await ledger.settle(settlement(await hold(books, bot, "5"), "0.05"))
     before = [await hold(books, bot, "1") for _ in range(3)]
-    await bot.limit("20", "total")  # another amount: the count goes on
+    await bot.limit("20")  # another amount: the count goes on
     assert await bot.counted() == (Decimal("4.5"), 3)
 
     await bot.limit(None)
     assert await bot.counted() == (0, 0)
     await assert_books_hold(books)
     free = await hold(books, bot, "500")
-    await bot.limit("4", "total")
+    await bot.limit("4")
     assert await bot.counted() == (0, 0)
     await ledger.settle(settlement(before[0], "0.01"))
     await ledger.release(release(before[1]))
@@ -210,7 +210,7 @@ async def test_a_cap_lifted_and_set_again_counts_from_then_on(owner: Caller, boo
     await ledger.settle(settlement(free, "0.01"))
     assert await bot.counted() == (0, 0)
     held = await hold(books, bot, "3")
-    await bot.limit("4", "day")  # another period: anew
+    await bot.limit("4", "daily")  # another period: anew
     assert await bot.counted() == (0, 0)
     await ledger.settle(settlement(held, "0.01"))
     await ledger.settle(settlement(before[2], "0.01"))
@@ -223,8 +223,8 @@ async def test_a_cap_below_what_is_spent_stops_the_key(owner: Caller, books: Dat
     bot, ledger = await limited(owner, "10"), ledger_of(books)
     await ledger.settle(settlement(await hold(books, bot, "5"), "0.05"))
     running = await hold(books, bot, "5")
-    await bot.limit("1", "total")
-    with pytest.raises(KeyCapReached):
+    await bot.limit("1")
+    with pytest.raises(KeyLimitReached):
         await hold(books, bot, "0.000000001")
     await ledger.settle(settlement(running, "0.05"))
     assert await bot.counted() == (9, 0)
@@ -252,8 +252,8 @@ class Model:
     """A key and its account, as a few numbers. `open` are the holds: amount, and whether it counts under the cap."""
 
     balance: Decimal = Decimal(50)
-    cap: Decimal | None = Decimal(20)
-    period: CapPeriod | None = "total"
+    limit: Decimal | None = Decimal(20)
+    reset: LimitReset | None = None
     spent: Decimal = Decimal(0)
     open: dict[Any, tuple[Decimal, bool]] = field(default_factory=dict)
     released: dict[Any, bool] = field(default_factory=dict)
@@ -262,12 +262,12 @@ class Model:
     def held(self) -> Decimal:
         return sum((amount for amount, counts in self.open.values() if counts), Decimal(0))
 
-    def limit(self, cap: Decimal | None, period: CapPeriod | None) -> None:
-        if period != self.period:
+    def change(self, limit: Decimal | None, reset: LimitReset | None) -> None:
+        if (limit is None, reset) != (self.limit is None, self.reset):
             self.spent = Decimal(0)
             self.open = {which: (amount, False) for which, (amount, _) in self.open.items()}
             self.released = dict.fromkeys(self.released, False)
-        self.cap, self.period = cap, period
+        self.limit, self.reset = limit, reset
 
 
 steps = st.lists(
@@ -276,7 +276,7 @@ steps = st.lists(
         st.tuples(st.just("settle"), st.integers(0, 6), st.integers(0, 20)),
         st.tuples(st.just("release"), st.integers(0, 6)),
         st.tuples(st.just("hand over"), st.integers(0, 6)),
-        st.tuples(st.just("limit"), st.sampled_from([None, "day", "total"]), st.integers(0, 30)),
+        st.tuples(st.just("limit"), st.sampled_from(["lifted", "daily", None]), st.integers(0, 30)),
     ),
     max_size=25,
 )
@@ -296,18 +296,19 @@ async def _play(url: str, history: list[tuple[Any, ...]]) -> None:
             if kind == "hold":
                 amount = Decimal(numbers[0])
                 free = model.balance - sum(amount for amount, _ in model.open.values())
-                room = free if model.cap is None else model.cap - model.spent - model.held
+                room = free if model.limit is None else model.limit - model.spent - model.held
                 refused: type[Exception] | None = None
                 try:
                     holds.append(await hold(books, bot, str(amount), ledger=ledger))
-                    model.open[holds[-1].hold_id] = (amount, model.cap is not None)
-                except (KeyCapReached, InsufficientFunds) as error:
+                    model.open[holds[-1].hold_id] = (amount, model.limit is not None)
+                except (KeyLimitReached, InsufficientFunds) as error:
                     refused = type(error)
-                assert refused is (InsufficientFunds if free < amount else KeyCapReached if room < amount else None)
+                assert refused is (InsufficientFunds if free < amount else KeyLimitReached if room < amount else None)
             elif kind == "limit":
-                period, cap = numbers[0], None if numbers[0] is None else Decimal(numbers[1])
-                model.limit(cap, period)
-                await bot.limit(None if cap is None else str(cap), period)
+                limit = None if numbers[0] == "lifted" else Decimal(numbers[1])
+                reset: LimitReset | None = "daily" if numbers[0] == "daily" else None
+                model.change(limit, reset)
+                await bot.limit(None if limit is None else str(limit), reset)
             elif numbers[0] < len(holds):
                 which = holds[numbers[0]]
                 if kind == "settle":
@@ -332,21 +333,21 @@ async def _play(url: str, history: list[tuple[Any, ...]]) -> None:
 
 async def test_a_key_has_its_own_pace_however_many_ask(owner: Caller, books: Database, other_books: Database) -> None:
     await same_minute()
-    bot, ledgers = await limited(owner, per_minute=3), [ledger_of(books), ledger_of(other_books)]
+    bot, ledgers = await limited(owner, requests_per_minute=3), [ledger_of(books), ledger_of(other_books)]
     results = await asyncio.gather(
         *(hold(books, bot, "1", ledger=ledgers[number % 2]) for number in range(20)), return_exceptions=True
     )
     assert sum(isinstance(result, Hold) for result in results) == 3
     assert sum(isinstance(result, RateLimited) for result in results) == 17
     await hold(books, owner, "1")
-    await bot.limit(None, per_minute=None)
+    await bot.limit(None, requests_per_minute=None)
     await hold(books, bot, "1")
     await assert_books_hold(books)
 
 
 async def test_a_key_is_slow_again_in_every_minute(owner: Caller, books: Database, raw: asyncpg.Connection) -> None:
     await same_minute()
-    bot = await limited(owner, "100", per_minute=1)
+    bot = await limited(owner, "100", requests_per_minute=1)
     await hold(books, bot, "1")
     with pytest.raises(RateLimited):
         await hold(books, bot, "1")
@@ -386,13 +387,13 @@ async def test_no_account_has_more_requests_at_once_than_it_may(
     bot = await limited(owner, "100")
 
     async def ask(number: int) -> Hold:
-        ceiling = Ceiling(most=parse_roubles("1"), least=parse_roubles("1"))
+        ceiling = Ceiling(hold_max=parse_roubles("1"), available_min=parse_roubles("1"))
         whose = claim(bot if number % 3 else owner)
         return await (first, second)[number % 2].hold_funds(HoldRequest(whose, new_id(), ceiling, "a/b", "r"))
 
     async def fill(expected: int) -> list[Hold]:
         results = await asyncio.gather(*(ask(number) for number in range(20)), return_exceptions=True)
-        assert sum(isinstance(result, TooManyAtOnce) for result in results) == 20 - expected
+        assert sum(isinstance(result, ConcurrencyLimitReached) for result in results) == 20 - expected
         assert await open_requests(raw, owner) == 5
         await assert_books_hold(books)
         return [result for result in results if isinstance(result, Hold)]
@@ -411,8 +412,8 @@ async def test_no_account_has_more_requests_at_once_than_it_may(
     await fill(3)
 
 
-@pytest.mark.parametrize("tuned", [{"rate_limit": {"chat_at_once": 3}}])
-async def test_too_many_at_once_are_told_so_and_places_are_freed(gateway: Gateway, raw: asyncpg.Connection) -> None:
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"chat_concurrent_max": 3}}])
+async def test_too_many_concurrent_requests_are_told_so_and_places_are_freed(gateway: Gateway, raw: asyncpg.Connection) -> None:
     caller = await gateway.caller()
     gateway.simulator.first_word_s = 0.5
     replies = await asyncio.gather(*(gateway.chat(caller) for _ in range(20)))
@@ -421,7 +422,7 @@ async def test_too_many_at_once_are_told_so_and_places_are_freed(gateway: Gatewa
     for response in refused:
         assert (response.status, response.headers["X-Error-Code"], response.headers["Retry-After"]) == (
             429,
-            "too_many_at_once",
+            "too_many_concurrent_requests",
             "1",
         )
     gateway.simulator.first_word_s = 0
@@ -438,7 +439,7 @@ async def test_the_places_of_a_dead_process_are_freed_by_recovery(
     bot = await limited(caller, "50")
     dead = ledger_for(gateway.books, tmp_path / "dead", 3)  # a journal that nobody has open: its process is no more
     running = [await hold(gateway.books, bot, "1", ledger=dead) for _ in range(3)]
-    with pytest.raises(TooManyAtOnce):
+    with pytest.raises(ConcurrencyLimitReached):
         await hold(gateway.books, bot, "1", ledger=dead)
     assert await open_requests(raw, caller) == 3
     await raw.execute(
@@ -472,7 +473,7 @@ async def test_two_gateways_together_never_overspend_a_cap(gateway: Gateway, oth
     refused = [response for response, _ in replies if response.status != 200]
     assert len(replies) - len(refused) == 3
     for response in refused:
-        assert (response.status, response.headers["X-Error-Code"]) == (402, "key_cap_reached")
+        assert (response.status, response.headers["X-Error-Code"]) == (402, "key_limit_reached")
         assert response.headers["x-should-retry"] == "false"
     await other.idle()
     spent, held = await bot.counted()
@@ -483,7 +484,7 @@ async def test_two_gateways_together_never_overspend_a_cap(gateway: Gateway, oth
 async def test_what_the_cap_leaves_is_sent_as_max_tokens(gateway: Gateway) -> None:
     """A day's rest below the whole answer: the balance would cover it all, the cap does not."""
     caller = await gateway.caller("100000")
-    bot = await limited(caller, "3", "day")
+    bot = await limited(caller, "3", "daily")
     for who in (caller, bot):
         response, _ = await gateway.chat(who, model="anthropic/claude-sonnet-4.5")
         assert response.status == 200
@@ -501,7 +502,7 @@ async def test_limits_and_revocations_are_seen_at_once_by_every_process(gateway:
     url = f"{gateway.url}/v1/keys/{bot.key_id}"
     async with gateway.session.patch(url, json={"limit": 0}, headers=caller.headers) as response:
         assert response.status == 200
-    assert (await other.chat(bot))[0].headers["X-Error-Code"] == "key_cap_reached"
+    assert (await other.chat(bot))[0].headers["X-Error-Code"] == "key_limit_reached"
     async with gateway.session.patch(url, json={"limit": None}, headers=caller.headers) as response:
         assert response.status == 200
     assert (await other.chat(bot))[0].status == 200
@@ -536,8 +537,8 @@ async def test_two_changes_of_one_key_at_once_are_both_made(books: Database) -> 
     for number in range(1, 15):
         await keys.limit(caller.account_id, key.key_id, KeyLimits())
         await asyncio.gather(
-            keys.change(caller.account_id, key.key_id, lambda seen: replace(seen, cap=Nano(5), cap_period="total")),
-            keys.change(caller.account_id, key.key_id, lambda seen, pace=number: replace(seen, per_minute=pace)),  # type: ignore[misc]
+            keys.change(caller.account_id, key.key_id, lambda seen: replace(seen, limit=Nano(5))),
+            keys.change(caller.account_id, key.key_id, lambda seen, pace=number: replace(seen, requests_per_minute=pace)),  # type: ignore[misc]
         )
         after = (await keys.find(caller.account_id, key.key_id)).limits
-        assert (after.cap, after.per_minute) == (5, number)
+        assert (after.limit, after.requests_per_minute) == (5, number)

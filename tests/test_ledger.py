@@ -26,7 +26,7 @@ from tests.support.gateway import VAULT, Caller, make_caller
 from tests.support.ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
 
 
-async def test_a_hold_reserves_and_a_settlement_charges(books: Database) -> None:
+async def test_a_hold_sets_money_aside_and_a_settlement_charges(books: Database) -> None:
     caller = await make_caller(books, "100")
     held = await hold(books, caller, "30")
     assert (held.amount, held.available_before) == (parse_roubles("30"), parse_roubles("100"))
@@ -40,12 +40,12 @@ async def test_a_hold_reserves_and_a_settlement_charges(books: Database) -> None
     await assert_books_hold(books)
 
 
-async def test_the_hold_takes_all_that_is_there_down_to_the_least(books: Database) -> None:
+async def test_the_hold_takes_all_that_is_available_down_to_available_min(books: Database) -> None:
     caller = await make_caller(books, "10")
-    held = await hold(books, caller, most="30", least="10")
+    held = await hold(books, caller, hold_max="30", available_min="10")
     assert (roubles(held.amount), roubles(held.available_before)) == ("10", "10")
     with pytest.raises(InsufficientFunds):
-        await hold(books, caller, most="1", least="0.000000001")
+        await hold(books, caller, hold_max="1", available_min="0.000000001")
 
 
 @pytest.mark.parametrize(
@@ -70,15 +70,15 @@ async def test_a_hundred_at_once_on_money_for_ten_hold_exactly_ten(books: Databa
     await assert_books_hold(books)
 
 
-async def test_settling_is_idempotent_and_one_item_never_spoils_another(books: Database) -> None:
+async def test_settling_is_idempotent_and_one_item_never_affects_another(books: Database) -> None:
     caller, other = await make_caller(books, "100"), await make_caller(books, "100")
     first, second = await hold(books, caller, "5"), await hold(books, other, "5")
     unknown = Hold(other.account_id, new_id(), Nano(1), Nano(1), 1)
     ledger = ledger_of(books)
     batch = [settlement(first, "0.01"), settlement(first, "0.01"), settlement(unknown, "0.01"), settlement(second, "0.02")]
-    rows = await ledger._trade_batch(batch)
+    rows = await ledger._settle_and_hold_batch(batch)
     assert [row["outcome"] for row in rows] == ["settled", "settled", "no_hold", "settled"]
-    rows = await ledger._trade_batch(batch[:2])
+    rows = await ledger._settle_and_hold_batch(batch[:2])
     assert [row["outcome"] for row in rows] == ["already", "already"]
     await asyncio.gather(ledger.release(release(first)), ledger.release(release(second)))  # too late: nothing changes
     assert (await caller.balance(), await other.balance()) == (Decimal("99.1"), Decimal("98.2"))
@@ -127,26 +127,26 @@ async def test_unknown_revoked_foreign_and_inactive_keys_cannot_be_told_apart(bo
     caller, other = await make_caller(books, "100"), await make_caller(books, "100")
     users = UserRepository(books)
     own = claim(caller)
-    ceiling = Ceiling(most=Nano(1), least=Nano(1))
+    ceiling = Ceiling(hold_max=Nano(1), available_min=Nano(1))
 
-    async def refused(wrong: KeyClaim) -> None:
+    async def rejected(wrong: KeyClaim) -> None:
         with pytest.raises(UnknownKey):
             await ledger_of(books).hold_funds(HoldRequest(wrong, new_id(), ceiling, "m", "r"))
 
-    await refused(KeyClaim(AccountId(10**12), own.key_hash))
-    await refused(KeyClaim(other.account_id, own.key_hash))
+    await rejected(KeyClaim(AccountId(10**12), own.key_hash))
+    await rejected(KeyClaim(other.account_id, own.key_hash))
     unknown = parse_key(make_key(caller.account_id))
     assert unknown is not None
-    await refused(unknown)
+    await rejected(unknown)
 
     keys = KeyRing(books, VAULT)
     new_key = await keys.renew(caller.account_id)
-    await refused(own)
+    await rejected(own)
     assert not await keys.is_alive(own)
     caller.key = new_key
     assert await keys.is_alive(claim(caller))
     await users.set_active(caller.account_id, False)
-    await refused(claim(caller))
+    await rejected(claim(caller))
     await users.set_active(caller.account_id, True)
     await hold(books, caller, "1")
     assert [key.revoked_at is None for key in await keys.list(caller.account_id)] == [True, False]
@@ -169,16 +169,18 @@ async def test_a_payment_is_booked_once_under_its_reference(books: Database) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "amount", "law"),
+    ("kind", "amount", "constraint"),
     [
         ("topup", -1, "topups_and_bonuses_give"),
         ("bonus", 0, "topups_and_bonuses_give"),
         ("adjustment", 10**18 + 1, "amount_is_bounded"),
     ],
 )
-async def test_the_database_refuses_a_booking_that_makes_no_sense(books: Database, kind: str, amount: int, law: str) -> None:
+async def test_the_database_rejects_a_booking_that_makes_no_sense(
+    books: Database, kind: str, amount: int, constraint: str
+) -> None:
     caller = await make_caller(books, "0")
-    with pytest.raises(ConstraintViolated, match=law):
+    with pytest.raises(ConstraintViolated, match=constraint):
         await Bookings(books).book(caller.account_id, kind, Nano(amount))  # type: ignore[arg-type]
     assert await caller.balance() == 0
 
@@ -214,7 +216,7 @@ steps = st.lists(
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps)
-def test_any_history_agrees_with_a_model_of_it(database_url: str, history: list[tuple[str, int, int]]) -> None:
+def test_any_history_agrees_with_a_model(database_url: str, history: list[tuple[str, int, int]]) -> None:
     asyncio.run(_play(database_url, history))
 
 
@@ -253,7 +255,7 @@ async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
 
 async def test_two_under_one_idempotency_key_in_one_batch_are_one(books: Database) -> None:
     caller = await make_caller(books, "100")
-    ledger, ceiling = ledger_of(books), Ceiling(most=parse_roubles("5"), least=parse_roubles("5"))
+    ledger, ceiling = ledger_of(books), Ceiling(hold_max=parse_roubles("5"), available_min=parse_roubles("5"))
 
     def asked(request_id: str, body: bytes) -> HoldRequest:
         return HoldRequest(claim(caller), new_id(), ceiling, "a/b", request_id, "once", hashlib.sha256(body).digest())
@@ -271,8 +273,8 @@ async def test_two_under_one_idempotency_key_in_one_batch_are_one(books: Databas
 
 
 async def pages_read(connection: asyncpg.Connection, caller: Caller, times: int) -> float:
-    """By the settlement of one request and the hold of the next, each for nine kopecks: of the last nine of so many the middle
-    one, for now and then one of them also tidies a page, or splits it."""
+    """Pages read by the settlement of one request and the hold of the next, nine kopecks each: the median of the last nine, because
+    now and then a statement also prunes or splits a page."""
     of, pages = claim(caller), []
     hold_id = new_id()
     for number in range(times + 1):
@@ -295,10 +297,10 @@ async def pages_read(connection: asyncpg.Connection, caller: Caller, times: int)
     return float(statistics.median(pages[-9:]))
 
 
-async def test_what_an_account_has_bought_makes_its_next_request_no_dearer(
+async def test_a_long_history_makes_the_next_request_of_an_account_no_slower(
     new_tables: None, books: Database, database_url: str
 ) -> None:
-    """Planned on a table that is nearly empty, the statements go by their keys all the same, and read no more when it has grown."""
+    """Although planned on a nearly empty table, the statements use the indexes, and read no more pages when the table has grown."""
     caller = await make_caller(books, "1000")
     connection = await asyncpg.connect(database_url)
     await connection.execute("ANALYZE")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gptutor.api.models import ModelList
-from gptutor.app import CATALOGUE
+from gptutor.http.app_keys import SERVICES
 from gptutor.openrouter.catalogue import Catalogue, ModelPrice, refreshed
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.retry import Failure
@@ -41,7 +41,7 @@ async def get(gateway: Gateway, path: str, known: str = "") -> tuple[int, str, b
 
 
 @pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{MODEL}"])
-async def test_a_client_with_the_current_etag_gets_304(gateway: Gateway, path: str) -> None:
+async def test_a_current_etag_is_304(gateway: Gateway, path: str) -> None:
     status, tag, document = await get(gateway, path)
     assert status == 200
     assert not tag.startswith("W/")
@@ -52,7 +52,7 @@ async def test_a_client_with_the_current_etag_gets_304(gateway: Gateway, path: s
 
 
 async def test_the_etag_changes_only_with_the_list(gateway: Gateway) -> None:
-    catalogue = gateway.app[CATALOGUE]
+    catalogue = gateway.app[SERVICES].catalogue
     version, tag = catalogue.version, (await get(gateway, "/v1/models"))[1]
     catalogue.replace(gateway.simulator.model_list)
     assert catalogue.version == version
@@ -60,7 +60,7 @@ async def test_the_etag_changes_only_with_the_list(gateway: Gateway) -> None:
     assert (await get(gateway, "/v1/models"))[1] != tag
 
 
-async def test_the_list_is_encoded_once_for_all_requests() -> None:
+async def test_the_list_is_rendered_once_for_all_requests() -> None:
     catalogue = Catalogue()
     catalogue.replace(listing({"id": "a/b"}))
     models = ModelList(catalogue, Decimal(90))
@@ -68,7 +68,7 @@ async def test_the_list_is_encoded_once_for_all_requests() -> None:
     assert json.loads(models.all().body)["data"][0]["pricing_rub"] == {"prompt": "9.0", "completion": "18.0"}
 
 
-async def test_prices_in_roubles_are_exact_and_only_for_models_with_a_price(gateway: Gateway) -> None:
+async def test_prices_in_roubles_are_exact_and_absent_where_there_is_no_price(gateway: Gateway) -> None:
     models = {model["id"]: model for model in json.loads((await get(gateway, "/v1/models"))[2])["data"]}
     assert models[MODEL]["pricing"]["prompt"] == "0.0000001"
     assert Decimal(models[MODEL]["pricing_rub"]["prompt"]) == Decimal("0.0000090")
@@ -93,7 +93,7 @@ async def test_prices_in_roubles_are_exact_and_only_for_models_with_a_price(gate
         {"prompt": "1", "completion": "1", "overrides": [{"completion": "-1"}]},
     ],
 )
-def test_an_invalid_price_is_never_used(pricing: dict[str, Any]) -> None:
+def test_invalid_prices_never_enter_arithmetic(pricing: dict[str, Any]) -> None:
     assert price_of(pricing) is None
 
 

@@ -41,8 +41,8 @@ OPERATIONS = {result.ok().label: result.ok() for result in SCHEMA.get_all_operat
 
 @pytest.fixture
 def tuned() -> dict[str, Any]:
-    """Schemathesis asks without a key more often than a stranger may."""
-    return {"rate_limit": {"strangers_per_minute": 0}}
+    """Schemathesis sends more unauthenticated requests than the default allows."""
+    return {"rate_limit": {"unauthenticated_per_minute": 0}}
 
 
 def explore(
@@ -87,17 +87,17 @@ def assert_stream(stream: bytes) -> None:
 
 
 async def exploring(*arguments: Any) -> list[Answer]:
-    """Schemathesis waits, so it waits in a thread of its own, and the gateway goes on."""
+    """Schemathesis blocks, so it runs in a thread beside the gateway."""
     return await asyncio.to_thread(explore, *arguments)
 
 
 @pytest.mark.parametrize("label", [label for label in OPERATIONS if label != CHAT])
-async def test_open_operations_are_as_described(gateway: Gateway, label: str) -> None:
-    """There is nothing invalid that could be asked of them."""
+async def test_operations_without_credentials_are_as_described(gateway: Gateway, label: str) -> None:
+    """Without credentials or parameters no request to them is invalid."""
     assert await exploring(gateway, label, GenerationMode.POSITIVE, 15, {}, ALL)
 
 
-async def test_what_follows_the_description_is_answered_as_described(gateway: Gateway) -> None:
+async def test_valid_requests_get_the_described_responses(gateway: Gateway) -> None:
     caller = await gateway.caller("10000")
     answers = await exploring(gateway, CHAT, GenerationMode.POSITIVE, 80, caller.headers, BUT_ACCEPTANCE)
     assert answers.count((200,)) > len(answers) / 2
@@ -106,7 +106,7 @@ async def test_what_follows_the_description_is_answered_as_described(gateway: Ga
     await assert_books_agree(gateway, caller, "10000")
 
 
-async def test_what_does_not_follow_the_description_is_refused_as_described(gateway: Gateway) -> None:
+async def test_invalid_requests_get_the_described_errors(gateway: Gateway) -> None:
     caller = await gateway.caller()
     answers = await exploring(gateway, CHAT, GenerationMode.NEGATIVE, 100, caller.headers, ALL)
     assert [status for status, *_ in answers].count(400) > len(
@@ -119,7 +119,7 @@ async def test_what_does_not_follow_the_description_is_refused_as_described(gate
 @pytest.mark.parametrize(
     "key", ["", "Bearer", "Basic eDp5", f"Bearer {make_key(AccountId(10**12))}"], ids=["none", "no key", "basic", "unknown"]
 )
-async def test_without_a_good_key_everything_is_401(gateway: Gateway, mode: GenerationMode, key: str) -> None:
+async def test_without_a_valid_key_everything_is_401(gateway: Gateway, mode: GenerationMode, key: str) -> None:
     answers = await exploring(gateway, CHAT, mode, 20, {"Authorization": key}, [not_a_server_error])
     assert set(answers) == {(401, "invalid_key")}
     assert gateway.billed_usd() == 0

@@ -1,5 +1,5 @@
-"""What operators do, and what happens to them (rows operator-3, -5, -7, -8, -9, -10): versions side by side, a restored backup, a role without rights, a
-new OpenRouter key, a chatty log, a wrong clock. The other rows are in test_config, test_journal, test_statements,
+"""What operators do, and what happens to them (rows operator-3, -5, -7, -8, -9, -10): versions side by side, a restored backup, a role without privileges, a
+new OpenRouter key, a log at level debug, a wrong clock. The other rows are in test_config, test_journal, test_statements,
 test_reconciliation and test_invariants."""
 
 import asyncio
@@ -28,7 +28,7 @@ from gptutor.money.bookings import Bookings
 from gptutor.money.holds import new_id
 from gptutor.money.invariants import check
 from gptutor.money.keyring import KeyRing
-from gptutor.money.keys import hash_key, make_key, shown
+from gptutor.money.keys import display_prefix, hash_key, make_key
 from gptutor.money.reconciliation import reconcile
 from gptutor.money.users import UserRepository
 from gptutor.server.serve import simulated_openrouter
@@ -76,7 +76,7 @@ async def test_the_version_before_works_beside_this_one(books: Database, databas
     account, key = user.account_id, make_key(user.account_id)
     old = await asyncpg.connect(database_url)
     await old.execute(
-        "INSERT INTO api_keys (account_id, key_hash, shown) VALUES ($1, $2, $3)", account, hash_key(key), shown(key)
+        "INSERT INTO api_keys (account_id, key_hash, shown) VALUES ($1, $2, $3)", account, hash_key(key), display_prefix(key)
     )
     await old.execute(
         "WITH account AS (UPDATE accounts SET balance_nano = balance_nano + $2 WHERE account_id = $1 RETURNING account_id)"
@@ -116,13 +116,13 @@ async def test_the_version_before_works_beside_this_one(books: Database, databas
     assert [finding async for finding in check(books) if finding.rows] == []
 
 
-# -- a backup of yesterday
+# -- a restored backup
 
 
-async def test_what_a_restored_backup_has_lost_shows_in_the_comparison_with_openrouter(
+async def test_charges_lost_by_a_restored_backup_show_in_the_comparison_with_openrouter(
     books: Database, database_url: str
 ) -> None:
-    """Row operator-5: the books of yesterday agree with themselves, so no law is broken; OpenRouter's total of the day is not ours."""
+    """Row operator-5: a backup agrees with itself, so no invariant is broken; OpenRouter's total of the day differs from ours."""
     caller = await make_caller(books, "100")
     ledger = ledger_of(books)
     await ledger.settle(settlement(await hold(books, caller, "5"), "0.01"))
@@ -136,7 +136,7 @@ async def test_what_a_restored_backup_has_lost_shows_in_the_comparison_with_open
     theirs = {today: Decimal("0.03")}
     assert (await reconcile(books, theirs)).days[0].difference_usd == 0
 
-    for table in tables:  # in which the trigger of the totals sleeps as well
+    for table in tables:  # the trigger that keeps the totals is disabled as well
         await backup.execute(f"DELETE FROM {table}")
         await backup.execute(f"INSERT INTO {table} OVERRIDING SYSTEM VALUE SELECT * FROM saved_{table}")
     await backup.close()
@@ -144,7 +144,7 @@ async def test_what_a_restored_backup_has_lost_shows_in_the_comparison_with_open
     assert [finding async for finding in check(books) if finding.rows] == []
 
 
-# -- a role with few rights
+# -- a role with few privileges
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize("statement", FORBIDDEN)
-async def test_the_services_role_cannot_touch_what_was_booked(app_role_url: str, statement: str) -> None:
+async def test_the_role_of_the_service_cannot_change_the_ledger(app_role_url: str, statement: str) -> None:
     """Row operator-7."""
     connection = await asyncpg.connect(app_role_url)
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
@@ -184,8 +184,10 @@ async def test_the_services_role_cannot_touch_what_was_booked(app_role_url: str,
     await connection.close()
 
 
-async def test_the_services_role_can_do_all_that_the_service_does(app_role_url: str, simulator: Any, tmp_path: Path) -> None:
-    """Row operator-7: the whole of a request, keys, bookings, people from outside, and the proof of the books."""
+async def test_the_role_of_the_service_can_do_all_that_the_service_does(
+    app_role_url: str, simulator: Any, tmp_path: Path
+) -> None:
+    """Row operator-7: a whole request, keys, bookings, users by VK, and the check of the invariants."""
     async with simulated_openrouter(simulator, Place(port=0)) as base_url, connected(app_role_url) as books:
         async with gateway_on(config_for(app_role_url, base_url, tmp_path), books, simulator) as gateway:
             caller = await gateway.caller()
@@ -206,21 +208,21 @@ async def test_the_services_role_can_do_all_that_the_service_does(app_role_url: 
 async def test_a_new_openrouter_key_serves_from_the_restart_on(
     database_url: str, books: Database, simulator: Any, aiohttp_server: Any, tmp_path: Path
 ) -> None:
-    """Row operator-8: requests take the key of the settings; what was left open under the one before is looked up with that one."""
+    """Row operator-8: requests use the current key; the cost of a request made with the previous key is looked up with that one."""
     seen: list[tuple[str, str]] = []
-    opened = False  # whether prices are told yet
+    costs_known = False  # whether /generation answers yet
 
     async def completion(request: web.Request) -> web.Response:
-        seen.append(("ask", request.headers["Authorization"]))
+        seen.append(("completion", request.headers["Authorization"]))
         return web.json_response(
             {"id": f"gen-{len(seen)}", "object": "chat.completion", "created": 1, "model": "openai/gpt-4o-mini", "choices": []},
             headers={"X-Generation-Id": f"gen-{len(seen)}"},
-        )  # it names no price
+        )  # without `usage`, so without a cost
 
     async def generation(request: web.Request) -> web.Response:
-        seen.append(("look", request.headers["Authorization"]))
+        seen.append(("generation", request.headers["Authorization"]))
         known = {"gen-1": "Bearer sk-or-old"}.get(request.query["id"], "Bearer sk-or-new")
-        if not opened or request.headers["Authorization"] != known:
+        if not costs_known or request.headers["Authorization"] != known:
             return web.json_response({"error": {"message": "not found yet", "code": 404}}, status=404)
         return web.json_response({"data": {"id": request.query["id"], "total_cost": 0.01}})
 
@@ -241,18 +243,18 @@ async def test_a_new_openrouter_key_serves_from_the_restart_on(
             response, _ = await running.chat(caller)
             assert response.status == 200
             if key == "sk-or-new":
-                opened = True
+                costs_known = True
                 await running.recovered(caller)
-    assert [key for what, key in seen if what == "ask"] == ["Bearer sk-or-old", "Bearer sk-or-new"]
+    assert [key for what, key in seen if what == "completion"] == ["Bearer sk-or-old", "Bearer sk-or-new"]
     assert await caller.balance() == Decimal("98.2")
     assert await caller.held() == 0
 
 
-# -- a chatty log
+# -- a log at level debug
 
 
 async def test_a_log_at_debug_has_no_text_no_key_and_no_signature(gateway: Gateway, tmp_path: Path) -> None:
-    """Row operator-9: of asks that pass, fail, are malformed, or carry VK's launch parameters."""
+    """Row operator-9: of requests that succeed, fail, are malformed, or carry VK launch parameters."""
     caller = await gateway.caller()
     signed = {"vk_user_id": "1", "vk_app_id": "1", "vk_ts": str(int(time.time()))}
     launch = urlencode({**signed, "sign": signature(signed, "wrong")})
@@ -292,15 +294,15 @@ async def test_a_log_at_debug_has_no_text_no_key_and_no_signature(gateway: Gatew
 
 
 @pytest.mark.parametrize("off_s", [-3700, 3700])
-async def test_a_clock_that_is_off_by_an_hour_lets_nobody_in_by_vk_and_all_in_by_key(
+async def test_with_a_clock_off_by_an_hour_vk_sign_in_is_rejected_and_keys_work(
     database_url: str, books: Database, simulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off_s: int
 ) -> None:
-    """Row operator-10: sign-in fails closed, in both directions, and the 401 is logged; keys and money do not ask the clock."""
+    """Row operator-10: sign-in fails closed, in both directions, and the 401 is logged; keys and money do not depend on the clock."""
     config = msgspec.structs.replace(
         config_for(database_url, "http://127.0.0.1:9", tmp_path / "clock"), vk=VkSettings(app_id=5, secret_key="s")
     )
     config.paths.data.mkdir(parents=True)
-    (config.paths.data / "models.json").write_bytes(simulator.model_list)  # it is ready without its OpenRouter
+    (config.paths.data / "models.json").write_bytes(simulator.model_list)  # so that the service is ready without OpenRouter
     now = time.time()
     signed = {"vk_user_id": "494075", "vk_app_id": "5", "vk_ts": str(int(now))}
     launch = urlencode({**signed, "sign": signature(signed, "s")})
@@ -315,4 +317,4 @@ async def test_a_clock_that_is_off_by_an_hour_lets_nobody_in_by_vk_and_all_in_by
                 ) as response:
                     statuses.append(response.status)
         monkeypatch.undo()
-    assert statuses == [404, 404, 401, 404]  # 404: let in, and payments are not set up
+    assert statuses == [404, 404, 401, 404]  # 404: authenticated, and payments are not set up

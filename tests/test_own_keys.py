@@ -1,4 +1,4 @@
-"""`/v1/keys`: an account's own keys, made, shown, limited and revoked by their owner (contract D4 to D6, B1, B2)."""
+"""`/v1/keys`: an account's API keys, created, listed, limited and revoked by their owner (contract D4 to D6, B1, B2)."""
 
 import asyncio
 import datetime
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from gptutor.api.keys import BODY_BYTES_MAX, KeyLimitsPatch, NewKey, limits_after
+from gptutor.api.keys import BODY_LIMITS, KeyLimitsPatch, NewKey, limits_after
 from gptutor.database.pool import Database
 from gptutor.errors import ApiError
 from gptutor.http.json_body import parse_json_body
-from gptutor.money.amounts import parse_roubles
+from gptutor.money.amounts import nano_of, parse_roubles, roubles
 from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, KeyLimits, KeyRing, TooManyKeys
 from gptutor.money.users import UserRepository
 from gptutor.web import openapi
@@ -55,7 +55,7 @@ async def test_a_key_is_shown_once_and_known_by_its_label(gateway: Gateway) -> N
     bot, key = await make(gateway, caller, name="Бот № 1", limit=100)
     assert key == {
         "id": key["id"], "name": "Бот № 1", "label": bot.key.rpartition("-")[0] + "-" + bot.key.rpartition("-")[2][:4],
-        "is_main": False, "disabled": False, "limit": 100, "limit_reset": None, "limit_remaining": 100, "usage": 0, "held": 0,
+        "is_main": False, "disabled": False, "limit": "100", "limit_reset": None, "limit_remaining": "100", "usage": "0", "held": "0",
         "requests_per_minute": None, "created_at": key["created_at"], "expires_at": None,
     }  # fmt: skip
     assert (await gateway.chat(bot))[0].status == 200
@@ -66,7 +66,7 @@ async def test_a_key_is_shown_once_and_known_by_its_label(gateway: Gateway) -> N
     assert bot.key not in text
     assert caller.key not in text
     spent = gateway.billed_usd() * 90
-    assert document["data"][0] == {**key, "usage": spent, "limit_remaining": 100 - spent}
+    assert document["data"][0] == {**key, "usage": roubles(nano_of(spent)), "limit_remaining": roubles(nano_of(100 - spent))}
     assert [document["data"][1][name] for name in ("limit", "limit_remaining", "usage", "held")] == [None] * 4
 
     assert await send(gateway, "DELETE", key["id"], caller) == (200, "", {"deleted": True})
@@ -76,24 +76,24 @@ async def test_a_key_is_shown_once_and_known_by_its_label(gateway: Gateway) -> N
     await assert_books_hold(gateway.books)
 
 
-async def test_amounts_are_numbers_that_are_spelled_exactly(gateway: Gateway) -> None:
+async def test_amounts_are_exact_strings(gateway: Gateway) -> None:
     caller = await gateway.caller()
     content = '{"name": "bot", "limit": 123456789.000000001}'
     headers = {**caller.headers, "Content-Type": "application/json"}
     async with gateway.session.post(f"{gateway.url}/v1/keys", data=content, headers=headers) as response:
         assert response.headers["Cache-Control"] == "no-store"
-        assert b'"limit":123456789.000000001,' in await response.read()
+        assert b'"limit":"123456789.000000001",' in await response.read()
 
 
-async def test_what_is_held_is_not_left(gateway: Gateway) -> None:
+async def test_limit_remaining_excludes_held_amounts(gateway: Gateway) -> None:
     gateway.simulator.first_word_s = 0.5
     caller = await gateway.caller()
     bot, key = await make(gateway, caller, limit=50)
     asking = asyncio.create_task(gateway.chat(bot))
     async with asyncio.timeout(5):
-        while not (now := await shown(gateway, caller, key["id"]))["held"]:
+        while (now := await shown(gateway, caller, key["id"]))["held"] == "0":
             await asyncio.sleep(0.01)
-    assert (now["usage"], now["limit_remaining"]) == (0, 50 - now["held"])
+    assert (now["usage"], Decimal(now["limit_remaining"])) == ("0", 50 - Decimal(now["held"]))
     await asking
 
 
@@ -103,22 +103,22 @@ async def test_limits_are_changed_one_by_one(gateway: Gateway) -> None:
         gateway, caller, limit=10, limit_reset="daily", requests_per_minute=30, expires_at="2030-01-31T15:00:00+03:00"
     )
     names = ("limit", "limit_reset", "requests_per_minute", "expires_at")
-    assert [key[name] for name in names] == [10, "daily", 30, "2030-01-31T12:00:00.000Z"]
+    assert [key[name] for name in names] == ["10", "daily", 30, "2030-01-31T12:00:00.000Z"]
     for change, after in [
-        ({}, [10, "daily", 30, "2030-01-31T12:00:00.000Z"]),
-        ({"limit": "0.000000001"}, [Decimal("0.000000001"), "daily", 30, "2030-01-31T12:00:00.000Z"]),
-        ({"requests_per_minute": None}, [Decimal("0.000000001"), "daily", None, "2030-01-31T12:00:00.000Z"]),
-        ({"limit_reset": None}, [Decimal("0.000000001"), None, None, "2030-01-31T12:00:00.000Z"]),
-        ({"expires_at": None, "requests_per_minute": 1}, [Decimal("0.000000001"), None, 1, None]),
+        ({}, ["10", "daily", 30, "2030-01-31T12:00:00.000Z"]),
+        ({"limit": "0.000000001"}, ["0.000000001", "daily", 30, "2030-01-31T12:00:00.000Z"]),
+        ({"requests_per_minute": None}, ["0.000000001", "daily", None, "2030-01-31T12:00:00.000Z"]),
+        ({"limit_reset": None}, ["0.000000001", None, None, "2030-01-31T12:00:00.000Z"]),
+        ({"expires_at": None, "requests_per_minute": 1}, ["0.000000001", None, 1, None]),
         ({"limit": None}, [None, None, 1, None]),
-        ({"limit": 7, "limit_reset": "daily"}, [7, "daily", 1, None]),
+        ({"limit": 7, "limit_reset": "daily"}, ["7", "daily", 1, None]),
     ]:
         status, _, document = await send(gateway, "PATCH", key["id"], caller, change)
         assert (status, [document["data"][name] for name in names]) == (200, after)
         assert document["data"] == await shown(gateway, caller, key["id"])
 
 
-async def test_a_key_whose_time_has_come_is_disabled_and_can_be_woken(gateway: Gateway) -> None:
+async def test_an_expired_key_is_disabled_and_can_be_enabled_again(gateway: Gateway) -> None:
     caller = await gateway.caller()
     end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)
     bot, key = await make(gateway, caller, expires_at=end.isoformat())
@@ -134,7 +134,7 @@ async def test_a_key_whose_time_has_come_is_disabled_and_can_be_woken(gateway: G
 
 
 @with_vk
-async def test_a_sign_in_manages_keys_and_makes_none_the_main_one(gateway: Gateway) -> None:
+async def test_a_sign_in_manages_keys_and_none_of_them_becomes_the_main_key(gateway: Gateway) -> None:
     """The first request of a person may be this one."""
     person = Caller(launch(), (await make_caller(gateway.books, "0")).account_id, gateway.books)
     bot, key = await make(gateway, person, limit=1)
@@ -142,14 +142,14 @@ async def test_a_sign_in_manages_keys_and_makes_none_the_main_one(gateway: Gatew
     user = (await sign_in(gateway, person.key))["dbUser"]
     assert user["apiKey"] != bot.key
     assert [one["is_main"] for one in (await send(gateway, "GET", None, person))[2]["data"]] == [True, False]
-    assert (await send(gateway, "PATCH", key["id"], person, {"limit": 2}))[2]["data"]["limit"] == 2
+    assert (await send(gateway, "PATCH", key["id"], person, {"limit": 2}))[2]["data"]["limit"] == "2"
     assert (await send(gateway, "DELETE", key["id"], person))[0] == 200
     async with gateway.session.get(f"{gateway.url}/v1/keys", headers=bearer(bot.key)) as response:
         assert response.status == 401
 
 
 async def test_only_the_main_key_changes_keys(gateway: Gateway) -> None:
-    """Who was given a key with a cap must not lift it, nor make himself a key without one, nor revoke those of others."""
+    """The holder of a limited key must not lift its limit, create a key without one, or revoke other keys."""
     caller = await gateway.caller()
     bot, key = await make(gateway, caller, limit=1)
     assert (await send(gateway, "GET", None, bot))[0] == 200
@@ -161,7 +161,7 @@ async def test_only_the_main_key_changes_keys(gateway: Gateway) -> None:
     assert await shown(gateway, caller, key["id"]) == key
 
 
-async def test_another_accounts_key_is_none(gateway: Gateway) -> None:
+async def test_another_accounts_key_is_404(gateway: Gateway) -> None:
     owner, stranger = await gateway.caller(), await gateway.caller()
     bot, key = await make(gateway, owner, limit=50)
     for key_id in (key["id"], 10**17, 987_654_321_012_345_678):
@@ -173,12 +173,12 @@ async def test_another_accounts_key_is_none(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("key_id", ["0", "-1", "x", "1.5", "9" * 30, "1/2"])
-async def test_what_is_no_number_of_a_key_is_no_path(gateway: Gateway, key_id: str) -> None:
+async def test_a_malformed_key_id_is_404(gateway: Gateway, key_id: str) -> None:
     caller = await gateway.caller()
     assert (await send(gateway, "DELETE", key_id, caller))[:2] == (404, "not_found")  # type: ignore[arg-type]
 
 
-async def test_a_hundred_keys_and_not_one_more_however_many_ask(books: Database) -> None:
+async def test_concurrent_requests_create_at_most_a_hundred_keys(books: Database) -> None:
     caller, keys = await make_caller(books, "0"), KeyRing(books, VAULT)
     made = await asyncio.gather(*(keys.issue(caller.account_id, str(n)) for n in range(120)), return_exceptions=True)
     assert sum(isinstance(one, TooManyKeys) for one in made) == 120 - (KEYS_MAX - 1)
@@ -188,28 +188,28 @@ async def test_a_hundred_keys_and_not_one_more_however_many_ask(books: Database)
     await keys.issue(caller.account_id, "in its place")
 
 
-async def test_one_key_too_many_is_told_so(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_key_too_many_is_409(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptutor.money.keyring.KEYS_MAX", 1)
     status, code, document = await send(gateway, "POST", None, await gateway.caller(), {"name": "bot"})
     assert (status, code) == (409, "too_many_keys")
-    assert document == {"error": "An account may have 100 keys; revoke one that is not needed"}
+    assert document == {"error": "An account may have 100 keys; revoke one that is no longer needed"}
 
 
-async def test_first_keys_race_and_one_is_the_main_one(books: Database) -> None:
+async def test_of_concurrent_first_keys_one_is_the_main_key(books: Database) -> None:
     user, keys = await UserRepository(books).create(), KeyRing(books, VAULT)
-    limited = await keys.issue(user.account_id, "limited", KeyLimits(per_minute=1))
+    limited = await keys.issue(user.account_id, "limited", KeyLimits(requests_per_minute=1))
     beside = await keys.issue(user.account_id, "beside", beside=True)
     made = await asyncio.gather(*(keys.issue(user.account_id) for _ in range(10)))
     assert [key.is_main for _, key in (limited, beside)] == [False, False]
     assert sum(key.is_main for _, key in made) == 1
 
 
-# -- what is refused
+# -- what is rejected
 
 AMOUNT = "limit must be an amount in roubles from 0 to 1000000000 with at most nine decimal places, or null"
-RESET = 'limit_reset must be "daily", where there is a limit, or null'
-END = "expires_at must be a time to come before the year 3000, such as 2030-01-31T12:00:00Z, or null"
-PACE = "requests_per_minute must be an integer from 1 to 1000000, or null"
+RESET = 'limit_reset must be "daily" if the key has a limit, or null'
+END = "expires_at must be a future time before the year 3000, such as 2030-01-31T12:00:00Z, or null"
+PER_MINUTE = "requests_per_minute must be an integer from 1 to 1000000, or null"
 NAME = "name must be a string of 1 to 100 printable characters"
 
 
@@ -224,7 +224,7 @@ NAME = "name must be a string of 1 to 100 printable characters"
         ('{"name": "x", "limit": NaN}', "invalid_json", None),
         ("[]", "invalid_request", "Request body must be a JSON object"),
         ("null", "invalid_request", "Request body must be a JSON object"),
-        ('{"name": "x", "name": "y"}', "duplicate_key", "'name' stands twice in one object"),
+        ('{"name": "x", "name": "y"}', "duplicate_field", "The field 'name' is duplicated in one object"),
         ("{}", "invalid_request", NAME),
         ('{"name": ""}', "invalid_request", NAME),
         ('{"name": null}', "invalid_request", NAME),
@@ -249,19 +249,19 @@ NAME = "name must be a string of 1 to 100 printable characters"
         ('{"name": "x", "expires_at": "9999-12-31T23:59:59-23:00"}', "invalid_request", END),
         ('{"name": "x", "expires_at": "0001-01-01T00:00:00+23:59"}', "invalid_request", END),
         ('{"name": "x", "expires_at": 1893456000}', "invalid_request", END),
-        ('{"name": "x", "requests_per_minute": 0}', "invalid_request", PACE),
-        ('{"name": "x", "requests_per_minute": 1.5}', "invalid_request", PACE),
-        ('{"name": "x", "requests_per_minute": 1000001}', "invalid_request", PACE),
-        ('{"name": "x", "requests_per_minute": 99999999999999999999}', "invalid_request", PACE),
+        ('{"name": "x", "requests_per_minute": 0}', "invalid_request", PER_MINUTE),
+        ('{"name": "x", "requests_per_minute": 1.5}', "invalid_request", PER_MINUTE),
+        ('{"name": "x", "requests_per_minute": 1000001}', "invalid_request", PER_MINUTE),
+        ('{"name": "x", "requests_per_minute": 99999999999999999999}', "invalid_request", PER_MINUTE),
         (
             '{"name": "x", "limits": 1}',
             "invalid_request",
-            "'limits' is not a field of this request; it has limit, limit_reset, expires_at, requests_per_minute, name",
+            "'limits' is not a field of this request; known fields: limit, limit_reset, expires_at, requests_per_minute, name",
         ),
         ('{"name": "x", "%s": 1}' % ("y" * 5000), "invalid_request", None),
     ],
 )  # fmt: skip
-async def test_a_form_that_is_wrong_names_its_field_and_what_is_allowed(
+async def test_an_invalid_body_names_the_field_and_what_is_allowed(
     gateway: Gateway, body: str | bytes, code: str, text: str | None
 ) -> None:
     caller = await gateway.caller()
@@ -274,9 +274,9 @@ async def test_a_form_that_is_wrong_names_its_field_and_what_is_allowed(
     assert len(await KeyRing(gateway.books, VAULT).list(caller.account_id)) == 1
 
 
-async def test_a_body_is_small_json_and_nothing_else(gateway: Gateway) -> None:
+async def test_the_body_must_be_small_json(gateway: Gateway) -> None:
     caller = await gateway.caller()
-    large = b'{"name": "%s"}' % (b"x" * BODY_BYTES_MAX)
+    large = b'{"name": "%s"}' % (b"x" * BODY_LIMITS.bytes_max)
 
     async def pieces() -> Any:
         yield large
@@ -300,26 +300,26 @@ async def test_a_body_is_small_json_and_nothing_else(gateway: Gateway) -> None:
     ("before", "form", "after"),
     [
         (NO_LIMITS, {}, NO_LIMITS),
-        (NO_LIMITS, {"limit": 5}, KeyLimits(cap=parse_roubles("5"), cap_period="total")),
-        (NO_LIMITS, {"limit": 5, "limit_reset": "daily"}, KeyLimits(cap=parse_roubles("5"), cap_period="day")),
+        (NO_LIMITS, {"limit": 5}, KeyLimits(limit=parse_roubles("5"))),
+        (NO_LIMITS, {"limit": 5, "limit_reset": "daily"}, KeyLimits(limit=parse_roubles("5"), limit_reset="daily")),
         (NO_LIMITS, {"limit_reset": None}, NO_LIMITS),
-        (KeyLimits(cap=parse_roubles("5"), cap_period="day"), {"limit": 6}, KeyLimits(cap=parse_roubles("6"), cap_period="day")),
-        (KeyLimits(cap=parse_roubles("5"), cap_period="day"), {"limit_reset": None}, KeyLimits(cap=parse_roubles("5"), cap_period="total")),
-        (KeyLimits(cap=parse_roubles("5"), cap_period="day"), {"limit": None}, NO_LIMITS),
-        (KeyLimits(NOON, per_minute=4), {"limit": 0}, KeyLimits(NOON, parse_roubles("0"), "total", 4)),
-        (KeyLimits(NOON, per_minute=4), {"expires_at": None, "requests_per_minute": None}, NO_LIMITS),
+        (KeyLimits(limit=parse_roubles("5"), limit_reset="daily"), {"limit": 6}, KeyLimits(limit=parse_roubles("6"), limit_reset="daily")),
+        (KeyLimits(limit=parse_roubles("5"), limit_reset="daily"), {"limit_reset": None}, KeyLimits(limit=parse_roubles("5"))),
+        (KeyLimits(limit=parse_roubles("5"), limit_reset="daily"), {"limit": None}, NO_LIMITS),
+        (KeyLimits(NOON, requests_per_minute=4), {"limit": 0}, KeyLimits(NOON, parse_roubles("0"), None, 4)),
+        (KeyLimits(NOON, requests_per_minute=4), {"expires_at": None, "requests_per_minute": None}, NO_LIMITS),
     ],
 )  # fmt: skip
-def test_what_a_form_does_to_limits(before: KeyLimits, form: dict[str, Any], after: KeyLimits) -> None:
+def test_limits_after_a_patch(before: KeyLimits, form: dict[str, Any], after: KeyLimits) -> None:
     assert limits_after(parse_json_body(json.dumps(form).encode(), KeyLimitsPatch), before) == after
 
 
-def test_a_period_needs_a_limit_in_a_change_too() -> None:
+def test_limit_reset_needs_a_limit_in_a_patch_too() -> None:
     with pytest.raises(ApiError, match="limit_reset must be"):
         limits_after(KeyLimitsPatch(limit_reset="daily"), NO_LIMITS)
 
 
-def test_described_forms_are_those_that_are_read() -> None:
+def test_described_bodies_are_accepted() -> None:
     document = openapi.describe()
     for method, path, form in (("post", "/v1/keys", NewKey), ("patch", "/v1/keys/{key_id}", KeyLimitsPatch)):
         content = document["paths"][path][method]["requestBody"]["content"]["application/json"]

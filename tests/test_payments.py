@@ -63,7 +63,7 @@ async def shop(
            for name in schema.Config.__struct_fields__ if name != "yookassa"},
         yookassa=schema.YookassaSettings(
             shop_id=SHOP_ID, secret_key=SECRET_KEY, return_url="https://example.com/paid",
-            base_url=str(server.make_url("/v3")), timeout_s=0.5, at_once=3,
+            base_url=str(server.make_url("/v3")), timeout_s=0.5, concurrent_max=3,
         ),
     )  # fmt: skip
     config.paths.data.mkdir(parents=True)
@@ -78,7 +78,7 @@ async def shop(
     assert [finding async for finding in check(books) if finding.rows] == []
 
 
-async def test_a_payment_is_made_paid_and_credited(shop: Shop) -> None:
+async def test_a_payment_is_created_paid_and_credited(shop: Shop) -> None:
     caller = await shop.gateway.caller("0")
     status, body, _ = await shop.order(caller, "150.50")
     payment = body["data"]
@@ -142,7 +142,7 @@ async def test_what_yookassa_does_not_call_paid_for_an_account_changes_nothing(
 @pytest.mark.parametrize(
     "name", ["22e12f66-000f-5000-8000-18db351245c7", "", "../payments", "a" * 65, "x\u0000y", "%2e%2e", "ёж"]
 )
-async def test_an_id_that_nobody_knows_changes_nothing(shop: Shop, name: str) -> None:
+async def test_an_unknown_id_changes_nothing(shop: Shop, name: str) -> None:
     """Row money-13."""
     caller = await shop.gateway.caller("0")
     assert await shop.notify("payment.succeeded", name, metadata={"gptutor_account_id": str(caller.account_id)}) == 200
@@ -154,7 +154,7 @@ async def test_an_id_that_nobody_knows_changes_nothing(shop: Shop, name: str) ->
 @pytest.mark.parametrize(
     "body", [b"", b"null", b"[]", b"{", b'{"event": "payment.succeeded"}', b'{"event": 1, "object": {"id": 5}}']
 )
-async def test_what_is_no_notification_is_refused(shop: Shop, body: bytes) -> None:
+async def test_a_malformed_notification_is_rejected(shop: Shop, body: bytes) -> None:
     async with shop.gateway.session.post(f"{shop.gateway.url}/yookassa/webhook", data=body) as response:
         assert response.status == 400
     assert shop.yookassa.calls == []
@@ -167,7 +167,7 @@ async def test_the_amount_is_the_one_that_yookassas_api_says(shop: Shop) -> None
     assert await caller.balance() == Decimal("10.01")
 
 
-async def test_a_payment_for_nobody_is_told_to_the_operator(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_payment_for_an_unknown_account_is_an_error_log(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     name = shop.yookassa.add_payment(10**12)
     with caplog.at_level(logging.ERROR, "gptutor.payments"):
         assert await shop.notify("payment.succeeded", name) == 200
@@ -175,7 +175,7 @@ async def test_a_payment_for_nobody_is_told_to_the_operator(shop: Shop, caplog: 
 
 
 @pytest.mark.parametrize("fault", [500, 429, 401, 302, "silence", "garbage"])
-async def test_while_yookassa_cannot_be_asked_it_is_told_to_come_again(shop: Shop, fault: int | str) -> None:
+async def test_while_yookassa_is_unavailable_notifications_get_503(shop: Shop, fault: int | str) -> None:
     caller = await shop.gateway.caller("0")
     name = shop.yookassa.add_payment(caller.account_id)
     shop.yookassa.fault = fault
@@ -189,7 +189,7 @@ async def test_while_yookassa_cannot_be_asked_it_is_told_to_come_again(shop: Sho
     assert await caller.balance() == 100
 
 
-async def test_notifications_ask_so_many_at_once_and_no_more(shop: Shop) -> None:
+async def test_concurrent_calls_to_yookassa_are_limited(shop: Shop) -> None:
     shop.yookassa.pause_s = 0.2
     caller = await shop.gateway.caller("0")
     names = [shop.yookassa.add_payment(caller.account_id) for _ in range(12)]
@@ -202,7 +202,7 @@ async def test_notifications_ask_so_many_at_once_and_no_more(shop: Shop) -> None
     assert await caller.balance() == 1200
 
 
-async def test_a_refund_is_taken_back_once(shop: Shop) -> None:
+async def test_a_refund_is_debited_once(shop: Shop) -> None:
     caller = await shop.gateway.caller("0")
     payment = shop.yookassa.add_payment(caller.account_id)
     await shop.notify("payment.succeeded", payment)
@@ -218,7 +218,7 @@ async def test_a_refund_is_taken_back_once(shop: Shop) -> None:
     assert (entry.kind, entry.amount, entry.reference) == ("refund", parse_roubles("-30"), f"yookassa-refund:{refund}")
 
 
-async def test_a_refund_whose_payment_was_never_told_of_books_both(shop: Shop) -> None:
+async def test_a_refund_without_a_notification_of_its_payment_books_both(shop: Shop) -> None:
     caller = await shop.gateway.caller("0")
     payment = shop.yookassa.add_payment(caller.account_id)
     assert await shop.notify("refund.succeeded", shop.yookassa.add_refund(payment, "30.00")) == 200
@@ -229,7 +229,7 @@ async def test_a_refund_whose_payment_was_never_told_of_books_both(shop: Shop) -
 
 
 async def test_a_refund_of_money_that_is_spent_takes_the_balance_below_zero(shop: Shop) -> None:
-    """The provider has paid it out already: the books say what is."""
+    """The provider has already paid it out, so it must be booked."""
     caller = await shop.gateway.caller("0")
     payment = shop.yookassa.add_payment(caller.account_id)
     await shop.notify("payment.succeeded", payment)
@@ -239,7 +239,7 @@ async def test_a_refund_of_money_that_is_spent_takes_the_balance_below_zero(shop
 
 
 @pytest.mark.parametrize("amount", ["9.99", 100_000.01, "10.001", -50, 0, "NaN", "1e9", "1_0", "５０", "ten", None, [1], True])
-async def test_an_amount_that_cannot_be_paid_is_refused_here(shop: Shop, amount: Any) -> None:
+async def test_an_amount_that_cannot_be_paid_is_rejected(shop: Shop, amount: Any) -> None:
     """Row money-15."""
     caller = await shop.gateway.caller("0")
     status, body, code = await shop.order(caller, amount)
@@ -259,7 +259,7 @@ async def test_the_same_order_twice_is_one_payment(shop: Shop) -> None:
 
 
 async def test_payments_need_a_key_and_a_setting(shop: Shop, gateway: Gateway) -> None:
-    """Row money-13: without its settings nothing of it answers."""
+    """Row money-13: without settings the endpoints are 404."""
     async with shop.gateway.session.post(f"{shop.gateway.url}/v1/payments", json={"amount": 100}) as response:
         assert (response.status, response.headers["X-Error-Code"]) == (401, "invalid_key")
     assert shop.yookassa.calls == []
@@ -316,7 +316,7 @@ async def test_one_reference_is_one_payment_across_accounts_and_at_once(gateway:
     assert {type(result).__name__ for result in results} == {"Booking", "AlreadyBooked"}
 
 
-async def test_a_balance_that_cannot_be_kept_is_refused(books: Database, gateway: Gateway) -> None:
+async def test_a_balance_out_of_range_is_rejected(books: Database, gateway: Gateway) -> None:
     """Row money-15: the bound is far inside BIGINT, so no sum overflows."""
     caller = await gateway.caller("0")
     for _ in range(4):
@@ -326,10 +326,8 @@ async def test_a_balance_that_cannot_be_kept_is_refused(books: Database, gateway
     assert await caller.balance() == 4 * 10**9
 
 
-async def test_a_reference_that_the_version_before_is_booking_at_this_moment_is_booked_once(
-    books: Database, database_url: str
-) -> None:
-    """Rows money-12, operator-3: it takes no lock on the reference; the unique index decides."""
+async def test_a_reference_that_the_previous_release_is_booking_is_booked_once(books: Database, database_url: str) -> None:
+    """Rows money-12, operator-3: that release does not lock the reference; the unique index decides."""
     caller = await make_caller(books, "0")
     old = await asyncpg.connect(database_url)
     transaction = old.transaction()
@@ -359,7 +357,7 @@ async def test_a_reference_that_the_version_before_is_booking_at_this_moment_is_
         {"amount": {"value": "NaN", "currency": "RUB"}}, {"amount": {"value": "0", "currency": "RUB"}},
     ],
 )  # fmt: skip
-async def test_an_answer_that_is_not_yookassas_form_is_no_answer(shop: Shop, changed: dict[str, Any]) -> None:
+async def test_a_malformed_response_of_yookassa_is_an_error(shop: Shop, changed: dict[str, Any]) -> None:
     caller = await shop.gateway.caller("0")
     name = shop.yookassa.add_payment(caller.account_id)
     kept = dict(shop.yookassa.payments[name])
@@ -372,7 +370,7 @@ async def test_an_answer_that_is_not_yookassas_form_is_no_answer(shop: Shop, cha
 
 
 @pytest.mark.parametrize("value", ["0.0000000001", "99999999999.00"])
-async def test_an_amount_that_no_balance_can_hold_is_told_to_the_operator(
+async def test_an_amount_that_no_balance_can_hold_is_an_error_log(
     shop: Shop, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Row money-15: YooKassa would repeat it for ever otherwise."""
@@ -383,7 +381,7 @@ async def test_an_amount_that_no_balance_can_hold_is_told_to_the_operator(
     assert await caller.balance() == 0
 
 
-async def test_a_payment_without_an_address_to_pay_at_is_no_payment(shop: Shop) -> None:
+async def test_a_payment_without_a_confirmation_url_is_an_error(shop: Shop) -> None:
     caller = await shop.gateway.caller("0")
     headers = {"Idempotency-Key": "order-2"}
     await shop.order(caller, 50, **headers)
@@ -393,7 +391,7 @@ async def test_a_payment_without_an_address_to_pay_at_is_no_payment(shop: Shop) 
     assert (await shop.order(caller, 50, **{"Idempotency-Key": "x" * 256}))[0] == 400
 
 
-async def test_who_hangs_up_after_telling_does_not_undo_it(shop: Shop) -> None:
+async def test_a_disconnect_after_a_notification_does_not_cancel_the_booking(shop: Shop) -> None:
     shop.yookassa.pause_s = 0.3
     caller = await shop.gateway.caller("0")
     name = shop.yookassa.add_payment(caller.account_id)

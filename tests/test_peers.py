@@ -18,10 +18,9 @@ import pytest
 from aiohttp import web
 
 from gptutor.api.chat.request import ParsedRequest
-from gptutor.app import JOURNAL
 from gptutor.config import schema
 from gptutor.database.pool import Database, DatabaseUnavailable
-from gptutor.http.health import DATABASE
+from gptutor.http.app_keys import DATABASE, JOURNAL
 from gptutor.money.administration import Bookkeeper
 from gptutor.money.amounts import Nano
 from gptutor.money.bookings import AlreadyBooked, Bookings
@@ -466,7 +465,7 @@ async def test_an_unsettled_charge_survives_the_end_of_the_process(
 
             requests = [asyncio.create_task(post(caller)) for caller in people]
             async with asyncio.timeout(10):
-                while sum(record.price is not None for record in dying.app[JOURNAL].known.values()) < callers:
+                while sum(record.charge is not None for record in dying.app[JOURNAL].open_holds.values()) < callers:
                     await asyncio.sleep(0.005)
             assert [await charges(caller) for caller in people] == [[]] * callers
             kill(dying)
@@ -507,7 +506,7 @@ async def test_a_refund_whose_reply_is_lost_is_not_checked_against_the_balance_a
     books: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caller = await make_caller(books, "60")
-    Statements(books, monkeypatch).lost_replies.append("book_entry")
+    Statements(books, monkeypatch).lost_responses.append("book_entry")
     await Bookings(books).book(caller.account_id, "refund", Nano(-50 * 10**9), covered=True)
     assert await caller.balance() == 10
     await assert_books_hold(books)
@@ -538,7 +537,7 @@ async def test_a_booking_whose_reply_is_lost_is_made_once_and_reported_as_made(
     books: Database, monkeypatch: pytest.MonkeyPatch, reference: str | None
 ) -> None:
     caller = await make_caller(books, "0")
-    Statements(books, monkeypatch).lost_replies.append("book_entry")
+    Statements(books, monkeypatch).lost_responses.append("book_entry")
     booking = await Bookings(books).book(caller.account_id, "topup", Nano(10**9), reference=reference)
     assert booking.amount == 10**9
     assert (await Bookings(books).user(caller.account_id)).balance == 10**9

@@ -38,7 +38,7 @@ def evaluate(**changes: Any) -> LLMCostEvaluate:
         "image_tokens": 8192,
         "paid_tool_usd": Decimal("0.05"),
         "cache_write_factor": Decimal(2),
-        "hurry_factor": Decimal(3),
+        "priority_tier_factor": Decimal(3),
     }
     return LLMCostEvaluate(**{**policy, **changes})
 
@@ -49,28 +49,28 @@ def rub(text: str) -> Nano:
 
 def test_with_a_limit_the_hold_covers_all_of_it() -> None:
     ceiling = evaluate().ceiling(RequestSize(prompt_bytes=1000, output_tokens=5000), [Price()])
-    assert ceiling.most == rub("0.99")  # (1000 × 0.000001 + 5000 × 0.000002) × 90
-    assert ceiling.least == rub("1")  # the minimum balance is more
+    assert ceiling.hold_max == rub("0.99")  # (1000 × 0.000001 + 5000 × 0.000002) × 90
+    assert ceiling.available_min == rub("1")  # the minimum balance is more
     assert ceiling.output_limit(rub("1")) is None
 
 
 def test_a_limit_above_the_models_own_does_not_cost_more() -> None:
-    assert evaluate().ceiling(RequestSize(0, output_tokens=10**9), [Price()]).most == rub("1.8")
+    assert evaluate().ceiling(RequestSize(0, output_tokens=10**9), [Price()]).hold_max == rub("1.8")
 
 
-def test_without_a_limit_the_hold_covers_a_typical_answer() -> None:
+def test_without_a_limit_the_hold_covers_a_typical_output() -> None:
     ceiling = evaluate().ceiling(RequestSize(prompt_bytes=1000), [Price()])
-    assert ceiling.most == rub("0.82728")
-    assert evaluate(reserve="worst_case").ceiling(RequestSize(prompt_bytes=1000), [Price()]).most == rub("1.89")
+    assert ceiling.hold_max == rub("0.82728")
+    assert evaluate(reserve="worst_case").ceiling(RequestSize(prompt_bytes=1000), [Price()]).hold_max == rub("1.89")
 
 
 @pytest.mark.parametrize(
     ("available", "limit"),
     [("1.89", None), ("1.889999999", 9999), ("1", 5055), ("0.09288", 16), ("2", None)],
 )
-def test_what_the_balance_covers_is_the_limit(available: str, limit: int | None) -> None:
+def test_the_output_limit_is_what_the_balance_covers(available: str, limit: int | None) -> None:
     ceiling = evaluate(balance_min_rub=Decimal(0)).ceiling(RequestSize(prompt_bytes=1000), [Price()])
-    assert ceiling.least == rub("0.09288")  # the prompt and 16 tokens
+    assert ceiling.available_min == rub("0.09288")  # the prompt and 16 tokens
     assert ceiling.output_limit(rub(available)) == limit
 
 
@@ -88,44 +88,44 @@ def test_one_request_alone_never_takes_a_balance_below_zero(
 ) -> None:
     price = Price(prompt_usd, completion_usd, image_usd=Decimal("0.01"), context_tokens=10**9)
     ceiling = evaluate(margin=Decimal("1.1")).ceiling(RequestSize(prompt, media, False, choices, limit), [price])
-    if available < ceiling.least:
+    if available < ceiling.available_min:
         return
     sent = ceiling.output_limit(Nano(available))
     tokens = min(token for token in (sent, limit, 10_000) if token is not None)
     worst_usd = (prompt + media * 8192) * prompt_usd + media * Decimal("0.01") + tokens * choices * completion_usd
     assert evaluate().charge(worst_usd) <= available
     assert sent is None or sent >= 16
-    assert ceiling.least <= max(ceiling.most, rub("1"))
+    assert ceiling.available_min <= max(ceiling.hold_max, rub("1"))
 
 
-def test_media_count_by_pieces_and_the_prompt_by_the_context() -> None:
+def test_images_cost_by_count_and_the_prompt_is_bounded_by_the_context() -> None:
     price = Price(image_usd=Decimal("0.5"), request_usd=Decimal("0.25"))
-    assert evaluate().ceiling(RequestSize(0, images=2, output_tokens=1), [price]).most == rub("113.97474")
-    assert evaluate().ceiling(RequestSize(10**9, output_tokens=1), [price]).most == rub("31.50018")
+    assert evaluate().ceiling(RequestSize(0, images=2, output_tokens=1), [price]).hold_max == rub("113.97474")
+    assert evaluate().ceiling(RequestSize(10**9, output_tokens=1), [price]).hold_max == rub("31.50018")
 
 
 def test_a_file_may_cost_all_that_the_model_can_read() -> None:
-    assert evaluate().ceiling(RequestSize(1, has_files=True, output_tokens=1), [Price()]).most == rub("9.00018")
+    assert evaluate().ceiling(RequestSize(1, has_files=True, output_tokens=1), [Price()]).hold_max == rub("9.00018")
 
 
-def test_whichever_model_answers_is_covered() -> None:
-    small = Price(completion_usd=Decimal("0.0001"), output_tokens_max=100)  # dear, but soon silent
+def test_every_model_that_may_answer_is_covered() -> None:
+    small = Price(completion_usd=Decimal("0.0001"), output_tokens_max=100)  # expensive tokens, but few of them
     large = Price(completion_usd=Decimal("0.000002"), output_tokens_max=60_000)
     ceiling = evaluate().ceiling(RequestSize(0), [small, large])
-    assert ceiling.most == rub("0.9")  # 100 × 0.0001 × 90
-    assert ceiling.output_limit(rub("1")) == 5555  # and of the other 1 / (0.000002 × 90)
-    assert evaluate().ceiling(RequestSize(0), [small, None]).most == rub("10")
+    assert ceiling.hold_max == rub("0.9")  # 100 × 0.0001 × 90
+    assert ceiling.output_limit(rub("1")) == 5555  # of the large model: 1 / (0.000002 × 90)
+    assert evaluate().ceiling(RequestSize(0), [small, None]).hold_max == rub("10")
 
 
-def test_a_price_that_is_none_holds_the_default() -> None:
+def test_without_a_known_price_the_default_is_held() -> None:
     ceiling = evaluate().ceiling(RequestSize(10**6), [None])
-    assert (ceiling.most, ceiling.least) == (rub("10"), rub("10"))
+    assert (ceiling.hold_max, ceiling.available_min) == (rub("10"), rub("10"))
     assert ceiling.output_limit(rub("10")) is None
 
 
-def test_a_free_model_holds_nothing_but_asks_for_the_minimum() -> None:
+def test_a_free_model_holds_nothing_but_requires_the_minimum_balance() -> None:
     ceiling = evaluate().ceiling(RequestSize(1000), [Price(Decimal(0), Decimal(0))])
-    assert (ceiling.most, ceiling.least, ceiling.output_limit(rub("1"))) == (0, rub("1"), None)
+    assert (ceiling.hold_max, ceiling.available_min, ceiling.output_limit(rub("1"))) == (0, rub("1"), None)
 
 
 @given(st.decimals(0, 99_999, places=30), st.decimals(min_value=Decimal("0.0001"), max_value=100_000, places=4))
@@ -139,22 +139,22 @@ def test_the_charge_is_one_rounding_of_the_exact_product(cost: Decimal, rate: De
 @pytest.mark.parametrize(
     ("size", "price", "held"),
     [
-        # 1000 × 0.000001 + 100 × 0.000002 dollars, × 90 roubles, unless something is dearer
+        # 1000 × 0.000001 + 100 × 0.000002 dollars, × 90 roubles, unless a higher price applies
         (RequestSize(1000, output_tokens=100), Price(), "0.108"),
         (RequestSize(1000, output_tokens=100, paid_tools=2), Price(), "9.108"),
         (RequestSize(1000, output_tokens=100, paid_tools=1), Price(search_usd=Decimal("0.5")), "45.108"),
-        (RequestSize(1000, output_tokens=100, caches_prompt=True), Price(), "0.198"),
+        (RequestSize(1000, output_tokens=100, writes_prompt_cache=True), Price(), "0.198"),
         (RequestSize(1000, output_tokens=100), Price(cache_write_usd=Decimal("0.000004")), "0.378"),
-        (RequestSize(1000, output_tokens=100, more_than_text=True), Price(), "0.126"),
-        (RequestSize(1000, output_tokens=100, hurried=True), Price(), "0.324"),
+        (RequestSize(1000, output_tokens=100, multimodal_output=True), Price(), "0.126"),
+        (RequestSize(1000, output_tokens=100, priority_tier=True), Price(), "0.324"),
         (RequestSize(1000, output_tokens=100), Price(media_usd=Decimal(1)), "0.108"),
         (RequestSize(1000, images=1, output_tokens=100), Price(media_usd=Decimal("0.00001")), "8.2908"),
         (RequestSize(1000, has_files=True, output_tokens=100), Price(media_usd=Decimal("0.00001")), "90.018"),
     ],
 )
-def test_what_makes_a_request_dearer_is_in_the_ceiling(size: RequestSize, price: Price, held: str) -> None:
-    assert evaluate().ceiling(size, [price]).most == rub(held)
+def test_everything_that_raises_the_cost_is_in_the_ceiling(size: RequestSize, price: Price, held: str) -> None:
+    assert evaluate().ceiling(size, [price]).hold_max == rub(held)
 
 
-def test_paid_tools_are_held_where_no_price_is_known() -> None:
-    assert evaluate().ceiling(RequestSize(1000, paid_tools=2), [None]).most == rub("19")
+def test_paid_tools_are_held_for_even_without_a_known_price() -> None:
+    assert evaluate().ceiling(RequestSize(1000, paid_tools=2), [None]).hold_max == rub("19")

@@ -13,6 +13,7 @@ from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, Release
 from gptutor.money.reconciliation import reconcile
+from gptutor.money.records import reconciliation_json
 from tests.support.gateway import make_caller
 from tests.support.ledger import hold, ledger_of, settlement
 
@@ -53,12 +54,12 @@ async def test_a_days_charges_are_compared_to_the_last_digit(books: Database, da
         (first - 2 * DAY, 0, Decimal("0.7"), Decimal("0.7")),  # it charged what we know nothing of
     ]
     assert (found.waiting, found.at_most) == ([], 0)
-    days = orjson.loads(orjson.dumps(found.as_json()))["days"]
+    days = orjson.loads(orjson.dumps(reconciliation_json(found)))["days"]
     assert days[0] == {
         "day": first.isoformat(),
-        "oursUsd": "0.033",
-        "openrouterUsd": "0.0330000000000000001",
-        "differenceUsd": "0.0000000000000000001",  # never 1E-19
+        "ours_usd": "0.033",
+        "openrouter_usd": "0.0330000000000000001",
+        "difference_usd": "0.0000000000000000001",  # never 1E-19
     }
 
 
@@ -83,9 +84,9 @@ async def test_what_waits_for_evidence_and_what_was_given_up_is_named_with_the_m
         ("released", parse_roubles("2.5"), None, caller.account_id),
     ]
     assert found.at_most == parse_roubles("3.5")
-    told = json.loads(orjson.dumps(found.as_json()))
-    assert told["waitingAtMost"] == "3.5"
-    assert [(one["atMost"], one["model"], one["requestId"], one["generationId"]) for one in told["waiting"]] == [
+    told = json.loads(orjson.dumps(reconciliation_json(found)))
+    assert told["waiting_at_most"] == "3.5"
+    assert [(one["at_most"], one["model"], one["request_id"], one["generation_id"]) for one in told["waiting"]] == [
         ("1", "a/b", "r", "gen-1"),
         ("2.5", "a/b", "r", None),
     ]

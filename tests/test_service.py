@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from gptutor import __version__
 from gptutor.config import schema
 from gptutor.server.listener import StartError, listening_on
-from gptutor.server.serve import administering, simulated_openrouter
+from gptutor.server.serve import admin_listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
 from gptutor.web.site import documentation
 from tests.support.service import Service, environment, run, running_with, start
@@ -45,7 +46,7 @@ def stream(service: Service, text: str) -> bytes:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_finishes_running_answers_and_their_money(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stop_finishes_running_requests_and_settles_their_charges(tmp_path: Path, number: signal.Signals) -> None:
     running = start(tmp_path, GPTUTOR_SIMULATOR__WORD_S="0.03")
     answers: list[bytes] = []
     caller = threading.Thread(target=lambda: answers.append(stream(running, "Hello")))
@@ -62,7 +63,7 @@ def test_a_stop_finishes_running_answers_and_their_money(tmp_path: Path, number:
     assert shown["balance"] != "100"
 
 
-def test_a_killed_service_finds_its_database_its_user_and_its_key_again(tmp_path: Path) -> None:
+def test_after_a_kill_the_service_has_its_database_its_user_and_its_key(tmp_path: Path) -> None:
     first = start(tmp_path)
     stream(first, "Hello")
     first.lines_of(1, 2)
@@ -99,10 +100,8 @@ def test_a_busy_port_is_a_sentence(service: Service, tmp_path: Path) -> None:
         ("192.0.2.1", 0, "", r"Cannot listen on 192\.0\.2\.1:0: [^?]*\.$"),
     ],
 )
-async def test_what_cannot_be_listened_on_is_told_with_what_to_change(
-    host: str, port: int | None, setting: str, words: str
-) -> None:
-    """Only where the port is taken is somebody else suspected."""
+async def test_a_failed_listen_names_the_setting_to_change(host: str, port: int | None, setting: str, words: str) -> None:
+    """Only a port in use suggests that another program runs there."""
     with socket.create_server((host if port is None else "127.0.0.1", 0), family=FAMILIES[":" in host and port is None]) as taken:
         where = taken.getsockname()[1] if port is None else port
         with pytest.raises(StartError, match=words):
@@ -110,7 +109,7 @@ async def test_what_cannot_be_listened_on_is_told_with_what_to_change(
                 pass
 
 
-async def test_every_port_is_told_by_its_setting(tmp_path: Path) -> None:
+async def test_every_busy_port_is_reported_with_its_setting(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         config = schema.Config(
@@ -122,21 +121,21 @@ async def test_every_port_is_told_by_its_setting(tmp_path: Path) -> None:
         for listening, setting in (
             (simulated_openrouter(Simulator(), config.simulator), "GPTUTOR_SIMULATOR__PORT"),
             (documentation(config), "GPTUTOR_DOCS__PORT"),
-            (administering(web.Application(), config), "GPTUTOR_ADMIN__PORT"),
+            (admin_listening(web.Application(), config), "GPTUTOR_ADMIN__PORT"),
         ):
             with pytest.raises(StartError, match=rf"The port is set by {setting}\.$"):
                 async with listening:
                     pass
 
 
-def test_the_port_of_the_metrics_is_told_by_its_setting(service: Service, tmp_path: Path) -> None:
+def test_a_busy_metrics_port_is_reported_with_its_setting(service: Service, tmp_path: Path) -> None:
     port = service.url.rpartition(":")[2]
     ended = run(environment(tmp_path, GPTUTOR_METRICS__PORT=port), "serve", check=False)
     assert ended.returncode == 1
     assert "The port is set by GPTUTOR_METRICS__PORT." in " ".join(ended.stderr.split())
 
 
-def test_a_database_of_ones_own_must_be_migrated_by_hand(tmp_path: Path, postgres: str) -> None:
+def test_with_database_url_the_service_does_not_migrate(tmp_path: Path, postgres: str) -> None:
     url = postgres.replace("/postgres?", "/template1?")
     environ = environment(tmp_path, DATABASE_URL=url, GPTUTOR_SECRET_KEY="A" * 43 + "=")
     ended = run(environ, "serve", check=False)
@@ -144,7 +143,7 @@ def test_a_database_of_ones_own_must_be_migrated_by_hand(tmp_path: Path, postgre
     assert "gptutor migrate" in ended.stderr
 
 
-def test_the_wheel_has_all_it_needs(tmp_path: Path) -> None:
+def test_the_wheel_is_complete_and_has_the_version(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(
         ROOT,
@@ -154,6 +153,7 @@ def test_the_wheel_has_all_it_needs(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"gptutor-{__version__}-")
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
@@ -179,7 +179,7 @@ def test_the_unit_is_valid_and_its_stop_fits_the_drain(tmp_path: Path) -> None:
     assert stop_s > server.shutdown_s + server.drain_s
     for line in ("User=gptutor", "ProtectSystem=strict", "ReadWritePaths=/opt/gptutor/var /opt/gptutor/logs", "ProtectHome=yes"):
         assert line in unit.splitlines()
-    assert "EnvironmentFile" not in unit, "the service reads gptutor.env itself, so that a reload takes it anew"
+    assert "EnvironmentFile" not in unit, "the service reads gptutor.env itself, also at a reload"
     if not shutil.which("systemd-analyze"):
         pytest.skip("systemd-analyze is not installed: the unit's text is not checked by systemd")
     here = unit.replace("/opt/gptutor/.venv/bin/gptutor", sys.executable).replace("/opt/gptutor", str(tmp_path))
@@ -193,7 +193,7 @@ def test_the_unit_is_valid_and_its_stop_fits_the_drain(tmp_path: Path) -> None:
 def test_make_service_passes_the_units_own_properties(tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / ".venv").mkdir(parents=True)
-    for name in ("Makefile", "setup.cfg", "pyproject.toml", "deploy"):
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "requirements", "deploy"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
     (source / ".venv" / ".installed").touch()
     environ = {**os.environ, "MAKEFLAGS": ""}
@@ -222,8 +222,8 @@ def test_make_service_passes_the_units_own_properties(tmp_path: Path) -> None:
     assert "Running" not in ended.stdout
 
 
-def test_without_a_place_for_its_journal_the_service_does_not_start(tmp_path: Path, postgres: str) -> None:
-    """Row process-11: rather no service than one that can forget what it bought."""
+def test_without_a_directory_for_its_journal_the_service_does_not_start(tmp_path: Path, postgres: str) -> None:
+    """Row process-11: no service is better than one that can forget what it bought."""
     (tmp_path / "var").mkdir()
     (tmp_path / "var" / "journal").write_text("in the way")
     environ = environment(tmp_path, DATABASE_URL=postgres, GPTUTOR_SECRET_KEY="A" * 43 + "=")

@@ -316,7 +316,7 @@ async def fault_of_refusal(gateway: Gateway, wire: bytes, caplog: pytest.LogCapt
     return "bought something" if gateway.billed_usd() else ""
 
 
-async def test_what_is_ambiguous_is_refused_once_and_the_connection_closed(
+async def test_ambiguous_framing_is_rejected_once_and_the_connection_closed(
     attacked: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     gateway, caller = attacked
@@ -332,13 +332,13 @@ async def test_what_is_ambiguous_is_refused_once_and_the_connection_closed(
     reason="aiohttp reads these as ordinary requests; their answers are 404 or right, and nothing is gained by them",
 )
 @pytest.mark.parametrize("name", LENIENT)
-async def test_what_no_server_of_ours_can_mean_is_refused_too(
+async def test_framing_that_aiohttp_does_not_support_is_rejected_too(
     gateway: Gateway, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     assert await fault_of_refusal(gateway, LENIENT[name], caplog) == ""
 
 
-async def test_what_is_not_http_is_told_so_in_our_form_and_without_its_own_bytes(gateway: Gateway) -> None:
+async def test_malformed_http_gets_an_error_in_our_form_without_its_bytes(gateway: Gateway) -> None:
     caller = await gateway.caller()
     for name, wire in REFUSED.items():
         received, _ = await talk(gateway, wire.replace(KEY, caller.key.encode()))
@@ -352,7 +352,7 @@ async def test_what_is_not_http_is_told_so_in_our_form_and_without_its_own_bytes
 
 
 @pytest.mark.parametrize("name", READ)
-async def test_what_is_clear_is_read_in_the_one_right_way(attacked: Any, name: str) -> None:
+async def test_unambiguous_framing_is_read_correctly(attacked: Any, name: str) -> None:
     gateway, caller = attacked
     case = READ[name]
     received, _ = await talk(gateway, case.wire.replace(KEY, caller.key.encode()), len(case.statuses))
@@ -362,7 +362,7 @@ async def test_what_is_clear_is_read_in_the_one_right_way(attacked: Any, name: s
     assert (gateway.billed_usd() > 0) is case.bought
 
 
-async def test_a_key_that_is_bad_is_not_invited_to_send_its_body(gateway: Gateway) -> None:
+async def test_a_wrong_key_gets_no_100_continue(gateway: Gateway) -> None:
     wire = post(LENGTH, b"Expect: 100-continue", body=b"").replace(KEY, make_key(AccountId(10**12)).encode())
     received, _ = await talk(gateway, wire, 1)
     assert statuses(received) == [401]
@@ -394,7 +394,7 @@ async def test_ten_thousand_pipelined_requests_are_served_in_order_and_others_me
     assert max(waits) < 1
 
 
-async def test_what_is_pipelined_behind_a_slow_answer_is_left_with_its_sender(gateway: Gateway) -> None:
+async def test_requests_pipelined_behind_a_slow_response_are_not_read(gateway: Gateway) -> None:
     """It waits in the sender's own memory, not in ours: from some point on nothing is read any more."""
     gateway.simulator.first_word_s = 3
     caller = await gateway.caller()

@@ -17,17 +17,16 @@ import pytest
 
 from gptutor.database import migrations
 from gptutor.database.pool import Database
-from gptutor.http.query import cursor_of
+from gptutor.http.query import encode_cursor
 from gptutor.integrations.vk import signature
 from gptutor.money.amounts import AccountId, Nano, roubles
 from gptutor.money.holds import Hold, HoldRequest, Release, Settlement, new_id
-from gptutor.money.journal_records import Charge
-from gptutor.money.pricing import Ceiling, charge
-from gptutor.money.usage import Cursor, Usage
+from gptutor.money.pricing import Ceiling, Charge, charge_amount
+from gptutor.money.usage import Usage
 from gptutor.money.users import NoSuchUser
 from tests.support.gateway import Caller, Gateway, make_caller
 from tests.support.ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
-from tests.support.recovery import leftovers_in, mortal, process
+from tests.support.recovery import journals_in, mortal, process
 
 MODELS = ("google/gemini-2.5-flash-lite", "openai/gpt-4o-mini", "anthropic/claude-3-haiku")
 PATHS = ("/v1/credits", "/v1/usage", "/v1/usage/totals", "/v1/generation?id=x")
@@ -74,7 +73,7 @@ async def past(database_url: str) -> AsyncIterator[Any]:
 
     async def book(caller: Caller, cost: str, at: datetime.datetime, model: str = "a/b", entry: uuid.UUID | None = None) -> None:
         cost_usd = Decimal(cost)
-        await connection.execute(BOOK, caller.account_id, entry or new_id(), charge(cost_usd, RATE), model, cost_usd, at)
+        await connection.execute(BOOK, caller.account_id, entry or new_id(), charge_amount(cost_usd, RATE), model, cost_usd, at)
 
     yield book
     await connection.close()
@@ -88,7 +87,7 @@ async def test_everything_agrees_with_openrouters_bills_to_the_last_digit(gatewa
     for number, model in enumerate([*MODELS, *MODELS[:2], MODELS[0]]):
         await gateway.chat(caller, f"Tell me {number} stories", model=model, stream=number % 2 == 0)
     bills = gateway.simulator.billing.records
-    spent = sum((charge(bill.cost_usd, RATE) for bill in bills.values()), 0)
+    spent = sum((charge_amount(bill.cost_usd, RATE) for bill in bills.values()), 0)
     assert len(bills) == 6
     assert spent > 0
 
@@ -108,7 +107,7 @@ async def test_everything_agrees_with_openrouters_bills_to_the_last_digit(gatewa
     for entry in entries:
         bill = bills[entry["generation_id"]]
         assert Decimal(entry["cost_usd"]) == bill.cost_usd
-        assert entry["amount"] == roubles(-charge(bill.cost_usd, RATE))
+        assert entry["amount"] == roubles(-charge_amount(bill.cost_usd, RATE))
         assert (entry["kind"], entry["model"], entry["rate"]) == ("charge", bill.model, "90")
         assert (entry["prompt_tokens"], entry["completion_tokens"]) == (bill.prompt_tokens, bill.completion_tokens)
         assert caller.key.startswith(entry["key"])
@@ -154,7 +153,7 @@ async def test_an_account_that_is_not_there_has_no_credits(books: Database) -> N
         await Usage(books).credits(AccountId(10**9))
 
 
-async def test_answers_are_for_one_reader(gateway: Gateway) -> None:
+async def test_responses_are_not_cached(gateway: Gateway) -> None:
     caller = await gateway.caller()
     for path in PATHS[:3]:
         async with gateway.session.get(gateway.url + path, headers=caller.headers) as response:
@@ -166,11 +165,11 @@ async def test_answers_are_for_one_reader(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_without_a_key_nothing_is_told(gateway: Gateway, path: str) -> None:
+async def test_without_a_key_every_endpoint_is_401(gateway: Gateway, path: str) -> None:
     assert await get(gateway, None, path) == (401, {"error": "Invalid API key or inactive user"})
 
 
-async def test_another_accounts_money_and_requests_are_not_there(gateway: Gateway) -> None:
+async def test_another_accounts_money_and_requests_are_not_shown(gateway: Gateway) -> None:
     caller, other = await gateway.caller("100"), await gateway.caller("7")
     await gateway.chat(caller)
     *_, cursor = [answer["next_cursor"] for _, answer in [await get(gateway, caller, "/v1/usage", limit=1)]]
@@ -196,7 +195,7 @@ async def test_another_accounts_money_and_requests_are_not_there(gateway: Gatewa
 async def test_pages_are_complete_and_repeat_nothing_while_new_entries_arrive(gateway: Gateway, past: Any) -> None:
     caller = await gateway.caller("100")
     for number in range(40):  # four of each moment: only their ids tell them apart
-        await past(caller, "0.001", NOON + number // 4 * TICK)
+        await past(caller, "0.001", NOON + number // 4 * datetime.timedelta(milliseconds=1))
     before = {entry["id"] for entry in await data(gateway, caller, "/v1/usage")}
     assert len(before) == 41
 
@@ -218,7 +217,7 @@ async def test_pages_are_complete_and_repeat_nothing_while_new_entries_arrive(ga
     )
 
 
-async def test_the_last_page_says_so_also_if_it_is_full(gateway: Gateway, past: Any) -> None:
+async def test_a_full_last_page_has_no_next_cursor(gateway: Gateway, past: Any) -> None:
     caller = await gateway.caller("0")
     for number in range(4):
         await past(caller, "0.001", NOON + number * TICK)
@@ -249,7 +248,7 @@ async def test_entries_are_filtered_by_model_and_by_whole_utc_days(gateway: Gate
     assert await costs(model="a/late", cursor=page["next_cursor"]) == ["0.002"]
     assert await costs(cursor=page["next_cursor"], to="2026-03-10") == ["0.001"]
     (entry,) = await data(gateway, caller, "/v1/usage", to="2026-03-10")
-    assert entry["created_at"] == "2026-03-10T23:59:59.999999Z"
+    assert entry["created_at"] == "2026-03-10T23:59:59.999Z"
 
 
 # -- totals
@@ -269,7 +268,7 @@ async def test_a_day_is_a_utc_day(gateway: Gateway, past: Any) -> None:
     await assert_books_hold(gateway.books)
 
 
-async def test_totals_name_the_period_that_they_are_of(gateway: Gateway) -> None:
+async def test_totals_name_their_period(gateway: Gateway) -> None:
     caller = await gateway.caller("0")
     today = datetime.datetime.now(datetime.UTC).date()
     _, answer = await get(gateway, caller, "/v1/usage/totals")
@@ -284,7 +283,7 @@ async def test_tokens_are_added_up_as_far_as_they_are_known(gateway: Gateway) ->
     async def settle(prompt: int | None, completion: int | None) -> None:
         held = await hold(gateway.books, caller, "1", ledger=ledger)
         await ledger.settle(
-            Settlement(caller.account_id, held.hold_id, Nano(9), Decimal("0.0000000001"), None, prompt, completion)
+            Settlement(caller.account_id, held.hold_id, Charge(Nano(9), Decimal("0.0000000001"), prompt, completion), None)
         )
 
     async def tokens() -> list[tuple[int | None, int | None]]:
@@ -306,11 +305,11 @@ async def test_what_recovery_and_late_evidence_settle_is_in_the_totals(gateway: 
     caller, books, directory = await gateway.caller("100"), gateway.books, tmp_path / "dead"
     dead = mortal(books, directory)
     held = await hold(books, caller, "5", ledger=dead)
-    dead.journal.sent(held.account_id, held.hold_id)
-    dead.journal.billed(held.hold_id, Charge(Nano(9 * 10**8), Decimal("0.01"), 15, 32), "gen-1")
+    dead.journal.record_sent(held.account_id, held.hold_id)
+    dead.journal.record_charge(held.hold_id, Charge(Nano(9 * 10**8), Decimal("0.01"), 15, 32), "gen-1")
     with process(books, directory) as heir:
-        for leftover in leftovers_in(directory):
-            await heir.recovery.replay(leftover)
+        for abandoned in journals_in(directory):
+            await heir.recovery.replay(abandoned)
     given_up = await hold(books, caller, "5")
     await ledger_of(books).release(Release(caller.account_id, given_up.hold_id, unresolved=True))
     assert await ledger_of(books).settle(settlement(given_up, "0.02")) == "settled_late"
@@ -326,14 +325,14 @@ async def test_a_settlement_that_is_repeated_is_counted_once(gateway: Gateway) -
     caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
     held = await hold(gateway.books, caller, "5", ledger=ledger)
     batch = [settlement(held, "0.01")] * 2
-    await ledger._trade_batch(batch)
-    await ledger._trade_batch(batch)
+    await ledger._settle_and_hold_batch(batch)
+    await ledger._settle_and_hold_batch(batch)
     (total,) = await data(gateway, caller, "/v1/usage/totals")
     assert (total["requests"], total["amount"]) == (1, "0.9")
 
 
-async def test_a_process_of_the_version_before_counts_too(gateway: Gateway, database_url: str) -> None:
-    """It calls settle_holds as it knows it, without tokens."""
+async def test_a_process_of_the_previous_release_is_counted_too(gateway: Gateway, database_url: str) -> None:
+    """That release calls settle_holds without tokens."""
     caller = await gateway.caller("100")
     held = await hold(gateway.books, caller, "5")
     connection = await asyncpg.connect(database_url)
@@ -356,7 +355,7 @@ async def test_many_settlements_at_once_lose_no_total_and_never_deadlock(books: 
     for turn, ledger in itertools.product(range(5), ledgers):
         holds = [await hold(books, caller, "1", ledger=ledger) for caller in callers]
         batch = [settlement(held, "0.01") for held in holds]
-        batches.append(ledger._trade_batch(batch if turn % 2 else batch[::-1], waits=True))
+        batches.append(ledger._settle_and_hold_batch(batch if turn % 2 else batch[::-1], wait_for_locks=True))
     for outcomes in await asyncio.gather(*batches):
         assert {row["outcome"] for row in outcomes} == {"settled"}
     async with books.snapshot() as connection:
@@ -439,11 +438,11 @@ async def test_a_migration_in_the_midst_of_settlements_misses_none(postgres: str
 # -- one request
 
 
-async def test_a_request_is_told_in_every_state_of_its_life(gateway: Gateway, database_url: str) -> None:
+async def test_a_request_is_shown_in_every_state(gateway: Gateway, database_url: str) -> None:
     caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
 
     async def begin(name: str) -> Hold:
-        ceiling = Ceiling(most=Nano(5 * 10**9), least=Nano(5 * 10**9))
+        ceiling = Ceiling(hold_max=Nano(5 * 10**9), available_min=Nano(5 * 10**9))
         return await ledger.hold_funds(HoldRequest(claim(caller), new_id(), ceiling, "a/b", name))
 
     async def state(name: str) -> tuple[Any, ...]:
@@ -467,7 +466,7 @@ async def test_a_request_is_told_in_every_state_of_its_life(gateway: Gateway, da
     assert await state("lost") == ("settled", "0.9", "0", "0.01", True)
 
 
-async def test_of_requests_with_one_name_the_newest_is_told(gateway: Gateway) -> None:
+async def test_of_requests_with_the_same_id_the_newest_is_shown(gateway: Gateway) -> None:
     caller = await gateway.caller()
     names = []
     for _ in range(3):
@@ -480,7 +479,7 @@ async def test_of_requests_with_one_name_the_newest_is_told(gateway: Gateway) ->
     assert (await data(gateway, caller, "/v1/generation", id=names[0]))["generation_id"] == names[0]
 
 
-# -- what is asked wrongly
+# -- invalid parameters
 
 
 @pytest.mark.parametrize(
@@ -493,7 +492,7 @@ async def test_of_requests_with_one_name_the_newest_is_told(gateway: Gateway) ->
         ("/v1/usage?limit=%D9%A3", "limit must be a whole number from 1 to 1000"),
         ("/v1/usage?limit=", "limit must be a whole number from 1 to 1000"),
         ("/v1/usage?limit=1&limit=2", "limit is given more than once"),
-        ("/v1/usage?form=2026-01-01", "'form' is not a parameter here; known are limit, cursor, from, to, model"),
+        ("/v1/usage?form=2026-01-01", "'form' is not a parameter here; known parameters: limit, cursor, from, to, model"),
         ("/v1/usage?from=yesterday", "from must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
         ("/v1/usage?from=2026-02-30", "from must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
         ("/v1/usage?from=20260201", "from must be a day, such as 2026-01-31, from 2000-01-01 to 2999-12-31"),
@@ -503,17 +502,17 @@ async def test_of_requests_with_one_name_the_newest_is_told(gateway: Gateway) ->
         ("/v1/usage?model=", "model must be a text of 1 to 200 printable characters"),
         ("/v1/usage?model=a%00b", "model must be a text of 1 to 200 printable characters"),
         ("/v1/usage?model=" + "a" * 201, "model must be a text of 1 to 200 printable characters"),
-        ("/v1/usage?cursor=abc", "cursor must be the next_cursor of an earlier answer, unchanged"),
-        ("/v1/usage?cursor=" + "_" * 36, "cursor must be the next_cursor of an earlier answer, unchanged"),
-        ("/v1/usage?cursor=f" + "_" * 31, "cursor must be the next_cursor of an earlier answer, unchanged"),
-        ("/v1/usage?cursor=%D1%8F", "cursor must be the next_cursor of an earlier answer, unchanged"),
+        ("/v1/usage?cursor=abc", "cursor must be the next_cursor of an earlier response, unchanged"),
+        ("/v1/usage?cursor=" + "_" * 36, "cursor must be the next_cursor of an earlier response, unchanged"),
+        ("/v1/usage?cursor=f" + "_" * 31, "cursor must be the next_cursor of an earlier response, unchanged"),
+        ("/v1/usage?cursor=%D1%8F", "cursor must be the next_cursor of an earlier response, unchanged"),
         ("/v1/usage/totals?by=week", "by must be one of: day; model; day,model"),
         (
             "/v1/usage/totals?from=2025-01-01&to=2026-01-02",
             "from and to must span at most 366 days: 2025-01-01 to 2026-01-02 is more",
         ),
-        ("/v1/usage/totals?limit=1", "'limit' is not a parameter here; known are from, to, by"),
-        ("/v1/generation", "id is required: a request id, or OpenRouter's id of a generation"),
+        ("/v1/usage/totals?limit=1", "'limit' is not a parameter here; known parameters: from, to, by"),
+        ("/v1/generation", "id is required: a request id, or OpenRouter's generation id"),
         ("/v1/generation?id=", "id must be a text of 1 to 200 printable characters"),
     ],
 )
@@ -538,17 +537,17 @@ async def test_totals_span_a_leap_year_at_most_and_a_month_by_both(gateway: Gate
     assert (await get(gateway, caller, "/v1/usage/totals", from_=first, to="2026-01-01", by=by))[0] == status
 
 
-async def test_any_cursor_that_can_be_spelt_is_a_place(gateway: Gateway) -> None:
+async def test_every_cursor_that_can_be_encoded_is_accepted(gateway: Gateway) -> None:
     caller = await gateway.caller("5")
     first, last = (datetime.datetime(year, 1, 1, tzinfo=datetime.UTC) for year in (1, 9999))
     for moment, count in [(first, 0), (NOON, 0), (last, 1)]:
-        cursor = cursor_of(Cursor(moment, uuid.UUID(int=2**128 - 1)))
+        cursor = encode_cursor(moment, uuid.UUID(int=2**128 - 1))
         assert len(await data(gateway, caller, "/v1/usage", cursor=cursor)) == count
 
 
 @pytest.mark.parametrize("tuned", [{"vk": {"app_id": 5, "secret_key": "s"}}])
 @pytest.mark.parametrize("path", ["/v1/credits", "/v1/usage", "/v1/usage/totals"])
-async def test_a_mini_app_needs_no_key_to_see_what_is_spent(gateway: Gateway, path: str) -> None:
+async def test_a_sign_in_may_read_usage_without_a_key(gateway: Gateway, path: str) -> None:
     signed = {"vk_user_id": "494075", "vk_app_id": "5", "vk_ts": str(int(time.time()))}
     launch = urlencode({**signed, "sign": signature(signed, "s")})
     for token, status in ((launch, 200), (launch + "x", 401)):

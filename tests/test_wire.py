@@ -1,4 +1,4 @@
-"""Raw sockets and odd callers (contract A7, A8, B3, B7, F1; rows client-3, client-4, client-9, client-10, input-22 in part)."""
+"""Raw sockets and unusual clients (contract A7, A8, B3, B7, F1; rows client-3, client-4, client-9, client-10, input-22 in part)."""
 
 import asyncio
 import gc
@@ -37,7 +37,7 @@ from tests.support.wire import post, raw
         lambda key: b"\x16\x03\x01 " + key + b"\r\n\r\n",
     ],
 )
-async def test_malformed_http_is_refused_and_its_bytes_are_in_no_log(gateway: Gateway, tmp_path: Path, request_of: Any) -> None:
+async def test_malformed_http_is_rejected_and_its_bytes_are_in_no_log(gateway: Gateway, tmp_path: Path, request_of: Any) -> None:
     caller = await gateway.caller()
     with logging_to(tmp_path / "wire", level="debug", retention_days=1, stdout=False):
         answer = await raw(gateway, request_of(caller.key.encode()))
@@ -50,7 +50,7 @@ async def test_malformed_http_is_refused_and_its_bytes_are_in_no_log(gateway: Ga
     assert "Traceback" not in text
 
 
-async def test_an_unknown_expectation_gets_an_answer(gateway: Gateway) -> None:
+async def test_an_unknown_expectation_is_417(gateway: Gateway) -> None:
     caller = await gateway.caller()
     answer = await raw(gateway, post(caller, extra="Expect: a miracle\r\nConnection: close\r\n"))
     assert answer.startswith(b"HTTP/1.1 417")
@@ -58,7 +58,7 @@ async def test_an_unknown_expectation_gets_an_answer(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("extra", ["", "Connection: keep-alive\r\n"])
-async def test_an_old_client_learns_the_end_of_a_stream_by_the_end_of_the_connection(gateway: Gateway, extra: str) -> None:
+async def test_http_1_0_ends_a_stream_by_closing_the_connection(gateway: Gateway, extra: str) -> None:
     caller = await gateway.caller()
     answer = await raw(gateway, post(caller, version="1.0", extra=extra, stream=True))
     assert answer.endswith(b"data: [DONE]\n\n")
@@ -74,7 +74,7 @@ async def test_a_connection_is_used_again_after_a_stream(gateway: Gateway) -> No
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"write_timeout_s": 0.3, "buffer_bytes": 4096}}])
-async def test_a_caller_who_stops_reading_is_dropped_and_pays(gateway: Gateway) -> None:
+async def test_a_client_that_stops_reading_is_dropped_and_charged(gateway: Gateway) -> None:
     caller = await gateway.caller()
     body = {"messages": [{"role": "user", "content": "x" * 150 + " fault:flood=20000000"}], "stream": True}
     payload = json.dumps(body).encode()
@@ -92,10 +92,8 @@ async def test_a_caller_who_stops_reading_is_dropped_and_pays(gateway: Gateway) 
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"write_timeout_s": 12.5}}])
-async def test_the_kernel_gives_up_on_every_caller_who_acknowledges_nothing(
-    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Row client-4, whatever is sent to him."""
+async def test_the_kernel_drops_a_client_that_acknowledges_nothing(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row client-4, for every kind of response."""
     told = []
     connection_made = ClientConnection.connection_made
 
@@ -110,8 +108,8 @@ async def test_the_kernel_gives_up_on_every_caller_who_acknowledges_nothing(
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"write_timeout_s": 1}}])
-async def test_who_reads_no_answer_of_any_kind_is_dropped(gateway: Gateway) -> None:
-    """Row client-4: refusals are answers too, and need no key."""
+async def test_a_client_that_reads_no_error_responses_is_dropped(gateway: Gateway) -> None:
+    """Row client-4: error responses need no key."""
     parts = urlsplit(gateway.url)
     asked = b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n" * 200
     with socket.socket() as caller:
@@ -128,8 +126,8 @@ async def test_who_reads_no_answer_of_any_kind_is_dropped(gateway: Gateway) -> N
                     return
 
 
-async def test_a_caller_who_does_not_take_the_last_bytes_is_dropped_as_well() -> None:
-    """The end of the body is written with them; it is over once he has them."""
+async def test_a_client_that_does_not_read_the_last_bytes_is_dropped() -> None:
+    """The end of the body is written together with them."""
     writer = SimpleNamespace(drain=asyncio.Event().wait)
     request = make_mocked_request("POST", "/", writer=writer)
     patience = StreamLimits(
@@ -143,7 +141,7 @@ async def test_a_caller_who_does_not_take_the_last_bytes_is_dropped_as_well() ->
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"disconnected_drain_s": 0.05}}])
-async def test_those_who_leave_take_nothing_with_them_and_leave_nothing_behind(gateway: Gateway) -> None:
+async def test_disconnected_clients_leave_no_tasks_behind(gateway: Gateway) -> None:
     gateway.simulator.word_s = 0.05
     caller = await gateway.caller()
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
@@ -157,7 +155,7 @@ async def test_those_who_leave_take_nothing_with_them_and_leave_nothing_behind(g
     assert [task for task in asyncio.all_tasks() if "_ping" in repr(task.get_coro())] == []
 
 
-async def test_a_stranger_learns_nothing_from_his_mistakes(gateway: Gateway) -> None:
+async def test_an_unauthenticated_client_learns_nothing_from_validation_errors(gateway: Gateway) -> None:
     caller = await gateway.caller()
     await UserRepository(gateway.books).set_active(caller.account_id, False)
     for key in (caller.key, make_key(caller.account_id), make_key(AccountId(10**12))):
@@ -165,7 +163,9 @@ async def test_a_stranger_learns_nothing_from_his_mistakes(gateway: Gateway) -> 
             assert (response.status, await response.json()) == (401, {"error": "Invalid API key or inactive user"})
 
 
-async def test_a_stranger_leaves_no_line_in_anybodys_name(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unauthenticated_request_is_not_logged_under_an_account(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
     caller = await gateway.caller()
     caplog.set_level(logging.INFO, "gptutor")
     forged = {"Authorization": f"Bearer {make_key(caller.account_id)}"}
@@ -177,7 +177,7 @@ async def test_a_stranger_leaves_no_line_in_anybodys_name(gateway: Gateway, capl
     assert [record.getMessage() for record in caplog.records] == ["HTTP POST /v1/chat/completions 401"]
 
 
-async def test_of_two_rotations_at_once_one_key_lives(gateway: Gateway) -> None:
+async def test_concurrent_rotations_leave_one_valid_key(gateway: Gateway) -> None:
     caller = await gateway.caller()
     keys = KeyRing(gateway.books, VAULT)
     await asyncio.gather(*(keys.renew(caller.account_id) for _ in range(6)))

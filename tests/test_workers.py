@@ -21,16 +21,16 @@ import pytest
 
 from gptutor.config.schema import Config, DocsSettings, ServerSettings
 from gptutor.server.banner import banner
-from gptutor.server.listener import authority
+from gptutor.server.listener import host_and_port
 from gptutor.server.workers import Master, Worker
 from tests.support.service import RunningSimulator, Service, environment, run, start, start_simulator
 
 
-def asking(text: str) -> bytes:
+def completion(text: str) -> bytes:
     return orjson.dumps({"messages": [{"role": "user", "content": text}]})
 
 
-ASK, ASK_SLOWLY = asking("Hello"), asking("fault:slow=1.5")
+REQUEST, SLOW_REQUEST = completion("Hello"), completion("fault:slow=1.5")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def workers(tmp_path: Path, upstream: RunningSimulator) -> Iterator[Service]:
 
 
 def free_ports(count: int) -> int:
-    """The first of some that stand together, below those that the kernel gives to whoever asks for any (or to one end of a talk)."""
+    """The first of consecutive free ports, below the range from which the kernel assigns ephemeral ports."""
     while True:
         first = random.randrange(10_000, 30_000)
         if all(is_free(first + number) for number in range(count)):
@@ -80,7 +80,7 @@ def is_free(port: int) -> bool:
 
 
 def wait_until_ready(service: Service) -> None:
-    """Until both are: /ready is answered by whichever came first, and the figures of each are the last thing it opens."""
+    """Waits for both workers: /ready is answered by either, and its metrics port is the last thing that each opens."""
     for _ in range(200):
         try:
             urllib.request.urlopen(f"{service.url}/ready", timeout=5).close()
@@ -90,7 +90,7 @@ def wait_until_ready(service: Service) -> None:
             time.sleep(0.05)
         else:
             return
-    raise AssertionError("they are not ready")
+    raise AssertionError("the workers are not ready")
 
 
 def new_key(service: Service) -> tuple[int, str]:
@@ -98,7 +98,7 @@ def new_key(service: Service) -> tuple[int, str]:
     return user["id"], user["apiKey"]
 
 
-def ask(service: Service, key: str, body: bytes = ASK) -> int:
+def ask(service: Service, key: str, body: bytes = REQUEST) -> int:
     """On a connection of its own, so that any worker may take it."""
     request = urllib.request.Request(
         f"{service.url}/v1/chat/completions",
@@ -136,11 +136,11 @@ def completions_of(service: Service, number: int) -> float:
     return sum(map(float, counts))
 
 
-def test_both_serve_and_one_that_dies_is_replaced(workers: Service) -> None:
+def test_both_workers_serve_and_a_dead_one_is_replaced(workers: Service) -> None:
     user, key = new_key(workers)
     counts, asked = [0.0], 0
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        while not all(counts) and asked < 600:  # who takes a connection is the kernel's choice
+        while not all(counts) and asked < 600:  # the kernel chooses the worker that accepts a connection
             assert set(pool.map(lambda _: ask(workers, key), range(60))) == {200}
             asked += 60
             time.sleep(0.5)
@@ -155,12 +155,12 @@ def test_both_serve_and_one_that_dies_is_replaced(workers: Service) -> None:
             break
         time.sleep(0.1)
     else:
-        raise AssertionError("it is not replaced")
+        raise AssertionError("the dead worker is not replaced")
     assert {ask(workers, key) for _ in range(10)} == {200}
     assert len(workers.command("user", "ledger", str(user), "--limit", "1000")) == asked + 11
 
 
-def test_all_are_replaced_under_load_and_no_request_is_lost(workers: Service) -> None:
+def test_workers_are_replaced_under_load_and_no_request_is_lost(workers: Service) -> None:
     user, key = new_key(workers)
     before, ended, statuses = children(workers), threading.Event(), []
 
@@ -185,28 +185,28 @@ def test_all_are_replaced_under_load_and_no_request_is_lost(workers: Service) ->
             break
         time.sleep(0.2)
     else:
-        raise AssertionError("not all is charged")
+        raise AssertionError("not every request is charged")
 
 
-@pytest.mark.parametrize(("number", "everybody"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_at_the_end_of_all_what_is_under_way_is_finished_and_charged(
-    workers: Service, number: signal.Signals, everybody: bool
+@pytest.mark.parametrize(("number", "all_processes"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_at_shutdown_running_requests_are_finished_and_charged(
+    workers: Service, number: signal.Signals, all_processes: bool
 ) -> None:
-    """A service manager tells the first process, a terminal every one of them."""
+    """A service manager signals the master, a terminal every process."""
     user, key = new_key(workers)
-    told = [workers.process.pid, *(children(workers) if everybody else ())]
+    signalled = [workers.process.pid, *(children(workers) if all_processes else ())]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        going = [pool.submit(ask, workers, key, ASK_SLOWLY) for _ in range(8)]
+        going = [pool.submit(ask, workers, key, SLOW_REQUEST) for _ in range(8)]
         time.sleep(0.7)
         assert not any(one.done() for one in going)
-        for pid in told:
+        for pid in signalled:
             os.kill(pid, number)
         assert [one.result() for one in going] == [200] * 8
     assert workers.process.wait(30) == 0
     assert len(workers.command("user", "ledger", str(user), "--limit", "100")) == 9
 
 
-def test_settings_that_are_none_leave_those_of_before_in_force(workers: Service) -> None:
+def test_after_a_reload_with_invalid_settings_the_previous_ones_stay_in_effect(workers: Service) -> None:
     _, key = new_key(workers)
     settings = Path(workers.environ["GPTUTOR_CONFIG"])
     sound = settings.read_text()
@@ -218,7 +218,7 @@ def test_settings_that_are_none_leave_those_of_before_in_force(workers: Service)
     settings.write_text(sound)
 
 
-def test_a_reload_takes_what_stands_in_the_folders_own_file_by_then(workers: Service) -> None:
+def test_a_reload_reads_gptutor_env_again(workers: Service) -> None:
     _, key = new_key(workers)
     assert ask(workers, key) == 200
     file = Path(workers.environ["GPTUTOR_CONFIG"]).with_name("gptutor.env")
@@ -234,24 +234,24 @@ def test_a_reload_takes_what_stands_in_the_folders_own_file_by_then(workers: Ser
 def test_an_address_of_either_kind_is_bound_and_shown(host: str, shown: str) -> None:
     config = Config(server=ServerSettings(host=host, port=3001), docs=DocsSettings(host=host))
     assert Master(config, [bytes(32)]).cfg.address == [(host, 3001)]
-    assert authority(host, 3001) == f"{shown}:3001"
+    assert host_and_port(host, 3001) == f"{shown}:3001"
     assert f"http://{shown.replace('127.0.0.1', 'localhost')}:8080" in banner(config, url="", demo_key=None)
 
 
-def test_the_simulator_of_a_trial_has_one_process(tmp_path: Path) -> None:
+def test_several_workers_need_an_openrouter_key(tmp_path: Path) -> None:
     ended = run(environment(tmp_path, GPTUTOR_WORKERS="2"), "serve", check=False)
     assert ended.returncode == 1
     assert "needs OPENROUTER_API_KEY" in " ".join(ended.stderr.split())
 
 
-async def test_a_worker_that_finishes_its_answers_is_not_taken_for_a_hung_one(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_finishes_its_requests_keeps_notifying_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptutor.server.workers.NOTIFY_S", 0.01)
-    worker, told = Worker.__new__(Worker), []
-    worker.alive = False  # it was told to end
-    worker.notify = lambda: told.append(1)
-    async with worker._alive_to_the_end():
+    worker, notified = Worker.__new__(Worker), []
+    worker.alive = False  # it is stopping
+    worker.notify = lambda: notified.append(1)
+    async with worker._notifying():
         await asyncio.sleep(0.1)
-    assert len(told) > 3
-    count = len(told)
+    assert len(notified) > 3
+    count = len(notified)
     await asyncio.sleep(0.05)
-    assert len(told) == count
+    assert len(notified) == count

@@ -1,1 +1,1 @@
-"""The administrator's listener: HTTP for those who run the service, never on the public side."""
+"""The administrators' API: HTTP for operators and their programs, on a listener that is never public."""

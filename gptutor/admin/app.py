@@ -1,24 +1,24 @@
-"""The administrator's application: `/admin/*` and `/metrics`, on a listener of its own (`admin.socket` or `admin.port`)."""
+"""The administrators' application: `/admin/*` and `/metrics`, on a listener of its own (`admin.socket` or `admin.port`)."""
 
 from collections.abc import AsyncIterator, Sequence
 
 from aiohttp import web
 
 from gptutor.admin import money, users
-from gptutor.admin.auth import VAULT, authenticate_administrator
+from gptutor.admin.auth import authenticate_administrator
 from gptutor.admin.responses import administration_errors
 from gptutor.config.schema import Config
 from gptutor.database import pool
 from gptutor.http import middlewares
+from gptutor.http.app_keys import CONFIG, DATABASE, VAULT
 from gptutor.http.body import SMALL_BODY_LIMITS, defer_continue
-from gptutor.http.health import DATABASE
+from gptutor.http.errors import errors
 from gptutor.money.vault import Vault
 from gptutor.telemetry import metrics
 from gptutor.telemetry.logs import LoggerService
 
-CONFIG = web.AppKey("admin_config", Config)
 CONNECTIONS_MAX = 3
-"""A pool of its own: an export that is read slowly takes none from those who pay."""
+"""In a pool of its own: an export to a slow reader takes no connection from clients' requests."""
 STATEMENT_S = 300
 IDLE_S = 60
 USER = r"/admin/users/{user_id:[1-9][0-9]{0,17}}"
@@ -26,19 +26,19 @@ KEY = USER + r"/keys/{key_id:[1-9][0-9]{0,17}}"
 
 
 def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
-    """`config.database.url` names a real database here, as for `build_app`."""
+    """`config.database.url` is set here, as in `build_app`."""
     app = web.Application(
         client_max_size=SMALL_BODY_LIMITS.bytes_max,
         middlewares=[
             middlewares.request_id,
             middlewares.access_log(log),
-            middlewares.errors,
-            authenticate_administrator(config.admin.tokens),  # before it is known whether there is such a path
+            errors,
+            authenticate_administrator(config.admin.tokens),  # an unauthenticated client does not learn which paths exist
             middlewares.body_limit(SMALL_BODY_LIMITS.bytes_max),
             administration_errors,
         ],
     )
-    app.on_response_prepare.append(middlewares.name_response)
+    app.on_response_prepare.append(middlewares.add_request_id)
     app[CONFIG] = config
     app[VAULT] = Vault(secrets)
     app.cleanup_ctx.append(database_context)

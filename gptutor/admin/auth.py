@@ -1,38 +1,35 @@
-"""Who may come in: `Authorization: Bearer <token>`, and under which name he stands in the audit lines.
+"""Authentication of administrators: `Authorization: Bearer <token>`; the token's name stands in the audit lines.
 
-Tokens are compared in constant time, all of them whatever the first one says.
+Every token is compared, each in constant time, so that timing tells nothing about them.
 """
 
 import hmac
 from collections.abc import Mapping
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
+from aiohttp.typedefs import Handler, Middleware
 
-from gptutor.api.auth import bearer_token
 from gptutor.errors import ApiError
-from gptutor.http.health import DATABASE
-from gptutor.http.middlewares import Handler
+from gptutor.http.app_keys import DATABASE, VAULT
+from gptutor.http.authorization import bearer_token
 from gptutor.money.administration import Administration
-from gptutor.money.vault import Vault
 
 WHO = web.RequestKey("who", str)
-VAULT = web.AppKey("admin_vault", Vault)
-NO_ENTRY = "Invalid administrator's token"
+UNAUTHENTICATED = "Invalid administrator token"
 
 
 def authenticate_administrator(tokens: Mapping[str, str]) -> Middleware:
-    """`tokens` by name. Nobody comes in where there are none."""
+    """`tokens` by name. Without any, every request is rejected."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             token = bearer_token(request).encode(errors="surrogateescape")
         except ApiError:
-            raise ApiError("invalid_key", NO_ENTRY) from None
+            raise ApiError("invalid_key", UNAUTHENTICATED) from None
         names = [name for name, known in tokens.items() if hmac.compare_digest(token, known.encode())]
         if not names:
-            raise ApiError("invalid_key", NO_ENTRY)
+            raise ApiError("invalid_key", UNAUTHENTICATED)
         request[WHO] = f"admin:{names[0]}"
         return await handler(request)
 
@@ -40,5 +37,5 @@ def authenticate_administrator(tokens: Mapping[str, str]) -> Middleware:
 
 
 def administration_of(request: web.Request) -> Administration:
-    """What the administrator who asks may do."""
+    """The administration in the name of the administrator who sent the request."""
     return Administration(request.app[DATABASE], request.app[VAULT], request[WHO])

@@ -1,7 +1,6 @@
-"""`/admin/…/bookings`, `ledger`, `holds`, `export`, `payments`: what has changed balances, and changing them."""
+"""`/admin/…/bookings`, `payments`, `ledger`, `holds`, `export`: changing balances, and reading what has changed them."""
 
 import logging
-import uuid
 from contextlib import aclosing
 from typing import Annotated
 
@@ -9,21 +8,19 @@ import msgspec
 from aiohttp import web
 
 from gptutor.admin.auth import administration_of
-from gptutor.admin.parameters import ID_MAX, account
 from gptutor.admin.responses import data_response
+from gptutor.admin.users import AN_AMOUNT, ID_MAX, PAGE, PAGE_MAX, account_id_of
 from gptutor.errors import ApiError
+from gptutor.http.app_keys import DATABASE
 from gptutor.http.body import read_json_body
-from gptutor.http.health import DATABASE
 from gptutor.http.json_body import Amount
-from gptutor.http.query import Query
+from gptutor.http.query import Query, encode_cursor
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
 from gptutor.money.reconciliation import sum_of, waiting_holds
-from gptutor.money.records import booking_json, csv_head, csv_lines, entry_json, user_json
+from gptutor.money.records import booking_json, csv_header, csv_lines, entry_json, user_json, waiting_hold_json
 
 LOGGER = logging.getLogger("gptutor.admin")
-PAGE = 100
-PAGE_MAX = 1000
 LINE = r"^[^\x00-\x1f\x7f]*\Z"
 
 Reason = Annotated[str, msgspec.Meta(max_length=REASON_MAX, pattern=LINE)]
@@ -31,81 +28,78 @@ Reference = Annotated[str, msgspec.Meta(min_length=1, max_length=REFERENCE_MAX, 
 
 
 class NewBooking(msgspec.Struct, forbid_unknown_fields=True):
-    """`amount` in roubles, exact: a text or a number. Only an adjustment may be negative."""
+    """Only the amount of an adjustment may be negative."""
 
     kind: BookingKind
-    amount: Amount
+    amount: Annotated[Amount, msgspec.Meta(description=AN_AMOUNT)]
     reason: Reason = ""
     reference: Reference | None = None
 
 
-class NewPayment(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
-    """A payment that a provider has taken for a user, who is named by one of the two ids."""
+class NewPayment(msgspec.Struct, forbid_unknown_fields=True):
+    """A payment that a provider has received for a user, who is identified by one of the two ids."""
 
-    amount: Amount
+    amount: Annotated[Amount, msgspec.Meta(description=AN_AMOUNT)]
     reference: Reference
     provider: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,32}\Z")]
     user_id: Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | None = None
     vk_id: Annotated[
         Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,17}\Z")] | None,
-        msgspec.Meta(description="VK's number of the user, such as 494075"),
+        msgspec.Meta(description="the user's VK id, such as 494075"),
     ] = None
 
 
 async def book(request: web.Request) -> web.Response:
-    form = await read_json_body(request, NewBooking)
-    amount = nano_of(form.amount)
+    body = await read_json_body(request, NewBooking)
+    amount = nano_of(body.amount)
     user = await administration_of(request).book(
-        account(request), form.kind, amount, reason=form.reason, reference=form.reference
+        account_id_of(request), body.kind, amount, reason=body.reason, reference=body.reference
     )
     return data_response(user_json(user), 201)
 
 
 async def pay(request: web.Request) -> web.Response:
-    """The same answer however often a payment is told of; 409 if its reference was booked as another payment."""
-    form = await read_json_body(request, NewPayment)
-    if (form.user_id is None) == (form.vk_id is None):
-        raise ApiError("invalid_request", "A payment names its user by userId or by vkId, and by one of them only")
+    """A repeated request gets the same response; 409 if the reference was booked with other values."""
+    body = await read_json_body(request, NewPayment)
+    if (body.user_id is None) == (body.vk_id is None):
+        raise ApiError("invalid_request", "A payment needs user_id or vk_id, and not both")
     administration = administration_of(request)
-    if form.user_id is None:
-        account_id = (await administration.users.find_person("vk", str(form.vk_id))).account_id
+    if body.user_id is None:
+        account_id = (await administration.users.find_person("vk", str(body.vk_id))).account_id
     else:
-        account_id = AccountId(form.user_id)
-    reference = f"{form.provider}:{form.reference}"
-    if (amount := nano_of(form.amount)) <= 0:
+        account_id = AccountId(body.user_id)
+    reference = f"{body.provider}:{body.reference}"
+    if (amount := nano_of(body.amount)) <= 0:
         raise InvalidAmount("A payment must be more than zero")
     booking = await administration.pay(account_id, amount, reference, "payment")
     return data_response(booking_json(booking) | {"reference": reference})
 
 
 async def ledger(request: web.Request) -> web.Response:
-    """Newest first; `next` is the `before` of the next page, null on the last one."""
-    asked = Query(request, ("limit", "before"))
-    limit = asked.whole("limit", least=1, most=PAGE_MAX, default=PAGE)
-    before = asked.text("before")
-    try:
-        last = None if before is None else uuid.UUID(before)
-    except ValueError as error:
-        raise ApiError("invalid_request", "before must be the id of an entry") from error
+    """A user's entries in pages, newest first."""
+    query = Query(request, ("limit", "cursor"))
+    limit = query.integer("limit", minimum=1, maximum=PAGE_MAX, default=PAGE)
+    place = query.cursor("cursor")
     administration = administration_of(request)
-    await administration.users.find(account(request))
-    entries = await administration.bookings.entries(account(request), limit + 1, before=last)
-    shown = entries[:limit]
-    more = str(shown[-1].entry_id) if len(entries) > limit else None
-    return data_response([entry_json(entry) for entry in shown], next=more)
+    account_id = account_id_of(request)
+    await administration.users.find(account_id)
+    entries = await administration.bookings.entries(account_id, limit + 1, before=None if place is None else place[1])
+    page = entries[:limit]
+    next_cursor = encode_cursor(page[-1].created_at, page[-1].entry_id) if len(entries) > limit else None
+    return data_response([entry_json(entry) for entry in page], next_cursor=next_cursor)
 
 
 async def holds(request: web.Request) -> web.Response:
     Query(request, ())
     waiting = await waiting_holds(request.app[DATABASE])
-    return data_response([hold.as_json() for hold in waiting], atMost=roubles(sum_of(waiting)))
+    return data_response([waiting_hold_json(hold) for hold in waiting], waiting_at_most=roubles(sum_of(waiting)))
 
 
 async def export_ledger(request: web.Request) -> web.StreamResponse:
-    """CSV, as it is read from one snapshot: `?from=&to=&user=`. What breaks off does so without a proper end."""
-    asked = Query(request, ("from", "to", "user"))
-    period = asked.period(days_max=None)
-    user = AccountId(asked.whole("user", least=1, most=ID_MAX, default=0))
+    """CSV, streamed from one snapshot: `?from=&to=&user=`. A failed export aborts the connection: it must not look complete."""
+    query = Query(request, ("from", "to", "user"))
+    period = query.period(days_max=None)
+    user = AccountId(query.integer("user", minimum=1, maximum=ID_MAX, default=0))
     administration = administration_of(request)
     if user:
         await administration.users.find(user)
@@ -115,16 +109,16 @@ async def export_ledger(request: web.Request) -> web.StreamResponse:
     response.charset = "utf-8"
     await response.prepare(request)
     try:
-        await response.write(csv_head().encode())
+        await response.write(csv_header().encode())
         async with aclosing(pages):
             async for entries in pages:
                 await response.write(csv_lines(entries).encode())
     except ConnectionResetError:
-        return response  # nobody reads it any more
+        return response  # the client disconnected
     except Exception:
-        LOGGER.exception("An export broke off")
+        LOGGER.exception("An export failed")
         if request.transport is not None:
-            request.transport.abort()  # whoever reads a length of chunks must see that the last one is missing
+            request.transport.abort()  # so that the client does not see the last chunk of a complete response
         return response
     await response.write_eof()
     return response

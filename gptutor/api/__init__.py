@@ -1,1 +1,1 @@
-"""Everything that knows HTTP from the caller's side."""
+"""The public API: what clients call."""

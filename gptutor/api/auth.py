@@ -1,36 +1,29 @@
-"""Whose account a request speaks for: an API key, or on the account's own endpoints VK's launch parameters (contract D1, D5).
+"""Authentication: whose account a request acts for, by an API key or by VK's launch parameters (contract D1, D5).
 
-For chat completions the key is only read here: there the hold statement authenticates.
+For chat completions the key is only read here; the hold statement verifies it.
 """
 
 import time
-from collections.abc import Collection
-from typing import Any
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
+from aiohttp.typedefs import Handler, Middleware
 
 from gptutor.errors import ApiError
 from gptutor.http.address_limits import RequestCounter
-from gptutor.http.health import DATABASE, READINESS
-from gptutor.http.middlewares import Handler
+from gptutor.http.app_keys import CLAIM, DATABASE, KEYRING, LAUNCH, MANAGES_KEYS, READINESS, USER, VK_SIGN_IN
+from gptutor.http.authorization import bearer_token
 from gptutor.http.rate_limit import RateLimit
+from gptutor.http.routing import route_of
 from gptutor.integrations.vk import InvalidLaunch, Launch, verify
 from gptutor.money.amounts import Nano
-from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim, hash_key, parse_key
 from gptutor.money.users import NoSuchUser, User, UserRepository
 
-CLAIMS_MAX = 10_000
-KEYRING = web.AppKey("keyring", KeyRing)
-CLAIM = web.RequestKey("claim", KeyClaim)
-USER = web.RequestKey("user", User)
-MANAGES_KEYS = web.RequestKey("manages_keys", bool)
-"""Whether the request speaks with the main key, or by a sign-in; all other keys only use the account."""
+CACHED_CLAIMS_MAX = 10_000
 
 
 class VkSignIn:
-    """Sign-in by VK. Without the app's secret it lets nobody in."""
+    """Sign-in by VK. Without the app's secret every sign-in is rejected. `bonus` is booked once for each new user."""
 
     def __init__(self, *, app_id: int, secret: str, age_s_max: float, bonus: Nano) -> None:
         self._app_id = app_id
@@ -47,8 +40,8 @@ class VkSignIn:
         except InvalidLaunch as error:
             raise ApiError("invalid_key", cause=f"VK: {error}") from error
 
-    async def admit(self, users: UserRepository, token: str) -> tuple[User, Launch]:
-        """The person's account, made at the first sight of him. Raises ApiError."""
+    async def sign_in(self, users: UserRepository, token: str) -> tuple[User, Launch]:
+        """The user, created at the first sign-in. Raises ApiError."""
         launch = self.verify(token)
         user, _ = await users.of_person("vk", str(launch.user_id), name=f"vk {launch.user_id}", bonus=self._bonus)
         if not user.is_active:
@@ -56,53 +49,57 @@ class VkSignIn:
         return user, launch
 
 
-VK_SIGN_IN = web.AppKey("vk_door", VkSignIn)
+def authenticate(account_pages: RequestCounter) -> Middleware:
+    """Does what the route's `access` asks for; see `http.routing.Access`. Accounts' own requests are counted by `account_pages`.
 
-
-def authenticate(keyed: Collection[Any], personal: Collection[Any], own_pages: RequestCounter) -> Middleware:
-    """For `keyed` handlers: what key does the caller claim, in CLAIM? Whether it is true is asked of the database by the hold.
-
-    For `personal` ones: the account that the request speaks for, in USER, and with which right, in MANAGES_KEYS. Claims that were
-    read before are remembered, by the hash of their key: reading one anew costs five times as much.
+    On `api_key` routes it sets CLAIM, from a cache by the key's hash where it can: parsing a key costs five times as much. On
+    `account` routes it sets USER and MANAGES_KEYS, on `vk` routes USER and LAUNCH.
     """
-    known: dict[bytes, KeyClaim] = {}
+    claims: dict[bytes, KeyClaim] = {}
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        called = request.match_info.handler
-        if called in keyed:
-            request[CLAIM] = _claimed_key(bearer_token(request), known)
-        elif called in personal:
-            request[USER], request[MANAGES_KEYS] = await _speaker(request)
+        route = route_of(request)
+        if route is None or route.access == "public":
+            return await handler(request)
+        token = bearer_token(request)
+        if route.access == "api_key":
+            request[CLAIM] = _claim(token, claims)
+        elif route.access == "account":
+            request[USER], request[MANAGES_KEYS] = await _account_owner(request, token)
             account = str(request[USER].account_id)
-            if own_pages.is_used_up(account):
-                raise RateLimit(own_pages.per_minute).refusal()
-            own_pages.add(account)
+            if account_pages.is_used_up(account):
+                raise RateLimit(account_pages.per_minute).error()
+            account_pages.add(account)
+        else:
+            request.app[READINESS].require()
+            users = UserRepository(request.app[DATABASE])
+            request[USER], request[LAUNCH] = await request.app[VK_SIGN_IN].sign_in(users, token)
         return await handler(request)
 
     return middleware
 
 
-def _claimed_key(key: str, known: dict[bytes, KeyClaim]) -> KeyClaim:
-    """Raises ApiError for what cannot be a key of ours."""
+def _claim(key: str, claims: dict[bytes, KeyClaim]) -> KeyClaim:
+    """The parsed key. Raises ApiError for a text that no key of ours can be."""
     digest = hash_key(key)
-    claim = known.get(digest)
+    claim = claims.get(digest)
     if claim is None:
         claim = parse_key(key)
         if claim is None:
             raise ApiError("invalid_key")
-        if len(known) >= CLAIMS_MAX:
-            known.clear()
-        known[digest] = claim
+        if len(claims) >= CACHED_CLAIMS_MAX:
+            claims.clear()
+        claims[digest] = claim
     return claim
 
 
-async def _speaker(request: web.Request) -> tuple[User, bool]:
-    token = bearer_token(request)
+async def _account_owner(request: web.Request, token: str) -> tuple[User, bool]:
+    """The user, and whether the client may change the account's keys. Raises ApiError."""
     request.app[READINESS].require()
     users = UserRepository(request.app[DATABASE])
     if not token.startswith("sk-"):
-        user, _ = await request.app[VK_SIGN_IN].admit(users, token)
+        user, _ = await request.app[VK_SIGN_IN].sign_in(users, token)
         return user, True
     claim = parse_key(token)
     key = await request.app[KEYRING].opened_by(claim) if claim is not None else None
@@ -112,13 +109,3 @@ async def _speaker(request: web.Request) -> tuple[User, bool]:
         return await users.find(claim.account_id), key.is_main
     except NoSuchUser:
         raise ApiError("invalid_key") from None
-
-
-def bearer_token(request: web.Request) -> str:
-    """The one credential of a request. Raises ApiError."""
-    headers = request.headers.getall("Authorization", [])
-    scheme, _, token = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
-    token = token.strip()
-    if not token or scheme.lower() != "bearer":
-        raise ApiError("invalid_key")
-    return token

@@ -1,6 +1,6 @@
 """`GET /v1/models` and `GET /v1/models/{id}`: OpenRouter's models in OpenAI's list shape, with prices in roubles.
 
-The list is made once for each version of the catalogue, not once for each request.
+The JSON is rendered once for each version of the catalogue, not once for each request.
 """
 
 import hashlib
@@ -11,13 +11,14 @@ import msgspec
 from aiohttp import web
 
 from gptutor.errors import ApiError
+from gptutor.http.app_keys import MODEL_LIST
 from gptutor.money.amounts import EXACT
 from gptutor.openrouter.catalogue import Catalogue, Model
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """JSON that is made once and served many times. `etag` is strong: the hash of its bytes."""
+    """JSON that is rendered once and served many times. `etag` is strong: a hash of the bytes."""
 
     body: bytes
     etag: str
@@ -28,7 +29,7 @@ class Document:
 
 
 class ModelList:
-    """The catalogue as JSON bytes; fields that OpenRouter wrote keep its spelling."""
+    """The catalogue as JSON. OpenRouter's own fields are copied byte for byte."""
 
     def __init__(self, catalogue: Catalogue, rub_per_usd: Decimal) -> None:
         self._catalogue = catalogue
@@ -37,7 +38,7 @@ class ModelList:
         self._models: dict[str, Document] = {}
         self._list = Document.of(b"")
 
-    def one(self, model_id: str) -> Document | None:
+    def find(self, model_id: str) -> Document | None:
         self._refresh()
         return self._models.get(model_id)
 
@@ -68,24 +69,21 @@ class ModelList:
         )
 
 
-MODELS = web.AppKey("models", ModelList)
-
-
 async def list_models(request: web.Request) -> web.Response:
-    return served(request, request.app[MODELS].all())
+    return _document_response(request, request.app[MODEL_LIST].all())
 
 
 async def show_model(request: web.Request) -> web.Response:
-    model = request.app[MODELS].one(request.match_info["model_id"])
+    model = request.app[MODEL_LIST].find(request.match_info["model_id"])
     if model is None:
         raise ApiError("not_found", "Model not found")
-    return served(request, model)
+    return _document_response(request, model)
 
 
-def served(request: web.Request, document: Document) -> web.Response:
-    """The document, or 304 for those who have it."""
-    known = any(tag.value in (document.etag, "*") for tag in request.if_none_match or ())
-    response = web.Response(status=304) if known else web.Response(body=document.body, content_type="application/json")
+def _document_response(request: web.Request, document: Document) -> web.Response:
+    """The document, or 304 if the client has this version."""
+    is_current = any(tag.value in (document.etag, "*") for tag in request.if_none_match or ())
+    response = web.Response(status=304) if is_current else web.Response(body=document.body, content_type="application/json")
     response.etag = document.etag
-    response.headers["Cache-Control"] = "no-cache"  # kept, but asked about each time: prices change
+    response.headers["Cache-Control"] = "no-cache"  # may be cached, and must be revalidated each time: prices change
     return response

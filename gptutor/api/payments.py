@@ -1,8 +1,8 @@
-"""Top-ups by YooKassa: `POST /v1/payments` makes a payment, `POST /yookassa/webhook` is told what became of it (contract C11).
+"""Top-ups by YooKassa: `POST /v1/payments` creates a payment, `POST /yookassa/webhook` receives its outcome (contract C11).
 
-A notification is signed by nobody, so nothing in it is believed but an id to ask about. What is booked is what YooKassa's own API
-says of that id, for the account that our own metadata name there, once, by the reference `yookassa:<id>`. YooKassa repeats a
-notification until it gets a 200; so 200 means booked, or nothing to do, ever.
+Notifications are not signed, so nothing in one is trusted but the id to look up. What is booked is what YooKassa's own API says
+of that id, for the account in our own metadata there, once, under the reference `yookassa:<id>`. YooKassa repeats a
+notification until it gets 200; so 200 means booked, or that there will never be anything to book.
 """
 
 import asyncio
@@ -17,17 +17,15 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from gptutor.api.auth import USER
 from gptutor.errors import ApiError
+from gptutor.http.app_keys import DATABASE, PAYMENTS, READINESS, USER
 from gptutor.http.body import read_json_body
-from gptutor.http.health import DATABASE, READINESS
 from gptutor.http.json_body import Amount
 from gptutor.integrations.yookassa import ID_PATTERN, YooKassa, YooKassaUnavailable
 from gptutor.money.administration import Bookkeeper
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles
 from gptutor.money.bookings import AlreadyBooked, Booking
 from gptutor.money.users import NoSuchUser
-from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.metrics import PAYMENT_NOTIFICATIONS
 
 LOGGER = logging.getLogger("gptutor.payments")
@@ -38,33 +36,33 @@ Outcome = Literal["booked", "nothing", "conflict"]
 
 
 class NewPayment(msgspec.Struct, forbid_unknown_fields=True):
-    """Roubles, with kopecks at most."""
+    """`amount` is roubles with at most two decimal places."""
 
     amount: Amount
 
 
-class Subject(msgspec.Struct):
+class NotificationObject(msgspec.Struct):
     id: str
 
 
 class Notification(msgspec.Struct):
-    """What is read of YooKassa's notification; its status and amounts are not."""
+    """The trusted part of YooKassa's notification: neither its status nor its amounts are read."""
 
     event: str
-    object: Subject
+    object: NotificationObject
 
 
 class ConcurrencyLimit:
-    """So many at once; the next one is refused, not queued: whoever is refused comes again."""
+    """At most `concurrent_max` calls at once. A further one fails at once instead of being queued: the client retries."""
 
-    def __init__(self, at_once: int) -> None:
-        self._free = at_once
+    def __init__(self, concurrent_max: int) -> None:
+        self._free = concurrent_max
 
     @contextmanager
-    def passing(self) -> Iterator[None]:
+    def acquire(self) -> Iterator[None]:
         """Raises ApiError."""
         if not self._free:
-            raise ApiError("payments_unavailable", cause="too many calls to YooKassa at once")
+            raise ApiError("payments_unavailable", cause="too many concurrent calls to YooKassa")
         self._free -= 1
         try:
             yield
@@ -73,40 +71,44 @@ class ConcurrencyLimit:
 
 
 class PaymentService:
-    """Payments by YooKassa, if they are set up. Raises ApiError, DatabaseUnavailable."""
+    """Payments by YooKassa; `yookassa` None: not configured. Raises ApiError, DatabaseUnavailable."""
 
-    def __init__(self, yookassa: YooKassa | None, *, least_rub: Decimal, most_rub: Decimal, at_once: int) -> None:
+    def __init__(
+        self, yookassa: YooKassa | None, *, amount_min_rub: Decimal, amount_max_rub: Decimal, concurrent_max: int
+    ) -> None:
         self._yookassa = yookassa
-        self._least_rub = least_rub
-        self._most_rub = most_rub
-        self._payments = ConcurrencyLimit(at_once)
-        self._notifications = ConcurrencyLimit(at_once)
-        self._under_way = BackgroundTasks()
+        self._amount_min_rub = amount_min_rub
+        self._amount_max_rub = amount_max_rub
+        self._payments_limit = ConcurrencyLimit(concurrent_max)
+        self._notifications_limit = ConcurrencyLimit(concurrent_max)
+        self._tasks: set[asyncio.Task[Outcome]] = set()
 
-    def require(self) -> YooKassa:
+    def require_configured(self) -> YooKassa:
         if self._yookassa is None:
             raise ApiError("not_found", "Payments are not set up here")
         return self._yookassa
 
-    def check(self, amount_rub: Decimal) -> str:
-        """The amount in YooKassa's spelling, `100.00`."""
-        if not (amount_rub.is_finite() and self._least_rub <= amount_rub <= self._most_rub):
-            raise ApiError("invalid_request", f"amount: from {self._least_rub} to {self._most_rub} roubles can be paid at once")
+    def format_amount(self, amount_rub: Decimal) -> str:
+        """The amount as YooKassa writes it, `100.00`, if it may be paid."""
+        if not (amount_rub.is_finite() and self._amount_min_rub <= amount_rub <= self._amount_max_rub):
+            raise ApiError(
+                "invalid_request", f"amount: one payment must be from {self._amount_min_rub} to {self._amount_max_rub} roubles"
+            )
         kopecks = amount_rub.quantize(Decimal("0.01"))
         if kopecks != amount_rub:
             raise ApiError("invalid_request", "amount: a payment is in roubles and kopecks, with two decimal places at most")
         return f"{kopecks:f}"
 
     async def create(self, account_id: AccountId, amount_rub: Decimal, idempotency_key: str | None) -> dict[str, str]:
-        yookassa = self.require()
-        amount = self.check(amount_rub)
-        name = None
+        yookassa = self.require_configured()
+        amount = self.format_amount(amount_rub)
+        idempotence_key = None
         if idempotency_key is not None:
-            name = hashlib.sha256(f"{account_id} {amount} {idempotency_key}".encode()).hexdigest()
-        with self._payments.passing(), _asked():
-            payment = await yookassa.create_payment(account_id, amount, name)
+            idempotence_key = hashlib.sha256(f"{account_id} {amount} {idempotency_key}".encode()).hexdigest()
+        with self._payments_limit.acquire(), _translated_errors():
+            payment = await yookassa.create_payment(account_id, amount, idempotence_key)
         if payment.confirmation_url is None:
-            LOGGER.error("YooKassa made the payment %s without an address to pay it at", payment.payment_id)
+            LOGGER.error("YooKassa created the payment %s without a confirmation_url", payment.payment_id)
             raise ApiError("payments_unavailable", cause="no confirmation_url")
         return {
             "id": payment.payment_id,
@@ -115,63 +117,65 @@ class PaymentService:
             "confirmation_url": payment.confirmation_url,
         }
 
-    async def take(self, notification: Notification, books: Bookkeeper) -> Outcome:
-        """Asks YooKassa about what a notification names, and books it. Once it is booked, nobody is asked again.
+    async def process(self, notification: Notification, bookkeeper: Bookkeeper) -> Outcome:
+        """Looks up the payment or refund that a notification names, and books it, unless it is already booked.
 
-        It goes on when the one who told of it has left: what is booked has its audit line.
+        Runs in a task of its own, because a disconnected client must not cancel a booking before its audit line is written.
         """
-        return await asyncio.shield(self._under_way.start(self._take(notification, books)))
+        task = asyncio.create_task(self._process(notification, bookkeeper))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
 
     async def drain(self) -> None:
-        """Waits for what is under way; each call to YooKassa has its time limit."""
-        await self._under_way.drain(None)
+        """Waits for running notifications; each call to YooKassa has its timeout."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _take(self, notification: Notification, books: Bookkeeper) -> Outcome:
+    async def _process(self, notification: Notification, bookkeeper: Bookkeeper) -> Outcome:
         kind, _, _ = notification.event.partition(".")
-        name = notification.object.id
         if kind == "payment":
-            return await self._take_payment(name, books)
+            return await self._process_payment(notification.object.id, bookkeeper)
         if kind == "refund":
-            return await self._take_refund(name, books)
+            return await self._process_refund(notification.object.id, bookkeeper)
         return "nothing"
 
-    async def _take_payment(self, payment_id: str, books: Bookkeeper) -> Outcome:
-        yookassa = self.require()
+    async def _process_payment(self, payment_id: str, bookkeeper: Bookkeeper) -> Outcome:
+        yookassa = self.require_configured()
         reference = f"{PROVIDER}:{payment_id}"
-        if not ID_PATTERN.fullmatch(payment_id) or await books.bookings.find(reference):
+        if not ID_PATTERN.fullmatch(payment_id) or await bookkeeper.bookings.find(reference):
             return "nothing"
-        with self._notifications.passing(), _asked():
+        with self._notifications_limit.acquire(), _translated_errors():
             payment = await yookassa.payment(payment_id)
         if payment is None or not payment.is_captured or payment.account_id is None or payment.amount_rub is None:
             return "nothing"
-        return await _booked(books.pay, AccountId(payment.account_id), payment.amount_rub, reference, "payment")
+        return await _book(bookkeeper.pay, AccountId(payment.account_id), payment.amount_rub, reference, "payment")
 
-    async def _take_refund(self, refund_id: str, books: Bookkeeper) -> Outcome:
-        """A refund is of a payment that was booked: if its notification was lost, it is booked now, before the refund."""
-        yookassa = self.require()
+    async def _process_refund(self, refund_id: str, bookkeeper: Bookkeeper) -> Outcome:
+        """Books the refunded payment first, in case its own notification was lost."""
+        yookassa = self.require_configured()
         reference = f"{PROVIDER}-refund:{refund_id}"
-        if not ID_PATTERN.fullmatch(refund_id) or await books.bookings.find(reference):
+        if not ID_PATTERN.fullmatch(refund_id) or await bookkeeper.bookings.find(reference):
             return "nothing"
-        with self._notifications.passing(), _asked():
+        with self._notifications_limit.acquire(), _translated_errors():
             refund = await yookassa.refund(refund_id)
         if refund is None or refund.status != "succeeded" or refund.amount_rub is None:
             return "nothing"
-        await self._take_payment(refund.payment_id, books)
-        payment = await books.bookings.find(f"{PROVIDER}:{refund.payment_id}")
+        await self._process_payment(refund.payment_id, bookkeeper)
+        payment = await bookkeeper.bookings.find(f"{PROVIDER}:{refund.payment_id}")
         if payment is None:
             return "nothing"
         reason = f"refund of {refund.payment_id}"
-        return await _booked(books.pay_back, payment.account_id, refund.amount_rub, reference, reason)
+        return await _book(bookkeeper.pay_back, payment.account_id, refund.amount_rub, reference, reason)
 
 
-async def _booked(
+async def _book(
     book: Callable[[AccountId, Nano, str, str], Awaitable[Booking]],
     account_id: AccountId,
     amount_rub: Decimal,
     reference: str,
     reason: str,
 ) -> Outcome:
-    """What cannot be booked will not be bookable later: the operator is told, and YooKassa need not repeat."""
+    """A booking that fails now would fail each time: the operator gets an error log, and YooKassa need not repeat."""
     try:
         await book(account_id, parse_roubles(f"{amount_rub:f}"), reference, reason)
     except (NoSuchUser, AlreadyBooked, InvalidAmount) as error:
@@ -181,36 +185,35 @@ async def _booked(
 
 
 @contextmanager
-def _asked() -> Iterator[None]:
+def _translated_errors() -> Iterator[None]:
+    """YooKassaUnavailable becomes ApiError."""
     try:
         yield
     except YooKassaUnavailable as error:
-        LOGGER.error("YooKassa cannot be asked: %s", error)
+        LOGGER.error("The call to YooKassa failed: %s", error)
         raise ApiError("payments_unavailable", cause=str(error)) from error
-
-
-PAYMENTS = web.AppKey("cashier", PaymentService)
 
 
 async def create_payment(request: web.Request) -> web.Response:
     """`POST /v1/payments {"amount": …}` → `{"data": {"id", "status", "amount", "confirmation_url"}}`."""
-    request.app[PAYMENTS].require()
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
+    request.app[PAYMENTS].require_configured()
+    idempotency_key = request.headers.get("Idempotency-Key")
+    if idempotency_key is not None and not IDEMPOTENCY_KEY.fullmatch(idempotency_key):
         raise ApiError("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
-    form = await read_json_body(request, NewPayment)
-    return web.json_response({"data": await request.app[PAYMENTS].create(request[USER].account_id, form.amount, key)})
+    new_payment = await read_json_body(request, NewPayment)
+    payment = await request.app[PAYMENTS].create(request[USER].account_id, new_payment.amount, idempotency_key)
+    return web.json_response({"data": payment})
 
 
-async def notified(request: web.Request) -> web.Response:
-    """`POST /yookassa/webhook`: 200 if what it names is booked or nothing is to be booked, 503 if that is not known yet."""
-    cashier = request.app[PAYMENTS]
-    cashier.require()
+async def receive_notification(request: web.Request) -> web.Response:
+    """`POST /yookassa/webhook`: 200 if the named payment is booked or will never be, 503 if that is not known yet."""
+    payments = request.app[PAYMENTS]
+    payments.require_configured()
     notification = await read_json_body(request, Notification)
     request.app[READINESS].require()
-    books = Bookkeeper(request.app[DATABASE], PROVIDER)
+    bookkeeper = Bookkeeper(request.app[DATABASE], PROVIDER)
     try:
-        outcome: str = await cashier.take(notification, books)
+        outcome: str = await payments.process(notification, bookkeeper)
     except ApiError:
         PAYMENT_NOTIFICATIONS.labels("unavailable").inc()
         raise

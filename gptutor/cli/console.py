@@ -1,4 +1,4 @@
-"""What all commands share: how they print, how they fail, and how they reach the books."""
+"""What the commands share: printing, errors, and access to the service's database."""
 
 import asyncio
 import os
@@ -15,32 +15,34 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
 
-from gptutor.config import load
+from gptutor.config.load import load
 from gptutor.config.schema import Config, ConfigError
 from gptutor.config.secrets import secret_keys
 from gptutor.database import migrations, pool
 from gptutor.database.pool import Database
 from gptutor.money.administration import Administration
-from gptutor.money.vault import ClosedVault, Vault
+from gptutor.money.vault import Vault, VaultWithoutSecret
 from gptutor.server.listener import StartError
-from gptutor.server.serve import database_of
+from gptutor.server.serve import resolved_database
 from gptutor.telemetry.log_writer import logging_to
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 T = TypeVar("T")
 
-# What is piped into a file or another program is not cut to the width of a screen that is not there.
+# Output that is piped into a file or a program has no terminal whose width could limit it.
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, soft_wrap=True)
 
 
-def with_books(
-    work: Callable[[Database], Awaitable[T]], *, begins: bool = False, statement_s: float = 60, idle_s: float = 10
+def with_database(
+    work: Callable[[Database], Awaitable[T]], *, may_create: bool = False, statement_s: float = 60, idle_s: float = 10
 ) -> T:
-    """Runs `work` on the service's database; the embedded one is started and brought up to date if need be. Where there is none
-    yet, only a command that `begins` something makes it. Raises StartError."""
-    settings = load.load()
-    if not begins:
+    """Runs `work` on the service's database. The embedded one is started and migrated first, if it is not running.
+
+    An embedded database that does not exist yet is created only if `may_create`. Raises StartError.
+    """
+    settings = load()
+    if not may_create:
         _require_database(settings)
 
     async def run(url: str) -> T:
@@ -48,59 +50,61 @@ def with_books(
             await migrations.migrate(url)
         elif pending := await migrations.pending_migrations(url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
-        async with pool.connected(url, statement_s=statement_s, idle_s=idle_s) as books:
-            return await work(books)
+        async with pool.connected(url, statement_s=statement_s, idle_s=idle_s) as database:
+            return await work(database)
 
-    with database_of(settings) as grounded:
-        return asyncio.run(run(grounded.database.url))
+    with resolved_database(settings) as resolved:
+        return asyncio.run(run(resolved.database.url))
 
 
-def with_administration(work: Callable[[Administration], Awaitable[T]], *, changes: bool = True, begins: bool = False) -> T:
-    """Runs `work` for the one at the keyboard. Where it `changes` something, its audit lines are in the service's own log when
-    this returns. Raises ConfigError, and as `with_books`."""
-    settings = load.load()
-    if not begins:
-        _require_database(settings)  # before a secret or a log is made in the wrong folder
-    vault = _vault_of(settings)
-    lines = logging_to(settings.paths.logs, level="warning", retention_days=settings.logs.retention_days, stdout=False)
-    with lines if changes else nullcontext():
-        return with_books(lambda books: work(Administration(books, vault, f"cli:{os_user()}")), begins=begins)
+def with_administration(
+    work: Callable[[Administration], Awaitable[T]], *, read_only: bool = False, may_create: bool = False
+) -> T:
+    """Runs `work` in the name of the operating-system user. Unless it is `read_only`, its audit lines are in the service's log
+    when this returns. Raises ConfigError, and as `with_database`."""
+    settings = load()
+    if not may_create:
+        _require_database(settings)  # before a secret or a log file is created in the wrong folder
+    vault = _vault(settings)
+    log = logging_to(settings.paths.logs, level="warning", retention_days=settings.logs.retention_days, stdout=False)
+    with nullcontext() if read_only else log:
+        return with_database(lambda database: work(Administration(database, vault, f"cli:{os_user()}")), may_create=may_create)
 
 
 def _require_database(settings: Config) -> None:
-    """A command in the wrong folder would find empty books, and believe them. Raises StartError."""
-    beginning = embedded_place(settings) / "PG_VERSION"
-    if settings.embedded and not beginning.exists():
+    """A command run in the wrong folder must not create an empty database and report on that. Raises StartError."""
+    marker = embedded_directory(settings) / "PG_VERSION"
+    if settings.embedded and not marker.exists():
         raise StartError(
-            f"There is no database here: DATABASE_URL is not set, and {beginning} does not exist. Run this in the folder of the "
-            "service, where its gptutor.env or its data is; `gptutor serve` and `gptutor user create` begin a new one."
+            f"There is no database here: DATABASE_URL is not set, and {marker} does not exist. Run this in the folder of the "
+            "service, where its gptutor.env or its data is; `gptutor serve` and `gptutor user create` create a new database."
         )
 
 
-def embedded_place(settings: Config) -> Path:
+def embedded_directory(settings: Config) -> Path:
     """Where the data of the embedded PostgreSQL is, or would be."""
     return (settings.paths.data / "postgres").resolve()
 
 
-def _vault_of(settings: Config) -> Vault:
-    """Most commands neither make nor show a key, and need no secret for what they do."""
+def _vault(settings: Config) -> Vault:
+    """Most commands neither make nor show a key: without a valid secret they work all the same."""
     try:
         return Vault(secret_keys(settings))
     except ConfigError as error:
-        return ClosedVault(error)
+        return VaultWithoutSecret(error)
 
 
 def os_user() -> str:
-    """Who runs this process, whatever the environment says."""
-    number = os.getuid()
+    """The user that this process runs as, by its uid: the environment is not trusted."""
+    uid = os.getuid()
     try:
-        return pwd.getpwuid(number).pw_name
+        return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(number)
+        return str(uid)
 
 
 def progress() -> Progress:
-    """A bar on standard error; what is for a file or a program stays clean."""
+    """A progress bar on standard error, so that standard output has nothing but the result."""
     return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=err, transient=not err.is_terminal)
 
 
@@ -109,6 +113,6 @@ def print_json(value: Any) -> None:
 
 
 def fail(sentence: str) -> NoReturn:
-    """An operator's mistake ends in a sentence and exit code 1."""
+    """Prints an operator's error and exits with code 1."""
     err.print(f"[bold red]gptutor:[/] {escape(sentence)}", highlight=False)
     raise SystemExit(1)

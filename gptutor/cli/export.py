@@ -1,4 +1,4 @@
-"""`gptutor export ledger`: all entries as CSV, however many there are."""
+"""`gptutor export ledger`: all ledger entries as CSV, in constant memory."""
 
 import datetime
 import sys
@@ -9,32 +9,34 @@ from typing import Annotated, TextIO
 
 import typer
 
-from gptutor.cli.console import err, fail, progress, with_books
+from gptutor.cli.console import err, fail, progress, with_database
 from gptutor.database.pool import Database
 from gptutor.money.amounts import AccountId
 from gptutor.money.bookings import Bookings
-from gptutor.money.records import csv_head, csv_lines
+from gptutor.money.records import csv_header, csv_lines
 from gptutor.money.users import UserRepository
 
-DAY = ["%Y-%m-%d"]
-READER_S = 86_400
-"""For so long may a reader, such as a pager, leave the snapshot waiting."""
+DAY_FORMATS = ["%Y-%m-%d"]
+EXPORT_S = 86_400
+"""The most that one export may take: a pager that reads the output may pause for hours."""
 
-export_app = typer.Typer(help="Export the books.", no_args_is_help=True)
+export_app = typer.Typer(help="Export the ledger.", no_args_is_help=True)
 
 
 @export_app.callback()
 def export() -> None:
-    """Export the books."""
+    """Export the ledger."""
 
 
 @export_app.command("ledger")
 def export_ledger(
-    first: Annotated[datetime.datetime | None, typer.Option("--from", formats=DAY, help="The first day (UTC).")] = None,
-    last: Annotated[datetime.datetime | None, typer.Option("--to", formats=DAY, help="The last day (UTC), included.")] = None,
-    user: Annotated[int | None, typer.Option(min=1, max=2**63 - 1, help="One user only.")] = None,
+    first: Annotated[datetime.datetime | None, typer.Option("--from", formats=DAY_FORMATS, help="The first day (UTC).")] = None,
+    last: Annotated[
+        datetime.datetime | None, typer.Option("--to", formats=DAY_FORMATS, help="The last day (UTC), included.")
+    ] = None,
+    user: Annotated[int | None, typer.Option(min=1, max=2**63 - 1, help="The entries of one user only.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--out", help="A file instead of standard output; it is complete if it exists.")
+        Path | None, typer.Option("--out", help="A file instead of standard output; the file appears when it is complete.")
     ] = None,
 ) -> None:
     """Write the ledger as CSV, by user and time, from one snapshot of the database."""
@@ -42,27 +44,27 @@ def export_ledger(
         fail("--from must not be later than --to.")
     account = None if user is None else AccountId(user)
 
-    async def run(books: Database) -> int:
+    async def run(database: Database) -> int:
         count = 0
         if account is not None:
-            await UserRepository(books).find(account)
-        pages = Bookings(books).export(first.date() if first else None, last.date() if last else None, account)
-        with _opened(file) as target, progress() as bar:
+            await UserRepository(database).find(account)
+        pages = Bookings(database).export(first.date() if first else None, last.date() if last else None, account)
+        with _output(file) as target, progress() as bar:
             task = bar.add_task("entries", total=None)
-            target.write(csv_head())
+            target.write(csv_header())
             async for entries in pages:
                 target.write(csv_lines(entries))
                 count += len(entries)
                 bar.update(task, completed=count)
         return count
 
-    count = with_books(run, statement_s=READER_S, idle_s=READER_S)
+    count = with_database(run, statement_s=EXPORT_S, idle_s=EXPORT_S)
     err.print(f"{count} entries.", highlight=False)
 
 
 @contextmanager
-def _opened(file: Path | None) -> Iterator[TextIO]:
-    """Standard output, or a file that takes its name when it is whole."""
+def _output(file: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that is renamed to its name when it is complete."""
     if file is None:
         sys.stdout.reconfigure(newline="")  # type: ignore[union-attr]
         yield sys.stdout

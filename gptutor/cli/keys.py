@@ -1,6 +1,6 @@
-"""`gptutor user keys | issue-key | limit-key | revoke-key`: the keys of a user and what they may do."""
+"""`gptutor user keys | issue-key | limit-key | revoke-key`: the API keys of a user and their limits."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -8,34 +8,36 @@ from rich.table import Table
 
 from gptutor.cli.console import Json, out, print_json, with_administration
 from gptutor.cli.users import UserId, describe
-from gptutor.money.amounts import AccountId
-from gptutor.money.key_limits import NAME_MAX, InvalidLimit, KeyLimitChanges, changed
-from gptutor.money.keyring import NO_LIMITS, CapPeriod, Key
+from gptutor.money.amounts import AccountId, parse_positive
+from gptutor.money.key_limits import NAME_MAX, InvalidLimit, KeyLimitChanges, changed_limits, parse_expiry
+from gptutor.money.keyring import NO_LIMITS, Key
 from gptutor.money.records import key_json
 
 NONE = "none"
 
 keys_app = typer.Typer()
 
-KeyId = Annotated[
-    int, typer.Argument(metavar="KEY", help="The key's number, as `gptutor user keys` shows it.", min=1, max=2**63 - 1)
+KeyId = Annotated[int, typer.Argument(metavar="KEY", help="The key's id, as `gptutor user keys` shows it.", min=1, max=2**63 - 1)]
+Limit = Annotated[str | None, typer.Option(metavar="ROUBLES", help="The most that the key may spend; `none` lifts the limit.")]
+LimitReset = Annotated[
+    Literal["daily", "never"] | None,
+    typer.Option(help="When the spending counted against the limit starts from zero: each day (UTC), or never, the default."),
 ]
-Cap = Annotated[str | None, typer.Option(metavar="ROUBLES", help="The most that the key may spend; `none` lifts it.")]
-Period = Annotated[CapPeriod | None, typer.Option(help="The cap is of a day (UTC), or of all time from now on: the default.")]
-Expires = Annotated[
-    str | None, typer.Option(metavar="DAY", help="Its last day (UTC), such as 2026-12-31, or a moment; `none` lifts it.")
+RequestsPerMinute = Annotated[str | None, typer.Option(metavar="N", help="A rate limit of the key; `none` lifts it.")]
+ExpiresAt = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="The key's last day (UTC), such as 2026-12-31, or a time with its zone; `none` lifts it."),
 ]
-PerMinute = Annotated[str | None, typer.Option(metavar="N", help="Requests per minute; `none` lifts it.")]
 
 
 @keys_app.command("keys")
 def user_keys(user_id: UserId, json: Json = False) -> None:
     """Show the keys of a user, their limits and what they have spent."""
-    keys = with_administration(lambda administration: administration.person(AccountId(user_id)), changes=False).keys
+    keys = with_administration(lambda administration: administration.user_details(AccountId(user_id)), read_only=True).keys
     if json:
         print_json([key_json(key) for key in keys])
         return
-    table = Table("number", "key", "name", "state and limits", "created")
+    table = Table("id", "key", "name", "state and limits", "created")
     for key in keys:
         table.add_row(str(key.key_id), f"{key.shown}…", escape(key.name), describe(key), f"{key.created_at:%Y-%m-%d %H:%M}")
     out.print(table if keys else "The user has no keys. `gptutor user issue-key` makes one.")
@@ -44,17 +46,17 @@ def user_keys(user_id: UserId, json: Json = False) -> None:
 @keys_app.command("issue-key")
 def user_issue_key(
     user_id: UserId,
-    name: Annotated[str, typer.Option(help="A name for it.")] = "",
-    cap: Cap = None,
-    cap_period: Period = None,
-    expires: Expires = None,
-    per_minute: PerMinute = None,
+    name: Annotated[str, typer.Option(help="A name for the key.")] = "",
+    limit: Limit = None,
+    limit_reset: LimitReset = None,
+    requests_per_minute: RequestsPerMinute = None,
+    expires_at: ExpiresAt = None,
     json: Json = False,
 ) -> None:
-    """Make one more key, with limits of its own. The key is shown once."""
+    """Make another key, with limits of its own. The key is shown once."""
     if len(name) > NAME_MAX or not name.isprintable():
-        raise InvalidLimit(f"A name is one line of at most {NAME_MAX} characters.")
-    limits = changed(NO_LIMITS, _changes(cap, cap_period, expires, per_minute))
+        raise InvalidLimit(f"--name must be one line of at most {NAME_MAX} characters")
+    limits = changed_limits(NO_LIMITS, _changes(limit, limit_reset, requests_per_minute, expires_at))
     secret, key = with_administration(lambda administration: administration.issue_key(AccountId(user_id), name, limits))
     if json:
         print_json(key_json(key) | {"apiKey": secret})
@@ -66,36 +68,46 @@ def user_issue_key(
 def user_limit_key(
     user_id: UserId,
     key_id: KeyId,
-    cap: Cap = None,
-    cap_period: Period = None,
-    expires: Expires = None,
-    per_minute: PerMinute = None,
+    limit: Limit = None,
+    limit_reset: LimitReset = None,
+    requests_per_minute: RequestsPerMinute = None,
+    expires_at: ExpiresAt = None,
     json: Json = False,
 ) -> None:
-    """Change the limits of a key; those that are not named stay."""
-    changes = _changes(cap, cap_period, expires, per_minute)
+    """Change limits of a key; those that are not given stay as they are."""
+    changes = _changes(limit, limit_reset, requests_per_minute, expires_at)
     _show(with_administration(lambda administration: administration.limit_key(AccountId(user_id), key_id, changes)), json)
 
 
 @keys_app.command("revoke-key")
 def user_revoke_key(user_id: UserId, key_id: KeyId, json: Json = False) -> None:
-    """Refuse a key from the next request on, for ever."""
+    """Revoke a key for good: it is rejected from the next request on."""
     _show(with_administration(lambda administration: administration.revoke_key(AccountId(user_id), key_id)), json)
 
 
-def _changes(cap: str | None, cap_period: CapPeriod | None, expires: str | None, per_minute: str | None) -> KeyLimitChanges:
+def _changes(
+    limit: str | None,
+    limit_reset: Literal["daily", "never"] | None,
+    requests_per_minute: str | None,
+    expires_at: str | None,
+) -> KeyLimitChanges:
+    """Raises InvalidAmount, InvalidLimit."""
     changes = KeyLimitChanges()
-    if cap is not None:
-        changes["cap"] = None if cap == NONE else cap
-    if cap_period is not None:
-        changes["cap_period"] = cap_period
-    if expires is not None:
-        changes["expires"] = None if expires == NONE else expires
-    if per_minute is not None:
-        if per_minute != NONE and not (per_minute.isascii() and per_minute.isdigit() and len(per_minute) <= 9):
-            raise InvalidLimit(f"{per_minute[:40]!r} is not a number of requests per minute.")
-        changes["per_minute"] = None if per_minute == NONE else int(per_minute)
+    if limit is not None:
+        changes["limit"] = None if limit == NONE else parse_positive(limit, or_zero=True)
+    if limit_reset is not None:
+        changes["limit_reset"] = None if limit_reset == "never" else limit_reset
+    if requests_per_minute is not None:
+        changes["requests_per_minute"] = None if requests_per_minute == NONE else _whole_number(requests_per_minute)
+    if expires_at is not None:
+        changes["expires_at"] = None if expires_at == NONE else parse_expiry(expires_at)
     return changes
+
+
+def _whole_number(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise InvalidLimit(f"requests_per_minute must be a whole number or `none`, not {text[:40]!r}")
+    return int(text)
 
 
 def _show(key: Key, json: bool) -> None:

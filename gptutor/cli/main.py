@@ -1,20 +1,21 @@
-"""The command line (contract F10): the only place that reads arguments and prints for people.
+"""The command line (contract F10): parses arguments and prints for people.
 
-Every command that touches the books finds the database as the service does, so it works beside a running service and alone.
+Every command finds the database as the service does, so it works beside a running service and alone.
 """
 
 import asyncio
 import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from gptutor.cli.console import Json, embedded_place, fail, out, print_json, progress, with_administration, with_books
+from gptutor import __version__
+from gptutor.cli.console import Json, embedded_directory, fail, out, print_json, progress, with_administration, with_database
 from gptutor.cli.export import export_app
 from gptutor.cli.keys import keys_app
 from gptutor.cli.users import user_app
-from gptutor.config import load
+from gptutor.config.load import load
 from gptutor.config.schema import Config, ConfigError
 from gptutor.database import migrations, pool
 from gptutor.database.pool import Database
@@ -26,18 +27,20 @@ from gptutor.money.journal import JournalError
 from gptutor.money.key_limits import InvalidLimit
 from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
 from gptutor.money.reconciliation import WaitingHold, reconcile, sum_of, waiting_holds
+from gptutor.money.records import reconciliation_json, waiting_holds_json
 from gptutor.money.users import NoSuchUser
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.totals import totals
 from gptutor.server.listener import StartError
-from gptutor.server.serve import database_of, run_loop, serve, simulated_openrouter
+from gptutor.server.process import run_loop
+from gptutor.server.serve import resolved_database, serve, simulated_openrouter
 from gptutor.simulator.server import Simulator
 
 app = typer.Typer(
     name="gptutor",
     help="GPTutor: a prepaid, exactly billed OpenAI-compatible gateway in front of OpenRouter.\n\n"
-    "Start with `gptutor serve`: without any settings it runs whole, with an embedded PostgreSQL and a simulated OpenRouter. "
-    "Then `gptutor user create --balance 100` makes a user with an API key.",
+    "Start with `gptutor serve`: without any settings it runs with an embedded PostgreSQL and a simulated OpenRouter. "
+    "Then `gptutor user create --balance 100` creates a user with an API key.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -48,31 +51,46 @@ app.add_typer(user_app, name="user")
 app.add_typer(export_app, name="export")
 
 
-# Errors whose text is a sentence for the operator.
-SENTENCES = (
+# Errors whose text is written for the operator.
+OPERATOR_ERRORS = (
     *(ConfigError, StartError, JournalError, migrations.MigrationError, pool.DatabaseRefused),
     *(InvalidAmount, InvalidLimit, ReasonMissing),
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"gptutor {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
 def main() -> None:
-    """The entry point: an operator's mistake ends in a sentence and exit code 1, never in a traceback."""
+    """The entry point: an operator's error is a sentence and exit code 1, never a traceback."""
     if any(argument.encode("utf-8", "replace").decode() != argument for argument in sys.argv):
         fail("An argument is not UTF-8 text.")
     try:
         app()
-    except SENTENCES as error:
+    except OPERATOR_ERRORS as error:
         fail(str(error))
     except NoSuchUser:
-        fail("There is no user with this id. `gptutor user list` shows them all.")
+        fail("There is no user with this id. `gptutor user list` shows all users.")
     except NoSuchKey:
-        fail("The user has no living key of this number. `gptutor user keys ID` shows them.")
+        fail("The user has no active key with this id. `gptutor user keys ID` shows all keys of the user.")
     except TooManyKeys:
-        fail(f"The user has {KEYS_MAX} living keys already; revoke one first.")
+        fail(f"The user already has {KEYS_MAX} active keys; revoke one first with: gptutor user revoke-key.")
     except Uncovered:
-        fail("Less is available than this refund would take. `gptutor user adjust` can take more.")
+        fail("The refund exceeds the available balance. Refund less, or correct the balance with: gptutor user adjust.")
     except AlreadyBooked as error:
-        fail(f"The reference {error} was booked before; nothing was changed.")
+        fail(f"A booking with the reference {error} exists already; nothing was changed.")
     except pool.DatabaseUnavailable as error:
         fail(f"PostgreSQL does not answer: {error.__cause__ or error}")
     except OSError as error:
@@ -87,7 +105,7 @@ def main() -> None:
 @app.command("serve")
 def serve_command() -> None:
     """Run the service."""
-    settings = load.load()
+    settings = load()
     if settings.server.workers == 1:
         run_loop(serve(settings))
     else:
@@ -98,14 +116,13 @@ def serve_command() -> None:
 
 @app.command()
 def migrate() -> None:
-    """Bring the database up to date."""
-    settings = load.load()
-    with database_of(settings) as grounded:
-        applied = asyncio.run(migrations.migrate(grounded.database.url))
-    embedded = f"embedded PostgreSQL in {embedded_place(settings)}" if settings.embedded else ""
-    done = f"Applied to the {embedded}: " if embedded else "Applied: "
-    rest = f"The {embedded or 'database'} is up to date."
-    out.print(done + ", ".join(applied) if applied else rest, highlight=False, markup=False)
+    """Apply pending migrations to the database."""
+    settings = load()
+    with resolved_database(settings) as resolved:
+        applied = asyncio.run(migrations.migrate(resolved.database.url))
+    database = f"embedded PostgreSQL in {embedded_directory(settings)}" if settings.embedded else "database"
+    message = f"Applied to the {database}: {', '.join(applied)}" if applied else f"The {database} is up to date."
+    out.print(message, highlight=False, markup=False)
 
 
 @app.command()
@@ -113,14 +130,14 @@ def simulator() -> None:
     """Run the OpenRouter simulator alone."""
 
     async def run(settings: Config) -> None:
-        pace = settings.simulator
-        simulator = Simulator(word_s=pace.word_s, first_word_s=pace.first_word_s)
-        async with simulated_openrouter(simulator, pace) as base_url:
-            out.print(f"A simulated OpenRouter answers at {base_url}; its own bills are at {base_url[:-7]}/simulator/bills")
+        speed = settings.simulator
+        simulator = Simulator(word_s=speed.word_s, first_word_s=speed.first_word_s)
+        async with simulated_openrouter(simulator, speed) as base_url:
+            out.print(f"The OpenRouter simulator listens at {base_url}; its bills are at {base_url[:-7]}/simulator/bills")
             out.print(f"Use it with: OPENROUTER_BASE_URL={base_url} OPENROUTER_API_KEY=sk-or-simulator gptutor serve")
             await asyncio.Event().wait()
 
-    _until_interrupted(run(load.load()))
+    _until_interrupted(run(load()))
 
 
 @app.command()
@@ -133,17 +150,17 @@ def docs() -> None:
             out.print(f"The documentation is at {url}")
             await asyncio.Event().wait()
 
-    _until_interrupted(run(load.load()))
+    _until_interrupted(run(load()))
 
 
 @app.command()
 def verify() -> None:
-    """Prove the books: every invariant, over one snapshot. Exits with 1 and the offending rows if one is broken."""
+    """Check every accounting invariant over one snapshot. If one is broken, print the offending rows and exit with 1."""
 
-    async def run(books: Database) -> int:
+    async def run(database: Database) -> int:
         broken = number = 0
         total = len(load_invariants())
-        async for finding in check(books):
+        async for finding in check(database):
             number += 1
             mark = "[red]BROKEN[/]" if finding.rows else "[green]ok[/]"
             out.print(f"{number:>3}/{total} {mark:<6} {finding.invariant.meaning}", highlight=False)
@@ -153,24 +170,24 @@ def verify() -> None:
         out.print(f"{broken} of {total} invariants are broken." if broken else f"All {total} invariants hold.")
         return 1 if broken else 0
 
-    if code := with_books(run, statement_s=86_400):
+    if code := with_database(run, statement_s=86_400):
         raise typer.Exit(code)
 
 
 @app.command("reconcile")
 def reconcile_command(json: Json = False) -> None:
-    """Compare our charges with OpenRouter's own totals, by day, and list the holds whose cost is not known."""
-    settings = load.load()
+    """Compare our charges with OpenRouter's own totals, by day, and list the holds whose cost is unknown."""
+    settings = load()
     if settings.simulated:
-        fail("There is nothing to compare: OPENROUTER_API_KEY is not set.")
+        fail("There are no totals to compare with: OPENROUTER_API_KEY is not set.")
     try:
         upstream = settings.openrouter
         theirs = asyncio.run(totals(upstream.base_url, upstream.api_key, upstream.management_key, proxy=upstream.proxy))
     except UpstreamError as error:
-        fail(f"OpenRouter does not tell its totals: {error}.")
-    found = with_books(lambda books: reconcile(books, theirs))
+        fail(f"OpenRouter's totals cannot be read: {error}.")
+    found = with_database(lambda database: reconcile(database, theirs))
     if json:
-        print_json(found.as_json())
+        print_json(reconciliation_json(found))
         return
     for day in found.days:
         out.print(f"{day.day}  ours {day.ours_usd:f}  OpenRouter {day.theirs_usd:f}  difference {day.difference_usd:f} dollars")
@@ -179,17 +196,17 @@ def reconcile_command(json: Json = False) -> None:
 
 @app.command("holds")
 def holds_command(json: Json = False) -> None:
-    """List the holds whose cost is not known: they wait for evidence, or were given up."""
-    waiting = with_books(waiting_holds)
+    """List the holds whose cost is unknown: recovery still looks for it, or has given up."""
+    waiting = with_database(waiting_holds)
     if json:
-        print_json({"waiting": [hold.as_json() for hold in waiting], "waitingAtMost": roubles(sum_of(waiting))})
+        print_json(waiting_holds_json(waiting))
     else:
         _print_waiting(waiting)
 
 
 @app.command("rekey")
 def rekey_command(json: Json = False) -> None:
-    """Seal the copies of all keys with GPTUTOR_SECRET_KEY anew, after it was changed. May be broken off, and run again."""
+    """Encrypt the copies of all keys with the current GPTUTOR_SECRET_KEY, after a change. May be interrupted and repeated."""
 
     async def run(administration: Administration) -> tuple[int, int]:
         done = unreadable = 0
@@ -204,23 +221,23 @@ def rekey_command(json: Json = False) -> None:
         print_json({"done": done, "unreadable": unreadable})
         return
     if done or unreadable:
-        none_left = "" if unreadable else "; none is left under an old one"
-        out.print(f"{done} copies were sealed anew with today's secret{none_left}.")
+        none_left = "" if unreadable else "; no copy needs an old secret any more"
+        out.print(f"{done} copies were encrypted with the current secret{none_left}.")
     else:
-        out.print("No copy is under an old secret.")
+        out.print("All copies are encrypted with the current secret.")
     if unreadable:
         out.print(
-            f"{unreadable} copies are opened by no known secret: is one missing in security.old_secret_keys? Their keys go on "
-            "working, but cannot be shown any more."
+            f"{unreadable} copies cannot be decrypted with any configured secret: add the missing one to "
+            "security.old_secret_keys. Their keys keep working, but cannot be shown again."
         )
 
 
 def _print_waiting(waiting: list[WaitingHold]) -> None:
-    out.print(f"{len(waiting)} holds wait for evidence, or were given up; together at most {roubles(sum_of(waiting))} roubles:")
+    out.print(f"{len(waiting)} holds of unknown cost, together at most {roubles(sum_of(waiting))} roubles:")
     for hold in waiting:
         out.print(
             f"  user {hold.account_id}  {hold.created_at:%Y-%m-%d %H:%M}  {hold.state}  at most {roubles(hold.amount)} roubles  "
-            f"{hold.model}  {hold.generation_id or 'no name'}  request {hold.request_id}",
+            f"{hold.model}  {hold.generation_id or 'no generation id'}  request {hold.request_id}",
             highlight=False,
             markup=False,
         )

@@ -1,6 +1,6 @@
-"""The two files that settings stand in: `config.yaml`, and `gptutor.env` with what is secret or the machine's own.
+"""Reading the two settings files: `config.yaml`, and `gptutor.env` for secrets and what differs between machines.
 
-What they say is not judged here (`config.py`, `settings.py`), only whether it can be read, and only in one way.
+Only the syntax is checked here; names and values are checked in `load.py` against `schema.py`.
 """
 
 import re
@@ -13,33 +13,33 @@ from gptutor.config.schema import ConfigError
 
 ENV_FILE = "gptutor.env"
 ENV_LINE = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=([^\0]*)")
-FORM = "write NAME=value, such as PORT=3001, or begin the line with # for a comment"
+LINE_FORMAT = "write NAME=value, such as PORT=3001, or begin the line with # for a comment"
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """Name → value; nothing if there is no such file. Values may be secrets, and stand in no message. Raises ConfigError."""
+    """Name → value; empty if there is no such file. Values may be secrets and appear in no message. Raises ConfigError."""
     try:
         lines = path.read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise ConfigError(
-            f"{ENV_FILE} cannot be read: {error.strerror}. Run this as the user whom it belongs to, or give it to this one."
+            f"{ENV_FILE} cannot be read: {error.strerror}. Run this as the owner of the file, or make this user the owner."
         ) from error
     values = {}
-    for number, written in enumerate(lines, 1):
+    for number, encoded in enumerate(lines, 1):
         try:
-            line = written.decode().strip()
+            line = encoded.decode().strip()
         except UnicodeDecodeError:
-            raise ConfigError(f"{ENV_FILE}, line {number}, is not UTF-8: write it anew in that encoding.") from None
+            raise ConfigError(f"{ENV_FILE}, line {number}, is not UTF-8: save the file in UTF-8.") from None
         if not line or line.startswith(("#", ";")):
             continue
         found = ENV_LINE.fullmatch(line)
         if found is None:
-            raise ConfigError(f"{ENV_FILE}, line {number}, is not a setting: {FORM}.")
+            raise ConfigError(f"{ENV_FILE}, line {number}, is not a setting: {LINE_FORMAT}.")
         value = _unquoted(found[2].strip())
         if value.startswith(("$(", "`")):
-            raise ConfigError(f"{ENV_FILE}, line {number}: no command is run here; write what it prints in the place of it.")
+            raise ConfigError(f"{ENV_FILE}, line {number}: commands are not run; write the value itself.")
         values[found[1]] = value
     return values
 
@@ -48,12 +48,12 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'" else value
 
 
-class _SetTwice(Exception):
+class _DuplicateName(Exception):
     pass
 
 
 class _Loader(yaml.BaseLoader):
-    """Keeps every scalar as the text that the operator wrote, and takes no name twice: YAML's own loader keeps the last one."""
+    """Leaves every scalar as text, and rejects duplicate names, of which YAML's own loader takes the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep=deep)
@@ -61,32 +61,32 @@ class _Loader(yaml.BaseLoader):
         for key, _ in node.value:
             name = self.construct_object(key)
             if name in names:
-                raise _SetTwice(f"{name} in line {key.start_mark.line + 1} for the second time")
+                raise _DuplicateName(f"{name} a second time in line {key.start_mark.line + 1}")
             names.add(name)
         return mapping
 
 
 def read_settings(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Section → key → text; and for a section and a `section.key`, the words that name its place. Raises ConfigError."""
+    """Section → key → text; and for each `section` and `section.key`, where it is set, for messages. Raises ConfigError."""
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # noqa: S506 - it makes nothing but text
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}  # noqa: S506 - a BaseLoader makes nothing but text
     except OSError as error:
         raise ConfigError(f"The settings file {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"The settings file {path} is not UTF-8.") from error
     except RecursionError as error:
         raise ConfigError(f"The settings file {path} is nested too deeply.") from error
-    except _SetTwice as error:
+    except _DuplicateName as error:
         raise ConfigError(f"The settings file {path} names {error}.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"The settings file {path} is not valid YAML: {error}") from error
-    form = "must hold sections of `name: value` lines, as the shipped config.yaml does"
+    structure = "must consist of sections with `name: value` lines, as the shipped config.yaml does"
     if not isinstance(document, dict):
-        raise ConfigError(f"The settings file {path} {form}.")
+        raise ConfigError(f"The settings file {path} {structure}.")
     settings, origin = {}, {}
     for section, keys in document.items():
         if keys and not isinstance(keys, dict):
-            raise ConfigError(f"The settings file {path} {form}: {section} is none.")
+            raise ConfigError(f"The settings file {path} {structure}: {section} is not a section.")
         settings[section] = dict(keys or {})
         origin[section] = f"{path}: {section}"
         origin |= {f"{section}.{key}": f"{path}: {section}.{key}" for key in settings[section]}

@@ -1,7 +1,7 @@
-"""Reading the settings: `config.yaml`, overridden by `gptutor.env`, overridden by the environment, becomes one frozen `Config`.
+"""`load()`: the settings of `config.yaml`, overridden by `gptutor.env`, overridden by the environment, as one frozen `Config`.
 
-Every scalar of the file is read as text and converted by its declared type (`settings.py`), so the files and the environment
-follow one rule, and an exact decimal never passes through a float.
+Every value is read as text and converted to the type that `schema.py` declares, so the same rules hold for the files and the
+environment, and an exact decimal never passes through a float.
 """
 
 import os
@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 from gptutor.config.files import ENV_FILE, read_env_file, read_settings
-from gptutor.config.messages import sentence
+from gptutor.config.messages import error_sentence
 from gptutor.config.schema import Config, ConfigError, OpenRouterSettings
 from gptutor.config.urls import is_address
 
-# Contract F8: names without the GPTUTOR_<SECTION>__ form.
+# Contract F8: the variables that are not named GPTUTOR_<SECTION>__<KEY>.
 SHORT_NAMES = {
     "HOST": "server.host",
     "PORT": "server.port",
@@ -28,46 +28,46 @@ SHORT_NAMES = {
     "GPTUTOR_WORKERS": "server.workers",
     "GPTUTOR_SECRET_KEY": "security.secret_key",
 }
-CONFIG_PATH_NAME = "GPTUTOR_CONFIG"
+CONFIG_PATH_VARIABLE = "GPTUTOR_CONFIG"
 DEFAULT_FILE = Path(__file__).parent.parent / "config.yaml"
 
 
 def load(environ: Mapping[str, str] | None = None) -> Config:
-    """The settings of this process, with those of the `gptutor.env` of its folder; or those of `environ`, and no such file.
+    """The settings of this process. With `environ`, that takes the place of the environment and of `gptutor.env`.
 
-    Read anew at every call: what was changed in the files since is taken. Raises ConfigError.
+    Every call reads the files again. Raises ConfigError.
     """
     if environ is None:
-        own: Mapping[str, str] = os.environ
-        file = read_env_file(Path(own.get(CONFIG_PATH_NAME, "")).parent / ENV_FILE)
+        environment: Mapping[str, str] = os.environ
+        env_file = read_env_file(Path(environment.get(CONFIG_PATH_VARIABLE, "")).parent / ENV_FILE)
     else:
-        own, file = environ, {}
-    _refuse_what_is_no_text(own)
-    named = own.get(CONFIG_PATH_NAME) or file.get(CONFIG_PATH_NAME)
+        environment, env_file = environ, {}
+    _require_utf8(environment)
+    named = environment.get(CONFIG_PATH_VARIABLE) or env_file.get(CONFIG_PATH_VARIABLE)
     path = Path(named) if named else Path("config.yaml")
     if not named and not path.exists():
         path = DEFAULT_FILE
     settings, origin = read_settings(path)
-    for source, where in ((file, f" in {ENV_FILE}"), (own, "")):
-        for name, dotted in _ours(source, where).items():
+    for variables, where in ((env_file, f" in {ENV_FILE}"), (environment, "")):
+        for name, dotted in _settings_of(variables, where).items():
             section, _, key = dotted.partition(".")
             if section not in settings:
                 settings[section], origin[section] = {}, name + where
-            settings[section][key], origin[dotted] = source[name], name + where
+            settings[section][key], origin[dotted] = variables[name], name + where
     try:
         config = msgspec.convert(settings, Config, strict=False, dec_hook=lambda kind, text: kind(text))
     except msgspec.ValidationError as error:
-        raise ConfigError(sentence(str(error), settings, origin, str(path))) from error
+        raise ConfigError(error_sentence(str(error), settings, origin, str(path))) from error
     if not config.openrouter.proxy and not config.simulated:
-        proxy = _environments_proxy(config.openrouter, own, file)
+        proxy = _proxy_from_environment(config.openrouter, environment, env_file)
         config = msgspec.structs.replace(config, openrouter=msgspec.structs.replace(config.openrouter, proxy=proxy))
     if config.simulated and "openrouter.base_url" in origin and config.openrouter.base_url != OpenRouterSettings().base_url:
         raise ConfigError("OPENROUTER_BASE_URL is set, but OPENROUTER_API_KEY is not: set both, or neither for the simulator.")
     return config
 
 
-def _refuse_what_is_no_text(environ: Mapping[str, str]) -> None:
-    """A byte that is not UTF-8 comes as half a character, which nothing can print."""
+def _require_utf8(environ: Mapping[str, str]) -> None:
+    """Python decodes an invalid byte to a lone surrogate, which no message or log could print. Raises ConfigError."""
     for name, value in environ.items():
         try:
             (name + value).encode()
@@ -76,24 +76,24 @@ def _refuse_what_is_no_text(environ: Mapping[str, str]) -> None:
                 raise ConfigError(f"{name.encode(errors='replace').decode()} is not UTF-8.") from None
 
 
-def _environments_proxy(openrouter: OpenRouterSettings, own: Mapping[str, str], file: Mapping[str, str]) -> str:
-    """What HTTPS_PROXY says, if it is meant for OpenRouterSettings. Raises ConfigError."""
+def _proxy_from_environment(openrouter: OpenRouterSettings, environment: Mapping[str, str], env_file: Mapping[str, str]) -> str:
+    """HTTPS_PROXY, unless NO_PROXY exempts OpenRouter's host. Raises ConfigError."""
     url = urlsplit(openrouter.base_url)
-    exempt, _ = _in_either_case("NO_PROXY", own, file)
+    exempt, _ = _in_either_case("NO_PROXY", environment, env_file)
     if url.scheme != "https" or _is_exempt(url.hostname or "", exempt):
         return ""
-    proxy, where = _in_either_case("HTTPS_PROXY", own, file)
+    proxy, where = _in_either_case("HTTPS_PROXY", environment, env_file)
     proxy = proxy if "://" in proxy or not proxy else f"http://{proxy}"
     if proxy and not is_address(proxy, with_path=False):
         raise ConfigError(f"HTTPS_PROXY{where} must be an address such as http://host:3128.")
     return proxy
 
 
-def _in_either_case(name: str, own: Mapping[str, str], file: Mapping[str, str]) -> tuple[str, str]:
-    """The value, and where it stands if not in the environment. One that is there and empty hides the file's."""
-    for source, where in ((own, ""), (file, f" in {ENV_FILE}")):
-        if name in source or name.lower() in source:
-            return source.get(name) or source.get(name.lower()) or "", where
+def _in_either_case(name: str, environment: Mapping[str, str], env_file: Mapping[str, str]) -> tuple[str, str]:
+    """The value of NAME or name, and for messages where it is set. An empty variable hides the file's."""
+    for variables, where in ((environment, ""), (env_file, f" in {ENV_FILE}")):
+        if name in variables or name.lower() in variables:
+            return variables.get(name) or variables.get(name.lower()) or "", where
     return "", ""
 
 
@@ -102,11 +102,11 @@ def _is_exempt(host: str, exempt: str) -> bool:
     return any(name in ("*", host) or host.endswith(f".{name}") for name in names if name)
 
 
-def _ours(source: Mapping[str, str], where: str) -> dict[str, str]:
-    """Name → dotted setting, for every variable that is ours."""
-    names = {name: dotted for name, dotted in SHORT_NAMES.items() if name in source}
-    for name in source:
-        if name.startswith("GPTUTOR_") and name not in SHORT_NAMES and name != CONFIG_PATH_NAME:
+def _settings_of(variables: Mapping[str, str], where: str) -> dict[str, str]:
+    """Variable → `section.key`, for every variable that names a setting. Raises ConfigError."""
+    names = {name: dotted for name, dotted in SHORT_NAMES.items() if name in variables}
+    for name in variables:
+        if name.startswith("GPTUTOR_") and name not in SHORT_NAMES and name != CONFIG_PATH_VARIABLE:
             section, separator, key = name.removeprefix("GPTUTOR_").lower().partition("__")
             if not separator:
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""An operator's sentence for a setting that cannot be: what it must be, in his words, instead of the converter's."""
+"""Errors of settings, in the operator's words instead of the converter's: which setting is wrong, and what it must be."""
 
 import re
 import types
@@ -24,20 +24,24 @@ SECRETS = frozenset(
         "database.url",
     }
 )
-"""Settings whose values are never shown."""
-KINDS: Mapping[Any, str] = types.MappingProxyType(
+"""Settings whose values appear in no message."""
+TYPE_NAMES: Mapping[Any, str] = types.MappingProxyType(
     {int: "a whole number", float: "a number", Decimal: "a number such as 92.5", bool: "true or false"}
 )
-UNKNOWN = re.compile(r"unknown field `(.*)`")
-# All but a range, which msgspec tells well enough.
-NOT_OF_ITS_KIND = re.compile(r"Expected `\w+`, got |Expected `str` matching |Invalid (enum value|decimal)")
+UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`")
+# Every error but a value out of range, for which msgspec's own words are clear enough.
+WRONG_TYPE = re.compile(r"Expected `\w+`, got |Expected `str` matching |Invalid (enum value|decimal)")
 
 
-def sentence(fault: str, settings: Mapping[str, Mapping[str, Any]], origin: Mapping[str, str], path: str) -> str:
-    """From msgspec's fault, which ends in the place: ``… - at `$.server.port` ``."""
-    what, _, place = fault.partition(" - at ")
+def error_sentence(error: str, settings: Mapping[str, Mapping[str, Any]], origin: Mapping[str, str], path: str) -> str:
+    """A sentence for a msgspec error, which ends in the place of the fault: ``… - at `$.server.port` ``.
+
+    `settings` are the values by section and key; `origin` names for `section.key` the variable or the line that set it; `path` is
+    the settings file.
+    """
+    what, _, place = error.partition(" - at ")
     dotted = place.strip("`").removeprefix("$").lstrip(".")
-    if unknown := UNKNOWN.search(what):
+    if unknown := UNKNOWN_FIELD.search(what):
         dotted = f"{dotted}.{unknown[1]}" if dotted else unknown[1]
         return f"{origin.get(dotted, f'{path}: {dotted}')} is not a setting. The settings are listed in the shipped config.yaml."
     section, _, key = dotted.partition(".")
@@ -45,20 +49,20 @@ def sentence(fault: str, settings: Mapping[str, Mapping[str, Any]], origin: Mapp
         dotted, _, allowed = what.partition(" must be ")
         return f"{origin.get(dotted, dotted)} must be {allowed}."
     name = origin.get(dotted, dotted)
-    shown = "" if dotted in SECRETS else f" (it is {settings.get(section, {}).get(key, '')!r})"
-    if NOT_OF_ITS_KIND.match(what):
-        return f"{name} must be {_kind(section, key)}{shown}."
-    return f"{name} is wrong{shown}: {what[:1].lower()}{what[1:]}."
+    value = "" if dotted in SECRETS else f" (it is {settings.get(section, {}).get(key, '')!r})"
+    if WRONG_TYPE.match(what):
+        return f"{name} must be {_expected(section, key)}{value}."
+    return f"{name} is wrong{value}: {what[:1].lower()}{what[1:]}."
 
 
-def _kind(section: str, key: str) -> str:
-    """What a setting must be, by its declaration."""
+def _expected(section: str, key: str) -> str:
+    """What a setting must be, by its declaration in the schema."""
     sections = {field.name: field.type for field in msgspec.structs.fields(Config)}
     declared = {field.name: field.type for field in msgspec.structs.fields(sections[section])}.get(key)
     if get_origin(declared) is Annotated:
-        declared, *said = get_args(declared)
-        if described := next((meta.description for meta in said if meta.description), None):
-            return str(described)
+        declared, *metadata = get_args(declared)
+        if description := next((meta.description for meta in metadata if meta.description), None):
+            return str(description)
     if get_origin(declared) is Literal:
         return f"one of {', '.join(get_args(declared))}"
-    return KINDS.get(declared, "a text")
+    return TYPE_NAMES.get(declared, "a text")

@@ -1,7 +1,7 @@
 """The settings: their names, types, ranges and defaults, as one frozen `Config`.
 
-What each means, with unit and reason, is written in `config.yaml`; how they are read, in `config.py`. The description of a type
-completes the sentence "<setting> must be …".
+`config.yaml` documents each, with its unit and reason; `load.py` reads them. A type's description completes the sentence
+"<setting> must be …".
 """
 
 import ipaddress
@@ -24,16 +24,16 @@ HeaderText = Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z", description="prin
 BaseUrl = Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z", description="an address such as https://host/path")]
 ReturnUrl = Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z", description="an address such as https://example.com/paid")]
 
-NAMED_FORM = r"(?:(?P<name>[a-z][a-z0-9_-]{0,31}):)?(?P<secret>[!-9;-~]{32,256})"
+ADMIN_CREDENTIAL = r"(?:(?P<name>[a-z][a-z0-9_-]{0,31}):)?(?P<secret>[!-9;-~]{32,256})"
 
 
 class ConfigError(Exception):
-    """A setting is unknown, impossible or missing; the text is a sentence for the operator."""
+    """A setting is unknown, invalid or missing; the text is a sentence for the operator."""
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} settings>"  # values may be secrets, and a repr ends up in logs
+        return f"<{type(self).__name__}>"  # values may be secrets, and a repr can end up in a log
 
 
 class ServerSettings(Section, frozen=True):
@@ -91,27 +91,27 @@ class AdminSettings(Section, frozen=True):
 
     def __post_init__(self) -> None:
         if self.socket and self.port:
-            raise ValueError("admin.socket and admin.port must be set one without the other: there is one listener")
+            raise ValueError("admin.socket and admin.port must be set one without the other: there is a single listener")
         if (self.socket or self.port) and not self.token.strip():
-            raise ValueError("admin.token must be set: the administrator's listener opens to nobody without one")
-        forms = [re.fullmatch(NAMED_FORM, text) for text in self.token.split()]
-        if not all(forms):
+            raise ValueError("admin.token must be set if admin.socket or admin.port is set")
+        matches = [re.fullmatch(ADMIN_CREDENTIAL, text) for text in self.token.split()]
+        if not all(matches):
             raise ValueError(
                 "admin.token must be tokens of at least 32 characters (openssl rand -hex 32), each alone or as name:token, "
                 "where a name is made of small Latin letters, digits, - and _"
             )
-        if len(self.tokens) < len(forms):
-            raise ValueError("admin.token must be tokens with a name each, if there are several")
+        if len(self.tokens) < len(matches):
+            raise ValueError("admin.token must be tokens with different names, if there are several")
 
     @property
-    def is_open(self) -> bool:
+    def is_enabled(self) -> bool:
         return bool(self.socket or self.port)
 
     @property
     def tokens(self) -> dict[str, str]:
         """By name; a token without one is called `admin`."""
-        forms = [re.fullmatch(NAMED_FORM, text) for text in self.token.split()]
-        return {form["name"] or "admin": form["secret"] for form in forms if form}
+        matches = [re.fullmatch(ADMIN_CREDENTIAL, text) for text in self.token.split()]
+        return {match["name"] or "admin": match["secret"] for match in matches if match}
 
 
 class DatabaseSettings(Section, frozen=True):
@@ -168,26 +168,26 @@ class BillingSettings(Section, frozen=True):
     image_tokens: Count = 8192
     paid_tool_usd: Decimal = Decimal("0.05")
     cache_write_factor: Decimal = Decimal(2)
-    hurry_factor: Decimal = Decimal(2)
+    priority_tier_factor: Decimal = Decimal(2)
 
     def __post_init__(self) -> None:
-        # msgspec has no ranges for Decimal, so they stand here.
+        # msgspec has no ranges for Decimal.
         _check_decimal("rub_per_usd", self.rub_per_usd, Decimal("0.0001"), Decimal(100_000))
         _check_decimal("balance_min_rub", self.balance_min_rub, Decimal(0), Decimal(1_000_000))
         _check_decimal("margin", self.margin, Decimal(1), Decimal(10))
         _check_decimal("hold_default_rub", self.hold_default_rub, Decimal("0.01"), Decimal(1_000_000))
         _check_decimal("paid_tool_usd", self.paid_tool_usd, Decimal(0), Decimal(1000))
         _check_decimal("cache_write_factor", self.cache_write_factor, Decimal(1), Decimal(10))
-        _check_decimal("hurry_factor", self.hurry_factor, Decimal(1), Decimal(10))
+        _check_decimal("priority_tier_factor", self.priority_tier_factor, Decimal(1), Decimal(10))
 
 
 class RateLimitSettings(Section, frozen=True):
     chat_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
-    chat_at_once: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 200
+    chat_concurrent_max: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 200
     models_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
     sign_ins_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
-    strangers_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
-    own_pages_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
+    unauthenticated_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
+    account_pages_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
     notifications_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
 
 
@@ -201,10 +201,10 @@ class RelaySettings(Section, frozen=True):
 
 class RecoverySettings(Section, frozen=True):
     poll_s: Seconds = 1
-    look_max_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 600
+    lookup_interval_max_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 600
     give_up_s: Annotated[float, msgspec.Meta(gt=0, le=30 * 86_400)] = 86_400
     journal_bytes_max: Annotated[int, msgspec.Meta(ge=1 << 20)] = 1 << 30
-    watch_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 30
+    audit_interval_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 30
 
 
 class SecuritySettings(Section, frozen=True):
@@ -233,7 +233,7 @@ class YookassaSettings(Section, frozen=True):
     payment_max_rub: Decimal = Decimal(100_000)
     base_url: BaseUrl = "https://api.yookassa.ru/v3"
     timeout_s: Seconds = 10
-    at_once: Count = 8
+    concurrent_max: Count = 8
 
     def __post_init__(self) -> None:
         given = [bool(text) for text in (self.shop_id, self.secret_key, self.return_url)]
@@ -289,5 +289,5 @@ class Config(Section, frozen=True):
 
     @property
     def simulated(self) -> bool:
-        """Whether the built-in simulator stands in for OpenRouterSettings (contract F9)."""
+        """Whether the built-in simulator is used in place of OpenRouter (contract F9)."""
         return not self.openrouter.api_key

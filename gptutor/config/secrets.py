@@ -1,4 +1,4 @@
-"""The secrets of an installation: 32 bytes each, from the settings, or made once and kept beside the embedded database."""
+"""The secrets of an installation: 32 bytes each, from the settings, or generated once and stored in `paths.data`."""
 
 import base64
 import binascii
@@ -13,30 +13,30 @@ KEY_BYTES = 32
 
 
 def secret_keys(config: Config) -> list[bytes]:
-    """The secret of today, and those before it, which still open what was sealed with them. Raises ConfigError."""
-    old = [_decoded(text, "security.old_secret_keys") for text in config.security.old_secret_keys.split()]
+    """The current secret, then the old ones, which only decrypt. Raises ConfigError."""
+    old = [_decode(text, "security.old_secret_keys") for text in config.security.old_secret_keys.split()]
     return [secret_key(config), *old]
 
 
 def secret_key(config: Config) -> bytes:
-    """The secret from which all others of this installation derive.
+    """The current secret, from which all other keys of this installation are derived.
 
-    With the embedded database it is made on first use and kept in `paths.data`. Raises ConfigError where an own database is
-    configured without a key: a key on one machine's disk would not survive a second machine.
+    With the embedded database the secret is generated on first use and stored in `paths.data`. Raises ConfigError if DATABASE_URL
+    is set and the secret is not: a secret generated on one machine would be missing on the next one.
     """
     text = config.security.secret_key
     if not text:
         if not config.embedded:
             raise ConfigError(
-                "GPTUTOR_SECRET_KEY is missing: with a database of your own it must be set, the same on every "
-                "machine. Make one with: openssl rand -base64 32"
+                "GPTUTOR_SECRET_KEY is missing: with DATABASE_URL it must be set, the same on every machine. "
+                "Make one with: openssl rand -base64 32"
             )
-        kept = config.paths.data / "secret-key"
-        text = kept_secret(kept, lambda: base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode())
-    return _decoded(text, "GPTUTOR_SECRET_KEY")
+        path = config.paths.data / "secret-key"
+        text = read_or_create_secret(path, lambda: base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode())
+    return _decode(text, "GPTUTOR_SECRET_KEY")
 
 
-def _decoded(text: str, name: str) -> bytes:
+def _decode(text: str, name: str) -> bytes:
     try:
         key = base64.b64decode(text, validate=True)
     except binascii.Error:
@@ -46,8 +46,8 @@ def _decoded(text: str, name: str) -> bytes:
     return key
 
 
-def kept_secret(path: Path, make: Callable[[], str]) -> str:
-    """The text kept in `path`, made by `make()` on first use; readable by its owner alone."""
+def read_or_create_secret(path: Path, make: Callable[[], str]) -> str:
+    """The text in the file `path`, which `make()` provides if there is no such file. Only the owner may read the file."""
     try:
         return path.read_text().strip()
     except FileNotFoundError:

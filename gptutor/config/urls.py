@@ -1,4 +1,4 @@
-"""Whether what an operator writes is an address: of PostgreSQL, or of HTTP. No I/O."""
+"""Checks of the addresses in settings: URLs of PostgreSQL and of HTTP. No I/O."""
 
 import re
 from urllib.parse import parse_qsl, urlsplit
@@ -7,10 +7,10 @@ DATABASE_HOST = re.compile(r"/.*|(?:\[[0-9A-Fa-f:.]+\]|[^/\[\]:@\s]+)(?::([^:]*)
 
 
 def is_database(url: str) -> bool:
-    """Whether a URL of PostgreSQL is one by asyncpg's reading, in which several hosts may stand, or none.
+    """Whether asyncpg reads the text as a URL of PostgreSQL, with one host, several or none.
 
-    A password with characters that mean something else moves the rest of the URL into a port, a path or a query: what could only
-    have come there so is refused, before it is taken for the name of a host and printed.
+    An unescaped special character in a password moves the rest of the URL into the port, the path or the query. Such URLs are
+    rejected here, before a part of the password is taken for a host name and printed.
     """
     try:
         parts = urlsplit(url)
@@ -18,21 +18,21 @@ def is_database(url: str) -> bool:
     except ValueError:
         return False
     _, _, hosts = parts.netloc.rpartition("@")
-    named = [DATABASE_HOST.fullmatch(host) for some in (hosts, more.get("host")) if some for host in some.split(",")]
-    ports = [host[1] for host in named if host and host[1] is not None] + more.get("port", "1").split(",")
+    matches = [DATABASE_HOST.fullmatch(host) for some in (hosts, more.get("host")) if some for host in some.split(",")]
+    ports = [match[1] for match in matches if match and match[1] is not None] + more.get("port", "1").split(",")
     return (
         url.lower().startswith(("postgresql://", "postgres://"))
         and parts.netloc.count("@") <= 1
-        and all(named)
+        and all(matches)
         and all(re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65_535 for port in ports)
         and not re.search(r"[@\[\]\s]", parts.path + parts.query)
         and not parts.fragment
-        and not re.search(r"[\t\r\n]|\s\Z", url)  # urlsplit would leave them out
+        and not re.search(r"[\t\r\n]|\s\Z", url)  # urlsplit would drop these
     )
 
 
 def is_address(url: str, *, with_path: bool) -> bool:
-    """Whether a URL of http or https names a host, a possible port, and no more than a path."""
+    """Whether the text is a URL of http or https with a host, perhaps a port, and nothing but a path after them."""
     try:
         parts = urlsplit(url)
         port = parts.port

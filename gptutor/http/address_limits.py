@@ -1,135 +1,145 @@
-"""Limits for those who have no account yet: requests per minute and address, kept in the memory of each process (contract A8).
+"""Rate limits per client address, in the memory of each process, for clients without an account (contract A8).
 
-They hold off whoever guesses keys, signs in over and over, or reads the model list all day, before any SQL. Whoever has a key is
-limited by his account, exactly and everywhere; see `sql/migrations`, `take_holds`.
+They stop clients that guess keys, sign in over and over or poll the model list, before any SQL runs. A client with a key is
+limited by its account, exactly and across processes, by the hold statement (`sql/migrations`, `take_holds`).
 
-The address is the connection's own, unless that is a trusted proxy's: then it is the last in X-Forwarded-For that is not one.
+The address is the connection's own, unless the connection comes from a trusted proxy: then the address is the last one in
+X-Forwarded-For that is not a trusted proxy's.
 """
 
 import ipaddress
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
+from aiohttp.typedefs import Handler, Middleware
 
 from gptutor.errors import ApiError
-from gptutor.http.middlewares import Handler
+from gptutor.http.authorization import credential_hash
 from gptutor.http.rate_limit import MINUTE_S, RateLimit
-from gptutor.integrations.vk import ExpiredLaunch
+from gptutor.http.routing import Limit, route_of
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 ADDRESSES_MAX = 100_000
-"""Beyond so many addresses in one minute, all further ones share a count."""
-NEIGHBOURS_BITS = 64
-"""An IPv6 caller has a whole network of addresses: they count as one."""
+"""Bounds the memory: above so many addresses in one minute, all further ones share one count."""
+IPV6_PREFIX_BITS = 64
+"""An IPv6 client owns a whole network of addresses, which is counted as one address."""
 
 
 @dataclass(slots=True)
 class RequestCounter:
-    """Events of this minute, by address. `per_minute` 0 is no limit."""
+    """Requests of this minute by key, such as an address. `per_minute` 0: no limit."""
 
     per_minute: int
     _minute: int = 0
     _counts: dict[str, int] = field(default_factory=dict)
 
     @property
-    def has_any(self) -> bool:
-        """Whether anything was counted in this minute; mostly not, and then nobody's address need be found out."""
-        return bool(self._counts_now())
+    def is_empty(self) -> bool:
+        """Whether nothing was counted in this minute. Mostly so, and then no address need be determined."""
+        return not (self._counts and self._current_counts())
 
-    def is_used_up(self, address: str) -> bool:
-        """Nobody's address, behind a trusted proxy that does not tell, has no count."""
-        return bool(self.per_minute and address) and self._counts_now().get(self._name(address), 0) >= self.per_minute
+    def is_used_up(self, key: str) -> bool:
+        """The empty key, for an unknown address, is never limited."""
+        return bool(self.per_minute and key) and self._current_counts().get(self._bounded(key), 0) >= self.per_minute
 
-    def add(self, address: str) -> None:
-        counts, name = self._counts_now(), self._name(address)
-        counts[name] = counts.get(name, 0) + 1
+    def add(self, key: str) -> None:
+        counts, key = self._current_counts(), self._bounded(key)
+        counts[key] = counts.get(key, 0) + 1
 
-    def _counts_now(self) -> dict[str, int]:
+    def _current_counts(self) -> dict[str, int]:
         minute = int(time.time()) // MINUTE_S
         if minute != self._minute:
             self._minute, self._counts = minute, {}
         return self._counts
 
-    def _name(self, address: str) -> str:
-        return address if len(self._counts) < ADDRESSES_MAX or address in self._counts else "others"
+    def _bounded(self, key: str) -> str:
+        return key if len(self._counts) < ADDRESSES_MAX or key in self._counts else "others"
 
 
 def limit_by_address(
-    arrivals: Mapping[Any, RequestCounter], strangers: RequestCounter, guarded: Collection[Any], proxies: Sequence[Network]
+    counters: Mapping[Limit, RequestCounter],
+    unauthenticated: RequestCounter,
+    *,
+    trusted_proxies: Sequence[Network],
+    not_counted: tuple[type[Exception], ...] = (),
 ) -> Middleware:
-    """Counts every request of the handlers in `arrivals`, and those of `guarded` handlers that had no good key."""
+    """Counts requests by the limit of their route, if it is one of `counters`, and failed authentication by `unauthenticated`.
 
-    known = RecentCredentials()
+    Failures whose cause is one of `not_counted` are no attempts to guess a credential. Once an address has used up
+    `unauthenticated`, only credentials that were accepted recently pass.
+    """
+    accepted = RecentCredentials()
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        called = request.match_info.handler
-        if (arriving := arrivals.get(called)) is not None:
-            address = client_address(request, proxies)
-            if arriving.is_used_up(address):
-                raise RateLimit(arriving.per_minute).refusal()
-            arriving.add(address)
-        if called not in guarded:
+        route = route_of(request)
+        if route is None:
             return await handler(request)
-        key = credential_hash(request)
-        if strangers.has_any and key not in known and strangers.is_used_up(client_address(request, proxies)):
-            raise RateLimit(strangers.per_minute).refusal()
+        if route.limit is not None and (counter := counters.get(route.limit)) is not None:
+            address = client_address(request, trusted_proxies)
+            if counter.is_used_up(address):
+                raise RateLimit(counter.per_minute).error()
+            counter.add(address)
+        if route.access == "public":
+            return await handler(request)
+        credential = credential_hash(request)
+        if (
+            not unauthenticated.is_empty
+            and credential not in accepted
+            and unauthenticated.is_used_up(client_address(request, trusted_proxies))
+        ):
+            raise RateLimit(unauthenticated.per_minute).error()
         try:
             response = await handler(request)
-        except ApiError as refusal:
-            if refusal.code == "invalid_key" and not isinstance(refusal.__cause__, ExpiredLaunch):
-                strangers.add(client_address(request, proxies))
+        except ApiError as error:
+            if error.code == "invalid_key" and not isinstance(error.__cause__, not_counted):
+                unauthenticated.add(client_address(request, trusted_proxies))
             raise
-        known.add(key)
+        accepted.add(credential)
         return response
 
     return middleware
 
 
 class RecentCredentials:
-    """Credentials that were good a while ago: where strangers are held off, their neighbours with a key are not.
+    """Hashes of credentials that were accepted recently, so that a client with a key is not limited by its address.
 
-    It opens nothing: whether a key is good is asked of the database each time.
+    Being in here authenticates nobody: the database checks each request.
     """
 
     def __init__(self) -> None:
-        self._young: set[int] = set()
-        self._old: set[int] = set()
+        self._newer: set[int] = set()
+        self._older: set[int] = set()
 
-    def add(self, key: int) -> None:
-        if len(self._young) >= ADDRESSES_MAX:
-            self._old, self._young = self._young, set()
-        self._young.add(key)
+    def add(self, credential: int) -> None:
+        if credential in self._newer:
+            return
+        if len(self._newer) >= ADDRESSES_MAX:
+            self._older, self._newer = self._newer, set()
+        self._newer.add(credential)
 
-    def __contains__(self, key: int) -> bool:
-        return key in self._young or key in self._old
-
-
-def credential_hash(request: web.Request) -> int:
-    """A number for what stands in Authorization, by a hash of this process, from which nobody learns it."""
-    return hash(request.headers.get("Authorization", ""))
+    def __contains__(self, credential: int) -> bool:
+        return credential in self._newer or credential in self._older
 
 
-def client_address(request: web.Request, proxies: Sequence[Network]) -> str:
-    """The caller's; empty where only trusted proxies are known, and none of them says for whom it asks."""
+def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> str:
+    """Empty if unknown: the connection is a trusted proxy's, and X-Forwarded-For names no other address."""
     hops = [request.remote or "", *reversed(",".join(request.headers.getall("X-Forwarded-For", [])).split(","))]
     for hop in hops:
         try:
             parsed = ipaddress.ip_address(hop.strip())
         except ValueError:
-            break  # what a trusted proxy did not write says nothing
+            break  # no trusted proxy wrote this entry, so neither it nor the earlier ones can be believed
         parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-        if not any(parsed in network for network in proxies):
+        if not any(parsed in network for network in trusted_proxies):
             if isinstance(parsed, ipaddress.IPv6Address):
-                return str(ipaddress.ip_network((parsed, NEIGHBOURS_BITS), strict=False))
+                return str(ipaddress.ip_network((parsed, IPV6_PREFIX_BITS), strict=False))
             return str(parsed)
     return ""
 
 
-def networks(text: str) -> list[Network]:
+def parse_networks(text: str) -> list[Network]:
     """Addresses and networks, separated by spaces. Raises ValueError."""
     return [ipaddress.ip_network(name) for name in text.split()]

@@ -1,8 +1,8 @@
-"""The request's body: invited, counted and timed while it arrives.
+"""Reading a request's body, within limits of size and time.
 
-The limit of its declared length is in `middlewares.body_limit`, before anything is read. Here is the rest: a client that asks
-first (`Expect: 100-continue`) is invited only once his key has been found good, a body without a declared length is counted, and
-one that drips is not waited for.
+`middlewares.body_limit` rejects a declared length that is too large before anything is read. Here a body without a declared
+length is counted while it arrives, a slow one times out, and a client that sent `Expect: 100-continue` is told to go on only
+once its key has been accepted.
 """
 
 import asyncio
@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from aiohttp import HttpVersion11, StreamReader, web
 
 from gptutor.errors import ApiError
-from gptutor.http.error_response import error_response
-from gptutor.http.json_body import Form, parse_json_body
-
-WAITS_TO_BE_INVITED = web.RequestKey("awaits_continue", bool)
+from gptutor.http.app_keys import AWAITS_CONTINUE
+from gptutor.http.errors import error_response
+from gptutor.http.json_body import Body, parse_json_body
 
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """Bytes and seconds; the names are those of `config.yaml`, section `server`, without their `body_`."""
+    """Bytes; seconds between two reads; seconds in total."""
 
     bytes_max: int
     idle_s: float
@@ -30,36 +29,36 @@ SMALL_BODY_LIMITS = BodyLimits(64 * 1024, idle_s=10, total_s=30)
 
 
 async def defer_continue(request: web.Request) -> web.Response | None:
-    """Takes the place of aiohttp's answer to `Expect`, which comes before any check."""
+    """Handles `Expect` in place of aiohttp, which would send `100 Continue` before any middleware runs."""
     if request.headers["Expect"].lower() == "100-continue":
-        request[WAITS_TO_BE_INVITED] = request.version >= HttpVersion11  # HTTP/1.0 knows no answer before the answer
+        request[AWAITS_CONTINUE] = request.version >= HttpVersion11  # HTTP/1.0 has no interim responses
         return None
     return error_response(ApiError("expectation_failed"))
 
 
 def awaits_continue(request: web.Request) -> bool:
-    return "Expect" in request.headers and request.get(WAITS_TO_BE_INVITED) is True
+    return "Expect" in request.headers and request.get(AWAITS_CONTINUE) is True
 
 
 def require_json(request: web.Request) -> None:
-    """Raises ApiError for a body that says it is something else; one that says nothing is looked at."""
-    if request.content_type not in ("application/json", "application/octet-stream"):  # the latter stands for a missing header
+    """Raises ApiError if Content-Type names another type. A missing header is accepted."""
+    if request.content_type not in ("application/json", "application/octet-stream"):  # the latter is aiohttp's for a missing one
         raise ApiError("unsupported_media_type")
 
 
 async def read_body(request: web.Request, limits: BodyLimits) -> bytes:
     """The whole body. Raises ApiError."""
     if awaits_continue(request):
-        request[WAITS_TO_BE_INVITED] = False
+        request[AWAITS_CONTINUE] = False
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer itself has not begun
+        request.writer.output_size = 0  # of the response proper nothing has been written
     content = request.content
     try:
-        if content.is_eof():  # it came with the head, as nearly every body does: nothing to wait for
+        if content.is_eof():  # the body came with the headers, as nearly every body does
             body = content.read_nowait()
         else:
             async with asyncio.timeout(limits.total_s):
-                body = await _arriving(content, limits)
+                body = await _read_chunks(content, limits)
     except TimeoutError:
         raise ApiError("body_too_slow") from None
     except web.RequestPayloadError as error:
@@ -69,21 +68,22 @@ async def read_body(request: web.Request, limits: BodyLimits) -> bytes:
     return body
 
 
-async def _arriving(content: StreamReader, limits: BodyLimits) -> bytes:
-    pieces, size = [], 0
+async def _read_chunks(content: StreamReader, limits: BodyLimits) -> bytes:
+    """The body, or somewhat more than `bytes_max` of it. Raises TimeoutError."""
+    chunks, size = [], 0
     while size <= limits.bytes_max:
         async with asyncio.timeout(limits.idle_s):
-            piece = await content.readany()
-        if not piece:
+            chunk = await content.readany()
+        if not chunk:
             break
-        pieces.append(piece)
-        size += len(piece)
-    return b"".join(pieces)
+        chunks.append(chunk)
+        size += len(chunk)
+    return b"".join(chunks)
 
 
-async def read_json_body(request: web.Request, form: type[Form], limits: BodyLimits = SMALL_BODY_LIMITS) -> Form:
-    """A small body as `form`. Raises ApiError."""
+async def read_json_body(request: web.Request, struct: type[Body], limits: BodyLimits = SMALL_BODY_LIMITS) -> Body:
+    """A small JSON body, decoded as `struct`. Raises ApiError."""
     require_json(request)
     if request.content_length is not None and request.content_length > limits.bytes_max:
         raise ApiError("body_too_large", f"Request body is larger than {limits.bytes_max} bytes")
-    return parse_json_body(await read_body(request, limits), form)
+    return parse_json_body(await read_body(request, limits), struct)

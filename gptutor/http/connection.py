@@ -1,8 +1,8 @@
-"""A caller's connection, where the HTTP server leaves something open: how long a head may take, what malformed bytes are told.
+"""A client's connection: a timeout for the headers, error responses for malformed bytes, and a close that loses no request.
 
-Bytes that are not HTTP never reach the application, so they get their refusal here, in the same form as all others, and one line
-in the log, without a byte of what was sent. Pipelined requests need no bound of ours: the server parses at most 32 ahead, then
-stops reading.
+Bytes that are not HTTP never reach the application, so they get their error response here, in the same form as all others, and
+one log line, which quotes none of them. Pipelined requests need no limit of ours: aiohttp parses at most 32 ahead, then stops
+reading.
 """
 
 import asyncio
@@ -14,141 +14,153 @@ from typing import Any, Protocol
 from aiohttp import StreamReader, web
 
 from gptutor.errors import ApiError
-from gptutor.http.error_response import error_response
+from gptutor.http.errors import error_response
 from gptutor.telemetry.metrics import HEADER_TIMEOUTS, MALFORMED_REQUESTS
 
 LOGGER = logging.getLogger("gptutor.http_server")
-LOOK_S = 0.05
+SHUTDOWN_POLL_S = 0.05
 
 
 class WriteListener(Protocol):
-    """Whoever writes past the server, straight to the socket."""
+    """Writes to the socket directly, past aiohttp, and so needs the transport's flow control itself."""
 
-    def pause(self) -> None: ...
+    def pause(self) -> None:
+        """The write buffer is full."""
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """The write buffer has room again, or the connection is lost."""
 
 
 class ClientConnection(web.RequestHandler):
-    """`header_s` seconds are given for the whole head of a request, from its first byte, or from the connection's beginning.
+    """`header_s`: seconds for all headers of a request, from its first byte; of the first request, from the connection's start.
 
-    A peer who acknowledges nothing for `silent_s` seconds, whatever is being sent to him, is given up by the kernel.
+    `silent_s`: seconds after which the kernel drops a peer that acknowledges nothing of what is sent to it.
     """
 
-    __slots__ = ("_closes", "_follower", "_head_begun", "_header_s", "_impatience", "_newest", "_silent_s")
+    __slots__ = (
+        "_close_requested",
+        "_header_s",
+        "_header_timeout",
+        "_headers_arriving",
+        "_last_body",
+        "_silent_s",
+        "_write_listener",
+    )
 
     def __init__(self, manager: web.Server, *, header_s: float, silent_s: float, **limits: Any) -> None:
         super().__init__(manager, **limits)
         self._header_s = header_s
         self._silent_s = silent_s
-        self._impatience: asyncio.TimerHandle | None = None
-        self._follower: WriteListener | None = None
-        self._head_begun = False
-        self._newest: StreamReader | None = None
-        """The body of the last request whose head has come."""
-        self._closes = False
+        self._header_timeout: asyncio.TimerHandle | None = None
+        self._write_listener: WriteListener | None = None
+        self._headers_arriving = False
+        self._last_body: StreamReader | None = None
+        """The body of the last request whose headers are complete."""
+        self._close_requested = False
 
-    def follow(self, follower: "WriteListener | None") -> None:
-        """Tells `follower`, until another call, when the socket takes no more, and when it does again."""
-        self._follower = follower
-        if follower is not None and self.writing_paused:
-            follower.pause()
+    def set_write_listener(self, listener: WriteListener | None) -> None:
+        """Tells `listener` of a full write buffer, now and later; None ends that."""
+        self._write_listener = listener
+        if listener is not None and self.writing_paused:
+            listener.pause()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._follower is not None:
-            self._follower.pause()
+        if self._write_listener is not None:
+            self._write_listener.pause()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._follower is not None:
-            self._follower.resume()
+        if self._write_listener is not None:
+            self._write_listener.resume()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6) and hasattr(socket, "TCP_USER_TIMEOUT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._silent_s * 1000))
-        self._wait_for_head()
+        self._start_header_timeout()
 
     def data_received(self, data: bytes) -> None:
-        in_body, before = self._is_in_body, self._request_count
+        in_body, requests_before = self._is_in_body, self._request_count
         super().data_received(data)
-        if self._request_count > before:
-            self._head_begun = False
+        if self._request_count > requests_before:
+            self._headers_arriving = False
             if self._messages:
-                self._newest = self._messages[-1][1]
-            if self._impatience is not None:
-                self._impatience.cancel()
-                self._impatience = None
+                self._last_body = self._messages[-1][1]
+            if self._header_timeout is not None:
+                self._cancel_header_timeout()
         elif data and not in_body:
-            self._head_begun = True
-            if self._impatience is None and self._waits():
-                self._wait_for_head()
-        if self._closes and not self._is_arriving:
+            self._headers_arriving = True
+            if self._header_timeout is None and self._is_waiting_for_request():
+                self._start_header_timeout()
+        if self._close_requested and not self._is_receiving:
             super().close()
 
     def close(self) -> None:
-        """At the end of the service. From then on aiohttp hears nothing more: a request that is arriving comes in first."""
-        if self._is_arriving:
-            self._closes = True
+        """Called when the service stops. aiohttp reads nothing more from then on, so a request that is arriving is awaited."""
+        if self._is_receiving:
+            self._close_requested = True
         else:
             super().close()
 
     @property
-    def _is_arriving(self) -> bool:
-        """Whether a request has begun to come, and has not come wholly."""
-        return self._head_begun or self._is_in_body
+    def _is_receiving(self) -> bool:
+        """Whether a request has arrived in part."""
+        return self._headers_arriving or self._is_in_body
 
     @property
     def _is_in_body(self) -> bool:
-        """Whether what comes next belongs to a request whose head has come, and which nobody has answered without it."""
-        return self._newest is not None and not self._newest.is_eof() and self._newest.exception() is None
+        """Whether the next bytes belong to the body of a request whose headers are complete and that is not yet answered."""
+        return self._last_body is not None and not self._last_body.is_eof() and self._last_body.exception() is None
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:
-        """From here on aiohttp hears nothing more, so a request that is arriving is waited for, and answered."""
+        """aiohttp reads nothing more from here on, so a request that is arriving is awaited and answered first."""
         loop = asyncio.get_running_loop()
-        until = loop.time() + (timeout or 0)
-        while self.transport is not None and self._is_arriving and loop.time() < until:  # noqa: ASYNC110
-            await asyncio.sleep(LOOK_S)
+        deadline = loop.time() + (timeout or 0)
+        while self.transport is not None and self._is_receiving and loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(SHUTDOWN_POLL_S)
         await super().shutdown(timeout)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._impatience is not None:
-            self._impatience.cancel()
-            self._impatience = None
+        self._cancel_header_timeout()
         super().connection_lost(exc)
-        if self._follower is not None:
-            self._follower.resume()
+        if self._write_listener is not None:
+            self._write_listener.resume()
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """What the server itself has to say, in our form. `exc` and `message` quote the caller's bytes, keys included."""
+        """The server's own errors, in our form. `exc` and `message` quote the client's bytes, keys included: not used."""
         cause = type(exc).__name__
         if status == 400:
             MALFORMED_REQUESTS.inc()
-            refusal = ApiError("malformed_request", cause=cause)
+            error = ApiError("malformed_request", cause=cause)
         else:
-            refusal = ApiError("internal_error", cause=cause)
+            error = ApiError("internal_error", cause=cause)
         request_id = str(uuid.uuid4())
         LOGGER.warning("HTTP %d before any handler", status, extra={"type": "http", "cause": cause, "requestId": request_id})
         if request.writer.output_size > 0:
-            raise ConnectionError("An answer has begun")
-        response = error_response(refusal)
+            raise ConnectionError("The response has already begun")
+        response = error_response(error)
         response.headers["X-Request-ID"] = request_id
         response.force_close()
         return response
 
-    def _waits(self) -> bool:
-        """Whether the server waits for a request whose head is not complete."""
+    def _is_waiting_for_request(self) -> bool:
+        """Whether aiohttp waits for a request whose headers are not complete."""
         return self._waiter is not None and not self._waiter.done()
 
-    def _wait_for_head(self) -> None:
-        self._impatience = asyncio.get_running_loop().call_later(self._header_s, self._give_up)
+    def _start_header_timeout(self) -> None:
+        self._header_timeout = asyncio.get_running_loop().call_later(self._header_s, self._header_timed_out)
 
-    def _give_up(self) -> None:
-        self._impatience = None
-        if self._waits():
+    def _cancel_header_timeout(self) -> None:
+        if self._header_timeout is not None:
+            self._header_timeout.cancel()
+            self._header_timeout = None
+
+    def _header_timed_out(self) -> None:
+        self._header_timeout = None
+        if self._is_waiting_for_request():
             HEADER_TIMEOUTS.inc()
             self.force_close()

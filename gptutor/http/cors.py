@@ -1,66 +1,65 @@
-"""Callers in browsers (CORS): which pages may ask, what they may send, what they may read.
+"""CORS: which web pages may call the API, which headers they may send, and which ones they may read.
 
-No cookie and no other credential of a browser's is ever used here, a key stands in a header that only the page itself can set. So
-any page may be allowed, which is the default, as at OpenRouter.
+The API uses no cookies and no other credentials that a browser adds by itself: a key is in a header that only the page can set.
+So all origins can be allowed, which is the default, as it is at OpenRouter.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
+from aiohttp.typedefs import Handler, Middleware
 
-from gptutor.http.middlewares import Handler
-from gptutor.openrouter.service import FORWARDED_HEADERS
-
-METHODS = "GET, POST, PATCH, DELETE, OPTIONS"
-SENT = frozenset(
+REQUEST_HEADERS = frozenset(
     {"accept", "authorization", "content-type", "http-referer", "idempotency-key", "user-agent", "x-request-id", "x-title"}
-) | frozenset(name.lower() for name in FORWARDED_HEADERS)
-SENT_PREFIXES = ("x-stainless-", "openai-", "x-openrouter-")  # what the SDKs say of themselves
-READ = (
+)
+REQUEST_HEADER_PREFIXES = ("x-stainless-", "openai-", "x-openrouter-")  # what the SDKs say about themselves
+RESPONSE_HEADERS = (
     "Retry-After, X-Error-Code, X-Generation-Id, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-ID, "
     "x-should-retry"
 )
-PREFLIGHT_S = "7200"  # no browser remembers for longer
+PREFLIGHT_MAX_AGE_S = "7200"  # the most that browsers accept
 ANY = "*"
 
 
-def cors(allowed: frozenset[str]) -> Middleware:
-    """Answers preflights. `allowed` are origins, or `*`."""
+def cors(origins: frozenset[str], *, methods: Iterable[str], request_headers: Iterable[str]) -> Middleware:
+    """Answers preflight requests. `origins` may contain `*`; `request_headers` are allowed beside REQUEST_HEADERS."""
+    allowed_methods = ", ".join(methods)
+    allowed_headers = REQUEST_HEADERS.union(name.lower() for name in request_headers)
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-        if not is_preflight or not _is_allowed(request, allowed):
+        if not is_preflight or not _is_allowed(request, origins):
             return await handler(request)
         names = (name.strip().lower() for name in request.headers.get("Access-Control-Request-Headers", "").split(","))
-        sent = [name for name in names if name in SENT or name.startswith(SENT_PREFIXES)]
         return web.Response(
             status=204,
             headers={
-                "Access-Control-Allow-Methods": METHODS,
-                "Access-Control-Allow-Headers": ", ".join(sent),
-                "Access-Control-Max-Age": PREFLIGHT_S,
+                "Access-Control-Allow-Methods": allowed_methods,
+                "Access-Control-Allow-Headers": ", ".join(
+                    name for name in names if name in allowed_headers or name.startswith(REQUEST_HEADER_PREFIXES)
+                ),
+                "Access-Control-Max-Age": PREFLIGHT_MAX_AGE_S,
             },
         )
 
     return middleware
 
 
-def open_to_pages(allowed: frozenset[str]) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
-    """The other half: a signal, because the headers of a stream are sent inside its handler."""
+def add_cors_headers(origins: frozenset[str]) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """Signal: lets the page read the response. A middleware would come too late, because a stream's headers leave earlier."""
 
     async def signal(request: web.Request, response: web.StreamResponse) -> None:
         if "Origin" not in request.headers:
             return
-        if ANY not in allowed:
+        if ANY not in origins:
             response.headers["Vary"] = "Origin"
-        if _is_allowed(request, allowed):
-            response.headers["Access-Control-Allow-Origin"] = ANY if ANY in allowed else request.headers["Origin"]
-            response.headers["Access-Control-Expose-Headers"] = READ
+        if _is_allowed(request, origins):
+            response.headers["Access-Control-Allow-Origin"] = ANY if ANY in origins else request.headers["Origin"]
+            response.headers["Access-Control-Expose-Headers"] = RESPONSE_HEADERS
 
     return signal
 
 
-def _is_allowed(request: web.Request, allowed: frozenset[str]) -> bool:
-    return ANY in allowed or request.headers.get("Origin") in allowed
+def _is_allowed(request: web.Request, origins: frozenset[str]) -> bool:
+    return ANY in origins or request.headers.get("Origin") in origins

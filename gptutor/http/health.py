@@ -1,16 +1,16 @@
-"""`GET /health`: the process lives. `GET /ready`: it can take money and requests. No key for either."""
+"""`GET /health`: the process is alive. `GET /ready`: it accepts requests. No key is needed for either."""
 
 from dataclasses import dataclass
 
 from aiohttp import web
 
-from gptutor.database.pool import Database
 from gptutor.errors import ApiError
+from gptutor.http.app_keys import DATABASE, READINESS
 
 
 @dataclass(slots=True)
 class Readiness:
-    """Why requests that cost money are refused; None when they are not. It changes while the process lives."""
+    """`obstacle` says why requests that need the database are rejected; None: they are accepted."""
 
     obstacle: str | None = "the database has not answered yet"
 
@@ -20,16 +20,12 @@ class Readiness:
             raise ApiError("not_ready", cause=self.obstacle)
 
 
-DATABASE = web.AppKey("database", Database)
-READINESS = web.AppKey("readiness", Readiness)
-
-
 async def health(request: web.Request) -> web.Response:
     return web.json_response({"status": "ok"})
 
 
 async def ready(request: web.Request) -> web.Response:
-    """Raises DatabaseUnavailable, which the `errors` middleware turns into 503, as it does with the ApiError."""
+    """Raises ApiError and DatabaseUnavailable; the `errors` middleware turns both into 503."""
     request.app[READINESS].require()
     await request.app[DATABASE].fetchrow("ping")
     return web.json_response({"status": "ready"})

@@ -1,83 +1,118 @@
-"""A small JSON body that is described by a Struct: all of it is checked, and what the Struct does not name is refused. No I/O.
+"""JSON in request bodies: ambiguous JSON is rejected, and a small body is decoded as a Struct. No I/O.
 
-The descriptions of the Struct's fields complete the sentence "<field> must be …", as those of the ask do, or the words that may
-be chosen from; where there is neither, the checker's own words must do.
+The Struct's description of a field completes the sentence "<field> must be …" in error texts; without a description the text
+lists the choices of a Literal, or quotes msgspec.
 """
 
 import functools
+import json
+import math
 import re
 from decimal import Decimal
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
-from gptutor.api.chat.request import MISSING, PLACE
 from gptutor.errors import ApiError
-from gptutor.http.strict_json import NAME_CHARACTERS_SHOWN, reject_ambiguous_json
-from gptutor.money.amounts import PLAIN
+from gptutor.money.amounts import PLAIN_DECIMAL
 
-Form = TypeVar("Form", bound=msgspec.Struct)
+NAME_CHARACTERS_SHOWN = 100
+NUMBER_CHARACTERS_MAX = 400
+"""No meaningful number is longer; the largest double has 309 digits."""
 
-# What PostgreSQL cannot keep, and what would make a log line or a table look like another, is not text for us.
-Line = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z")]
+# Where msgspec's error texts name the field.
+ERROR_PATH = re.compile(r"`\$\.?(.*)`")
+MISSING_FIELD = re.compile(r"missing required field `(\w+)`")
+UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`", re.DOTALL)
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+# Control characters would forge log lines and tables, and PostgreSQL cannot store NUL.
+PrintableText = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z")]
 
 
 class Amount(Decimal):
-    """Of money: a JSON number, or a plain decimal as text, `"99.50"`. Decimal alone would take `"1_0"` for ten."""
+    """Roubles: a JSON number, or a plain decimal in a string, `"99.50"`. Decimal alone would read `"1_0"` as ten."""
 
 
-UNKNOWN = re.compile(r"unknown field `(.*)`", re.DOTALL)
+def _reject_duplicate_fields(pairs: list[tuple[str, Any]]) -> None:
+    if len(pairs) > 1 and len(dict(pairs)) != len(pairs):
+        seen: set[str] = set()
+        duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ApiError("duplicate_field", f"The field {duplicate[:NAME_CHARACTERS_SHOWN]!r} is duplicated in one object")
 
 
-def parse_json_body(body: bytes, form: type[Form]) -> Form:
-    """Raises ApiError, whose text names the field, its fault and what is allowed."""
+def _check_number(text: str) -> None:
+    if len(text) > NUMBER_CHARACTERS_MAX or math.isinf(float(text)):
+        raise ApiError("invalid_request", f"Numbers must be finite, and at most {NUMBER_CHARACTERS_MAX} characters long")
+
+
+def _reject_constant(text: str) -> None:
+    raise ValueError(text)  # NaN and Infinity, which Python's parser would accept
+
+
+reject_ambiguous_json = json.JSONDecoder(
+    object_pairs_hook=_reject_duplicate_fields,
+    parse_float=_check_number,
+    parse_int=_check_number,
+    parse_constant=_reject_constant,
+).decode
+"""Parses a text. Raises ApiError for JSON that two parsers may read differently, ValueError for what is not JSON.
+
+The gateway would price a request by one value of a duplicated field, and the model provider could obey the other. A number
+outside the range of a double is infinite for one parser and an error for another.
+"""
+
+
+def parse_json_body(body: bytes, struct: type[Body]) -> Body:
+    """Raises ApiError, whose text names the field, its fault and what is allowed. Unknown fields are rejected by `struct`."""
     try:
         reject_ambiguous_json(body.decode())
-        read: Form = _decoder(form).decode(body)
-        return read
+        decoded: Body = _decoder(struct).decode(body)
+        return decoded
     except msgspec.ValidationError as error:
-        raise ApiError("invalid_request", _told(str(error), form)) from error
+        raise ApiError("invalid_request", _error_text(str(error), struct)) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ApiError("invalid_json", cause=type(error).__name__) from error
 
 
 @functools.cache
-def _decoder(form: Any) -> "msgspec.json.Decoder[Any]":
-    return msgspec.json.Decoder(form, dec_hook=_amount, float_hook=Decimal)
+def _decoder(struct: Any) -> "msgspec.json.Decoder[Any]":
+    return msgspec.json.Decoder(struct, dec_hook=_decode_amount, float_hook=Decimal)
 
 
-def _amount(_: type, value: Any) -> Amount:
-    """What the decoder asks for where an Amount should stand: `value` is a text, an integer, a Decimal, or anything else."""
-    if isinstance(value, str) and not PLAIN.fullmatch(value):
+def _decode_amount(_: type, value: Any) -> Amount:
+    """msgspec's hook for an Amount: `value` is a string, an integer, a Decimal, or any other JSON value. Raises ValueError."""
+    if isinstance(value, str) and not PLAIN_DECIMAL.fullmatch(value):
         raise ValueError("Expected a number such as 100 or 99.50")
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
-        raise ValueError("Expected a number or a text such as 99.50")
+        raise ValueError("Expected a number or a string such as 99.50")
     return Amount(value)
 
 
-def must_be(form: type[msgspec.Struct], field: str) -> str:
+def must_be(struct: type[msgspec.Struct], field: str) -> str:
     """`limit must be …`"""
-    return f"{field} must be {_description(form, field)}"
+    return f"{field} must be {_description(struct, field)}"
 
 
-def _description(form: type[msgspec.Struct], field: str) -> str | None:
-    """Of a field by its name in JSON: what its declaration says; of a choice, what there is to choose from."""
-    hint = next((known.type for known in msgspec.structs.fields(form) if known.encode_name == field), None)
-    said = next((meta.description for meta in reversed(getattr(hint, "__metadata__", ())) if meta.description), None)
+def _description(struct: type[msgspec.Struct], field: str) -> str | None:
+    """The description of a field, by its name in JSON, or the choices of a Literal."""
+    hint = next((known.type for known in msgspec.structs.fields(struct) if known.encode_name == field), None)
+    text = next((meta.description for meta in reversed(getattr(hint, "__metadata__", ())) if meta.description), None)
     choices = [choice for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal for choice in get_args(kind)]
-    return said or (f"one of {', '.join(choices)}" if choices else None)
+    return text or (f"one of {', '.join(choices)}" if choices else None)
 
 
-def _told(fault: str, form: type[msgspec.Struct]) -> str:
-    if unknown := UNKNOWN.search(fault):
-        known = ", ".join(form.__struct_encode_fields__)
-        return f"{unknown[1][:NAME_CHARACTERS_SHOWN]!r} is not a field of this request; it has {known}"
-    found = MISSING.search(fault) or PLACE.search(fault)
+def _error_text(message: str, struct: type[msgspec.Struct]) -> str:
+    """Our text for msgspec's message."""
+    if unknown := UNKNOWN_FIELD.search(message):
+        known = ", ".join(struct.__struct_encode_fields__)
+        return f"{unknown[1][:NAME_CHARACTERS_SHOWN]!r} is not a field of this request; known fields: {known}"
+    found = MISSING_FIELD.search(message) or ERROR_PATH.search(message)
     if found is None:
         return "Request body must be a JSON object"
-    if _description(form, found[1]):
-        return must_be(form, found[1])
-    what = fault.partition(" - at ")[0]
-    if "matching regex" in what:
-        what = "expected a text without control characters, in the form that is documented"
-    return f"{found[1]}: {what[:1].lower()}{what[1:]}"
+    if _description(struct, found[1]):
+        return must_be(struct, found[1])
+    fault = message.partition(" - at ")[0]
+    if "matching regex" in fault:
+        fault = "expected a string in the documented form, without control characters"
+    return f"{found[1]}: {fault[:1].lower()}{fault[1:]}"

@@ -1,4 +1,4 @@
-"""The limit of requests per minute, as a caller is told of it (contract A8)."""
+"""A rate limit in requests per clock minute, as clients see it: response headers, and the error 429 (contract A8)."""
 
 import time
 from dataclasses import dataclass
@@ -10,34 +10,37 @@ MINUTE_S = 60
 
 @dataclass(frozen=True, slots=True)
 class RateLimit:
-    """`per_minute` requests in each clock minute; 0 is no limit, of which nothing is told."""
+    """`per_minute` 0: no limit."""
 
     per_minute: int
 
     def headers(self, requests: int) -> dict[str, str]:
-        """After so many requests in this minute."""
+        """X-RateLimit-*, after so many `requests` in this minute; none if there is no limit."""
         if not self.per_minute:
             return {}
         return {
             "X-RateLimit-Limit": str(self.per_minute),
             "X-RateLimit-Remaining": str(max(0, self.per_minute - requests)),
-            "X-RateLimit-Reset": str(_left_s()),
+            "X-RateLimit-Reset": str(_until_next_minute_s()),
         }
 
-    def refusal(self) -> ApiError:
-        """For a request that is too many; it is told when the next minute begins."""
-        left_s = _left_s()
+    def error(self) -> ApiError:
+        """For a request above the limit."""
+        retry_after_s = _until_next_minute_s()
         return ApiError(
             "rate_limited",
-            headers={**self.headers(self.per_minute), "Retry-After": str(left_s)},
-            more={"message": f"The limit of requests per minute is used up. Try again in {left_s} s.", "retryAfter": left_s},
+            headers={**self.headers(self.per_minute), "Retry-After": str(retry_after_s)},
+            extra={
+                "message": f"The limit of requests per minute is used up. Try again in {retry_after_s} s.",
+                "retryAfter": retry_after_s,
+            },
         )
 
 
-def _left_s() -> int:
-    """Whole seconds until the next minute begins, by the clock; PostgreSQL counts by its own, which may differ a little."""
+def _until_next_minute_s() -> int:
+    """Whole seconds by this machine's clock; PostgreSQL counts by its own, which may differ slightly."""
     return MINUTE_S - int(time.time()) % MINUTE_S
 
 
 UNDISCLOSED = RateLimit(0)
-"""Of a limit whose figures are not at hand: only when to come again."""
+"""A limit whose numbers are not known here: its error says only when to retry."""

@@ -1,6 +1,6 @@
-"""What an administrator may do, by hand or by a payment: each change does its work and leaves an audit line (contract C11, F10).
+"""What operators and administrators may change, and what a payment changes: each change leaves an audit line (contract C11, F10).
 
-The fronts are thin: the command line (`cli_users.py`), the administrator's listener (`admin/`) and payments (`api/payments.py`).
+Used by the command line (`cli/`), the administrators' API (`admin/`) and payments (`api/payments.py`).
 """
 
 from collections.abc import AsyncIterator
@@ -10,8 +10,9 @@ from typing import Literal
 from gptutor.database.pool import Database
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, roubles
 from gptutor.money.bookings import Booking, Bookings
-from gptutor.money.key_limits import KeyLimitChanges, changed
+from gptutor.money.key_limits import KeyLimitChanges, changed_limits
 from gptutor.money.keyring import NO_LIMITS, Key, KeyLimits, KeyRing
+from gptutor.money.records import key_limits_json
 from gptutor.money.users import User, UserRepository
 from gptutor.money.vault import Vault
 from gptutor.telemetry.logs import audit
@@ -22,12 +23,12 @@ REFERENCE_MAX = 200
 
 
 class ReasonMissing(Exception):
-    """An adjustment needs a reason; the text is a sentence."""
+    """An adjustment has no reason; the text is a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class UserDetails:
-    """A user with all that belongs to him."""
+    """A user, their identities (provider and subject) and their keys."""
 
     user: User
     identities: list[tuple[str, str]]
@@ -35,7 +36,7 @@ class UserDetails:
 
 
 class Bookkeeper:
-    """`who` stands in the audit lines: `cli:<os user>`, `admin:<token name>`, or the name of a payment provider."""
+    """Changes balances. `who` stands in the audit lines: `cli:<os user>`, `admin:<token name>`, or a payment provider's name."""
 
     def __init__(self, database: Database, who: str) -> None:
         self.bookings = Bookings(database)
@@ -44,25 +45,26 @@ class Bookkeeper:
     async def book(
         self, account_id: AccountId, kind: BookingKind, amount: Nano, *, reason: str = "", reference: str | None = None
     ) -> User:
-        """`amount` is what is given, or paid back by a refund; an adjustment may be negative. The account after it.
+        """Returns the user after the booking. `amount` is positive, except that an adjustment may be negative; a refund takes it.
 
-        Raises NoSuchUser, AlreadyBooked, InvalidAmount, ReasonMissing; Uncovered: a refund is of money that is available.
+        Raises NoSuchUser, AlreadyBooked, InvalidAmount, ReasonMissing, and Uncovered if a refund exceeds what is available.
         """
         if amount == 0 or (amount < 0 and kind != "adjustment"):
-            raise InvalidAmount(f"A {kind} of {roubles(amount)} roubles makes no sense")
+            needed = "other than zero" if kind == "adjustment" else "more than zero"
+            raise InvalidAmount(f"The amount of a booking of kind {kind} must be {needed}, not {roubles(amount)}")
         if kind == "adjustment" and not reason.strip():
-            raise ReasonMissing("An adjustment needs a reason.")
+            raise ReasonMissing("An adjustment needs a reason")
         signed = Nano(-amount) if kind == "refund" else amount
         await self.bookings.book(account_id, kind, signed, reason=reason, reference=reference, covered=kind == "refund")
         self._audit_booking(kind, account_id, signed, reference, reason)
         return await self.bookings.user(account_id)
 
     async def pay(self, account_id: AccountId, amount: Nano, reference: str, reason: str) -> Booking:
-        """Credits a payment, once however often it is told of. Raises NoSuchUser, InvalidAmount, AlreadyBooked."""
+        """Credits a payment, once however often its notification is repeated. Raises NoSuchUser, InvalidAmount, AlreadyBooked."""
         return await self._once(account_id, "topup", amount, reference, reason)
 
     async def pay_back(self, account_id: AccountId, amount: Nano, reference: str, reason: str) -> Booking:
-        """Books a refund that the provider has paid out already, once. Raises NoSuchUser, AlreadyBooked."""
+        """Debits a refund that the provider has already paid out, once. Raises NoSuchUser, AlreadyBooked."""
         return await self._once(account_id, "refund", Nano(-amount), reference, reason)
 
     async def _once(
@@ -78,20 +80,20 @@ class Bookkeeper:
 
 
 class Administration(Bookkeeper):
-    """Users and their keys as well."""
+    """Changes users and their keys as well."""
 
     def __init__(self, database: Database, vault: Vault, who: str) -> None:
         super().__init__(database, who)
         self.users = UserRepository(database)
         self._keys = KeyRing(database, vault)
 
-    async def person(self, account_id: AccountId) -> UserDetails:
+    async def user_details(self, account_id: AccountId) -> UserDetails:
         """Raises NoSuchUser."""
         user = await self.users.find(account_id)
         return UserDetails(user, await self.users.identities(account_id), await self._keys.list(account_id))
 
     async def create_user(self, name: str, balance: Nano) -> tuple[User, str]:
-        """A user, and his key, which is shown only now."""
+        """The new user and their main key, which is shown only now."""
         user = await self.users.create(name)
         audit(self._who, "create user", user_id=user.account_id)
         if balance:
@@ -106,14 +108,14 @@ class Administration(Bookkeeper):
         return user
 
     async def issue_key(self, account_id: AccountId, name: str, limits: KeyLimits = NO_LIMITS) -> tuple[str, Key]:
-        """The key, which is shown only now. Raises NoSuchUser, TooManyKeys."""
+        """The secret key, which is shown only now, and its record. Raises NoSuchUser, TooManyKeys."""
         await self.users.find(account_id)
         secret, key = await self._keys.issue(account_id, name, limits)
-        audit(self._who, "issue key", user_id=account_id, key_id=key.key_id, limits=_limits(key))
+        audit(self._who, "issue key", user_id=account_id, key_id=key.key_id, limits=key_limits_json(key.limits))
         return secret, key
 
-    async def renew_keys(self, account_id: AccountId) -> str:
-        """A new main key; all others are dead. Raises NoSuchUser."""
+    async def rotate_keys(self, account_id: AccountId) -> str:
+        """Revokes all keys and returns a new main key. Raises NoSuchUser."""
         await self.users.find(account_id)
         secret = await self._keys.renew(account_id, others_too=True)
         audit(self._who, "rotate keys", user_id=account_id)
@@ -124,9 +126,9 @@ class Administration(Bookkeeper):
         return await self._keys.find(account_id, key_id)
 
     async def limit_key(self, account_id: AccountId, key_id: int, changes: KeyLimitChanges) -> Key:
-        """Raises NoSuchKey, InvalidAmount, InvalidLimit."""
-        key = await self._keys.change(account_id, key_id, lambda limits: changed(limits, changes))
-        audit(self._who, "limit key", user_id=account_id, key_id=key.key_id, limits=_limits(key))
+        """Raises NoSuchKey, InvalidLimit."""
+        key = await self._keys.change(account_id, key_id, lambda limits: changed_limits(limits, changes))
+        audit(self._who, "limit key", user_id=account_id, key_id=key.key_id, limits=key_limits_json(key.limits))
         return key
 
     async def revoke_key(self, account_id: AccountId, key_id: int) -> Key:
@@ -137,20 +139,11 @@ class Administration(Bookkeeper):
         return key
 
     async def stale_copies(self) -> int:
+        """How many encrypted copies of keys `rekey` has to encrypt again."""
         return await self._keys.stale_copies()
 
     async def rekey(self) -> AsyncIterator[tuple[int, int]]:
-        """Seals every copy anew; see KeyRing.rekey."""
+        """Encrypts every copy with the current secret; yields as KeyRing.rekey does."""
         async for done, unreadable in self._keys.rekey():
             yield done, unreadable
         audit(self._who, "rekey")
-
-
-def _limits(key: Key) -> dict[str, object]:
-    limits = key.limits
-    return {
-        "cap": None if limits.cap is None else roubles(limits.cap),
-        "capPeriod": limits.cap_period,
-        "perMinute": limits.per_minute,
-        "expiresAt": None if limits.expires_at is None else limits.expires_at.isoformat(),
-    }

@@ -1,4 +1,4 @@
-"""Roubles as integers: one rouble is 1 000 000 000 nano-roubles, and a balance is a whole number of them."""
+"""Roubles as integers: one rouble is 1 000 000 000 nano-roubles, and every amount is a whole number of nano-roubles."""
 
 import re
 from decimal import ROUND_CEILING, ROUND_HALF_UP, Context, Decimal, InvalidOperation
@@ -6,25 +6,25 @@ from typing import NewType
 
 AccountId = NewType("AccountId", int)
 Nano = NewType("Nano", int)
+"""An amount in nano-roubles."""
 
 NANO_PER_RUB = 10**9
 NANO_MAX = Nano(10**18)
-"""One amount may be at most a thousand million roubles; sums of them stay far inside BIGINT."""
+"""The largest single amount: 10^9 roubles. Sums of such amounts fit into BIGINT (9.2 × 10^18)."""
 
-# Wide enough that no product of a price, a count and a rate is ever rounded before the one rounding that is meant.
+# 200 digits: no product of a price, a token count and an exchange rate is rounded before the one intended rounding.
 EXACT = Context(prec=200, traps=[InvalidOperation])
 
-
-PLAIN = re.compile(r"[+-]?[0-9]{1,13}(?:\.[0-9]{1,20})?")
+PLAIN_DECIMAL = re.compile(r"[+-]?[0-9]{1,13}(?:\.[0-9]{1,20})?")
 
 
 class InvalidAmount(ValueError):
-    """The text is not an amount in roubles; the message says why."""
+    """The text is not a valid amount in roubles; the message says why."""
 
 
 def parse_roubles(text: str) -> Nano:
     """`"99.5"` → 99 500 000 000. Raises InvalidAmount for anything but a plain decimal with at most nine places."""
-    if not PLAIN.fullmatch(text):  # Decimal itself takes 1_0, exponents, and digits of every script
+    if not PLAIN_DECIMAL.fullmatch(text):  # Decimal also accepts 1_0, exponents, and the digits of every script
         raise InvalidAmount(f"{text[:40]!r} is not an amount in roubles, such as 100 or 99.50")
     amount = Decimal(text)
     scaled = EXACT.multiply(amount, Decimal(NANO_PER_RUB))
@@ -37,15 +37,15 @@ def parse_roubles(text: str) -> Nano:
 
 
 def nano_of(amount: Decimal) -> Nano:
-    """A number of roubles as JSON may write it, `1e3` included. Raises InvalidAmount."""
-    # Bounded before any arithmetic: 1e1000000 written out is a megabyte.
+    """Roubles as a JSON number, `1e3` included → nano-roubles. Raises InvalidAmount."""
+    # The exponent is checked before any arithmetic: 1e1000000 has a million digits.
     if not amount.is_finite() or abs(amount.adjusted()) > 12:
         raise InvalidAmount(f"{str(amount)[:40]} is not an amount in roubles, such as 100 or 99.50")
     return parse_roubles(f"{amount:f}")
 
 
 def parse_positive(text: str, *, or_zero: bool = False) -> Nano:
-    """An amount to give or to take. Raises InvalidAmount."""
+    """Like parse_roubles, but rejects negative amounts, and zero unless `or_zero`. Raises InvalidAmount."""
     amount = parse_roubles(text)
     if amount < 0 or (amount == 0 and not or_zero):
         raise InvalidAmount(f"{text[:40]} must be {'zero or more' if or_zero else 'more than zero'}")
@@ -53,17 +53,17 @@ def parse_positive(text: str, *, or_zero: bool = False) -> Nano:
 
 
 def roubles(nano: int) -> str:
-    """99 500 000 000 → `"99.5"`, exact, never in exponent form."""
+    """Nano-roubles as a decimal string in roubles: 99 500 000 000 → `"99.5"`. Exact, never in exponent form."""
     sign = "-" if nano < 0 else ""
     whole, fraction = divmod(abs(nano), NANO_PER_RUB)
     return f"{sign}{whole}.{fraction:09d}".rstrip("0").rstrip(".")
 
 
 def nano_half_up(roubles_exact: Decimal) -> Nano:
-    """The one rounding of a charge: half up, to one nano-rouble."""
+    """Roubles → nano-roubles, rounded half up: the only rounding of a charge."""
     return Nano(int(EXACT.multiply(roubles_exact, Decimal(NANO_PER_RUB)).quantize(Decimal(1), ROUND_HALF_UP, EXACT)))
 
 
 def nano_ceiling(roubles_exact: Decimal) -> Nano:
-    """Rounded up: for ceilings, never for charges."""
+    """Roubles → nano-roubles, rounded up: for ceilings, never for charges."""
     return Nano(int(EXACT.multiply(roubles_exact, Decimal(NANO_PER_RUB)).quantize(Decimal(1), ROUND_CEILING, EXACT)))

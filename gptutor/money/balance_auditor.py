@@ -1,8 +1,8 @@
-"""The watch over the books while the service runs: an account that was changed past the ledger is told of at the next look.
+"""The balance auditor of a running service: it logs accounts whose row was changed without the ledger, such as by hand.
 
-`gptutor verify` proves all laws over all rows, and takes its time. This looks only at accounts that were written since the look
-before: PostgreSQL marks each version of a row with the transaction that wrote it, so a change by hand is seen like any other.
-What was changed while no process ran is for `gptutor verify`.
+`gptutor verify` checks all invariants over all rows, and takes long. The auditor checks only accounts that were written since its
+previous check: PostgreSQL marks each version of a row with the transaction that wrote it, so that a change by hand is found like
+any other. Changes that were made while no process was running are left to `gptutor verify`.
 """
 
 import asyncio
@@ -13,54 +13,55 @@ from gptutor.database.pool import Database, DatabaseUnavailable
 from gptutor.money.amounts import roubles
 from gptutor.telemetry.metrics import INCONSISTENT_ACCOUNTS
 
-LOGGER = logging.getLogger("gptutor.watch")
-AT_ONCE = 500
+LOGGER = logging.getLogger("gptutor.balance_auditor")
+ACCOUNTS_PER_QUERY = 500
 
 
 class BalanceAuditor:
-    """Looks every `every_s` seconds."""
+    """Checks every `every_s` seconds."""
 
     def __init__(self, database: Database, every_s: float) -> None:
         self._database = database
         self._every_s = every_s
-        self._mark: str | None = None
+        self._oldest_transaction: str | None = None
+        """The oldest transaction that was running at the previous check: it or a later one wrote every row changed since then."""
         self._broken: set[int] = set()
 
     async def run(self) -> None:
-        """For ever."""
+        """Runs until cancelled."""
         while True:
             try:
-                await self.look()
+                await self.check_once()
             except DatabaseUnavailable as error:
-                LOGGER.warning("The watch over the books waits: %s", error)
+                LOGGER.warning("The balance auditor waits: %s", error)
             except Exception:
-                LOGGER.exception("The watch over the books failed, and goes on")
+                LOGGER.exception("The balance auditor failed, and continues")
             await asyncio.sleep(self._every_s)
 
-    async def look(self) -> set[int]:
-        """Looks once; gives the accounts that are broken now. The first look only begins. Raises DatabaseUnavailable."""
+    async def check_once(self) -> set[int]:
+        """Returns the accounts that are broken now. The first call only notes where to begin. Raises DatabaseUnavailable."""
         row = await self._database.fetchrow("mark_now")
-        mark: str = row["mark"] if row is not None else ""
-        if self._mark is not None:
-            written = await self._database.fetch("list_accounts_written_since", self._mark)
-            doubtful = sorted(self._broken.union(row["account_id"] for row in written))
+        oldest_transaction: str = row["mark"] if row is not None else ""
+        if self._oldest_transaction is not None:
+            written = await self._database.fetch("list_accounts_written_since", self._oldest_transaction)
+            account_ids = sorted(self._broken.union(row["account_id"] for row in written))
             broken: set[int] = set()
-            for start in range(0, len(doubtful), AT_ONCE):
-                found = await self._database.fetch("check_accounts", doubtful[start : start + AT_ONCE])
+            for start in range(0, len(account_ids), ACCOUNTS_PER_QUERY):
+                found = await self._database.fetch("check_accounts", account_ids[start : start + ACCOUNTS_PER_QUERY])
                 for row in found:
                     broken.add(row["account_id"])
                     if row["account_id"] not in self._broken:
-                        _tell(row)
+                        _log_broken_account(row)
             self._broken = broken
             INCONSISTENT_ACCOUNTS.set(len(broken))
-        self._mark = mark
+        self._oldest_transaction = oldest_transaction
         return self._broken
 
 
-def _tell(row: Any) -> None:
+def _log_broken_account(row: Any) -> None:
     LOGGER.error(
-        "An account is not what the ledger says of it: balance %s, by its entries %s; reserved %s, by its open holds %s. "
-        "See: gptutor verify",
+        "An account does not match its ledger: balance %s, sum of its entries %s; held %s, sum of its open holds %s. "
+        "Run: gptutor verify",
         *(roubles(int(row[name])) for name in ("balance_nano", "entries_nano", "held_nano", "open_holds_nano")),
-        extra={"type": "watch", "userId": str(row["account_id"])},
+        extra={"type": "balance_audit", "userId": str(row["account_id"])},
     )

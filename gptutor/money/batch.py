@@ -1,9 +1,9 @@
-"""Natural batching: what arrives while a statement is under way forms the next one.
+"""Natural batching: items that arrive while a statement is running form the next batch.
 
 With one request at a time a batch is one item and starts at once; under load batches grow by themselves, and many requests share
-one round trip and one commit. Mostly one statement is under way. One that takes longer than PATIENCE_S may be waiting for
-somebody's lock: then those who wait behind it go past it in another statement, except items of the accounts that it has. So two
-statements of one batcher never wait for each other on an account's row, and an account's items keep their order of arrival.
+one round trip and one commit. Usually a single statement is running. If it takes longer than OVERTAKE_AFTER_S, it may be waiting
+for a row lock. Then another statement overtakes it with the queued items, except items of accounts in a running statement. So
+two statements of one batcher never wait for each other on an account's row, and an account's items keep their order of arrival.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from gptutor.database.pool import DatabaseUnavailable, RowsLocked
 
-PATIENCE_S = 0.05
+OVERTAKE_AFTER_S = 0.05
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,10 +28,12 @@ class QueuedItem(Generic[Item, Result]):
 
 
 class Batcher(Generic[Item, Result]):
-    """`execute` carries out a batch and gives its results in order; `account_of` is the same number for what must not meet.
+    """Collects items into batches.
 
-    `at_once` is how many statements there may be; `apart` keeps each of them to one account's items. `abandoned` is called
-    with an item and its result where the submitter was cancelled meanwhile: nobody else will see it.
+    `execute` runs a batch and returns one result per item, in order. `account_of` names the account of an item: items of one
+    account are never in two running statements. At most `concurrent_max` statements run at a time, each with at most `batch_max`
+    items, and with `one_account_per_batch` each with items of a single account. `on_abandoned` gets an item and its result when
+    the submitter was cancelled while the item's statement was running: no one else will see that result.
     """
 
     def __init__(
@@ -39,101 +41,101 @@ class Batcher(Generic[Item, Result]):
         execute: Callable[[list[Item]], Awaitable[Sequence[Result]]],
         account_of: Callable[[Item], int],
         *,
-        at_once: int,
+        concurrent_max: int,
         batch_max: int,
-        patience_s: float = PATIENCE_S,
-        apart: bool = False,
-        abandoned: Callable[[Item, Result], None] | None = None,
+        overtake_after_s: float = OVERTAKE_AFTER_S,
+        one_account_per_batch: bool = False,
+        on_abandoned: Callable[[Item, Result], None] | None = None,
     ) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._execute = execute
         self._account_of = account_of
-        self._at_once = at_once
+        self._concurrent_max = concurrent_max
         self._batch_max = batch_max
-        self._patience_s = patience_s
-        self._apart = apart
-        self._abandoned = abandoned
-        self._waiting: deque[QueuedItem[Item, Result]] = deque()
+        self._overtake_after_s = overtake_after_s
+        self._one_account_per_batch = one_account_per_batch
+        self._on_abandoned = on_abandoned
+        self._queue: deque[QueuedItem[Item, Result]] = deque()
         self._workers: dict[asyncio.Task[None], set[int]] = {}
-        """Each with the accounts of its statement."""
-        self._impatience: asyncio.TimerHandle | None = None
+        """Each worker with the accounts in its running statement."""
+        self._overtake_timer: asyncio.TimerHandle | None = None
 
     async def submit(self, item: Item) -> Result:
-        """The item's own result, or the exception of its batch."""
+        """Returns the item's own result. Raises the exception of its batch."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         future: asyncio.Future[Result] = self._loop.create_future()
-        self._waiting.append(QueuedItem(item, self._account_of(item), future))
+        self._queue.append(QueuedItem(item, self._account_of(item), future))
         if not self._workers:
-            self._start()
-        elif self._impatience is None:
-            self._wait_patiently()
+            self._start_worker()
+        elif self._overtake_timer is None:
+            self._schedule_overtaking()
         return await future
 
-    def _wait_patiently(self) -> None:
-        if self._loop is not None and len(self._workers) < self._at_once:
-            self._impatience = self._loop.call_later(self._patience_s, self._start_another)
+    def _schedule_overtaking(self) -> None:
+        if self._loop is not None and len(self._workers) < self._concurrent_max:
+            self._overtake_timer = self._loop.call_later(self._overtake_after_s, self._overtake)
 
-    def _start_another(self) -> None:
-        self._impatience = None
-        if self._waiting and len(self._workers) < self._at_once:
-            self._start()
+    def _overtake(self) -> None:
+        self._overtake_timer = None
+        if self._queue and len(self._workers) < self._concurrent_max:
+            self._start_worker()
 
-    def _start(self) -> None:
+    def _start_worker(self) -> None:
         accounts: set[int] = set()
         worker = asyncio.create_task(self._work(accounts))
         self._workers[worker] = accounts
-        worker.add_done_callback(self._ended)
+        worker.add_done_callback(self._worker_done)
 
-    def _ended(self, worker: asyncio.Task[None]) -> None:
-        """What came in the last moment gets a worker, or, if this one was cancelled, an answer."""
+    def _worker_done(self, worker: asyncio.Task[None]) -> None:
+        """Items queued since the worker's last look at the queue get a new worker or, if this one was cancelled, an exception."""
         del self._workers[worker]
         if worker.cancelled():
-            _fail(self._waiting, DatabaseUnavailable("cancelled"))
-            self._waiting.clear()
-        elif self._waiting and not self._workers:
-            self._start()
-        elif self._waiting and self._impatience is None:
-            busy = self._busy()
-            if any(entry.account_id not in busy for entry in self._waiting):
-                self._wait_patiently()  # he found all places taken, while this one was being left
+            _fail(self._queue, DatabaseUnavailable("cancelled"))
+            self._queue.clear()
+        elif self._queue and not self._workers:
+            self._start_worker()
+        elif self._queue and self._overtake_timer is None:
+            busy = self._busy_accounts()
+            if any(entry.account_id not in busy for entry in self._queue):
+                self._schedule_overtaking()  # submit set no timer: all `concurrent_max` workers still counted as running
 
     async def _work(self, accounts: set[int]) -> None:
-        """`accounts` are those of the statement that is under way."""
+        """Runs batches until none can start. `accounts` is kept equal to the accounts in the running statement."""
         while batch := self._next_batch(accounts):
             try:
-                await self._carry_out(batch)
+                await self._run_batch(batch)
             except asyncio.CancelledError:
                 _fail(batch, DatabaseUnavailable("cancelled"))
                 raise
 
     def _next_batch(self, accounts: set[int]) -> list[QueuedItem[Item, Result]]:
-        """Those whose accounts no other statement has, in their order."""
-        if self._impatience is not None:
-            self._impatience.cancel()
-            self._impatience = None
+        """Takes from the queue, in order, the items whose accounts are in no other running statement."""
+        if self._overtake_timer is not None:
+            self._overtake_timer.cancel()
+            self._overtake_timer = None
         accounts.clear()
-        if not self._waiting:
+        if not self._queue:
             return []
-        busy = self._busy()
+        busy = self._busy_accounts()
         batch: list[QueuedItem[Item, Result]] = []
-        held_up: list[QueuedItem[Item, Result]] = []
-        while self._waiting and len(batch) < self._batch_max:
-            entry = self._waiting.popleft()
-            waits = entry.account_id in busy or (self._apart and batch and entry.account_id != batch[0].account_id)
-            (held_up if waits else batch).append(entry)
-        self._waiting.extendleft(reversed(held_up))
+        postponed: list[QueuedItem[Item, Result]] = []
+        while self._queue and len(batch) < self._batch_max:
+            entry = self._queue.popleft()
+            other_account = self._one_account_per_batch and batch and entry.account_id != batch[0].account_id
+            (postponed if entry.account_id in busy or other_account else batch).append(entry)
+        self._queue.extendleft(reversed(postponed))
         accounts.update(entry.account_id for entry in batch)
-        if self._waiting and batch:
-            self._wait_patiently()
+        if self._queue and batch:
+            self._schedule_overtaking()
         return batch
 
-    def _busy(self) -> set[int]:
-        """The accounts of all statements that are under way."""
+    def _busy_accounts(self) -> set[int]:
+        """The accounts in all running statements."""
         return set().union(*self._workers.values())
 
-    async def _carry_out(self, batch: list[QueuedItem[Item, Result]]) -> None:
-        batch = [entry for entry in batch if not entry.future.done()]  # whose submitter was cancelled is not served
+    async def _run_batch(self, batch: list[QueuedItem[Item, Result]]) -> None:
+        batch = [entry for entry in batch if not entry.future.done()]  # items whose submitter was cancelled are dropped
         if not batch:
             return
         try:
@@ -143,22 +145,22 @@ class Batcher(Generic[Item, Result]):
             if len(accounts) == 1:
                 _fail(batch, error)
                 return
-            for account in accounts:  # of one of them somebody has a row; the others must not suffer for it
-                await self._carry_out([entry for entry in batch if entry.account_id == account])
+            for account in accounts:  # the lock is on one account's row: each account is run by itself
+                await self._run_batch([entry for entry in batch if entry.account_id == account])
         except DatabaseUnavailable as error:
             _fail(batch, error)
         except Exception as error:
             if len(batch) == 1:
                 _fail(batch, error)
                 return
-            for entry in batch:  # one of them is to blame; the others must not suffer for it
-                await self._carry_out([entry])
+            for entry in batch:  # one item is to blame: each is run by itself, so that the others succeed
+                await self._run_batch([entry])
         else:
             for entry, result in zip(batch, results, strict=True):
                 if not entry.future.done():
                     entry.future.set_result(result)
-                elif self._abandoned is not None:
-                    self._abandoned(entry.item, result)
+                elif self._on_abandoned is not None:
+                    self._on_abandoned(entry.item, result)
 
 
 def _fail(batch: Iterable[QueuedItem[Item, Result]], error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""Entries by people and payments (contract C11): every change of a balance that is not a charge, and the reading of all
+"""Ledger entries made by administrators and payments (contract C11): every change of a balance except charges. Also reads all
 entries."""
 
 import asyncio
@@ -15,24 +15,24 @@ from gptutor.money.holds import new_id
 from gptutor.money.users import NoSuchUser, User, UserRepository
 
 PAUSES_S = (0.2, 1.0)
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 EntryKind = Literal["charge", "topup", "refund", "adjustment", "bonus"]
 
-# The other leg of each booking: whose money moved into or out of the account.
+# The contra account of each kind of entry (double entry): where the money came from, or went to.
 CONTRA: dict[str, str] = {"topup": "payments", "refund": "payments", "adjustment": "corrections", "bonus": "goodwill"}
 
 
 class AlreadyBooked(Exception):
-    """An entry with this reference exists: the booking was made before, and is not repeated."""
+    """An entry with this reference exists already; nothing was booked."""
 
 
 class Uncovered(Exception):
-    """Less is available than would be taken."""
+    """The available amount is less than the amount to take."""
 
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """What is known of an entry by the reference of its payment."""
+    """The parts of a ledger entry that identify a booking."""
 
     account_id: AccountId
     entry_id: uuid.UUID
@@ -71,10 +71,9 @@ class Bookings:
         reference: str | None = None,
         covered: bool = False,
     ) -> Booking:
-        """`covered`: what is taken must be available.
+        """Books an entry. With `covered`, an amount that is taken must be available.
 
-        Raises NoSuchUser, Uncovered, InvalidAmount, and AlreadyBooked: a reference names one payment, whoever's account it was
-        booked on.
+        Raises NoSuchUser, Uncovered, InvalidAmount, and AlreadyBooked: a reference is booked once, across all accounts.
         """
         booking, is_new = await self._book(account_id, kind, amount, reason=reason, reference=reference, covered=covered)
         if not is_new:
@@ -82,16 +81,15 @@ class Bookings:
         return booking
 
     async def user(self, account_id: AccountId) -> User:
-        """As he is after a booking; asked for again as that is, so that what is booked does not look as if it were not."""
-        return await _until_known(lambda: self._users.find(account_id))
+        """The account after a booking. The read is retried, so that a failed read is not mistaken for a failed booking."""
+        return await _retry_lost_response(lambda: self._users.find(account_id))
 
     async def book_once(
         self, account_id: AccountId, kind: EntryKind, amount: Nano, *, reference: str, reason: str = ""
     ) -> tuple[Booking, bool]:
-        """The entry of this reference, made now or before; and whether now.
+        """The entry with this reference, created if there is none; and whether it is new.
 
-        Raises NoSuchUser, InvalidAmount, and AlreadyBooked where the entry made before is another one: of another account, kind
-        or amount.
+        Raises NoSuchUser, InvalidAmount, and AlreadyBooked if the existing entry has another account, kind or amount.
         """
         booking, is_new = await self._book(account_id, kind, amount, reason=reason, reference=reference)
         if (booking.account_id, booking.kind, booking.amount) != (account_id, kind, amount):
@@ -110,13 +108,13 @@ class Bookings:
     ) -> tuple[Booking, bool]:
         entry_id = new_id()
         try:
-            row = await _until_known(
+            row = await _retry_lost_response(
                 lambda: self._database.fetchrow(
                     "book_entry", account_id, entry_id, kind, amount, CONTRA[kind], reason, reference, covered
                 )
             )
         except ConstraintViolated as violation:
-            if violation.name == "ledger_reference_is_booked_once":  # by a process of the version before
+            if violation.name == "ledger_reference_is_booked_once":  # booked by a process of the previous release
                 raise AlreadyBooked(reference) from violation
             if violation.name == "balance_is_bounded":
                 raise InvalidAmount("the balance would become larger than any that can be kept") from violation
@@ -129,31 +127,31 @@ class Bookings:
         return booking, row["outcome"] == "booked" or booking.entry_id == entry_id
 
     async def find(self, reference: str) -> Booking | None:
-        """The entry that has the reference."""
+        """The entry with this reference."""
         row = await self._database.fetchrow("find_reference", reference)
         return None if row is None else booking_of(row)
 
     async def entries(self, account_id: AccountId, limit: int, *, before: uuid.UUID | None = None) -> list[LedgerEntry]:
-        """The newest entries, newest first; the next page comes with the last entry of the one before it."""
+        """The newest entries, newest first. `before` is the id of the last entry of the previous page."""
         rows = await self._database.fetch("list_entries", account_id, limit, before)
         return [entry_of(row) for row in rows]
 
     async def export(
         self, first: datetime.date | None, last: datetime.date | None, account_id: AccountId | None
     ) -> AsyncGenerator[list[tuple[AccountId, LedgerEntry]], None]:
-        """The entries of these UTC days, both included, by account and time, in pieces of one snapshot."""
+        """The entries from the UTC day `first` to `last`, both included, by account and time, in pages of one snapshot."""
         async for rows in self._database.pages("export_entries", first, last, account_id):
             yield [(AccountId(row["account_id"]), entry_of(row)) for row in rows]
 
 
-async def _until_known(ask: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Asks again where the reply was lost: whoever is told of a failure books a second time by hand."""
+async def _retry_lost_response(run: Callable[[], Awaitable[Result]]) -> Result:
+    """Retries when the response was lost: after an error an administrator would book a second time by hand."""
     for pause_s in PAUSES_S:
         try:
-            return await ask()
+            return await run()
         except DatabaseUnavailable:
             await asyncio.sleep(pause_s)
-    return await ask()
+    return await run()
 
 
 def booking_of(row: Row) -> Booking:

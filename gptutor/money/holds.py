@@ -1,51 +1,50 @@
-"""The words of a hold's life: what is asked for, what is granted, and how it can be refused."""
+"""The values that the ledger works with: a hold request, the granted hold, the ways to close it, and why a hold is rejected."""
 
 import random
 import time
 import uuid
-from decimal import Decimal
 from typing import NewType
 
 import msgspec
-from asyncpg.pgproto.pgproto import UUID  # as rows have it: hashed, compared and spelled without Python's help
+from asyncpg.pgproto.pgproto import UUID  # the class that rows contain: hashed, compared and formatted in C
 
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.keys import KeyClaim
-from gptutor.money.pricing import Ceiling
+from gptutor.money.pricing import Ceiling, Charge
 
 HoldId = NewType("HoldId", uuid.UUID)
 
 
-class NotHeld(Exception):
-    """Nothing was reserved, for one of the reasons below."""
+class HoldRejected(Exception):
+    """No hold was made; each subclass is one reason."""
 
 
-class UnknownKey(NotHeld):
-    """The key is unknown or revoked, or its account is inactive: the statement does not say which."""
+class UnknownKey(HoldRejected):
+    """The key is unknown or revoked, or its account is inactive: the statement does not tell which."""
 
 
-class InsufficientFunds(NotHeld):
-    """Less is available than the request may cost, or than the minimum balance."""
+class InsufficientFunds(HoldRejected):
+    """The available amount is below what the request may cost, or below the minimum balance."""
 
 
-class RateLimited(NotHeld):
-    """The account, or (`of_key`) the key, has had all the requests that it may have in this minute."""
+class RateLimited(HoldRejected):
+    """The account, or the key if `of_key`, has used all its requests of this minute."""
 
     def __init__(self, *, of_key: bool) -> None:
         super().__init__()
         self.of_key = of_key
 
 
-class TooManyAtOnce(NotHeld):
-    """The account has as many requests under way as it may have."""
+class ConcurrencyLimitReached(HoldRejected):
+    """The account has as many running requests as its concurrency limit allows."""
 
 
-class KeyCapReached(NotHeld):
-    """The request may cost more than is left of what its key may spend."""
+class KeyLimitReached(HoldRejected):
+    """The request may cost more than is left of the key's spending limit."""
 
 
-class RepeatedRequest(NotHeld):
-    """The idempotency key was used within a day, by the request named here; `same_body` tells whether it asked the same."""
+class RepeatedRequest(HoldRejected):
+    """The idempotency key was used within 24 hours by the request `request_id`; `same_body`: with the same request body."""
 
     def __init__(self, request_id: str, *, same_body: bool) -> None:
         super().__init__(request_id)
@@ -54,7 +53,7 @@ class RepeatedRequest(NotHeld):
 
 
 class HoldRequest(msgspec.Struct, frozen=True):
-    """Who asks for how much, and what for. `body_hash` is SHA-256, and given with an idempotency key."""
+    """A request for a hold. `body_hash` is the SHA-256 of the request body, given together with an idempotency key."""
 
     claim: KeyClaim
     hold_id: HoldId
@@ -74,25 +73,22 @@ class Hold(msgspec.Struct, frozen=True):
     hold_id: HoldId
     amount: Nano
     available_before: Nano
-    """To this key: what the account had, or what was left under the key's cap."""
+    """What the key could spend before this hold: the account's available amount, or what was left of the key's limit if less."""
     minute_requests: int
-    """How many requests the account has had in this minute, this one included."""
+    """How many requests the account has made in this minute, this one included."""
 
 
 class Settlement(msgspec.Struct, frozen=True):
-    """A finished request: what it costs, by OpenRouter's word."""
+    """Closes a hold with the exact charge."""
 
     account_id: AccountId
     hold_id: HoldId
-    charge: Nano
-    cost_usd: Decimal
+    charge: Charge
     generation_id: str | None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
 
 
 class Release(msgspec.Struct, frozen=True):
-    """A hold to be freed: nothing was bought, or (`unresolved`) nobody ever learnt whether."""
+    """Closes a hold without a charge: nothing was bought or, if `unresolved`, no evidence of a purchase was ever found."""
 
     account_id: AccountId
     hold_id: HoldId
@@ -100,7 +96,7 @@ class Release(msgspec.Struct, frozen=True):
 
 
 class HandOver(msgspec.Struct, frozen=True):
-    """A hold to be left to recovery, with what is known of it."""
+    """Leaves an open hold to recovery, with the generation id if it is known."""
 
     account_id: AccountId
     hold_id: HoldId
@@ -108,9 +104,9 @@ class HandOver(msgspec.Struct, frozen=True):
 
 
 def new_id() -> HoldId:
-    """A UUIDv7 (RFC 9562): its time comes first, so that new rows are neighbours in the index."""
+    """A UUIDv7 (RFC 9562): it begins with the time, so that new rows are adjacent in the index."""
     milliseconds = time.time_ns() // 1_000_000
-    bits = milliseconds << 80 | random.getrandbits(80)  # nobody who guesses one could do anything with it
+    bits = milliseconds << 80 | random.getrandbits(80)  # not a secret: a guessed id gives access to nothing
     bits = bits & ~(0xF << 76) | 0x7 << 76
     bits = bits & ~(0x3 << 62) | 0x2 << 62
     return HoldId(UUID(bits.to_bytes(16)))

@@ -1,4 +1,4 @@
-"""The laws of the books (contract C9): each file of `sql/invariants` is a query that must return no row."""
+"""The invariants of the ledger (contract C9): each file of `sql/invariants` is a query that must return no rows."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 from gptutor.database.pool import SQL, Database
 
-ROWS_SHOWN = 20
+ROWS_MAX = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Invariant:
 class Finding:
     invariant: Invariant
     rows: list[dict[str, Any]]
-    """The first offending rows; empty when the law holds."""
+    """The first rows that violate the invariant; empty if it holds."""
 
 
 def load_invariants(directory: Path = SQL / "invariants") -> list[Invariant]:
@@ -34,8 +34,8 @@ def load_invariants(directory: Path = SQL / "invariants") -> list[Invariant]:
 
 
 async def check(database: Database) -> AsyncIterator[Finding]:
-    """Checks every law over one snapshot of the database, yielding as it goes."""
+    """Checks every invariant in one snapshot of the database, and yields each result when it is known."""
     async with database.snapshot() as connection:
         for invariant in load_invariants():
             cursor = await connection.cursor(invariant.query)
-            yield Finding(invariant, [dict(row) for row in await cursor.fetch(ROWS_SHOWN)])
+            yield Finding(invariant, [dict(row) for row in await cursor.fetch(ROWS_MAX)])

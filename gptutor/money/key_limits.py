@@ -1,66 +1,57 @@
-"""The limits of a key as a person writes them: a cap in roubles, a day or a moment of its end. No I/O."""
+"""The limits of an API key: changing some of them, and checking what they are changed to. No I/O."""
 
 import datetime
 from typing import TypedDict
 
-from gptutor.money.amounts import parse_positive
-from gptutor.money.keyring import CapPeriod, KeyLimits
+from gptutor.money.amounts import Nano
+from gptutor.money.keyring import KeyLimits, LimitReset
 
 NAME_MAX = 100
-PER_MINUTE_MAX = 1_000_000
-LAST = datetime.datetime(9000, 1, 1, tzinfo=datetime.UTC)
+REQUESTS_PER_MINUTE_MAX = 1_000_000
+EXPIRY_MAX = datetime.datetime(9000, 1, 1, tzinfo=datetime.UTC)
 
 
 class InvalidLimit(ValueError):
-    """A limit is not one; the text is a sentence."""
+    """A limit is malformed or out of range; the text is a sentence."""
 
 
 class KeyLimitChanges(TypedDict, total=False):
-    """What is to be changed, as it is written; what is not here stays, and None lifts a limit."""
+    """The limits to change: an absent one stays as it is, None lifts it (`limit_reset` None: the limit never resets)."""
 
-    cap: str | None
-    cap_period: CapPeriod | None
-    expires: str | None
-    per_minute: int | None
-
-
-def changed(limits: KeyLimits, changes: KeyLimitChanges) -> KeyLimits:
-    """The limits after the changes; the period of a new cap is `total` unless it is said. Raises InvalidAmount, InvalidLimit."""
-    cap, period, end, pace = limits.cap, limits.cap_period, limits.expires_at, limits.per_minute
-    if "cap" in changes:
-        cap = None if changes["cap"] is None else parse_positive(changes["cap"], or_zero=True)
-    if changes.get("cap_period") is not None:
-        if cap is None:
-            raise InvalidLimit("A period needs a cap")
-        period = changes["cap_period"]
-    if "expires" in changes:
-        end = None if changes["expires"] is None else end_of(changes["expires"])
-    if "per_minute" in changes:
-        pace = None if changes["per_minute"] is None else pace_of(changes["per_minute"])
-    return KeyLimits(end, cap, None if cap is None else period or "total", pace)
+    limit: Nano | None
+    limit_reset: LimitReset | None
+    requests_per_minute: int | None
+    expires_at: datetime.datetime | None
 
 
-def end_of(text: str) -> datetime.datetime:
-    """`2026-12-31` is the end of that day, UTC; otherwise a moment with its zone. Raises InvalidLimit."""
+def changed_limits(limits: KeyLimits, changes: KeyLimitChanges) -> KeyLimits:
+    """The limits after the changes. Lifting `limit` lifts `limit_reset` with it. Raises InvalidLimit."""
+    limit = changes.get("limit", limits.limit)
+    limit_reset = changes.get("limit_reset", limits.limit_reset)
+    if limit is None:
+        if changes.get("limit_reset") is not None:
+            raise InvalidLimit("limit_reset needs a limit; set limit as well")
+        limit_reset = None
+    requests_per_minute = changes.get("requests_per_minute", limits.requests_per_minute)
+    if requests_per_minute is not None and not 1 <= requests_per_minute <= REQUESTS_PER_MINUTE_MAX:
+        raise InvalidLimit(f"requests_per_minute must be from 1 to {REQUESTS_PER_MINUTE_MAX}, not {requests_per_minute}")
+    return KeyLimits(changes.get("expires_at", limits.expires_at), limit, limit_reset, requests_per_minute)
+
+
+def parse_expiry(text: str) -> datetime.datetime:
+    """`2026-12-31` is the end of that day in UTC; otherwise a time with its time zone. Raises InvalidLimit."""
     try:
         if len(text) == 10:
-            moment = datetime.datetime.combine(datetime.date.fromisoformat(text), datetime.time(), datetime.UTC)
-            moment += datetime.timedelta(days=1)
+            expires_at = datetime.datetime.combine(datetime.date.fromisoformat(text), datetime.time(), datetime.UTC)
+            expires_at += datetime.timedelta(days=1)
         else:
-            moment = datetime.datetime.fromisoformat(text)
+            expires_at = datetime.datetime.fromisoformat(text)
     except (ValueError, OverflowError) as error:
         raise InvalidLimit(
-            f"{text[:40]!r} is not a day such as 2026-12-31, or a moment such as 2026-12-31T18:00:00+03:00"
+            f"expires_at must be a day such as 2026-12-31, or a time such as 2026-12-31T18:00:00+03:00, not {text[:40]!r}"
         ) from error
-    if moment.tzinfo is None:
-        raise InvalidLimit(f"{text[:40]!r} does not say of which time zone it is, such as +03:00 or Z")
-    if not datetime.datetime.now(datetime.UTC) < moment < LAST:
-        raise InvalidLimit(f"{text[:40]!r} is in the past, or too far ahead")
-    return moment
-
-
-def pace_of(number: int) -> int:
-    """Raises InvalidLimit."""
-    if not 1 <= number <= PER_MINUTE_MAX:
-        raise InvalidLimit(f"A key has from 1 to {PER_MINUTE_MAX} requests per minute, not {number}")
-    return number
+    if expires_at.tzinfo is None:
+        raise InvalidLimit(f"expires_at must name its time zone, such as +03:00 or Z, not {text[:40]!r}")
+    if not datetime.datetime.now(datetime.UTC) < expires_at < EXPIRY_MAX:
+        raise InvalidLimit(f"expires_at must be in the future and before the year {EXPIRY_MAX.year}, not {text[:40]!r}")
+    return expires_at

@@ -1,7 +1,7 @@
-"""The keys of an account: made, shown again, limited, replaced, revoked. The typed doors of `sql/queries/keys.sql`.
+"""The API keys of an account: create, show again, limit, replace, revoke. The typed functions of `sql/queries/keys.sql`.
 
-An account has one main key, the one that a sign-in shows, and any number of others, each with a name, and if its owner wants with
-an end, a cap on what it may spend and a pace. The limits are kept by the hold statement itself, so they hold in every process.
+An account has one main key, which signing in shows, and any number of others. Each key has a name and optional limits: an expiry
+time, a spending limit and a number of requests per minute. The hold statement enforces them, so they apply in every process.
 """
 
 import datetime
@@ -11,31 +11,35 @@ from typing import Literal
 
 from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import AccountId, Nano
-from gptutor.money.keys import KeyClaim, hash_key, make_key, shown
-from gptutor.money.vault import Sealed, Unreadable, Vault
+from gptutor.money.keys import KeyClaim, display_prefix, hash_key, make_key
+from gptutor.money.vault import DecryptionFailed, EncryptedKey, Vault
 
-CapPeriod = Literal["day", "total"]
+LimitReset = Literal["daily"]
+"""How often the spending counted against a limit starts from zero; None: never."""
 KEYS_MAX = 100
-"""Of one account, revoked ones not counted."""
+"""For one account, without revoked keys."""
 REKEY_PAGE = 500
 
 
 class NoSuchKey(LookupError):
-    """The account has no living key of this number."""
+    """The account has no valid key with this id."""
 
 
 class TooManyKeys(Exception):
-    """The account has as many keys as it may have."""
+    """The account already has KEYS_MAX keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """What a key may do: until when, for how much in which period, how often in a minute. None: no limit of its own."""
+    """What a key may do beyond the limits of its account. None: the key has no such limit.
+
+    `limit` is the most that the key may spend, in nano-roubles; `limit_reset` is None where there is no `limit`.
+    """
 
     expires_at: datetime.datetime | None = None
-    cap: Nano | None = None
-    cap_period: CapPeriod | None = None
-    per_minute: int | None = None
+    limit: Nano | None = None
+    limit_reset: LimitReset | None = None
+    requests_per_minute: int | None = None
 
 
 NO_LIMITS = KeyLimits()
@@ -43,7 +47,7 @@ NO_LIMITS = KeyLimits()
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key as it may be shown; `spent` and `held` are counted for keys with a cap, in its period."""
+    """A key without its secret. `spent` and `held` are counted only for keys with a spending limit, within its period."""
 
     key_id: int
     shown: str
@@ -58,7 +62,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class LiveKey:
-    """A key that opens its account."""
+    """A key that authenticates its account."""
 
     key_id: int
     is_main: bool
@@ -72,59 +76,67 @@ class KeyRing:
     async def issue(
         self, account_id: AccountId, name: str = "", limits: KeyLimits = NO_LIMITS, *, beside: bool = False
     ) -> tuple[str, Key]:
-        """A new key. Where there is no main key it becomes that, unless it has limits or is to stand `beside` one.
+        """Creates a key. It becomes the main key if there is none, unless the key has limits or `beside` is set.
 
-        Raises TooManyKeys, NoSuchUser's constraint.
+        Raises TooManyKeys, and ConstraintViolated if the account does not exist.
         """
         key = make_key(account_id)
         key_hash = hash_key(key)
-        sealed = self._vault.seal(account_id, key_hash, key)
+        encrypted = self._vault.encrypt(account_id, key_hash, key)
         row = await self._database.fetchrow(
             "create_key",
             account_id,
             beside or limits != NO_LIMITS,
             KEYS_MAX,
             key_hash,
-            shown(key),
+            display_prefix(key),
             name,
-            sealed.data,
-            sealed.secret_id,
+            encrypted.data,
+            encrypted.secret_id,
             limits.expires_at,
-            limits.cap,
-            limits.cap_period,
-            limits.per_minute,
+            limits.limit,
+            _cap_period(limits),
+            limits.requests_per_minute,
         )
         if row is None:
             raise TooManyKeys
         return key, key_of(row)
 
     async def renew(self, account_id: AccountId, *, others_too: bool = False) -> str:
-        """A new main key in place of the one before, or of all: those are dead from now on."""
+        """Replaces the main key, or all keys if `others_too`: the replaced keys are revoked at once."""
         key, _ = await self._renew(account_id, others_too=others_too)
         return key
 
     async def main(self, account_id: AccountId) -> str:
-        """The main key, to be shown. One that has no copy, has ended or was revoked is replaced by a new one.
+        """The main key, to be shown. A key without an encrypted copy, or an expired or revoked one, is replaced by a new key.
 
-        Raises Unreadable: a copy that does not open says that the secret is a wrong one, and a key that works must not die of it.
+        Raises DecryptionFailed: the configured secret is wrong, and a key that works must not be revoked because of that.
         """
         while True:
             row = await self._database.fetchrow("find_main_key", account_id)
             if row is not None and row["encrypted"] is not None and not row["has_ended"]:
-                return self._vault.open(account_id, row["key_hash"], Sealed(row["encrypted"], row["secret_id"]))
+                return self._vault.decrypt(account_id, row["key_hash"], EncryptedKey(row["encrypted"], row["secret_id"]))
             key, is_new = await self._renew(account_id, only_seen=True, seen=row["key_hash"] if row is not None else None)
-            if is_new:  # otherwise another request was first, and its key is the one to show
+            if is_new:  # otherwise another request replaced it first: show that key
                 return key
 
     async def _renew(
         self, account_id: AccountId, *, others_too: bool = False, only_seen: bool = False, seen: bytes | None = None
     ) -> tuple[str, bool]:
-        """A new main key, and whether it took the place of the one before; with `only_seen` it does so only of the one `seen`."""
+        """A new main key, and whether it replaced the old one. With `only_seen` only the key with the hash `seen` is replaced."""
         key = make_key(account_id)
         key_hash = hash_key(key)
-        sealed = self._vault.seal(account_id, key_hash, key)
+        encrypted = self._vault.encrypt(account_id, key_hash, key)
         (row,) = await self._database.fetch(
-            "renew_key", account_id, others_too, only_seen, seen, key_hash, shown(key), sealed.data, sealed.secret_id
+            "renew_key",
+            account_id,
+            others_too,
+            only_seen,
+            seen,
+            key_hash,
+            display_prefix(key),
+            encrypted.data,
+            encrypted.secret_id,
         )
         return key, row["is_new"]
 
@@ -133,27 +145,27 @@ class KeyRing:
         return [key_of(row) for row in await self._database.fetch("list_keys", account_id)]
 
     async def limit(self, account_id: AccountId, key_id: int, limits: KeyLimits) -> Key:
-        """Sets all limits of a key; a cap of a new period counts from now on. Raises NoSuchKey."""
+        """Sets all limits of a key. A spending limit with a new period starts at zero now. Raises NoSuchKey."""
         await self._limit(account_id, key_id, limits)
         return await self.find(account_id, key_id)
 
     async def change(self, account_id: AccountId, key_id: int, change: Callable[[KeyLimits], KeyLimits]) -> Key:
-        """Changes some limits, whatever others are changed at the same moment. Raises NoSuchKey, and what `change` does."""
+        """Changes some limits; concurrent changes of other limits are kept. Raises NoSuchKey, and what `change` raises."""
         while True:
             seen = (await self.find(account_id, key_id)).limits
             if await self._limit(account_id, key_id, change(seen), seen):
                 return await self.find(account_id, key_id)
 
     async def _limit(self, account_id: AccountId, key_id: int, limits: KeyLimits, seen: KeyLimits | None = None) -> bool:
-        """False: they are not those `seen` any more, and nothing was done. Raises NoSuchKey."""
+        """Returns False, and changes nothing, if the limits are no longer those `seen`. Raises NoSuchKey."""
         before = seen or NO_LIMITS
         (row,) = await self._database.fetch(
             "limit_key",
             account_id,
             key_id,
-            *(limits.cap, limits.cap_period, limits.per_minute, limits.expires_at),
+            *(limits.limit, _cap_period(limits), limits.requests_per_minute, limits.expires_at),
             seen is not None,
-            *(before.cap, before.cap_period, before.per_minute, before.expires_at),
+            *(before.limit, _cap_period(before), before.requests_per_minute, before.expires_at),
         )
         if row["outcome"] == "none":
             raise NoSuchKey(key_id)
@@ -165,11 +177,11 @@ class KeyRing:
             raise NoSuchKey(key_id)
 
     async def is_alive(self, claim: KeyClaim) -> bool:
-        """Whether the key is known, and neither it nor its account is out of use."""
+        """Whether the key exists and is not revoked or expired, and its account is active."""
         return await self.opened_by(claim) is not None
 
     async def opened_by(self, claim: KeyClaim) -> LiveKey | None:
-        """The key, if it is known, and neither it nor its account is out of use."""
+        """The key, if it exists and is not revoked or expired, and its account is active."""
         row = await self._database.fetchrow("find_live_key", claim.account_id, claim.key_hash)
         return None if row is None else LiveKey(row["key_id"], row["is_main"])
 
@@ -181,26 +193,36 @@ class KeyRing:
         raise NoSuchKey(key_id)
 
     async def stale_copies(self) -> int:
-        """How many copies `rekey` has before it."""
+        """How many copies `rekey` has left to encrypt."""
         row = await self._database.fetchrow("count_copies", self._vault.secret_id)
         return row["copies"] if row else 0
 
     async def rekey(self) -> AsyncIterator[tuple[int, int]]:
-        """Seals every copy anew with the first secret; may be broken off and resumed. Yields (done, unreadable) after a page."""
+        """Encrypts every copy again, with the first secret; can be resumed. Yields (done, unreadable) after each page."""
         done = unreadable = 0
         account_id = key_id = 0
         while rows := await self._database.fetch("list_copies", self._vault.secret_id, account_id, key_id, REKEY_PAGE):
             for row in rows:
                 account_id, key_id = row["account_id"], row["key_id"]
                 try:
-                    key = self._vault.open(AccountId(account_id), row["key_hash"], Sealed(row["encrypted"], row["secret_id"]))
-                except Unreadable:
+                    copy = EncryptedKey(row["encrypted"], row["secret_id"])
+                    key = self._vault.decrypt(AccountId(account_id), row["key_hash"], copy)
+                except DecryptionFailed:
                     unreadable += 1
                     continue
-                sealed = self._vault.seal(AccountId(account_id), row["key_hash"], key)
-                await self._database.fetch("replace_copy", account_id, key_id, row["secret_id"], sealed.data, sealed.secret_id)
+                encrypted = self._vault.encrypt(AccountId(account_id), row["key_hash"], key)
+                await self._database.fetch(
+                    "replace_copy", account_id, key_id, row["secret_id"], encrypted.data, encrypted.secret_id
+                )
                 done += 1
             yield done, unreadable
+
+
+def _cap_period(limits: KeyLimits) -> str | None:
+    """As the column `cap_period` has it."""
+    if limits.limit is None:
+        return None
+    return "day" if limits.limit_reset == "daily" else "total"
 
 
 def key_of(row: Row) -> Key:
@@ -209,7 +231,7 @@ def key_of(row: Row) -> Key:
         shown=row["shown"],
         name=row["name"],
         is_main=row["is_main"],
-        limits=KeyLimits(row["expires_at"], row["cap_nano"], row["cap_period"], row["per_minute"]),
+        limits=KeyLimits(row["expires_at"], row["cap_nano"], "daily" if row["cap_period"] == "day" else None, row["per_minute"]),
         spent=Nano(row["spent_nano"]),
         held=Nano(row["held_nano"]),
         created_at=row["created_at"],

@@ -1,8 +1,8 @@
 """API keys: `sk-user-<account>-<58 characters>`.
 
-The account stands in the key, so that a look-up names the row it wants and every statement can be sent to the account's own
-shard. The characters are base32 of 256 random bits and a CRC-32 of everything before it: a typo or a scanner's guess is
-refused without asking the database. The database keeps SHA-256 of the whole key; at 256 random bits no slower hash is needed.
+A key contains its account's id, so that a look-up is by primary key and every statement can be sent to the account's own shard.
+The characters are base32 of 256 random bits and of a CRC-32 of all that precedes it: a typo or a random guess is rejected without
+asking the database. The database stores the SHA-256 of the whole key; with 256 random bits no slower hash is needed.
 """
 
 import base64
@@ -16,37 +16,37 @@ import msgspec
 from gptutor.money.amounts import AccountId
 
 RANDOM_BYTES = 32
-CHECK_BYTES = 4
-FORM = re.compile(r"sk-user-([1-9][0-9]{0,18})-([a-z2-7]{58})")
+CHECKSUM_BYTES = 4
+KEY_PATTERN = re.compile(r"sk-user-([1-9][0-9]{0,18})-([a-z2-7]{58})")
 ACCOUNT_MAX = 2**63 - 1
-DIGITS = str.maketrans("abcdefghijklmnopqrstuvwxyz234567", "0123456789abcdefghijklmnopqrstuv")
-UNUSED_BITS = 58 * 5 - (RANDOM_BYTES + CHECK_BYTES) * 8
+BASE32_TO_INT_DIGITS = str.maketrans("abcdefghijklmnopqrstuvwxyz234567", "0123456789abcdefghijklmnopqrstuv")
+UNUSED_BITS = 58 * 5 - (RANDOM_BYTES + CHECKSUM_BYTES) * 8
 
 
 class KeyClaim(msgspec.Struct, frozen=True):
-    """A well-formed key: the account that it names, and the hash that proves it."""
+    """The content of a well-formed key: the account id in it, and the SHA-256 of the key, which the database checks."""
 
     account_id: AccountId
     key_hash: bytes
 
 
 def make_key(account_id: AccountId) -> str:
-    body = secrets.token_bytes(RANDOM_BYTES)
-    return f"sk-user-{account_id}-{_encode(body + _check(account_id, body))}"
+    random_bytes = secrets.token_bytes(RANDOM_BYTES)
+    return f"sk-user-{account_id}-{_base32(random_bytes + _checksum(account_id, random_bytes))}"
 
 
 def parse_key(text: str) -> KeyClaim | None:
-    """The claim that a key makes, or None if no key of ours is spelled so."""
-    form = FORM.fullmatch(text)
-    if form is None:
+    """The account id and hash of a key; None if the text is not well-formed or its checksum is wrong."""
+    match = KEY_PATTERN.fullmatch(text)
+    if match is None:
         return None
-    account_id = AccountId(int(form[1]))
-    # Python's own base32 goes character by character; `int` reads 32 digits, if they are 0-9a-v, in one go.
-    bits = int(form[2].translate(DIGITS), 32)
-    decoded = (bits >> UNUSED_BITS).to_bytes(RANDOM_BYTES + CHECK_BYTES, "big")
-    body, check = decoded[:RANDOM_BYTES], decoded[RANDOM_BYTES:]
-    # Bits that are not used must be none: otherwise a key would have other spellings.
-    if account_id > ACCOUNT_MAX or check != _check(account_id, body) or bits & (1 << UNUSED_BITS) - 1:
+    account_id = AccountId(int(match[1]))
+    # `base64.b32decode` is a loop in Python; `int` with base 32 is one call in C, and wants the digits 0-9a-v.
+    bits = int(match[2].translate(BASE32_TO_INT_DIGITS), 32)
+    decoded = (bits >> UNUSED_BITS).to_bytes(RANDOM_BYTES + CHECKSUM_BYTES, "big")
+    random_bytes, checksum = decoded[:RANDOM_BYTES], decoded[RANDOM_BYTES:]
+    # The unused bits at the end must be zero: otherwise several texts would be the same key.
+    if account_id > ACCOUNT_MAX or checksum != _checksum(account_id, random_bytes) or bits & (1 << UNUSED_BITS) - 1:
         return None
     return KeyClaim(account_id, hash_key(text))
 
@@ -55,15 +55,15 @@ def hash_key(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
-def shown(key: str) -> str:
-    """The part of a key that may be shown and logged: enough to recognise it, useless to a thief."""
+def display_prefix(key: str) -> str:
+    """The part of a key that may be shown and logged: enough to recognise the key, useless to a thief."""
     prefix, _, secret = key.rpartition("-")
     return f"{prefix}-{secret[:4]}"
 
 
-def _check(account_id: AccountId, body: bytes) -> bytes:
-    return zlib.crc32(b"%d-%s" % (account_id, body)).to_bytes(CHECK_BYTES, "big")
+def _checksum(account_id: AccountId, random_bytes: bytes) -> bytes:
+    return zlib.crc32(b"%d-%s" % (account_id, random_bytes)).to_bytes(CHECKSUM_BYTES, "big")
 
 
-def _encode(data: bytes) -> str:
+def _base32(data: bytes) -> str:
     return base64.b32encode(data).decode().rstrip("=").lower()

@@ -1,15 +1,15 @@
 """The ledger of requests: hold → settle | release | hand over. Batched, journalled, idempotent.
 
-A hold is committed before anything is bought, and closed once: by a settlement with the exact charge, or by a release where
-nothing was bought. What this process cannot find out itself it hands over to recovery. Closing is idempotent by the hold's
-id, so it is repeated until the database has it; the journal remembers it meanwhile.
+A hold is committed before anything is bought, and closed once: by a settlement with the exact charge, or by a release if nothing
+was bought. If this process cannot find out which, it hands the hold over to recovery. Closing is idempotent by the hold's id, so
+closing is retried until the database has committed it; until then the journal has the hold.
 
-What one request ends with and another begins with share statements and commits. These do not wait for an account's row that
-another process has, or somebody's hand: what belongs to that account is asked for again, by itself, and waits alone. Releases
-give up soon, and come again.
+The settlements of finished requests and the holds of new ones share statements and commits. Such a statement does not wait for
+account rows that are locked by another process or by hand: it skips their items, which are then submitted again, in a statement
+for that account alone, which does wait. Releases use a short lock timeout, and are retried.
 
-A hold whose statement failed may have been committed all the same. Nothing was sent for it, so it is released, as soon as the
-database answers.
+A hold whose statement failed may have been committed all the same. No request was sent for such a hold, so it is released as soon
+as the database responds.
 """
 
 import asyncio
@@ -25,44 +25,44 @@ from gptutor.database.pool import Database, DatabaseUnavailable, Row
 from gptutor.money.amounts import Nano
 from gptutor.money.batch import Batcher
 from gptutor.money.holds import (
+    ConcurrencyLimitReached,
     HandOver,
     Hold,
     HoldId,
     HoldRequest,
     InsufficientFunds,
-    KeyCapReached,
+    KeyLimitReached,
     RateLimited,
     Release,
     RepeatedRequest,
     Settlement,
-    TooManyAtOnce,
     UnknownKey,
 )
 from gptutor.money.journal import Journal
 from gptutor.tasks import BackgroundTasks
 
 LOGGER = logging.getLogger("gptutor.ledger")
-STATEMENTS_AT_ONCE = 3
-"""Of each kind: mostly one."""
-LOCKED_AT_ONCE = 4
-"""So many accounts may be held by somebody; another would wait behind them."""
+CONCURRENT_STATEMENTS_MAX = 3
+"""For each kind of batch. Usually one is running."""
+LOCKED_ACCOUNTS_MAX = 4
+"""For how many locked account rows statements may wait at a time; items of further locked accounts are queued."""
 BATCH_MAX = 200
-PAUSES_S = (0.05, 0.2, 1.0, 5.0)
+RETRY_PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 
-REFUSED: dict[str, type[Exception]] = {
+REJECTIONS: dict[str, type[Exception]] = {
     "unknown_key": UnknownKey,
-    "too_many": TooManyAtOnce,
+    "too_many": ConcurrencyLimitReached,
     "insufficient": InsufficientFunds,
-    "capped": KeyCapReached,
+    "capped": KeyLimitReached,
 }
 Outcome = Literal["settled", "settled_late", "already", "no_hold"]
-Trade = HoldRequest | Settlement
+HoldOrSettlement = HoldRequest | Settlement
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Ledger:
-    """`journal` is this process's own; `active` are the holds that a running exchange still has in its hands."""
+    """`journal` is this process's own. `active` are the holds of running exchanges: recovery leaves them alone."""
 
     def __init__(
         self,
@@ -81,41 +81,42 @@ class Ledger:
         self._hold_ttl_s = hold_ttl_s
         self._chat_per_minute = chat_per_minute
         self._chat_at_once = chat_at_once
-        self._orphans = BackgroundTasks()
-        self._trades: Batcher[Trade, Row] = Batcher(
-            self._trade_batch,
+        self._background_releases = BackgroundTasks()
+        self._holds_and_settlements: Batcher[HoldOrSettlement, Row] = Batcher(
+            self._settle_and_hold_batch,
             lambda item: item.account_id,
-            at_once=STATEMENTS_AT_ONCE,
+            concurrent_max=CONCURRENT_STATEMENTS_MAX,
             batch_max=BATCH_MAX,
-            abandoned=self._abandon,
+            on_abandoned=self._release_abandoned,
         )
-        self._locked: Batcher[Trade, Row] = Batcher(
-            functools.partial(self._trade_batch, waits=True),
+        self._of_locked_accounts: Batcher[HoldOrSettlement, Row] = Batcher(
+            functools.partial(self._settle_and_hold_batch, wait_for_locks=True),
             lambda item: item.account_id,
-            at_once=LOCKED_AT_ONCE,
+            concurrent_max=LOCKED_ACCOUNTS_MAX,
             batch_max=BATCH_MAX,
-            patience_s=0,
-            apart=True,
-            abandoned=self._abandon,
+            overtake_after_s=0,
+            one_account_per_batch=True,
+            on_abandoned=self._release_abandoned,
         )
-        """Those whose account's row somebody had: each account's wait for it in a statement of their own."""
+        """Items whose account row was locked: the items of each account wait for it in a statement of their own."""
         self._releases: Batcher[Release, None] = Batcher(
-            self._release_batch, lambda item: item.account_id, at_once=STATEMENTS_AT_ONCE, batch_max=BATCH_MAX
+            self._release_batch, lambda item: item.account_id, concurrent_max=CONCURRENT_STATEMENTS_MAX, batch_max=BATCH_MAX
         )
         self._hand_overs: Batcher[HandOver, None] = Batcher(
-            self._hand_over_batch, lambda item: item.account_id, at_once=1, batch_max=BATCH_MAX
+            self._hand_over_batch, lambda item: item.account_id, concurrent_max=1, batch_max=BATCH_MAX
         )
 
     async def hold_funds(self, request: HoldRequest) -> Hold:
-        """Authenticates the key and reserves the ceiling.
+        """Authenticates the key and holds the ceiling.
 
-        Raises UnknownKey, RateLimited, TooManyAtOnce, InsufficientFunds, KeyCapReached, RepeatedRequest, DatabaseUnavailable.
+        Raises UnknownKey, RateLimited, ConcurrencyLimitReached, InsufficientFunds, KeyLimitReached, RepeatedRequest and
+        DatabaseUnavailable.
         """
         self.active.add(request.hold_id)
         try:
-            row = await self._trade(request)
+            row = await self._submit(request)
         except (Exception, asyncio.CancelledError):
-            self._forsake(request)
+            self._release_in_background(request)
             raise
         if row["outcome"] == "granted":
             return Hold(
@@ -128,55 +129,56 @@ class Ledger:
         self.active.discard(request.hold_id)
         if row["outcome"] == "rate_limited":
             raise RateLimited(of_key=not self._chat_per_minute or row["minute_requests"] < self._chat_per_minute)
-        if refused := REFUSED.get(row["outcome"]):
-            raise refused
+        if rejection := REJECTIONS.get(row["outcome"]):
+            raise rejection
         raise RepeatedRequest(row["earlier_request_id"], same_body=row["outcome"] == "repeated")
 
     async def settle(self, settlement: Settlement) -> Outcome:
-        """Books the charge and frees the hold; a charge above its hold is booked in full (contract C5)."""
-        row = await _until_done(self._trade, settlement)
+        """Books the charge and closes the hold; a charge above the held amount is booked in full (contract C5)."""
+        row = await _retry_until_done(self._submit, settlement)
         outcome: Outcome = row["outcome"]
         if outcome == "no_hold":
-            LOGGER.error("A charge has no hold: %s", settlement)  # a commit was lost: a failover to a stale replica
+            LOGGER.error("A charge has no hold: %s", settlement)  # its commit was lost, as by a failover to a stale replica
         return outcome
 
     async def release(self, item: Release) -> None:
-        """Frees a hold; one that is closed already stays as it is."""
-        await _until_done(self._releases.submit, item)
+        """Closes a hold without a charge. A hold that is already closed stays as it is."""
+        await _retry_until_done(self._releases.submit, item)
 
     async def hand_over(self, item: HandOver) -> None:
         """Leaves the hold to recovery."""
-        await _until_done(self._hand_overs.submit, item)
+        await _retry_until_done(self._hand_overs.submit, item)
 
-    def let_go(self, hold_id: HoldId) -> None:
-        """The exchange has ended, however: if its hold is not closed, recovery may look at it."""
+    def deactivate(self, hold_id: HoldId) -> None:
+        """To be called when the exchange has ended: if its hold is still open, recovery may close it."""
         self.active.discard(hold_id)
 
     async def drain(self, within_s: float) -> int:
-        """Waits for the releases that were begun on nobody's behalf; what is left then, recovery finds. How many are left."""
-        return await self._orphans.drain(within_s)
+        """Waits for background releases, then cancels the rest, which recovery will find. Returns how many were cancelled."""
+        return await self._background_releases.drain(within_s)
 
-    def _forsake(self, request: HoldRequest) -> None:
-        """Nobody waits for this hold any more, and it may exist: it is released, having bought nothing."""
+    def _release_in_background(self, request: HoldRequest) -> None:
+        """Releases a hold that may exist and that no exchange waits for: nothing was bought under it."""
         self.active.discard(request.hold_id)
-        self._orphans.start(self.release(Release(request.claim.account_id, request.hold_id)))
+        self._background_releases.start(self.release(Release(request.claim.account_id, request.hold_id)))
 
-    def _abandon(self, item: Trade, row: Row) -> None:
+    def _release_abandoned(self, item: HoldOrSettlement, row: Row) -> None:
+        """Called when a hold was granted after the exchange that wanted it was cancelled."""
         if isinstance(item, HoldRequest) and row["outcome"] == "granted":
-            self._forsake(item)
+            self._release_in_background(item)
 
-    async def _trade(self, item: Trade) -> Row:
-        row = await self._trades.submit(item)
-        return await self._locked.submit(item) if row["outcome"] == "locked" else row
+    async def _submit(self, item: HoldOrSettlement) -> Row:
+        row = await self._holds_and_settlements.submit(item)
+        return await self._of_locked_accounts.submit(item) if row["outcome"] == "locked" else row
 
     # -- the statements
 
-    async def _trade_batch(self, items: Sequence[Trade], *, waits: bool = False) -> list[Row]:
+    async def _settle_and_hold_batch(self, items: Sequence[HoldOrSettlement], *, wait_for_locks: bool = False) -> list[Row]:
         requests = [item for item in items if isinstance(item, HoldRequest)]
         settlements = [item for item in items if isinstance(item, Settlement)]
         rows = await self._database.fetch(
             "settle_and_hold",
-            waits,
+            wait_for_locks,
             *_columns_of_charges(settlements),
             self.journal.owner,
             self._hold_ttl_s,
@@ -186,7 +188,7 @@ class Ledger:
             *_columns_of_holds(requests),
         )
         by_id = {row["hold_id"]: row for row in rows}
-        self.journal.closed(item.hold_id for item in settlements if by_id[item.hold_id]["outcome"] != "locked")
+        self.journal.record_closed(item.hold_id for item in settlements if by_id[item.hold_id]["outcome"] != "locked")
         return [by_id[item.hold_id] for item in items]
 
     async def _release_batch(self, releases: list[Release]) -> Sequence[None]:
@@ -196,7 +198,7 @@ class Ledger:
             [release.hold_id for release in releases],
             [release.unresolved for release in releases],
         )
-        self.journal.closed(release.hold_id for release in releases)
+        self.journal.record_closed(release.hold_id for release in releases)
         return [None] * len(releases)
 
     async def _hand_over_batch(self, items: list[HandOver]) -> Sequence[None]:
@@ -206,35 +208,35 @@ class Ledger:
             [item.hold_id for item in items],
             [item.generation_id for item in items],
         )
-        self.journal.closed(item.hold_id for item in items)
+        self.journal.record_closed(item.hold_id for item in items)
         return [None] * len(items)
 
 
 def _columns_of_charges(settlements: Sequence[Settlement]) -> Sequence[list[Any]]:
-    """In the order of `settle_and_hold`."""
+    """In the order of the parameters of `settle_and_hold`."""
     if not settlements:
         return [[]] * 7
     return [
         [settlement.account_id for settlement in settlements],
         [settlement.hold_id for settlement in settlements],
-        [settlement.charge for settlement in settlements],
-        [settlement.cost_usd for settlement in settlements],
+        [settlement.charge.amount for settlement in settlements],
+        [settlement.charge.cost_usd for settlement in settlements],
         [settlement.generation_id for settlement in settlements],
-        [settlement.prompt_tokens for settlement in settlements],
-        [settlement.completion_tokens for settlement in settlements],
+        [settlement.charge.prompt_tokens for settlement in settlements],
+        [settlement.charge.completion_tokens for settlement in settlements],
     ]
 
 
 def _columns_of_holds(requests: Sequence[HoldRequest]) -> Sequence[list[Any]]:
-    """In the order of `settle_and_hold`."""
+    """In the order of the parameters of `settle_and_hold`."""
     if not requests:
         return [[]] * 9
     return [
         [request.claim.account_id for request in requests],
         [request.claim.key_hash for request in requests],
         [request.hold_id for request in requests],
-        [request.ceiling.most for request in requests],
-        [request.ceiling.least for request in requests],
+        [request.ceiling.hold_max for request in requests],
+        [request.ceiling.available_min for request in requests],
         [request.model for request in requests],
         [request.request_id for request in requests],
         [request.idempotency_key for request in requests],
@@ -242,10 +244,10 @@ def _columns_of_holds(requests: Sequence[HoldRequest]) -> Sequence[list[Any]]:
     ]
 
 
-async def _until_done(submit: Callable[[Item], Awaitable[Result]], item: Item) -> Result:
-    """Submits an item that is idempotent, however often it takes while the database is away."""
-    pauses = itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1]))
-    level = logging.WARNING  # once for each hold; then it is known that the database is away
+async def _retry_until_done(submit: Callable[[Item], Awaitable[Result]], item: Item) -> Result:
+    """Submits an idempotent item again and again until the database is available."""
+    pauses = itertools.chain(RETRY_PAUSES_S, itertools.repeat(RETRY_PAUSES_S[-1]))
+    level = logging.WARNING  # once for each hold: the following failures tell nothing new
     while True:
         try:
             return await submit(item)

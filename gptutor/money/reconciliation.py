@@ -8,10 +8,9 @@ import datetime
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
 
 from gptutor.database.pool import Database
-from gptutor.money.amounts import AccountId, Nano, roubles
+from gptutor.money.amounts import AccountId, Nano
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +38,6 @@ class WaitingHold:
     generation_id: str | None
     created_at: datetime.datetime
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "userId": self.account_id,
-            "state": self.state,
-            "atMost": roubles(self.amount),
-            "model": self.model,
-            "requestId": self.request_id,
-            "generationId": self.generation_id,
-            "createdAt": self.created_at,
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
@@ -59,21 +47,6 @@ class Reconciliation:
     @property
     def at_most(self) -> Nano:
         return sum_of(self.waiting)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "days": [
-                {
-                    "day": day.day.isoformat(),
-                    "oursUsd": f"{day.ours_usd:f}",
-                    "openrouterUsd": f"{day.theirs_usd:f}",
-                    "differenceUsd": f"{day.difference_usd:f}",
-                }
-                for day in self.days
-            ],
-            "waiting": [hold.as_json() for hold in self.waiting],
-            "waitingAtMost": roubles(self.at_most),
-        }
 
 
 async def reconcile(database: Database, theirs_usd: Mapping[datetime.date, Decimal]) -> Reconciliation:

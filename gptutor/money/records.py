@@ -1,18 +1,23 @@
-"""How users, keys, entries and payments are written for an administrator, in JSON and in CSV. Amounts are exact, in roubles.
+"""How users, keys, entries and payments are written for administrators and operators, in JSON and in CSV.
 
-The command line (`--json`) and the administrator's listener write the same.
+The command line (`--json`) and `/admin` write the same. Amounts are exact decimal strings in roubles, times are ISO 8601 in UTC.
 """
 
 import csv
+import datetime
 import io
 from collections.abc import Iterable
-from typing import Any
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
 
-from gptutor.money.administration import UserDetails
 from gptutor.money.amounts import AccountId, roubles
 from gptutor.money.bookings import Booking, LedgerEntry
-from gptutor.money.keyring import Key
+from gptutor.money.keyring import Key, KeyLimits
+from gptutor.money.reconciliation import Reconciliation, WaitingHold, sum_of
 from gptutor.money.users import User
+
+if TYPE_CHECKING:
+    from gptutor.money.administration import UserDetails
 
 CSV_COLUMNS = (
     "user_id",
@@ -38,35 +43,42 @@ def user_json(user: User) -> dict[str, Any]:
         "balance": roubles(user.balance),
         "held": roubles(user.held),
         "available": roubles(user.available),
-        "isActive": user.is_active,
-        "createdAt": user.created_at,
-        "updatedAt": user.updated_at,
+        "is_active": user.is_active,
+        "created_at": timestamp(user.created_at),
+        "updated_at": timestamp(user.updated_at),
     }
 
 
-def person_json(person: UserDetails) -> dict[str, Any]:
+def user_details_json(details: "UserDetails") -> dict[str, Any]:
     return {
-        **user_json(person.user),
-        "identities": [{"provider": provider, "id": subject} for provider, subject in person.identities],
-        "keys": [key_json(key) for key in person.keys],
+        **user_json(details.user),
+        "identities": [{"provider": provider, "id": subject} for provider, subject in details.identities],
+        "keys": [key_json(key) for key in details.keys],
     }
 
 
 def key_json(key: Key) -> dict[str, Any]:
-    limits = key.limits
+    """`usage` and `held` are counted only for keys with a limit: null for others."""
+    has_limit = key.limits.limit is not None
     return {
         "id": key.key_id,
-        "key": f"{key.shown}…",
+        "label": key.shown,
         "name": key.name,
-        "isMain": key.is_main,
-        "cap": None if limits.cap is None else roubles(limits.cap),
-        "capPeriod": limits.cap_period,
-        "spent": None if limits.cap is None else roubles(key.spent),
-        "held": None if limits.cap is None else roubles(key.held),
-        "perMinute": limits.per_minute,
-        "expiresAt": limits.expires_at,
-        "createdAt": key.created_at,
-        "revokedAt": key.revoked_at,
+        "is_main": key.is_main,
+        **key_limits_json(key.limits),
+        "usage": roubles(key.spent) if has_limit else None,
+        "held": roubles(key.held) if has_limit else None,
+        "created_at": timestamp(key.created_at),
+        "revoked_at": None if key.revoked_at is None else timestamp(key.revoked_at),
+    }
+
+
+def key_limits_json(limits: KeyLimits) -> dict[str, Any]:
+    return {
+        "limit": None if limits.limit is None else roubles(limits.limit),
+        "limit_reset": limits.limit_reset,
+        "requests_per_minute": limits.requests_per_minute,
+        "expires_at": None if limits.expires_at is None else timestamp(limits.expires_at),
     }
 
 
@@ -75,53 +87,94 @@ def entry_json(entry: LedgerEntry) -> dict[str, Any]:
         "id": str(entry.entry_id),
         "kind": entry.kind,
         "amount": roubles(entry.amount),
-        "costUsd": None if entry.cost_usd is None else f"{entry.cost_usd:f}",
-        "rubPerUsd": None if entry.rub_per_usd is None else f"{entry.rub_per_usd:f}",
+        "cost_usd": _plain(entry.cost_usd),
+        "rub_per_usd": _plain(entry.rub_per_usd),
         "model": entry.model,
-        "generationId": entry.generation_id,
+        "generation_id": entry.generation_id,
         "contra": entry.contra,
         "reason": entry.reason,
         "reference": entry.reference,
-        "createdAt": entry.created_at,
+        "created_at": timestamp(entry.created_at),
     }
 
 
 def booking_json(booking: Booking) -> dict[str, Any]:
     return {
-        "entryId": str(booking.entry_id),
-        "userId": booking.account_id,
+        "entry_id": str(booking.entry_id),
+        "user_id": booking.account_id,
         "kind": booking.kind,
         "amount": roubles(booking.amount),
-        "createdAt": booking.created_at,
+        "created_at": timestamp(booking.created_at),
     }
 
 
-def csv_head() -> str:
-    return _lines([CSV_COLUMNS])
+def waiting_hold_json(hold: WaitingHold) -> dict[str, Any]:
+    return {
+        "user_id": hold.account_id,
+        "state": hold.state,
+        "at_most": roubles(hold.amount),
+        "model": hold.model,
+        "request_id": hold.request_id,
+        "generation_id": hold.generation_id,
+        "created_at": timestamp(hold.created_at),
+    }
+
+
+def waiting_holds_json(holds: Iterable[WaitingHold]) -> dict[str, Any]:
+    holds = list(holds)
+    return {"waiting": [waiting_hold_json(hold) for hold in holds], "waiting_at_most": roubles(sum_of(holds))}
+
+
+def reconciliation_json(found: Reconciliation) -> dict[str, Any]:
+    days = [
+        {
+            "day": day.day.isoformat(),
+            "ours_usd": _plain(day.ours_usd),
+            "openrouter_usd": _plain(day.theirs_usd),
+            "difference_usd": _plain(day.difference_usd),
+        }
+        for day in found.days
+    ]
+    return {"days": days, **waiting_holds_json(found.waiting)}
+
+
+def timestamp(at: datetime.datetime) -> str:
+    """ISO 8601 in UTC, with milliseconds: `2026-11-24T10:30:15.123Z`."""
+    return at.astimezone(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def csv_header() -> str:
+    return _csv_text([CSV_COLUMNS])
 
 
 def csv_lines(entries: Iterable[tuple[AccountId, LedgerEntry]]) -> str:
-    """Texts that a spreadsheet would take for a formula begin with an apostrophe: callers name models."""
-    return _lines(
+    """Clients choose model names, so a text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    return _csv_text(
         (
             account_id,
-            entry.created_at.isoformat(),
+            timestamp(entry.created_at),
             entry.entry_id,
             entry.kind,
             roubles(entry.amount),
-            *(_harmless(text or "") for text in (entry.contra, entry.reason, entry.reference, entry.model, entry.generation_id)),
-            "" if entry.cost_usd is None else f"{entry.cost_usd:f}",
-            "" if entry.rub_per_usd is None else f"{entry.rub_per_usd:f}",
+            *map(_no_formula, (entry.contra, entry.reason, entry.reference, entry.model, entry.generation_id)),
+            _plain(entry.cost_usd) or "",
+            _plain(entry.rub_per_usd) or "",
         )
         for account_id, entry in entries
     )
 
 
-def _lines(rows: Iterable[Iterable[Any]]) -> str:
+def _plain(number: Decimal | None) -> str | None:
+    """Never in exponent form."""
+    return None if number is None else f"{number:f}"
+
+
+def _csv_text(rows: Iterable[Iterable[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue()
 
 
-def _harmless(text: str) -> str:
+def _no_formula(text: str | None) -> str:
+    text = text or ""
     return f"'{text}" if text.startswith(FORMULA_STARTS) else text

@@ -1,18 +1,20 @@
-"""Recovery: holds that lost their exchange are closed by evidence, never by guess (contract C6).
+"""Recovery: open holds that no exchange will close any more are closed by evidence, never by guess (contract C6).
 
-What may be known of such a hold, and what follows from it, is one table (`decide`):
+The evidence of a hold decides what is done with it (`next_action`):
 
-    its price                        settle                         upstream's bill was seen, the settlement was not committed
-    OpenRouter's name for it         ask /generation, patiently     it answers 404 for seconds, sometimes minutes
-    that it was sent                 wait for evidence              an answer may have been bought, and nobody has its name
-    that it was never sent           release                        the journal of its process is complete, and does not know it
-    nothing                          wait for evidence              its process may be alive on another machine
+    its charge is known             settle                   upstream's bill was read, the settlement was not committed
+    its generation id is known      look up /generation      /generation may return 404 for seconds, sometimes minutes
+    its request was sent            wait for evidence        a completion may have been bought, and its generation id is unknown
+    its request was never sent      release                  the journal of its process is complete, and has no such hold
+    nothing is known                wait for evidence        its process may be alive on another machine
 
-A hold that waits is looked at after 1, 2, 4 … seconds, at most ten minutes. After a day it is given up: released, and marked
-for the operator, whose loss it is at most. Evidence that comes even later still charges it, once.
+A hold that waits is processed after 1, 2, 4 … seconds, at most ten minutes. After a day recovery gives up: the hold is released
+and marked as unresolved for the operator, whose loss is at most the amount of the hold. Evidence that arrives even later still
+charges the account, once.
 
-Three sources feed this: the journals of dead processes, whose slots can be locked (at start, and while running); holds that an
-exchange handed over; and open holds whose time is up. Any process does it; a claim of due holds belongs to one of them.
+The holds come from three sources: the journals of dead processes, whose slots can be locked (at start, and while running); holds
+that an exchange handed over; and open holds whose time has expired. Every process runs recovery; a hold that is due is claimed by
+one of them.
 """
 
 import asyncio
@@ -27,41 +29,41 @@ from gptutor.database.pool import Database, DatabaseUnavailable, Row
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, roubles
 from gptutor.money.holds import HandOver, HoldId, Release, Settlement
-from gptutor.money.journal import JournalError, Leftover
+from gptutor.money.journal import AbandonedJournal, JournalError
 from gptutor.money.journal_records import HoldRecord
 from gptutor.money.ledger import Ledger
-from gptutor.money.pricing import charge
+from gptutor.money.pricing import Charge, charge_amount
 
 LOGGER = logging.getLogger("gptutor.recovery")
 MACHINE_LOST_S = 3600
-"""So old a hold of another process, which nobody has left to recovery: no stream is so long, and its machine is gone."""
+"""A hold of another process that is older than this, and was not handed over: no stream takes so long, so its machine is lost."""
 CLAIM_MAX = 50
-CLOSING_S = 5
-LOOKS_MIN = 10
-"""So often, at least, is a name asked for: for a quarter of an hour."""
+CLOSE_TIMEOUT_S = 5
+LOOKUPS_MIN = 10
+"""How often at least a generation id is looked up before recovery gives up: the look-ups take about a quarter of an hour."""
 
 Result = TypeVar("Result")
-Decision = Literal["settle", "look_up", "wait", "release", "give_up"]
+Action = Literal["settle", "look_up", "wait", "release", "give_up"]
 
 
-def decide(knowledge: HoldRecord | None, *, never_sent: bool, too_old: bool) -> Decision:
-    """What to do with an open hold that no exchange has in its hands."""
-    if knowledge is not None and knowledge.price is not None:
+def next_action(record: HoldRecord | None, *, never_sent: bool, too_old: bool) -> Action:
+    """What to do with an open hold that no running exchange owns. `record` is None if no journal knows the hold."""
+    if record is not None and record.charge is not None:
         return "settle"
-    if knowledge is None and never_sent:
+    if record is None and never_sent:
         return "release"
-    if knowledge is not None and knowledge.generation_id is not None:
-        return "look_up"  # however old: it may be the first question after a long outage
+    if record is not None and record.generation_id is not None:
+        return "look_up"  # at any age: after a long outage this may be the first look-up
     return "give_up" if too_old else "wait"
 
 
 def connection_name(owner: uuid.UUID) -> str:
-    """The name under which PostgreSQL shows a process's connections."""
+    """The `application_name` of a process's connections to PostgreSQL."""
     return f"gptutor {owner}"
 
 
 class Recovery:
-    """`cost_of` asks OpenRouter what a generation cost: dollars, or None while it does not say."""
+    """`cost_of` asks OpenRouter for the cost of a generation id: dollars, or None while OpenRouter does not know it."""
 
     def __init__(
         self,
@@ -82,97 +84,105 @@ class Recovery:
         self._look_max_s = look_max_s
         self._give_up_s = give_up_s
 
-    async def run(self, left: Sequence[Leftover] = ()) -> None:
-        """For ever: adopt the dead, then look at what is due. `left` is what this process found at its start, and still has."""
+    async def run(self, not_replayed: Sequence[AbandonedJournal] = ()) -> None:
+        """Runs until cancelled: replays the journals of dead processes, then processes due holds.
+
+        `not_replayed` are the journals that this process found in its own slot at its start and could not replay then.
+        """
         while True:
             try:
-                left = [leftover for leftover in left if not await self.replay(leftover)]
-                with journal.adopted(self._journals) as leftovers:
-                    for leftover in leftovers:
-                        await self.replay(leftover)
-                await self.look()
+                not_replayed = [each for each in not_replayed if not await self.replay(each)]
+                with journal.abandoned(self._journals) as abandoned_journals:
+                    for each in abandoned_journals:
+                        await self.replay(each)
+                await self.process_due_holds()
             except (DatabaseUnavailable, JournalError) as error:
                 LOGGER.warning("Recovery waits: %s", error)
             except Exception:
-                LOGGER.exception("Recovery failed, and goes on")
+                LOGGER.exception("Recovery failed, and continues")
             await asyncio.sleep(self._poll_s)
 
-    async def replay(self, leftover: Leftover) -> bool:
-        """Brings what a dead process knew into the database, and forgets it here if that went well: otherwise it comes again.
+    async def replay(self, abandoned: AbandonedJournal) -> bool:
+        """Writes what a dead process knew to the database, then deletes its journal. Returns False if a part failed: try again.
 
         Raises DatabaseUnavailable.
         """
-        # A statement of the dead may still be under way, and commit a hold after this look. Without a connection it cannot.
-        await self._database.fetch("end_connections", connection_name(leftover.owner))
-        rows = await self._database.fetch("list_open_holds_of", leftover.owner)
-        unknown = [row for row in rows if row["hold_id"] not in leftover.known]
-        never_sent = decide(None, never_sent=leftover.complete, too_old=False) == "release"
-        freed = await _all_went_well(
-            _in_time(
+        # A statement of the dead process may still be running, and commit a hold later; ending its connections prevents that.
+        await self._database.fetch("end_connections", connection_name(abandoned.owner))
+        rows = await self._database.fetch("list_open_holds_of", abandoned.owner)
+        unrecorded = [row for row in rows if row["hold_id"] not in abandoned.open_holds]
+        never_sent = next_action(None, never_sent=abandoned.is_complete, too_old=False) == "release"
+        all_closed = await _all_succeed(
+            _with_timeout(
                 self._ledger.release(Release(row["account_id"], row["hold_id"]))
                 if never_sent
                 else self._ledger.hand_over(HandOver(row["account_id"], row["hold_id"], None))
             )
-            for row in unknown
+            for row in unrecorded
         )
-        if not await self._bring(leftover.known) or not freed:
+        if not await self._settle_or_hand_over(abandoned.open_holds) or not all_closed:
             return False
-        leftover.discard()
-        if leftover.known or unknown:
-            LOGGER.info("A process that has ended left %d holds known and %d unknown", len(leftover.known), len(unknown))
+        abandoned.delete()
+        if abandoned.open_holds or unrecorded:
+            LOGGER.info(
+                "Replayed the journal of a dead process: %d holds recorded, %d not", len(abandoned.open_holds), len(unrecorded)
+            )
         return True
 
-    async def look(self) -> int:
-        """Looks once at every hold that was broken off here or is due; gives the number of these. Raises DatabaseUnavailable."""
-        own = self._ledger.journal.known
-        await self._bring({hold_id: own[hold_id] for hold_id in own.keys() - self._ledger.active})
+    async def process_due_holds(self) -> int:
+        """Processes once the holds of exchanges that ended abnormally in this process, and all due holds.
+
+        Returns the number of due holds. Raises DatabaseUnavailable.
+        """
+        own = self._ledger.journal.open_holds
+        await self._settle_or_hand_over({hold_id: own[hold_id] for hold_id in own.keys() - self._ledger.active})
         rows = await self._database.fetch("claim_due_holds", CLAIM_MAX, self._look_max_s)
-        await _all_went_well(map(self._look_at, rows))
+        await _all_succeed(map(self._process_due_hold, rows))
         return len(rows)
 
-    async def _bring(self, known: Mapping[HoldId, HoldRecord]) -> bool:
-        """Into the database what only a journal knew: prices are settled, the rest is handed over. Whether all of it is there."""
-        return await _all_went_well(
-            _in_time(
-                self._ledger.settle(knowledge.price.settlement(knowledge.account_id, hold_id, knowledge.generation_id))
-                if knowledge.price is not None
-                else self._ledger.hand_over(HandOver(knowledge.account_id, hold_id, knowledge.generation_id))
+    async def _settle_or_hand_over(self, records: Mapping[HoldId, HoldRecord]) -> bool:
+        """Settles the holds with a known charge, and hands over the others. Returns whether the database has all of it."""
+        return await _all_succeed(
+            _with_timeout(
+                self._ledger.settle(Settlement(record.account_id, hold_id, record.charge, record.generation_id))
+                if record.charge is not None
+                else self._ledger.hand_over(HandOver(record.account_id, hold_id, record.generation_id))
             )
-            for hold_id, knowledge in known.items()
+            for hold_id, record in records.items()
         )
 
-    async def _look_at(self, row: Row) -> None:
+    async def _process_due_hold(self, row: Row) -> None:
         account_id, hold_id = AccountId(row["account_id"]), HoldId(row["hold_id"])
         own = self._ledger.journal
-        if hold_id in self._ledger.active or hold_id in own.known:
-            return  # a long answer, still running here; or one that was broken off just now
-        knowledge = HoldRecord(account_id, row["generation_id"]) if row["is_sent"] else None
-        # Who has a name is asked for a while, however old: nobody could be asked while OpenRouter, or this service, was away.
-        too_old = row["age_s"] > self._give_up_s and (row["generation_id"] is None or row["looks"] > LOOKS_MIN)
-        decision = decide(knowledge, never_sent=row["owner"] == own.owner, too_old=too_old)
-        if decision == "look_up" and await self._look_up(row):
+        if hold_id in self._ledger.active or hold_id in own.open_holds:
+            return  # a long completion that is still running here, or one that ended abnormally just now
+        record = HoldRecord(account_id, row["generation_id"]) if row["is_sent"] else None
+        # A generation id is looked up several times at any age: OpenRouter, or this service, may have been down until now.
+        too_old = row["age_s"] > self._give_up_s and (row["generation_id"] is None or row["looks"] > LOOKUPS_MIN)
+        action = next_action(record, never_sent=row["owner"] == own.owner, too_old=too_old)
+        if action == "look_up" and await self._look_up(row):
             return
-        if knowledge is None and row["owner"] != own.owner and row["age_s"] > MACHINE_LOST_S and not too_old:
-            # Its journal will not come: it waits for evidence like others, and its account's request does not run any more.
-            await _in_time(self._ledger.hand_over(HandOver(account_id, hold_id, row["generation_id"])))
-        if decision == "release":
-            await _in_time(self._ledger.release(Release(account_id, hold_id)))
+        if record is None and row["owner"] != own.owner and row["age_s"] > MACHINE_LOST_S and not too_old:
+            # The journal of that process is lost. The hold waits for evidence, and no longer counts as a running request.
+            await _with_timeout(self._ledger.hand_over(HandOver(account_id, hold_id, row["generation_id"])))
+        if action == "release":
+            await _with_timeout(self._ledger.release(Release(account_id, hold_id)))
         elif too_old:
-            await _in_time(self._ledger.release(Release(account_id, hold_id, unresolved=True)))
+            await _with_timeout(self._ledger.release(Release(account_id, hold_id, unresolved=True)))
             LOGGER.error(
-                "A hold is given up: nobody learnt what it bought",
+                "Recovery gives up a hold: no evidence of what it bought",
                 extra={"type": "recovery", "userId": str(account_id), "requestId": row["request_id"]},
             )
 
     async def _look_up(self, row: Row) -> bool:
-        """Whether OpenRouter said what it cost; then it is settled."""
+        """Asks OpenRouter for the cost of a generation id, and settles the hold. Returns False if OpenRouter does not know it."""
         generation_id = row["generation_id"]
         cost_usd = await self._cost_of(generation_id)
         if cost_usd is None:
             return False
-        due = charge(cost_usd, row["rub_per_usd"])
-        settlement = Settlement(AccountId(row["account_id"]), HoldId(row["hold_id"]), due, cost_usd, generation_id)
-        outcome = await _in_time(self._ledger.settle(settlement))
+        charge = Charge(charge_amount(cost_usd, row["rub_per_usd"]), cost_usd)
+        settlement = Settlement(AccountId(row["account_id"]), HoldId(row["hold_id"]), charge, generation_id)
+        outcome = await _with_timeout(self._ledger.settle(settlement))
         LOGGER.info(
             "LLM Recovered: %s",
             row["model"],
@@ -183,27 +193,27 @@ class Recovery:
                 "requestId": row["request_id"],
                 "generationId": generation_id,
                 "costUsd": str(cost_usd),
-                "costRub": roubles(due),
+                "costRub": roubles(charge.amount),
                 "outcome": outcome,
             },
         )
         return True
 
 
-async def _all_went_well(closings: Iterable[Awaitable[object]]) -> bool:
-    """Side by side; says of each that did not: one hold's trouble is not another's."""
+async def _all_succeed(closings: Iterable[Awaitable[object]]) -> bool:
+    """Runs them concurrently, and logs each failure: one hold that cannot be closed must not stop the others."""
     outcomes = await asyncio.gather(*closings, return_exceptions=True)
     errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     late = sum(isinstance(error, TimeoutError) for error in errors)
     if late:
-        LOGGER.warning("%d holds could not be closed within %d s; they are tried again", late, CLOSING_S)
+        LOGGER.warning("%d holds could not be closed within %d s; recovery will retry them", late, CLOSE_TIMEOUT_S)
     for error in errors:
         if not isinstance(error, TimeoutError):
             LOGGER.error("A hold could not be closed: %r", error)
     return not errors
 
 
-async def _in_time(closing: Awaitable[Result]) -> Result:
-    """What is held up, by somebody's lock or by the database, is given up for now: all closings can be asked for again."""
-    async with asyncio.timeout(CLOSING_S):
+async def _with_timeout(closing: Awaitable[Result]) -> Result:
+    """A closing that waits for a row lock or for the database is abandoned for now: every closing may be repeated."""
+    async with asyncio.timeout(CLOSE_TIMEOUT_S):
         return await closing

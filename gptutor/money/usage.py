@@ -1,6 +1,6 @@
-"""What an account spent, to the last digit: the typed doors of `sql/queries/usage.sql` (contract D5).
+"""What an account spent, exactly: the typed functions of `sql/queries/usage.sql` (contract D5).
 
-Every statement is about one account, and none adds up the ledger: each takes the same time at any length of it.
+Every statement reads one account, and none sums the ledger: the time of a statement does not grow with the ledger.
 """
 
 import datetime
@@ -15,16 +15,16 @@ from gptutor.money.bookings import EntryKind
 from gptutor.money.users import NoSuchUser
 
 State = Literal["open", "awaiting_evidence", "settled", "released", "unresolved"]
-"""Of a request, in this order: it runs; its cost is being looked up; it is charged; it bought nothing; nobody ever learnt whether
-it bought anything, and it is not charged."""
+"""The state of a request. open: it is running; awaiting_evidence: recovery is looking up its cost; settled: it was charged;
+released: it bought nothing; unresolved: no evidence of a purchase was found, so it was not charged."""
 
 
 class NoSuchRequest(LookupError):
-    """No request of this account has this name."""
+    """No request of this account has this id."""
 
 
 class Cursor(NamedTuple):
-    """A place between two entries of the list: entries are ordered by time, and those of one moment by id."""
+    """A position in the list of entries, which is ordered by time, then by id."""
 
     created_at: datetime.datetime
     entry_id: uuid.UUID
@@ -32,7 +32,7 @@ class Cursor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Credits:
-    """An account's money at one moment; `spent` is the sum of its charges."""
+    """An account's balance and held amount at one moment; `spent` is the sum of its charges."""
 
     balance: Nano
     held: Nano
@@ -41,7 +41,7 @@ class Credits:
 
 @dataclass(frozen=True, slots=True)
 class UsageEntry:
-    """An entry of the ledger as its owner sees it. What is below `amount` is known of charges alone, and not of all."""
+    """A ledger entry as the user sees it. The fields after `amount` are for charges only, and some may be None."""
 
     entry_id: uuid.UUID
     created_at: datetime.datetime
@@ -56,7 +56,7 @@ class UsageEntry:
     generation_id: str | None
     request_id: str | None
     key: str | None
-    """The part of the key that may be shown."""
+    """The display prefix of the API key."""
 
     @property
     def place(self) -> Cursor:
@@ -65,7 +65,7 @@ class UsageEntry:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """Charges added up; `day` and `model` are None where they were added up over all. Tokens are those that are known."""
+    """A sum of charges; `day` or `model` is None if the sum is over all days or models. Unknown token counts are left out."""
 
     day: datetime.date | None
     model: str | None
@@ -78,7 +78,7 @@ class Total:
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """One request. `charge` and `cost_usd` are None while nothing is charged; `held` is what is set aside for it now."""
+    """One request. `charge` and `cost_usd` are None until it is charged; `held` is the amount of its open hold."""
 
     hold_id: uuid.UUID
     request_id: str
@@ -97,7 +97,7 @@ class RequestRecord:
 
 
 class Usage:
-    """Raises DatabaseUnavailable."""
+    """Every method may raise DatabaseUnavailable."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -112,7 +112,7 @@ class Usage:
     async def entries(
         self, account_id: AccountId, *, before: Cursor, since: datetime.datetime, limit: int, model: str | None
     ) -> list[UsageEntry]:
-        """The newest entries older than the place `before`, and not older than `since`, newest first."""
+        """The entries before the position `before` and not older than `since`, newest first."""
         page = (account_id, before.created_at, before.entry_id, since, limit)
         if model is None:
             rows = await self._database.fetch("list_usage", *page)
@@ -140,23 +140,23 @@ class Usage:
     async def totals(
         self, account_id: AccountId, first: datetime.date, last: datetime.date, *, by_day: bool, by_model: bool
     ) -> list[Total]:
-        """The charges of the UTC days from `first` to `last`; newest day first, then the dearest model."""
+        """The charges of the UTC days from `first` to `last`; newest day first, then the most expensive model."""
         return [
             Total(
                 day=row["day"],
                 model=row["model"],
                 requests=row["requests"],
-                prompt_tokens=_whole(row["prompt_tokens"]),
-                completion_tokens=_whole(row["completion_tokens"]),
+                prompt_tokens=_token_count(row["prompt_tokens"]),
+                completion_tokens=_token_count(row["completion_tokens"]),
                 cost_usd=row["cost_usd"],
                 charge=Nano(row["charge_nano"]),
             )
             for row in await self._database.fetch("sum_usage", account_id, first, last, by_day, by_model)
         ]
 
-    async def request(self, account_id: AccountId, name: str) -> RequestRecord:
-        """By the request's id, or by OpenRouter's id of what it bought; of several the newest. Raises NoSuchRequest."""
-        row = await self._database.fetchrow("find_request", account_id, name)
+    async def request(self, account_id: AccountId, request_or_generation_id: str) -> RequestRecord:
+        """The newest request with this request id or generation id. Raises NoSuchRequest."""
+        row = await self._database.fetchrow("find_request", account_id, request_or_generation_id)
         if row is None:
             raise NoSuchRequest
         return RequestRecord(
@@ -177,5 +177,5 @@ class Usage:
         )
 
 
-def _whole(count: Decimal | None) -> int | None:
+def _token_count(count: Decimal | None) -> int | None:
     return None if count is None else int(count)

@@ -1,4 +1,4 @@
-"""Accounts: `UserRepository`, the typed doors of `sql/queries/accounts.sql` and `identities.sql`."""
+"""Accounts: `UserRepository`, the typed functions of `sql/queries/accounts.sql` and `identities.sql`."""
 
 import datetime
 import re
@@ -11,7 +11,7 @@ from gptutor.money.holds import new_id
 
 PAGE = 500
 NOTHING = Nano(0)
-KEY_BEGINNING = re.compile(r"(sk-user-[0-9]+(?:-[a-z2-7]{0,4})?)[a-z2-7]*")
+KEY_PREFIX = re.compile(r"(sk-user-[0-9]+(?:-[a-z2-7]{0,4})?)[a-z2-7]*")
 
 
 class NoSuchUser(LookupError):
@@ -41,7 +41,7 @@ class UserRepository:
         return user_of(await self._database.fetchrow("create_account", name))
 
     async def of_person(self, provider: str, subject: str, *, name: str = "", bonus: Nano = NOTHING) -> tuple[User, bool]:
-        """The account of a person from outside, made at the first sight, with a bonus on its ledger; and whether it is new."""
+        """The account of an external identity, created at its first sign-in, with a bonus; and whether the account is new."""
         (row,) = await self._database.fetch("account_of", provider, subject, name, new_id(), bonus)
         return await self.find(AccountId(row["account_id"])), row["is_new"]
 
@@ -53,13 +53,13 @@ class UserRepository:
         return await self.find(AccountId(row["account_id"]))
 
     async def identities(self, account_id: AccountId) -> list[tuple[str, str]]:
-        """Who the account is outside: provider and subject."""
+        """The external identities of the account: provider and subject."""
         return [(row["provider"], row["subject"]) for row in await self._database.fetch("list_identities", account_id)]
 
     async def search(self, query: str) -> list[User]:
-        """Accounts that an administrator may mean: by id, by VK's id, by a key or its beginning as it is shown."""
+        """Accounts found by account id, by VK id, or by an API key or its display prefix."""
         number = query if query.isascii() and query.isdigit() and len(query) <= 18 else None
-        key = KEY_BEGINNING.fullmatch(query.rstrip("…"))
+        key = KEY_PREFIX.fullmatch(query.rstrip("…"))
         if number is None and key is None:
             return []
         rows = await self._database.fetch(
@@ -89,7 +89,7 @@ class UserRepository:
 
 
 def user_of(row: Row | None) -> User:
-    """The account of a row that an account statement returned; its *no row* means NoSuchUser."""
+    """The account in a row of an account statement. Raises NoSuchUser if there is no row."""
     if row is None:
         raise NoSuchUser
     return User(

@@ -1,8 +1,8 @@
-"""Copies of API keys that can be shown again, and are useless without a secret that is not in the database.
+"""Encrypted copies of API keys: a key can be shown again, and a copy is useless without a secret that is not in the database.
 
-AES-256-GCM under a key derived from GPTUTOR_SECRET_KEY for this purpose alone. A copy is bound to its row, by the account and the
-key's hash as associated data: moved to another row it does not open. Each copy names the secret that it was made with, so that
-secrets can be changed while copies of the old one still open (`gptutor rekey`).
+AES-256-GCM under a key derived from GPTUTOR_SECRET_KEY for this purpose alone. A copy is bound to its row by associated data, the
+account and the key's hash: moved to another row it cannot be decrypted. Each copy names the secret that encrypted it, so that the
+secret can be replaced while copies under the old one can still be decrypted (`gptutor rekey`).
 """
 
 import hashlib
@@ -20,54 +20,54 @@ NONCE_BYTES = 12
 PURPOSE = b"gptutor key copies"
 
 
-class Unreadable(Exception):
-    """No secret that is known opens this copy, or it is not the copy of this row."""
+class DecryptionFailed(Exception):
+    """No known secret decrypts this copy, or the copy belongs to another row."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
-    """A key's encrypted copy: nonce, ciphertext and tag; and the name of the secret that opens it."""
+class EncryptedKey:
+    """An API key's encrypted copy: nonce, ciphertext and tag; and the id of the secret that decrypts it."""
 
     data: bytes
     secret_id: str
 
 
 class Vault:
-    """`secrets` are 32 bytes each: the first seals, all open."""
+    """Encrypts and decrypts API keys. `secrets` are 32 bytes each: the first one encrypts, all of them decrypt."""
 
     def __init__(self, secrets: Sequence[bytes]) -> None:
         keys = [hmac.new(secret, PURPOSE, hashlib.sha256).digest() for secret in secrets]
         self._ciphers = {hashlib.sha256(key).hexdigest()[:16]: AESGCM(key) for key in keys}
         self.secret_id = next(iter(self._ciphers))
 
-    def seal(self, account_id: AccountId, key_hash: bytes, key: str) -> Sealed:
+    def encrypt(self, account_id: AccountId, key_hash: bytes, key: str) -> EncryptedKey:
         nonce = os.urandom(NONCE_BYTES)
-        sealed = self._ciphers[self.secret_id].encrypt(nonce, key.encode(), _row(account_id, key_hash))
-        return Sealed(nonce + sealed, self.secret_id)
+        ciphertext = self._ciphers[self.secret_id].encrypt(nonce, key.encode(), _associated_data(account_id, key_hash))
+        return EncryptedKey(nonce + ciphertext, self.secret_id)
 
-    def open(self, account_id: AccountId, key_hash: bytes, sealed: Sealed) -> str:
-        """The key. Raises Unreadable."""
+    def decrypt(self, account_id: AccountId, key_hash: bytes, encrypted: EncryptedKey) -> str:
+        """The key. Raises DecryptionFailed."""
+        nonce, ciphertext = encrypted.data[:NONCE_BYTES], encrypted.data[NONCE_BYTES:]
         try:
-            cipher = self._ciphers[sealed.secret_id]
-            key = cipher.decrypt(sealed.data[:NONCE_BYTES], sealed.data[NONCE_BYTES:], _row(account_id, key_hash))
+            key = self._ciphers[encrypted.secret_id].decrypt(nonce, ciphertext, _associated_data(account_id, key_hash))
         except (KeyError, InvalidTag, ValueError) as error:
-            raise Unreadable(sealed.secret_id) from error
+            raise DecryptionFailed(encrypted.secret_id) from error
         return key.decode()
 
 
-class ClosedVault(Vault):
-    """Without a secret nothing is sealed or opened: `error` says why, to whoever tries."""
+class VaultWithoutSecret(Vault):
+    """Stands in where no secret is configured: every use raises `error`, which says why there is none."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__([b""])
         self._error = error
 
-    def seal(self, account_id: AccountId, key_hash: bytes, key: str) -> Sealed:
+    def encrypt(self, account_id: AccountId, key_hash: bytes, key: str) -> EncryptedKey:
         raise self._error
 
-    def open(self, account_id: AccountId, key_hash: bytes, sealed: Sealed) -> str:
+    def decrypt(self, account_id: AccountId, key_hash: bytes, encrypted: EncryptedKey) -> str:
         raise self._error
 
 
-def _row(account_id: AccountId, key_hash: bytes) -> bytes:
+def _associated_data(account_id: AccountId, key_hash: bytes) -> bytes:
     return b"%d:%b" % (account_id, key_hash)

@@ -1,26 +1,28 @@
-"""What `gptutor serve` says when it is up: what answers, where things are, and what to type next."""
+"""What `gptutor serve` prints when it has started: where everything is, and what to type next."""
 
+from gptutor import __version__
 from gptutor.config.schema import Config
-from gptutor.server.listener import authority
+from gptutor.server.listener import host_and_port
 
 
 def banner(config: Config, *, url: str, demo_key: str | None) -> str:
     upstream = (
-        "the built-in SIMULATOR: no model is asked and no dollar is spent. Set OPENROUTER_API_KEY for the real one."
+        "the built-in SIMULATOR: no model is called and no dollar is spent. Set OPENROUTER_API_KEY to use OpenRouter."
         if config.simulated
         else config.openrouter.base_url
     )
     data = f"embedded PostgreSQL in {(config.paths.data / 'postgres').resolve()}" if config.embedded else "DATABASE_URL"
-    docs = authority(config.docs.host.replace("127.0.0.1", "localhost"), config.docs.port)
+    docs = host_and_port(config.docs.host.replace("127.0.0.1", "localhost"), config.docs.port)
     lines = [
         "",
         f"  GPTutor            {url}/v1",
-        f"  Answers come from  {upstream}",
+        f"  Version            {__version__}",
+        f"  Upstream           {upstream}",
         f"  Data               {data}",
         f"  Logs               {config.paths.logs.resolve()}/combined-YYYY-MM-DD.log",
         f"  Documentation      make docs → http://{docs}",
     ]
-    if config.admin.is_open:
+    if config.admin.is_enabled:
         lines.append(
             f"  Administration     {config.admin.socket or f'http://localhost:{config.admin.port}'}, /admin and /metrics"
         )
@@ -38,5 +40,5 @@ def banner(config: Config, *, url: str, demo_key: str | None) -> str:
             '  Add  "stream": true  for a stream. Stop with Ctrl-C.',
         ]
     else:
-        lines += ["", "  A user with a key:  gptutor user create --balance 100"]
+        lines += ["", "  Create a user with an API key:  gptutor user create --balance 100"]
     return "\n".join([*lines, ""])

@@ -1,71 +1,41 @@
-"""Listening on a port: what cannot start says so in a sentence."""
+"""Listening on a port, a Unix socket or an inherited socket. A failure is a sentence for the operator."""
 
 import asyncio
 import errno
 import functools
-import logging
-import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from aiohttp import web
 
-LOGGER = logging.getLogger("gptutor.listener")
 BACKLOG = 128
-"""Connections that may wait to be accepted; a server out of file descriptors fails so many times in a row."""
-OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE})
-LOOK_S = 0.5
-COMPLAINT_PAUSE_S = 5.0
-LATECOMERS_S = 1.0
-"""A connection that was accepted in the last moment has its request on the way."""
+"""Connections that may wait to be accepted. Without free file descriptors accept() fails up to so many times in a row."""
+LAST_REQUESTS_S = 1.0
+"""After the listening socket is closed: the time for requests on connections that were accepted just before."""
+
+ConnectionFactory = Callable[[web.Server], web.RequestHandler]
+"""Makes the protocol of a client's connection; by default aiohttp's own."""
 
 
 class StartError(Exception):
-    """Something cannot start; the text is a sentence for the operator."""
+    """The service, or a part of it, cannot start; the text is a sentence for the operator."""
 
 
-def complain_calmly(loop: asyncio.AbstractEventLoop) -> None:
-    """A process without file descriptors says so from time to time. (uvloop drops connections then, and does not tell.)"""
-    silent_until = 0.0
-
-    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        error = context.get("exception")
-        if not ("socket" in context and isinstance(error, OSError) and error.errno in OUT_OF_DESCRIPTORS):
-            loop.default_exception_handler(context)
-
-    def look() -> None:
-        nonlocal silent_until
-        loop.call_later(LOOK_S, look)
-        try:
-            os.close(os.open(os.devnull, os.O_RDONLY))
-        except OSError as error:
-            if error.errno in OUT_OF_DESCRIPTORS and loop.time() >= silent_until:
-                silent_until = loop.time() + COMPLAINT_PAUSE_S
-                LOGGER.error("No connection can be accepted: %s. Raise LimitNOFILE of the service.", error.strerror)
-
-    loop.set_exception_handler(handle)
-    look()
-
-
-Connecting = Callable[[web.Server], web.RequestHandler]
-"""Makes the protocol of a connection; by default aiohttp's own."""
-
-
-def authority(host: str, port: int) -> str:
-    """As it stands in a URL, where an IPv6 address has brackets."""
+def host_and_port(host: str, port: int) -> str:
+    """As a URL has them: an IPv6 address is in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @asynccontextmanager
 async def listening_on(
-    runner: web.AppRunner, host: str, port: int, connection: Connecting = web.Server.__call__, *, setting: str = ""
+    runner: web.AppRunner, host: str, port: int, connection: ConnectionFactory = web.Server.__call__, *, setting: str = ""
 ) -> AsyncIterator[str]:
-    """Sets the runner's application up and listens; gives the address. Cleans up at the end, and after a failed start as well.
+    """Sets the runner's application up, listens on the port, and yields the URL. Cleans up at the end, and after a failed start.
 
-    Port 0 takes any free one. `setting` is what the operator changes for another one. Raises StartError.
+    Port 0 takes any free port. `setting` is the name of the setting of the port, for the error. Raises StartError.
     """
     async with _set_up(runner, connection) as protocol:
         try:
@@ -73,17 +43,19 @@ async def listening_on(
         except OSError as error:
             taken = " Is something else running there?" if error.errno == errno.EADDRINUSE else ""
             advice = f" The port is set by {setting}." if setting else ""
-            raise StartError(f"Cannot listen on {authority(host, port)}: {error.strerror}.{taken}{advice}") from error
+            raise StartError(f"Cannot listen on {host_and_port(host, port)}: {error.strerror}.{taken}{advice}") from error
         try:
-            shown = {"127.0.0.1": "localhost"}.get(host, host)
-            yield f"http://{authority(shown, listener.sockets[0].getsockname()[1])}"
+            name = {"127.0.0.1": "localhost"}.get(host, host)
+            yield f"http://{host_and_port(name, listener.sockets[0].getsockname()[1])}"
         finally:
             listener.close()
 
 
 @asynccontextmanager
-async def listening_at(runner: web.AppRunner, path: Path, connection: Connecting = web.Server.__call__) -> AsyncIterator[None]:
-    """The same on a Unix socket, which its owner and his group may use. Raises StartError."""
+async def listening_on_unix_socket(
+    runner: web.AppRunner, path: Path, connection: ConnectionFactory = web.Server.__call__
+) -> AsyncIterator[None]:
+    """Like `listening_on`, on a Unix socket that its owner and group may use. Raises StartError."""
     async with _set_up(runner, connection) as protocol:
         try:
             listener = await asyncio.get_running_loop().create_unix_server(protocol, path, backlog=BACKLOG)
@@ -98,13 +70,13 @@ async def listening_at(runner: web.AppRunner, path: Path, connection: Connecting
 
 
 @asynccontextmanager
-async def listening_by(
+async def listening_on_inherited_socket(
     runner: web.AppRunner,
     listener: socket.socket,
-    connection: Connecting = web.Server.__call__,
+    connection: ConnectionFactory = web.Server.__call__,
     ready: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[None]:
-    """The same by a socket that listens already, and may do so for other processes too; `ready` is waited for in between."""
+    """Like `listening_on`, with a listening socket that other processes may share. Accepts connections after `ready()`."""
     async with _set_up(runner, connection) as protocol:
         if ready is not None:
             await ready()
@@ -113,11 +85,11 @@ async def listening_by(
             yield
         finally:
             accepting.close()
-            await asyncio.sleep(LATECOMERS_S)
+            await asyncio.sleep(LAST_REQUESTS_S)
 
 
 @asynccontextmanager
-async def _set_up(runner: web.AppRunner, connection: Connecting) -> AsyncIterator[Callable[[], web.RequestHandler]]:
+async def _set_up(runner: web.AppRunner, connection: ConnectionFactory) -> AsyncIterator[Callable[[], web.RequestHandler]]:
     try:
         await runner.setup()
         yield functools.partial(connection, cast("web.Server", runner.server))

@@ -1,8 +1,9 @@
-"""Several processes on one port (`server.workers`), kept by gunicorn: a worker that dies is replaced, and SIGHUP replaces all.
+"""Several processes on one port (`server.workers`), supervised by gunicorn: a dead worker is replaced, and SIGHUP replaces all.
 
-The master binds the ports, and does nothing else: it has no loop, no connection and no journal. Each worker is a whole service,
-with a loop, a pool, batchers and a journal of its own; what must be exact across them is exact in the database. A worker that is
-to end takes no more connections, finishes its answers and closes their money, while its successors accept on the same port.
+The master only binds the ports: it has no event loop, database connection or journal. Each worker is a complete service, with an
+event loop, a connection pool, batchers and a journal of its own; limits that span the workers are enforced in the database. A
+worker that stops accepts no more connections, finishes its running requests and settles their charges, while its successors
+accept on the same port.
 """
 
 import asyncio
@@ -21,51 +22,46 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.workers.base import Worker as GunicornWorker
 
 from gptutor.admin.app import build_admin
-from gptutor.app import JOURNAL, build_app
-from gptutor.config import load as configuration
+from gptutor.app import build_app
+from gptutor.config.load import load
 from gptutor.config.schema import Config, ConfigError
 from gptutor.config.secrets import secret_keys
-from gptutor.http.health import READINESS
+from gptutor.http.app_keys import JOURNAL, READINESS
 from gptutor.server.banner import banner
-from gptutor.server.listener import StartError, authority, complain_calmly, listening_by, listening_on
-from gptutor.server.serve import (
-    administrator,
-    collect_seldom,
-    connection_of,
-    database_of,
-    prepare_database,
-    require_c_parser,
-    run_loop,
-    service,
-)
+from gptutor.server.listener import StartError, host_and_port, listening_on, listening_on_inherited_socket
+from gptutor.server.process import report_descriptor_exhaustion, run_loop, tune_garbage_collection
+from gptutor.server.runners import admin_runner, connection_factory, public_runner, require_c_parser
+from gptutor.server.serve import prepare_database, resolved_database
 from gptutor.telemetry.log_writer import logging_to
 from gptutor.telemetry.metrics import build_metrics
 
 LOGGER = logging.getLogger("gptutor.workers")
 BOOT_S = 5.0
-"""So long a worker waits for its database before it accepts connections; then it does, and says that it is not ready."""
+"""A worker waits so long for its database before it accepts connections; then it accepts them, and /ready says 503."""
 NOTIFY_S = 0.5
+"""How often a worker tells the master that its event loop runs."""
 HUNG_S = 60
-"""A worker whose loop has not turned for so long is killed, and its journal replayed."""
-RESERVE_S = 20
+"""A worker whose event loop has not run for so long is killed; its journal is replayed by another."""
+STOP_MARGIN_S = 20
+"""Added to the settings' own stop times before the master kills a worker."""
 
 
 def serve(config: Config) -> None:
     """Runs until SIGINT or SIGTERM. Raises StartError, ConfigError."""
     if config.simulated:
-        raise StartError("server.workers above 1 needs OPENROUTER_API_KEY: the built-in simulator lives in a single process.")
+        raise StartError("server.workers above 1 needs OPENROUTER_API_KEY: the built-in simulator runs in a single process only.")
     if not config.server.port:
-        raise StartError("server.port must be a number above 0 where server.workers is above 1.")
+        raise StartError("server.port must not be 0 if server.workers is above 1.")
     require_c_parser()
     secrets = secret_keys(config)
-    with database_of(config) as grounded:
-        asyncio.run(prepare_database(grounded, embedded=config.embedded))
-        print(banner(config, url=f"http://{authority(config.server.host, config.server.port)}", demo_key=None), flush=True)
-        Arbiter(Master(grounded, secrets)).run()
+    with resolved_database(config) as resolved:
+        asyncio.run(prepare_database(resolved, embedded=config.embedded))
+        print(banner(config, url=f"http://{host_and_port(config.server.host, config.server.port)}", demo_key=None), flush=True)
+        Arbiter(Master(resolved, secrets)).run()
 
 
 class Master(BaseApplication):  # type: ignore[misc]
-    """gunicorn's view of the service: addresses, and how many workers there are."""
+    """The service as gunicorn's application: its addresses and the number of its workers."""
 
     def __init__(self, config: Config, secrets: Sequence[bytes]) -> None:
         self.config = config
@@ -74,36 +70,36 @@ class Master(BaseApplication):  # type: ignore[misc]
 
     def load_config(self) -> None:
         server, admin = self.config.server, self.config.admin
-        addresses = [authority(server.host, server.port)]
-        if admin.is_open:
+        addresses = [host_and_port(server.host, server.port)]
+        if admin.is_enabled:
             addresses.append(f"unix:{admin.socket}" if admin.socket else f"127.0.0.1:{admin.port}")
         for name, value in {
             "bind": addresses,
-            "umask": 0o117,  # of the administrator's socket
+            "umask": 0o117,  # of the administrators' Unix socket
             "workers": server.workers,
             "worker_class": Worker,
             "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else None,  # noqa: S108 - a heartbeat, not a secret
             "timeout": HUNG_S,
-            "graceful_timeout": int(server.shutdown_s + server.drain_s + RESERVE_S),
+            "graceful_timeout": int(server.shutdown_s + server.drain_s + STOP_MARGIN_S),
             "loglevel": "warning",
             "control_socket_disable": True,
         }.items():
             self.cfg.set(name, value)
 
     def load(self) -> None:
-        """There is no WSGI here; a worker builds its own."""
+        """Nothing: there is no WSGI application, and each worker builds its own aiohttp one."""
 
     def reload(self) -> None:
-        """At SIGHUP: settings that are none leave those of before in force."""
+        """At SIGHUP. Invalid settings are reported; the previous ones stay in effect."""
         try:
-            fresh = configuration.load()
-            secrets = secret_keys(fresh)
+            config = load()
+            secrets = secret_keys(config)
         except ConfigError as error:
-            print(f"gptutor: the settings are not taken: {error}", file=sys.stderr, flush=True)
+            print(f"gptutor: the previous settings stay in effect: {error}", file=sys.stderr, flush=True)
             return
-        if fresh.embedded:
-            fresh = msgspec.structs.replace(fresh, database=self.config.database)
-        self.config, self.secrets = fresh, secrets
+        if config.embedded:
+            config = msgspec.structs.replace(config, database=self.config.database)
+        self.config, self.secrets = config, secrets
         super().reload()
 
 
@@ -111,7 +107,7 @@ class Worker(GunicornWorker):  # type: ignore[misc]
     """One process of the service."""
 
     def init_signals(self) -> None:
-        """However it is told to end, it finishes what it has begun."""
+        """SIGINT and SIGQUIT stop a worker gracefully, as SIGTERM does."""
         super().init_signals()
         for number in (signal.SIGINT, signal.SIGQUIT):
             signal.signal(number, self.handle_exit)
@@ -125,16 +121,18 @@ class Worker(GunicornWorker):  # type: ignore[misc]
 
     async def _serve(self, config: Config, secrets: Sequence[bytes]) -> None:
         loop = asyncio.get_running_loop()
-        complain_calmly(loop)
+        report_descriptor_exhaustion(loop)
         public, *private = self.sockets
-        async with self._alive_to_the_end(), AsyncExitStack() as stack:
+        async with self._notifying(), AsyncExitStack() as stack:
             logs = config.logs
             log = stack.enter_context(
                 logging_to(config.paths.logs, level=logs.level, retention_days=logs.retention_days, stdout=logs.stdout)
             )
             app = build_app(config, log=log, secrets=secrets)
             await stack.enter_async_context(
-                listening_by(service(app, config.server), public.sock, connection_of(config), lambda: _ready(app))
+                listening_on_inherited_socket(
+                    public_runner(app, config.server), public.sock, connection_factory(config), lambda: _ready(app)
+                )
             )
             if config.metrics.port:
                 runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
@@ -142,32 +140,33 @@ class Worker(GunicornWorker):  # type: ignore[misc]
                 metrics = listening_on(runner, config.metrics.host, port, setting="GPTUTOR_METRICS__PORT")
                 try:
                     await stack.enter_async_context(metrics)
-                except StartError as error:  # a worker that does not start ends the service, and figures are not worth that
-                    LOGGER.error("There are no metrics of this process: %s", error)
+                except StartError as error:  # gunicorn stops the service if a worker fails to start; metrics are not worth that
+                    LOGGER.error("This process serves no metrics: %s", error)
             for one in private:
-                admin = administrator(build_admin(config, log=log, secrets=secrets))
-                await stack.enter_async_context(listening_by(admin, one.sock, connection_of(config)))
-            collect_seldom()
-            while self.alive and self.ppid == os.getppid():  # noqa: ASYNC110 - a signal's handler changes it
+                admin = admin_runner(build_admin(config, log=log, secrets=secrets))
+                await stack.enter_async_context(listening_on_inherited_socket(admin, one.sock, connection_factory(config)))
+            tune_garbage_collection()
+            while self.alive and self.ppid == os.getppid():  # noqa: ASYNC110 - a signal handler changes it
                 await asyncio.sleep(NOTIFY_S)
 
     @asynccontextmanager
-    async def _alive_to_the_end(self) -> AsyncIterator[None]:
-        """Lets the master know that the loop turns, also while the last answers are being finished."""
+    async def _notifying(self) -> AsyncIterator[None]:
+        """Tells the master that the event loop runs, also while the last requests are being finished."""
 
         async def notify() -> None:
             while True:
                 self.notify()
                 await asyncio.sleep(NOTIFY_S)
 
-        notifying = asyncio.get_running_loop().create_task(notify())
+        task = asyncio.get_running_loop().create_task(notify())
         try:
             yield
         finally:
-            notifying.cancel()
+            task.cancel()
 
 
 async def _ready(app: web.Application) -> None:
+    """Waits until the application is ready, at most BOOT_S."""
     until = asyncio.get_running_loop().time() + BOOT_S
     while app[READINESS].obstacle is not None and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110
         await asyncio.sleep(0.02)

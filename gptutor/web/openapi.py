@@ -1,4 +1,4 @@
-"""The OpenAPI description: `openapi.yaml`, with what the code says itself filled in, so that no rule is written twice."""
+"""The OpenAPI description: `openapi.yaml`, completed from the code, so that no rule is written twice."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -23,35 +23,35 @@ def describe() -> dict[str, Any]:
     components = document["components"]
     schemas = components["schemas"]
     for name, schema in request_schemas().items():
-        schemas[name] = worded(schema, schemas[name])
+        schemas[name] = merge(schema, schemas[name])
     schemas["ErrorCode"]["enum"] = list(ERRORS)
     components["responses"] = {
-        f"Refused{status}": refusal(dict(kinds)) for status, kinds in groupby(by_status(), key=lambda item: item[1].status)
+        f"Error{status}": error_response(dict(kinds)) for status, kinds in groupby(by_status(), key=lambda item: item[1].status)
     }
     return document
 
 
 def request_schemas() -> dict[str, Any]:
-    """The fields and ranges that the gateway checks, as it checks them."""
+    """The fields and ranges of request bodies, from the types that check them."""
     _, schemas = msgspec.json.schema_components(
         [ChatRequest, NewKey, KeyLimitsPatch],
-        schema_hook=lambda amount: {"type": ["number", "string"], "format": "decimal"},  # an Amount: both are read exactly
+        schema_hook=lambda amount: {"type": ["number", "string"], "format": "decimal"},  # Amount, the one custom type
         ref_template="#/components/schemas/{name}",
     )
     for schema in schemas.values():
         schema.setdefault("additionalProperties", True)
         for field in schema["properties"].values():
             if "default" in field and field["default"] is None:
-                del field["default"]  # null means absent, which is no news in a description
+                del field["default"]  # null means absent, so it is not worth describing
     return schemas
 
 
-def worded(schema: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema with the words for it: hand-written descriptions win over made ones."""
-    merged = {**schema, **words}
-    for name, value in words.items():
+def merge(generated: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """The generated schema, with the hand-written descriptions in place of its own."""
+    merged = {**generated, **written}
+    for name, value in written.items():
         if isinstance(value, dict):
-            merged[name] = worded(schema[name], value)
+            merged[name] = merge(generated[name], value)
     return merged
 
 
@@ -59,15 +59,15 @@ def by_status() -> list[tuple[str, ErrorKind]]:
     return sorted(ERRORS.items(), key=lambda item: item[1].status)
 
 
-def refusal(kinds: Mapping[str, ErrorKind]) -> dict[str, Any]:
-    """The response with which all kinds of one status are told."""
-    promised = {name for kind in kinds.values() for name in kind.headers}
+def error_response(kinds: Mapping[str, ErrorKind]) -> dict[str, Any]:
+    """The response that all errors of one status share."""
+    headers = {name for kind in kinds.values() for name in kind.headers}
     return {
         "description": "\n".join(f"- `{code}`: {kind.text}" for code, kind in kinds.items()),
         "headers": {
             "X-Request-ID": {"$ref": "#/components/headers/X-Request-ID"},
-            "X-Error-Code": {"description": "What happened.", "required": True, "schema": {"enum": list(kinds)}},
-            **{name: {"$ref": f"#/components/headers/{name}"} for name in sorted(promised)},
+            "X-Error-Code": {"description": "The error code.", "required": True, "schema": {"enum": list(kinds)}},
+            **{name: {"$ref": f"#/components/headers/{name}"} for name in sorted(headers)},
         },
         "content": {
             "application/json": {

@@ -24,7 +24,7 @@ import aiohttp
 import asyncpg
 
 from gptutor.app import JOURNALS, derived_key
-from gptutor.money.journal import read_slot
+from gptutor.money.journal import read_journals
 from tests.chaos.processes import SECRET
 
 NANO = 10**9
@@ -212,6 +212,6 @@ def leftovers(data: Path) -> list[str]:
     """Journals that remain after an orderly shutdown, which must leave none."""
     errors = []
     for slot in sorted((data / JOURNALS).iterdir()):
-        for leftover in read_slot(slot):
-            errors.append(f"the journal of {leftover.owner} remains, with {len(leftover.known)} holds")
+        for leftover in read_journals(slot):
+            errors.append(f"the journal of {leftover.owner} remains, with {len(leftover.open_holds)} holds")
     return errors

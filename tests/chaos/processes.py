@@ -30,8 +30,8 @@ SETTINGS = {
     "GPTUTOR_OPENROUTER__FIRST_BYTE_S": "4",
     "GPTUTOR_OPENROUTER__IDLE_S": "2",
     "GPTUTOR_OPENROUTER__TOTAL_S": "5",
-    "GPTUTOR_RATE_LIMIT__CHAT_PER_MINUTE": "100000",  # counted but never reached, so that the load is not limited
-    "GPTUTOR_RECOVERY__LOOK_MAX_S": "2",
+    "GPTUTOR_RATE_LIMIT__CHAT_PER_MINUTE": "100000",  # counted, and never reached: fewer requests would be a milder storm
+    "GPTUTOR_RECOVERY__LOOKUP_INTERVAL_MAX_S": "2",
     "GPTUTOR_RECOVERY__POLL_S": "0.2",
     "GPTUTOR_RELAY__DISCONNECTED_DRAIN_S": "0.5",
     "GPTUTOR_RELAY__WRITE_TIMEOUT_S": "3",

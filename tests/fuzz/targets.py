@@ -15,12 +15,12 @@ from typing import Any
 from urllib.parse import urlencode
 
 from gptutor.api.chat.request import ParsedRequest, parse_request
-from gptutor.config.load import CONFIG_PATH_NAME, SHORT_NAMES, load
+from gptutor.config.load import CONFIG_PATH_VARIABLE, SHORT_NAMES, load
 from gptutor.config.schema import Config, ConfigError
 from gptutor.errors import ApiError
 from gptutor.integrations.vk import InvalidLaunch, signature, verify
 from gptutor.money.amounts import AccountId
-from gptutor.money.keys import FORM, hash_key, make_key, parse_key
+from gptutor.money.keys import KEY_PATTERN, hash_key, make_key, parse_key
 from gptutor.openrouter.bill import EVENT_BYTES_MAX, BillScanner
 from gptutor.openrouter.catalogue import CatalogueError, parse_models
 
@@ -195,7 +195,7 @@ def fuzz_key(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     claim = parse_key(text)
     if claim is not None:
-        match = FORM.fullmatch(text)
+        match = KEY_PATTERN.fullmatch(text)
         assert match is not None
         assert claim.account_id == int(match[1]) < 2**63
         assert claim.key_hash == hash_key(text)
@@ -282,7 +282,7 @@ def fuzz_config(data: bytes) -> None:
     with tempfile.NamedTemporaryFile(prefix="gptutor-fuzz-") as file, suppress(ConfigError):
         file.write(decisions.input)
         file.flush()
-        loaded = load({**environ, CONFIG_PATH_NAME: file.name})
+        loaded = load({**environ, CONFIG_PATH_VARIABLE: file.name})
         assert isinstance(loaded, Config)
 
 

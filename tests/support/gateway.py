@@ -11,10 +11,10 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from gptutor.app import IN_FLIGHT, build_app
+from gptutor.app import build_app
 from gptutor.config import schema
 from gptutor.database import pool
-from gptutor.http.health import READINESS
+from gptutor.http.app_keys import READINESS, SERVICES
 from gptutor.money.amounts import AccountId, parse_roubles, roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.keyring import KeyRing
@@ -88,7 +88,7 @@ class Gateway:
     async def idle(self) -> None:
         """Waits until no request's money is under way."""
         async with asyncio.timeout(20):
-            while len(self.app[IN_FLIGHT]):
+            while len(self.app[SERVICES].in_flight):
                 await asyncio.sleep(0.005)
 
     async def recovered(self, caller: Caller) -> None:

@@ -1,4 +1,4 @@
-"""Holds, settlements and releases, put to a ledger directly."""
+"""Holds, settlements and releases made directly with a ledger."""
 
 import tempfile
 from decimal import Decimal
@@ -11,16 +11,16 @@ from gptutor.money.invariants import check
 from gptutor.money.journal import Journal
 from gptutor.money.keys import KeyClaim, parse_key
 from gptutor.money.ledger import Ledger
-from gptutor.money.pricing import Ceiling
+from gptutor.money.pricing import Ceiling, Charge
 from tests.support.gateway import Caller
 
 RATE = Decimal(90)
 
 
 def claim(caller: Caller) -> KeyClaim:
-    read = parse_key(caller.key)
-    assert read is not None
-    return read
+    parsed = parse_key(caller.key)
+    assert parsed is not None
+    return parsed
 
 
 def ledger_of(books: Database, journal: Journal | None = None) -> Ledger:
@@ -28,8 +28,10 @@ def ledger_of(books: Database, journal: Journal | None = None) -> Ledger:
     return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60)
 
 
-async def hold(books: Database, caller: Caller, most: str, least: str | None = None, ledger: Ledger | None = None) -> Hold:
-    ceiling = Ceiling(most=parse_roubles(most), least=parse_roubles(least or most))
+async def hold(
+    books: Database, caller: Caller, hold_max: str, available_min: str | None = None, ledger: Ledger | None = None
+) -> Hold:
+    ceiling = Ceiling(hold_max=parse_roubles(hold_max), available_min=parse_roubles(available_min or hold_max))
     return await (ledger or ledger_of(books)).hold_funds(HoldRequest(claim(caller), new_id(), ceiling, "a/b", "r"))
 
 
@@ -38,8 +40,8 @@ def release(of: Hold) -> Release:
 
 
 def settlement(of: Hold, cost: str) -> Settlement:
-    charge = Nano(int(Decimal(cost) * RATE * 10**9))
-    return Settlement(of.account_id, of.hold_id, charge, Decimal(cost), f"gen-{of.hold_id}")
+    charge = Charge(Nano(int(Decimal(cost) * RATE * 10**9)), Decimal(cost))
+    return Settlement(of.account_id, of.hold_id, charge, f"gen-{of.hold_id}")
 
 
 async def assert_books_hold(books: Database) -> None:

@@ -17,15 +17,15 @@ from tests.support.ledger import RATE, ledger_of
 
 @dataclass
 class Generations:
-    """OpenRouter's `/generation`: what it says of a name, and what it was asked."""
+    """OpenRouter's `/generation`: the cost of each generation id, and the ids that were looked up."""
 
-    says: dict[str, Decimal | Exception | None] = field(default_factory=dict)
+    costs: dict[str, Decimal | Exception | None] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
 
     async def cost_of(self, generation_id: str) -> Decimal | None:
         self.asked.append(generation_id)
         await asyncio.sleep(0)
-        answer = self.says.get(generation_id)
+        answer = self.costs.get(generation_id)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -46,7 +46,7 @@ class Process:
 def process(
     books: Database, directory: Path, *, generations: Generations | None = None, rate: Decimal = RATE, poll_s: float = 0.01
 ) -> Iterator[Process]:
-    """A living process: its journal is locked, and its recovery can be asked to look."""
+    """A living process: its slot is locked, and its recovery is run by the test."""
     generations = generations or Generations()
     with journal.opened(directory) as (own, _):
         ledger = Ledger(books, own, rub_per_usd=rate, hold_ttl_s=60)
@@ -55,10 +55,10 @@ def process(
 
 
 def mortal(books: Database, directory: Path, slot: int = 50) -> Ledger:
-    """The ledger of a process that will die: nothing locks its slot, and nobody closes its journal."""
+    """The ledger of a process that will die: its slot is not locked, and its journal is never closed."""
     (directory / str(slot)).mkdir(parents=True, exist_ok=True)
     return ledger_of(books, Journal(directory / str(slot), 1 << 20, 1 << 30))
 
 
-def leftovers_in(directory: Path, slot: int = 50) -> list[journal.Leftover]:
-    return journal.read_slot(directory / str(slot))
+def journals_in(directory: Path, slot: int = 50) -> list[journal.AbandonedJournal]:
+    return journal.read_journals(directory / str(slot))

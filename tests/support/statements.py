@@ -1,4 +1,4 @@
-"""The statements that a database carries out: counted, held up, lost."""
+"""The statements of a database: counted, delayed, lost."""
 
 import asyncio
 from typing import Any
@@ -9,14 +9,14 @@ from gptutor.database.pool import Database, DatabaseUnavailable
 
 
 class Statements:
-    """Counts a database's statements, and can hold one up, or lose its reply, as a network does."""
+    """Counts the statements of a database, and can delay one, or lose its request or its response, as a network may."""
 
     def __init__(self, books: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[str, int]] = []
-        self.let_in = asyncio.Event()
-        self.let_in.set()
+        self.unblocked = asyncio.Event()
+        self.unblocked.set()
         self.lost_requests: list[str] = []
-        self.lost_replies: list[str] = []
+        self.lost_responses: list[str] = []
         self._fetch = books.fetch
         monkeypatch.setattr(books, "fetch", self.fetch)
 
@@ -26,11 +26,11 @@ class Statements:
             self.lost_requests.remove(statement)
             raise DatabaseUnavailable("the request was lost")
         if statement == "settle_and_hold":
-            await self.let_in.wait()
+            await self.unblocked.wait()
         rows = await self._fetch(statement, *arguments)
-        if statement in self.lost_replies:
-            self.lost_replies.remove(statement)
-            raise DatabaseUnavailable("the reply was lost")
+        if statement in self.lost_responses:
+            self.lost_responses.remove(statement)
+            raise DatabaseUnavailable("the response was lost")
         return rows
 
     def count(self, statement: str) -> int:

@@ -7,18 +7,16 @@ import re
 
 from aiohttp import web
 
-from gptutor.api.auth import CLAIM
 from gptutor.api.chat.context import RequestContext, Services
 from gptutor.api.chat.exchange import start_exchange
 from gptutor.api.chat.request import ParsedRequest, parse_request
 from gptutor.errors import ApiError
+from gptutor.http.app_keys import CLAIM, KEYRING, READINESS, REQUEST_ID, SERVICES
 from gptutor.http.body import awaits_continue, read_body, require_json
-from gptutor.http.middlewares import REQUEST_ID
 from gptutor.money.keys import KeyClaim
 from gptutor.openrouter.service import FORWARDED_HEADERS
 from gptutor.telemetry.metrics import OFFLOADED_PARSES
 
-SERVICES = web.AppKey("services", Services)
 INLINE_PARSE_BYTES_MAX = 1024 * 1024
 """Parsing a larger body would block the event loop: a thread parses such bodies, one at a time."""
 IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
@@ -29,10 +27,10 @@ async def complete(request: web.Request) -> web.StreamResponse:
     services, claim = request.app[SERVICES], request[CLAIM]
     is_verified = awaits_continue(request) or (request.content_length or 0) > INLINE_PARSE_BYTES_MAX
     if is_verified:
-        await _verify_key(services, claim)
+        await _verify_key(request, claim)
     body = await read_body(request, services.body_limits)
     if len(body) > INLINE_PARSE_BYTES_MAX and not is_verified:
-        await _verify_key(services, claim)
+        await _verify_key(request, claim)
     key = request.headers.get("Idempotency-Key")
     try:
         parsed = await _parse(services, body)
@@ -40,18 +38,18 @@ async def complete(request: web.Request) -> web.StreamResponse:
             raise ApiError("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
     except ApiError:
         # An error in the body must not tell an unauthenticated client that a key is valid: such a client gets 401 (contract B3).
-        await _verify_key(services, claim)
+        await _verify_key(request, claim)
         raise
-    services.readiness.require()
+    request.app[READINESS].require()
     body_hash = hashlib.sha256(body).digest() if key is not None else None
     headers = {name: request.headers[name] for name in FORWARDED_HEADERS if name in request.headers}
     context = RequestContext(request[REQUEST_ID], claim, parsed, headers, key, body_hash)
     return await start_exchange(services, request, context)
 
 
-async def _verify_key(services: Services, claim: KeyClaim) -> None:
+async def _verify_key(request: web.Request, claim: KeyClaim) -> None:
     """Verifies the key where much work precedes the hold, which verifies the key otherwise. Raises ApiError."""
-    if not await services.keyring.is_alive(claim):
+    if not await request.app[KEYRING].is_alive(claim):
         raise ApiError("invalid_key") from None
 
 

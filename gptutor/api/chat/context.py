@@ -12,10 +12,8 @@ import msgspec
 from gptutor.api.chat.event_stream import StreamLimits
 from gptutor.api.chat.request import ParsedRequest
 from gptutor.http.body import BodyLimits
-from gptutor.http.health import Readiness
 from gptutor.http.rate_limit import RateLimit
 from gptutor.money.amounts import AccountId
-from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
@@ -48,8 +46,6 @@ class Services:
     log: LoggerService
     in_flight: BackgroundTasks
     """One task for each exchange whose hold is not closed yet."""
-    readiness: Readiness
-    keyring: KeyRing
     parser_thread: ThreadPoolExecutor
     """Parses large bodies, one at a time."""
     body_limits: BodyLimits

@@ -9,17 +9,25 @@ import logging
 
 from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.http.rate_limit import UNDISCLOSED, RateLimit
-from gptutor.money.holds import InsufficientFunds, KeyCapReached, NotHeld, RateLimited, RepeatedRequest, TooManyAtOnce, UnknownKey
+from gptutor.money.holds import (
+    ConcurrencyLimitReached,
+    HoldRejected,
+    InsufficientFunds,
+    KeyLimitReached,
+    RateLimited,
+    RepeatedRequest,
+    UnknownKey,
+)
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.telemetry.metrics import UPSTREAM_ACCOUNT_ERRORS
 
 LOGGER = logging.getLogger("gptutor.upstream")
 
-BY_HOLD_ERROR: dict[type[NotHeld], str] = {
+BY_HOLD_ERROR: dict[type[HoldRejected], str] = {
     UnknownKey: "invalid_key",
     InsufficientFunds: "insufficient_balance",
-    KeyCapReached: "key_cap_reached",
-    TooManyAtOnce: "too_many_at_once",
+    KeyLimitReached: "key_limit_reached",
+    ConcurrencyLimitReached: "too_many_concurrent_requests",
 }
 # Upstream status → (our error code, whether OpenRouter's message is passed on)
 BY_UPSTREAM_STATUS: dict[int, tuple[str, bool]] = {
@@ -43,12 +51,12 @@ BY_UPSTREAM_FAILURE = {
 KEY_LIMIT_WORDS = ("key limit", "limit exceeded", "insufficient", "guardrail budget")
 
 
-def error_for_hold(error: NotHeld, rate_limit: RateLimit) -> ApiError:
+def error_for_hold(error: HoldRejected, rate_limit: RateLimit) -> ApiError:
     """`rate_limit` is the account's; the numbers of a key's own limit are not disclosed."""
     if isinstance(error, RateLimited):
-        return (UNDISCLOSED if error.of_key else rate_limit).refusal()
+        return (UNDISCLOSED if error.of_key else rate_limit).error()
     if isinstance(error, RepeatedRequest):
-        code = "repeated_request" if error.same_body else "mismatched_request"
+        code = "duplicate_request" if error.same_body else "idempotency_mismatch"
         return ApiError(code, f"{ApiError(code).text}: {error.request_id}")
     return ApiError(BY_HOLD_ERROR[type(error)])
 

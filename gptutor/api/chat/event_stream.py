@@ -9,7 +9,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from gptutor.http.connection import ClientConnection
-from gptutor.http.response_head import UnbufferedResponse
+from gptutor.http.unbuffered_response import UnbufferedResponse
 from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.telemetry.metrics import DISCONNECTED_CLIENTS
 
@@ -78,10 +78,10 @@ class EventStream:
         if not isinstance(connection, ClientConnection) or connection.transport is None:
             self._disconnect()
             return
-        self._headers = await self.response.spell(self._request)
+        self._headers = await self.response.serialize_headers(self._request)
         self._transport, self._connection, self._upstream = connection.transport, connection, upstream
         self._transport.set_write_buffer_limits(high=self._limits.buffer_bytes)
-        connection.follow(self)
+        connection.set_write_listener(self)
 
     def write(self, chunk: bytes, *, is_last: bool = False) -> bool:
         """Writes bytes to the client. False: the client has disconnected, and enough more has been read to look for the bill."""
@@ -141,7 +141,7 @@ class EventStream:
             self._pause_timer.cancel()
             self._pause_timer = None
         if self._connection is not None:
-            self._connection.follow(None)
+            self._connection.set_write_listener(None)
         self._upstream = None
 
     @property

@@ -21,10 +21,10 @@ from gptutor.api.chat.event_stream import EventStream
 from gptutor.api.chat.purchase import Purchase
 from gptutor.database.pool import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
-from gptutor.http.middlewares import LOGGED
-from gptutor.http.response_head import CompleteResponse
+from gptutor.http.app_keys import LOGGED
+from gptutor.http.unbuffered_response import CompleteResponse
 from gptutor.money.amounts import roubles
-from gptutor.money.holds import Hold, HoldId, HoldRequest, NotHeld, UnknownKey, new_id
+from gptutor.money.holds import Hold, HoldId, HoldRejected, HoldRequest, UnknownKey, new_id
 from gptutor.money.journal import JournalError
 from gptutor.money.pricing import Ceiling
 from gptutor.openrouter.bill import BillScanner, read_usage_report
@@ -72,7 +72,7 @@ class Exchange:
         try:
             await self._hold_buy_and_settle(hold_id)
         finally:
-            self._services.ledger.let_go(hold_id)
+            self._services.ledger.deactivate(hold_id)
             if not self.response.done():  # this task is being cancelled
                 headers = DO_NOT_RETRY if self._is_sent else None
                 self._respond_with_error(ApiError("not_ready", cause="cancelled when the service stopped", headers=headers))
@@ -114,7 +114,7 @@ class Exchange:
         )
         try:
             hold = await self._services.ledger.hold_funds(request)
-        except NotHeld as error:
+        except HoldRejected as error:
             if not isinstance(error, UnknownKey):  # an unauthenticated request must not be logged under an account's id
                 self._log_request()
             raise error_for_hold(error, self._services.rate_limit) from None
@@ -274,6 +274,6 @@ class Exchange:
             prompt_tokens=charge.prompt_tokens if charge else None,
             completion_tokens=charge.completion_tokens if charge else None,
             cost_usd=charge.cost_usd if charge else None,
-            cost_rub=roubles(charge.charge) if charge else None,
+            cost_rub=roubles(charge.amount) if charge else None,
             cause=self._cause,
         )

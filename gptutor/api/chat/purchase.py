@@ -4,10 +4,9 @@ Every piece of evidence is written to the journal before it is recorded here. So
 exception, a cancellation or the death of the process, the hold can be closed by what is known.
 """
 
-from gptutor.money.holds import HandOver, Hold, Release
-from gptutor.money.journal_records import Charge
+from gptutor.money.holds import HandOver, Hold, Release, Settlement
 from gptutor.money.ledger import Ledger
-from gptutor.money.pricing import LLMCostEvaluate
+from gptutor.money.pricing import Charge, LLMCostEvaluate
 from gptutor.openrouter.bill import Bill
 
 
@@ -23,25 +22,25 @@ class Purchase:
 
     def mark_sent(self) -> None:
         """From here on something may be bought. Raises JournalError."""
-        self._ledger.journal.sent(self._hold.account_id, self._hold.hold_id)
+        self._ledger.journal.record_sent(self._hold.account_id, self._hold.hold_id)
         self.is_sent = True
 
     def mark_not_sent(self) -> None:
         """The attempt bought nothing: if the process dies before the next one, recovery must find no purchase."""
-        self._ledger.journal.closed([self._hold.hold_id])
+        self._ledger.journal.record_closed([self._hold.hold_id])
         self.is_sent = False
 
     def record_generation_id(self, generation_id: str | None) -> None:
         """The first generation id wins; None is ignored."""
         if self.generation_id is None and generation_id is not None:
             self.generation_id = generation_id
-            self._ledger.journal.named(self._hold.hold_id, generation_id)
+            self._ledger.journal.record_generation_id(self._hold.hold_id, generation_id)
 
     def record_bill(self, bill: Bill, generation_id: str | None) -> None:
         """`generation_id`, of the response's headers, precedes the bill's own; both are written in the bill's journal record."""
         self.generation_id = self.generation_id or generation_id or bill.generation_id
         self.charge = Charge(self._evaluate.charge(bill.cost_usd), bill.cost_usd, bill.prompt_tokens, bill.completion_tokens)
-        self._ledger.journal.billed(self._hold.hold_id, self.charge, self.generation_id)
+        self._ledger.journal.record_charge(self._hold.hold_id, self.charge, self.generation_id)
 
     async def close(self) -> str:
         """Closes the hold by evidence: settles a known charge, releases if nothing was bought, else hands over to recovery.
@@ -50,7 +49,7 @@ class Purchase:
         """
         account_id, hold_id = self._hold.account_id, self._hold.hold_id
         if self.charge is not None:
-            await self._ledger.settle(self.charge.settlement(account_id, hold_id, self.generation_id))
+            await self._ledger.settle(Settlement(account_id, hold_id, self.charge, self.generation_id))
             return "settled"
         if not self.is_sent:
             await self._ledger.release(Release(account_id, hold_id))

@@ -16,7 +16,7 @@ from msgspec import Meta, Raw
 
 from gptutor.api.chat.surrogates import mask, unmask
 from gptutor.errors import ApiError
-from gptutor.http.strict_json import reject_ambiguous_json
+from gptutor.http.json_body import ERROR_PATH, MISSING_FIELD, reject_ambiguous_json
 from gptutor.money.pricing import RequestSize
 
 MODEL_CHARACTERS_MAX = 200
@@ -106,8 +106,6 @@ ELEMENTS = {
     "stop": "a string",
     "tools": "an object",
 }
-PLACE = re.compile(r"`\$\.?(.*)`")
-MISSING = re.compile(r"missing required field `(\w+)`")
 
 _decode_request = msgspec.json.Decoder(ChatRequest).decode
 _decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
@@ -178,9 +176,9 @@ def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
             choices=request.n or 1,
             output_tokens=max(limits) or None,
             paid_tools=_paid_tools(request, files),
-            caches_prompt=b'"cache_control"' in body or (ESCAPE in body and ESCAPED_LETTER.search(body) is not None),
-            more_than_text=not ONLY_TEXT.issuperset(request.modalities or ()),
-            hurried=request.service_tier not in STANDARD_TIERS,
+            writes_prompt_cache=b'"cache_control"' in body or (ESCAPE in body and ESCAPED_LETTER.search(body) is not None),
+            multimodal_output=not ONLY_TEXT.issuperset(request.modalities or ()),
+            priority_tier=request.service_tier not in STANDARD_TIERS,
         ),
         members=members,
         masked=masked,
@@ -251,9 +249,9 @@ def _parts(message: Message, index: int) -> list[tuple[str, int]]:
 
 def _validation_error(message: str) -> ApiError:
     """Our error for a message of msgspec's, which ends in the path: ``Expected `float` <= 2.0 - at `$.temperature` ``."""
-    found = PLACE.search(message)
+    found = ERROR_PATH.search(message)
     place = found[1] if found else ""
-    if missing := MISSING.search(message):
+    if missing := MISSING_FIELD.search(message):
         place = f"{place}.{missing[1]}".lstrip(".")
     if place == "messages":
         return ApiError("invalid_request", "messages array is required")

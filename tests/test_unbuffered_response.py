@@ -1,4 +1,4 @@
-"""The heads of relayed answers, which are spelled here and not by aiohttp (contract A1, A5, A7)."""
+"""The headers of relayed responses, which the gateway serializes itself (contract A1, A5, A7)."""
 
 import asyncio
 from typing import Any
@@ -11,14 +11,14 @@ from aiohttp.test_utils import make_mocked_request
 
 from gptutor.api.chat.event_stream import EventStream, StreamLimits
 from gptutor.http.connection import ClientConnection
-from gptutor.http.response_head import JOINED_BYTES_MAX, CompleteResponse
+from gptutor.http.unbuffered_response import JOINED_BYTES_MAX, CompleteResponse
 from gptutor.openrouter.connection import UpstreamConnection
 from tests.support.gateway import Gateway
 from tests.support.wire import post, raw
 
 
 def fields_of(answer: bytes) -> tuple[bytes, dict[str, str]]:
-    """The first line, and the fields by their names in small letters, each of which stands once."""
+    """The status line, and the headers by lower-case name, each of which occurs once."""
     first, *lines = answer.partition(b"\r\n\r\n")[0].split(b"\r\n")
     pairs = [line.decode().split(": ", 1) for line in lines]
     fields = {name.lower(): value for name, value in pairs}
@@ -36,7 +36,7 @@ def fields_of(answer: bytes) -> tuple[bytes, dict[str, str]]:
         ("1.0", "Connection: keep-alive\r\n", "keep-alive"),
     ],
 )
-async def test_what_becomes_of_the_connection_is_told_and_true(
+async def test_the_connection_header_is_correct(
     gateway: Gateway, version: str, asked: str, told: str | None, stream: bool
 ) -> None:
     caller = await gateway.caller()
@@ -66,7 +66,7 @@ async def test_what_becomes_of_the_connection_is_told_and_true(
     await gateway.idle()
 
 
-async def test_a_streams_head_leaves_with_its_first_bytes() -> None:
+async def test_a_streams_headers_leave_with_its_first_bytes() -> None:
     transport = Mock(spec=asyncio.Transport, **{"is_closing.return_value": False})
     connection = Mock(spec=ClientConnection, transport=transport, writing_paused=False)
     patience = StreamLimits(heartbeat_s=1, buffer_bytes=1, write_timeout_s=1, disconnected_drain_s=1, disconnected_drain_bytes=1)
@@ -86,7 +86,7 @@ async def test_a_streams_head_leaves_with_its_first_bytes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
-async def test_an_answer_without_a_body_does_not_begin_the_next_one(scripted: Any, kind: str) -> None:
+async def test_a_response_without_a_body_does_not_begin_the_next_one(scripted: Any, kind: str) -> None:
     plays, gateway = scripted
 
     async def play(request: web.Request) -> web.StreamResponse:
@@ -104,9 +104,11 @@ async def test_an_answer_without_a_body_does_not_begin_the_next_one(scripted: An
 
 
 @pytest.mark.parametrize("value", ["a\r\nSet-Cookie: b", "a\nb", "a\rb"])
-async def test_a_field_with_a_line_break_is_no_field(value: str) -> None:
+async def test_a_header_with_a_line_break_is_rejected(value: str) -> None:
     with pytest.raises(ValueError, match="line break"):
-        await CompleteResponse(b"{}", status=200, headers={"X-Generation-Id": value}).spell(make_mocked_request("POST", "/"), 2)
+        await CompleteResponse(b"{}", status=200, headers={"X-Generation-Id": value}).serialize_headers(
+            make_mocked_request("POST", "/"), 2
+        )
 
 
 @pytest.mark.parametrize("size", [0, JOINED_BYTES_MAX, JOINED_BYTES_MAX + 1, 3_000_000])

@@ -1,0 +1,49 @@
+"""Errors as responses: `{"error": "<text>"}`, with the code in the header X-Error-Code (contract B1)."""
+
+import logging
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from gptutor.database.pool import DatabaseRefused, DatabaseUnavailable
+from gptutor.errors import ApiError
+from gptutor.http.app_keys import AWAITS_CONTINUE, ERROR_CODE, REQUEST_ID
+from gptutor.telemetry.metrics import ERROR_RESPONSES
+
+LOGGER = logging.getLogger("gptutor.http")
+
+
+def error_response(error: ApiError) -> web.Response:
+    ERROR_RESPONSES.labels(error.code).inc()
+    return web.json_response(
+        {"error": error.text, **error.extra}, status=error.status, headers={**error.headers, "X-Error-Code": error.code}
+    )
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns every exception into an error response; the only broad `except` of the service."""
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return _respond(request, error)
+    except web.HTTPMethodNotAllowed as error:
+        return _respond(request, ApiError("method_not_allowed", headers={"Allow": ", ".join(sorted(error.allowed_methods))}))
+    except web.HTTPNotFound:
+        return _respond(request, ApiError("not_found"))
+    except DatabaseRefused as error:
+        LOGGER.error("%s", error, extra={"requestId": request[REQUEST_ID]})
+        return _respond(request, ApiError("database_unavailable", cause=str(error)))
+    except DatabaseUnavailable as error:
+        return _respond(request, ApiError("database_unavailable", cause=str(error)))
+    except Exception:
+        LOGGER.exception("Unexpected exception", extra={"requestId": request[REQUEST_ID], "path": request.path})
+        return _respond(request, ApiError("internal_error"))
+
+
+def _respond(request: web.Request, error: ApiError) -> web.Response:
+    request[ERROR_CODE] = error.code
+    response = error_response(error)
+    if request.get(AWAITS_CONTINUE):
+        response.force_close()  # the client may or may not send the body now: the next bytes on this connection are ambiguous
+    return response
