@@ -208,3 +208,8 @@ def test_the_end_is_expected_once_the_bill_is_the_last_event(
     for start in range(0, len(stream), size):
         scanner.feed(stream[start : start + size])
     assert scanner.expects_end is expects
+
+
+@pytest.mark.parametrize(("event", "expects_end"), [(b": OPENROUTER PROCESSING", True), (b'data: {"choices":[]}', False)])
+def test_after_the_bill_only_an_event_with_data_means_that_more_follows(event: bytes, expects_end: bool) -> None:
+    assert scan(FINAL + b"\n\n", event + b"\n\n").expects_end is expects_end

@@ -11,7 +11,7 @@ from tests.support import postgres
 
 ROOT = Path(__file__).parent.parent
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
-FILES = ("test_statements.py", "test_invariants.py", "test_ledger.py", "test_batch.py", "test_administration.py")
+FILES = ("test_statements.py", "test_invariants.py", "test_ledger.py")
 
 
 @pytest.mark.timeout(300)
