@@ -58,7 +58,7 @@ audit: ## check the locked packages for known vulnerabilities; passes, and says 
 run: install ## the whole service: embedded PostgreSQL and the OpenRouter simulator where nothing else is configured
 	@exec $(BIN)/gptutor serve
 
-# Each of the processes has a PostgreSQL of its own; whoever has nothing left takes tests from the others.
+# Each process has a PostgreSQL of its own; a process without tests left takes some from the others.
 PARALLEL := --numprocesses=logical --dist=worksteal
 # Tests start Python a hundred times: the bytecode is kept, even where the environment says otherwise.
 test check test-pythons: export PYTHONDONTWRITEBYTECODE :=

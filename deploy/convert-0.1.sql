@@ -103,7 +103,7 @@ END $$;
 
 -- The rest of the new migrations: what they add word for word, and that they need not be applied.
 COMMENT ON TABLE accounts IS
-'The money of one user. Whoever opens or closes holds, or books an entry, first locks the account''s row.';
+'The money of one user. A transaction that opens or closes holds, or books an entry, first locks the account''s row.';
 COMMENT ON COLUMN accounts.balance_nano IS 'The sum of the account''s ledger entries.';
 COMMENT ON COLUMN accounts.held_nano IS 'The sum of its open holds. Available is balance_nano - held_nano.';
 COMMENT ON COLUMN accounts.open_requests IS 'Open holds not handed over to recovery: what the concurrency limit counts.';

@@ -620,7 +620,7 @@ CREATE TABLE public.accounts (
 )
 WITH (fillfactor='50');
 
-COMMENT ON TABLE public.accounts IS 'The money of one user. Whoever opens or closes holds, or books an entry, first locks the account''s row.';
+COMMENT ON TABLE public.accounts IS 'The money of one user. A transaction that opens or closes holds, or books an entry, first locks the account''s row.';
 
 COMMENT ON COLUMN public.accounts.balance_nano IS 'The sum of the account''s ledger entries.';
 

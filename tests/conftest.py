@@ -84,7 +84,7 @@ def covered_bills(test_database: TestDatabase) -> Iterator[None]:
 
 
 @pytest.fixture
-async def books(database_url: str) -> AsyncIterator[pool.Database]:
+async def database(database_url: str) -> AsyncIterator[pool.Database]:
     async with pool.open_database(database_url, connections_max=8) as connected:
         yield connected
 
@@ -102,11 +102,11 @@ async def simulator() -> Simulator:
 
 @pytest.fixture
 async def gateway(
-    database_url: str, covered_bills: None, books: pool.Database, simulator: Simulator, tuned: dict[str, Any], tmp_path: Path
+    database_url: str, covered_bills: None, database: pool.Database, simulator: Simulator, tuned: dict[str, Any], tmp_path: Path
 ) -> AsyncIterator[Gateway]:
     async with (
         simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url,
-        gateway_on(config_for(database_url, base_url, tmp_path, tuned), books, simulator) as running,
+        gateway_on(config_for(database_url, base_url, tmp_path, tuned), database, simulator) as running,
     ):
         yield running
         await running.idle()
@@ -114,7 +114,7 @@ async def gateway(
 
 @pytest.fixture
 async def scripted(
-    database_url: str, books: pool.Database, simulator: Simulator, aiohttp_server: Any, tmp_path: Path, tuned: dict[str, Any]
+    database_url: str, database: pool.Database, simulator: Simulator, aiohttp_server: Any, tmp_path: Path, tuned: dict[str, Any]
 ) -> AsyncIterator[Any]:
     """A gateway whose OpenRouter is a function of the test's; gives (set the function, the gateway)."""
     plays: list[Any] = []
@@ -131,7 +131,7 @@ async def scripted(
     app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])
     server = await aiohttp_server(app)
     config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted", tuned)
-    async with gateway_on(config, books, simulator) as running:
+    async with gateway_on(config, database, simulator) as running:
         yield plays, running
 
 

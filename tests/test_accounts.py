@@ -30,9 +30,9 @@ from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import hash_key, make_key
 from gptutor.money.users import NoSuchUser, UserRepository
 from gptutor.money.vault import DecryptionFailed, EncryptedKey, Vault
-from tests.support.books import assert_books_agree
-from tests.support.gateway import SECRET, VAULT, Caller, Gateway, make_caller
-from tests.support.ledger import assert_books_hold
+from tests.support.accounting import assert_charges_match_bills
+from tests.support.gateway import SECRET, VAULT, Client, Gateway, make_client
+from tests.support.ledger import assert_invariants_hold
 from tests.support.service import Service, start
 from tests.support.statements import Statements
 from tests.support.vk import APP_ID, VK, VK_SECRET, bearer, launch, send, sign_in, with_vk
@@ -71,13 +71,13 @@ async def test_from_vk_sign_in_to_a_charged_completion(gateway: Gateway) -> None
     after = (await sign_in(gateway))["dbUser"]
     assert after["balance"] == Decimal("10.5") - gateway.billed_usd() * 90 < Decimal("10.5")
     assert after["apiKey"] == user["apiKey"]
-    await assert_books_agree(gateway, Caller(user["apiKey"], AccountId(user["id"]), gateway.books), "10.5")
+    await assert_charges_match_bills(gateway, Client(user["apiKey"], AccountId(user["id"]), gateway.database), "10.5")
 
 
 @with_vk
 async def test_the_balance_of_a_sign_in_is_an_exact_number(gateway: Gateway) -> None:
     user = (await sign_in(gateway))["dbUser"]
-    await Bookings(gateway.books).book(AccountId(user["id"]), "topup", parse_roubles("123456789.000000001"))
+    await Bookings(gateway.database).book(AccountId(user["id"]), "topup", parse_roubles("123456789.000000001"))
     async with gateway.session.get(f"{gateway.url}/vk-test", headers=bearer(launch())) as response:
         assert b'"balance":123456789.000000001,' in await response.read()
 
@@ -87,13 +87,13 @@ async def test_twenty_concurrent_first_sign_ins_create_one_account_one_key_and_o
     answers = await asyncio.gather(*(sign_in(gateway) for _ in range(20)))
     assert len({answer["dbUser"]["id"] for answer in answers}) == 1
     (key,) = {answer["dbUser"]["apiKey"] for answer in answers}
-    (user,) = [user async for user in UserRepository(gateway.books).all()]
+    (user,) = [user async for user in UserRepository(gateway.database).all()]
     assert user.balance == parse_roubles("10.5")
-    (entry,) = await Bookings(gateway.books).entries(user.account_id, 10)
+    (entry,) = await Bookings(gateway.database).entries(user.account_id, 10)
     assert (entry.kind, entry.amount, entry.contra, entry.reason) == ("bonus", parse_roubles("10.5"), "goodwill", "sign-up")
-    assert [one.revoked_at for one in await KeyRing(gateway.books, VAULT).list(user.account_id)] == [None]
-    assert (await gateway.chat(Caller(key, user.account_id, gateway.books)))[0].status == 200
-    await assert_books_hold(gateway.books)
+    assert [one.revoked_at for one in await KeyRing(gateway.database, VAULT).list(user.account_id)] == [None]
+    assert (await gateway.chat(Client(key, user.account_id, gateway.database)))[0].status == 200
+    await assert_invariants_hold(gateway.database)
 
 
 @with_vk
@@ -102,7 +102,7 @@ async def test_every_person_has_their_own_account(gateway: Gateway) -> None:
     assert first["id"] != second["id"]
     assert first["apiKey"] != second["apiKey"]
     assert first["balance"] == 0  # no gift is set
-    users = UserRepository(gateway.books)
+    users = UserRepository(gateway.database)
     assert (await users.find_person("vk", "1")).account_id == first["id"]
     assert await users.identities(AccountId(second["id"])) == [("vk", "2")]
     with pytest.raises(NoSuchUser):
@@ -122,11 +122,11 @@ async def test_update_token_invalidates_the_main_key_at_once_and_no_other(gatewa
     """Contract D3."""
     user = (await sign_in(gateway))["dbUser"]
     account_id = AccountId(user["id"])
-    await Bookings(gateway.books).book(account_id, "topup", parse_roubles("100"))
-    other, _ = await KeyRing(gateway.books, VAULT).issue(account_id, "bot")
+    await Bookings(gateway.database).book(account_id, "topup", parse_roubles("100"))
+    other, _ = await KeyRing(gateway.database, VAULT).issue(account_id, "bot")
 
     async def status_of(key: str) -> int:
-        return (await gateway.chat(Caller(key, account_id, gateway.books)))[0].status
+        return (await gateway.chat(Client(key, account_id, gateway.database)))[0].status
 
     assert [await status_of(key) for key in (user["apiKey"], other)] == [200, 200]
     status, _, document = await send(gateway, "POST", "/update-token", bearer(launch()))
@@ -139,21 +139,21 @@ async def test_update_token_invalidates_the_main_key_at_once_and_no_other(gatewa
 
 # -- who is rejected
 
-FORMS: dict[str, Callable[[Caller], Any]] = {
-    "auth-1: no header": lambda caller: {},
-    "auth-2: another scheme": lambda caller: {"Authorization": f"Basic {caller.key}"},
-    "auth-2: no scheme": lambda caller: {"Authorization": caller.key},
-    "auth-2: no key": lambda caller: {"Authorization": "Bearer "},
-    "auth-2: two headers": lambda caller: [("Authorization", f"Bearer {caller.key}")] * 2,
-    "auth-3: a letter is missing": lambda caller: bearer(caller.key[:-1]),
-    "auth-3: another letter": lambda caller: bearer(caller.key[:-1] + ("a" if caller.key[-1] != "a" else "b")),
-    "auth-3: another alphabet": lambda caller: bearer(caller.key.upper()),
-    "auth-3: not ASCII": lambda caller: bearer("sk-user-ключ"),
-    "auth-3: long": lambda caller: bearer("sk-user-1-" + "a" * 7000),
-    "auth-6: SQL": lambda caller: bearer("sk-user-1-' OR pg_sleep(8)--"),
-    "auth-6: SQL in another place": lambda caller: bearer("sk-' OR pg_sleep(8)--"),
-    "auth-7: another account is written into it": lambda caller: bearer(caller.key.replace("sk-user-1-", "sk-user-2-")),
-    "auth-7: an account that no database has": lambda caller: bearer(caller.key.replace("sk-user-1-", f"sk-user-{10**18}-")),
+FORMS: dict[str, Callable[[Client], Any]] = {
+    "auth-1: no header": lambda client: {},
+    "auth-2: another scheme": lambda client: {"Authorization": f"Basic {client.key}"},
+    "auth-2: no scheme": lambda client: {"Authorization": client.key},
+    "auth-2: no key": lambda client: {"Authorization": "Bearer "},
+    "auth-2: two headers": lambda client: [("Authorization", f"Bearer {client.key}")] * 2,
+    "auth-3: a letter is missing": lambda client: bearer(client.key[:-1]),
+    "auth-3: another letter": lambda client: bearer(client.key[:-1] + ("a" if client.key[-1] != "a" else "b")),
+    "auth-3: another alphabet": lambda client: bearer(client.key.upper()),
+    "auth-3: not ASCII": lambda client: bearer("sk-user-ключ"),
+    "auth-3: long": lambda client: bearer("sk-user-1-" + "a" * 7000),
+    "auth-6: SQL": lambda client: bearer("sk-user-1-' OR pg_sleep(8)--"),
+    "auth-6: SQL in another place": lambda client: bearer("sk-' OR pg_sleep(8)--"),
+    "auth-7: another account is written into it": lambda client: bearer(client.key.replace("sk-user-1-", "sk-user-2-")),
+    "auth-7: an account that no database has": lambda client: bearer(client.key.replace("sk-user-1-", f"sk-user-{10**18}-")),
 }
 LAUNCHES = {
     "auth-9: another signature": lambda: launch(sign="A" * 43),
@@ -181,12 +181,12 @@ PLACES = [("POST", "/v1/chat/completions"), ("GET", "/v1/keys"), ("GET", "/vk-te
 async def test_malformed_keys_are_rejected_without_a_database_query(
     gateway: Gateway, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caller = await gateway.caller()
-    assert caller.key.startswith("sk-user-1-")
+    client = await gateway.client()
+    assert client.key.startswith("sk-user-1-")
     statements = Statements(gateway.app[DATABASE], monkeypatch)
     for method, path in PLACES:
         started = time.monotonic()
-        assert await send(gateway, method, path, FORMS[form](caller)) == UNAUTHORIZED
+        assert await send(gateway, method, path, FORMS[form](client)) == UNAUTHORIZED
         assert time.monotonic() - started < 1
     assert statements.of_requests == []
 
@@ -194,10 +194,10 @@ async def test_malformed_keys_are_rejected_without_a_database_query(
 @with_vk
 async def test_a_key_in_the_url_is_not_accepted(gateway: Gateway) -> None:
     """Row auth-2: URLs are logged."""
-    caller = await gateway.caller()
+    client = await gateway.client()
     for method, path in PLACES:
         for name in ("key", "api_key", "access_token"):
-            assert await send(gateway, method, f"{path}?{name}={caller.key}", {}) == UNAUTHORIZED
+            assert await send(gateway, method, f"{path}?{name}={client.key}", {}) == UNAUTHORIZED
         assert await send(gateway, method, f"{path}?{launch()}", {}) == UNAUTHORIZED
 
 
@@ -217,7 +217,7 @@ async def test_invalid_launch_parameters_are_rejected_without_a_database_query(
     for method, path in PLACES:
         assert await send(gateway, method, path, bearer(LAUNCHES[fault]())) == UNAUTHORIZED
     assert statements.of_requests == []
-    assert [user async for user in UserRepository(gateway.books).all()] == []
+    assert [user async for user in UserRepository(gateway.database).all()] == []
 
 
 @with_vk
@@ -244,17 +244,17 @@ async def test_without_a_secret_every_vk_sign_in_is_rejected(gateway: Gateway) -
 @with_vk
 async def test_an_api_key_is_not_accepted_as_a_sign_in(gateway: Gateway) -> None:
     """Contract D1, D3: the finder of a key must not be able to lock its owner out."""
-    caller = await gateway.caller()
+    client = await gateway.client()
     for method, path in (("GET", "/vk-test"), ("POST", "/update-token")):
-        assert await send(gateway, method, path, caller.headers) == UNAUTHORIZED
-    assert (await gateway.chat(caller))[0].status == 200
+        assert await send(gateway, method, path, client.headers) == UNAUTHORIZED
+    assert (await gateway.chat(client))[0].status == 200
 
 
 @with_vk
 async def test_unknown_revoked_and_inactive_cost_the_same_statements(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows auth-4, auth-5, auth-7, auth-8: alike in what is answered and in what is done, and so in how long it takes."""
-    keys, users = KeyRing(gateway.books, VAULT), UserRepository(gateway.books)
-    revoked, inactive = await gateway.caller(), await gateway.caller()
+    keys, users = KeyRing(gateway.database, VAULT), UserRepository(gateway.database)
+    revoked, inactive = await gateway.client(), await gateway.client()
     await keys.renew(revoked.account_id)
     await users.set_active(inactive.account_id, False)
     (entered,) = [make_key(revoked.account_id)]
@@ -277,7 +277,7 @@ async def test_unknown_revoked_and_inactive_cost_the_same_statements(gateway: Ga
 async def test_an_inactive_user_is_rejected_everywhere(gateway: Gateway) -> None:
     """Row auth-8."""
     user = (await sign_in(gateway))["dbUser"]
-    users, account_id = UserRepository(gateway.books), AccountId(user["id"])
+    users, account_id = UserRepository(gateway.database), AccountId(user["id"])
     await users.set_active(account_id, False)
     for method, path in PLACES[1:]:
         assert await send(gateway, method, path, bearer(launch())) == UNAUTHORIZED
@@ -321,9 +321,9 @@ async def test_an_encrypted_copy_decrypts_only_in_its_row_and_with_its_secret() 
     assert Vault([b"x" * 32, SECRET]).decrypt(AccountId(1), key_hash, sealed) == key
 
 
-async def test_an_encrypted_copy_moved_to_another_row_is_not_shown(books: Database, database_url: str) -> None:
+async def test_an_encrypted_copy_moved_to_another_row_is_not_shown(database: Database, database_url: str) -> None:
     """Somebody who can write to the database still cannot read a key through their own account."""
-    victim, thief = await make_caller(books, "0"), await make_caller(books, "0")
+    victim, thief = await make_client(database, "0"), await make_client(database, "0")
     connection = await asyncpg.connect(database_url)
     await connection.execute(
         "UPDATE api_keys SET encrypted_key = (SELECT encrypted_key FROM api_keys WHERE account_id = $1) WHERE account_id = $2",
@@ -332,8 +332,8 @@ async def test_an_encrypted_copy_moved_to_another_row_is_not_shown(books: Databa
     )
     await connection.close()
     with pytest.raises(DecryptionFailed):
-        await KeyRing(books, VAULT).main(thief.account_id)
-    assert await KeyRing(books, VAULT).main(victim.account_id) == victim.key
+        await KeyRing(database, VAULT).main(thief.account_id)
+    assert await KeyRing(database, VAULT).main(victim.account_id) == victim.key
 
 
 @pytest.mark.parametrize(
@@ -346,39 +346,39 @@ async def test_an_encrypted_copy_moved_to_another_row_is_not_shown(books: Databa
     ],
 )
 async def test_a_main_key_without_a_copy_is_replaced_once_by_concurrent_sign_ins(
-    books: Database, database_url: str, spoiled: str
+    database: Database, database_url: str, spoiled: str
 ) -> None:
-    caller, keys = await make_caller(books, "0"), KeyRing(books, VAULT)
+    client, keys = await make_client(database, "0"), KeyRing(database, VAULT)
     connection = await asyncpg.connect(database_url)
     await connection.execute(spoiled)
     await connection.close()
-    shown = set(await asyncio.gather(*(keys.main(caller.account_id) for _ in range(20))))
+    shown = set(await asyncio.gather(*(keys.main(client.account_id) for _ in range(20))))
     assert len(shown) == 1
-    assert shown != {caller.key}
-    living = [key for key in await keys.list(caller.account_id) if key.is_main and key.revoked_at is None]
+    assert shown != {client.key}
+    living = [key for key in await keys.list(client.account_id) if key.is_main and key.revoked_at is None]
     assert len(living) == 1
-    assert shown == {await keys.main(caller.account_id)}
+    assert shown == {await keys.main(client.account_id)}
 
 
 async def test_a_wrong_secret_invalidates_no_key(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     for _ in range(2):
         with pytest.raises(DecryptionFailed):
-            await KeyRing(gateway.books, Vault([b"w" * 32])).main(caller.account_id)
-    assert await KeyRing(gateway.books, VAULT).main(caller.account_id) == caller.key
-    assert (await gateway.chat(caller))[0].status == 200
+            await KeyRing(gateway.database, Vault([b"w" * 32])).main(client.account_id)
+    assert await KeyRing(gateway.database, VAULT).main(client.account_id) == client.key
+    assert (await gateway.chat(client))[0].status == 200
 
 
-async def test_rekey_encrypts_copies_with_the_current_secret(books: Database, database_url: str) -> None:
-    callers = [await make_caller(books, "0") for _ in range(3)]
+async def test_rekey_encrypts_copies_with_the_current_secret(database: Database, database_url: str) -> None:
+    clients = [await make_client(database, "0") for _ in range(3)]
     connection = await asyncpg.connect(database_url)
-    await connection.execute("UPDATE api_keys SET secret_id = 'lost' WHERE account_id = $1", callers[2].account_id)
+    await connection.execute("UPDATE api_keys SET secret_id = 'lost' WHERE account_id = $1", clients[2].account_id)
     await connection.close()
     both, new = Vault([b"n" * 32, SECRET]), Vault([b"n" * 32])
-    assert [page async for page in KeyRing(books, both).rekey()] == [(2, 1)]
-    assert [page async for page in KeyRing(books, both).rekey()] == [(0, 1)]
-    for caller in callers[:2]:
-        assert await KeyRing(books, new).main(caller.account_id) == caller.key
+    assert [page async for page in KeyRing(database, both).rekey()] == [(2, 1)]
+    assert [page async for page in KeyRing(database, both).rekey()] == [(0, 1)]
+    for client in clients[:2]:
+        assert await KeyRing(database, new).main(client.account_id) == client.key
 
 
 # -- what is kept, and where

@@ -38,10 +38,10 @@ async def status(gateway: Gateway, path: str, key: str = "", **headers: str) -> 
 
 @pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 3}, "server": {"trusted_proxies": ""}}])
 async def test_guessing_keys_is_limited_before_the_database_is_reached(gateway: Gateway, clock: list[float]) -> None:
-    caller = await gateway.caller()
-    for key in (make_key(caller.account_id), "sk-user-nonsense", ""):
+    client = await gateway.client()
+    for key in (make_key(client.account_id), "sk-user-nonsense", ""):
         assert (await status(gateway, "/v1/chat/completions", key))[0] == 401
-    for key in (make_key(caller.account_id), caller.key):
+    for key in (make_key(client.account_id), client.key):
         code, response = await status(gateway, "/v1/chat/completions", key)
         assert code == 429
         assert response.headers["X-Error-Code"] == "rate_limited"
@@ -51,15 +51,15 @@ async def test_guessing_keys_is_limited_before_the_database_is_reached(gateway: 
         assert set(body) == {"error", "message", "retryAfter"}
         assert (body["error"], body["retryAfter"]) == ("Too Many Requests", int(response.headers["Retry-After"]))
     clock[0] += 60
-    assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
+    assert (await status(gateway, "/v1/chat/completions", client.key))[0] == 200
     await gateway.idle()
 
 
 @pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 2}, "server": {"trusted_proxies": ""}}])
 async def test_valid_keys_and_other_errors_are_not_counted(gateway: Gateway) -> None:
-    caller, poor = await gateway.caller(), await gateway.caller("0")
+    client, poor = await gateway.client(), await gateway.client("0")
     for _ in range(4):
-        assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
+        assert (await status(gateway, "/v1/chat/completions", client.key))[0] == 200
         assert (await status(gateway, "/v1/chat/completions", poor.key))[0] == 402
     await gateway.idle()
 
@@ -115,28 +115,28 @@ def test_an_invalid_network_stops_the_start() -> None:
 
 @pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 2}, "server": {"trusted_proxies": ""}}])
 async def test_a_used_up_address_does_not_limit_a_recently_accepted_key(gateway: Gateway, clock: list[float]) -> None:
-    caller = await gateway.caller()
-    assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
+    client = await gateway.client()
+    assert (await status(gateway, "/v1/chat/completions", client.key))[0] == 200
     for _ in range(3):
-        await status(gateway, "/v1/chat/completions", make_key(caller.account_id))
-    assert (await status(gateway, "/v1/chat/completions", make_key(caller.account_id)))[0] == 429
-    assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
+        await status(gateway, "/v1/chat/completions", make_key(client.account_id))
+    assert (await status(gateway, "/v1/chat/completions", make_key(client.account_id)))[0] == 429
+    assert (await status(gateway, "/v1/chat/completions", client.key))[0] == 200
     await gateway.idle()
 
 
 @pytest.mark.parametrize("tuned", [{"rate_limit": {"unauthenticated_per_minute": 2, "models_per_minute": 2}}])
 async def test_a_proxy_without_x_forwarded_for_is_not_limited(gateway: Gateway, clock: list[float]) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     for _ in range(4):
         assert (await status(gateway, "/v1/chat/completions", "sk-user-nonsense"))[0] == 401
         assert (await status(gateway, "/v1/models"))[0] == 200
-    assert (await status(gateway, "/v1/chat/completions", caller.key))[0] == 200
+    assert (await status(gateway, "/v1/chat/completions", client.key))[0] == 200
     await gateway.idle()
 
 
 @pytest.mark.parametrize("tuned", [{"rate_limit": {"account_pages_per_minute": 2}}])
 async def test_account_requests_are_limited_per_account(gateway: Gateway, clock: list[float]) -> None:
-    caller, other = await gateway.caller(), await gateway.caller()
-    codes = [(await status(gateway, "/v1/credits", Authorization=f"Bearer {caller.key}"))[0] for _ in range(3)]
+    client, other = await gateway.client(), await gateway.client()
+    codes = [(await status(gateway, "/v1/credits", Authorization=f"Bearer {client.key}"))[0] for _ in range(3)]
     assert codes == [200, 200, 429]
     assert (await status(gateway, "/v1/credits", Authorization=f"Bearer {other.key}"))[0] == 200

@@ -31,7 +31,7 @@ from gptutor.server.listener import StartError
 from gptutor.server.serve import admin_listening
 from gptutor.telemetry.log_writer import logging_to
 from gptutor.telemetry.logs import LoggerService
-from tests.support.gateway import SECRET, Gateway, config_for, make_caller
+from tests.support.gateway import SECRET, Gateway, config_for, make_client
 from tests.support.ledger import hold, ledger_of, settlement
 from tests.support.service import start
 
@@ -42,7 +42,7 @@ ANNAS = "annas-token-of-thirty-two-characters-or-more"
 @dataclass
 class Admin:
     session: aiohttp.ClientSession
-    books: Database
+    database: Database
     logs: Path
 
     async def request(self, method: str, path: str, body: Any = None, *, token: str = ANNAS) -> tuple[int, Any]:
@@ -74,7 +74,7 @@ class Admin:
 
 
 @pytest.fixture
-async def admin(database_url: str, books: Database, tmp_path: Path) -> AsyncIterator[Admin]:
+async def admin(database_url: str, database: Database, tmp_path: Path) -> AsyncIterator[Admin]:
     socket = tmp_path / "admin.socket"
     plain = config_for(database_url, "http://127.0.0.1:9", tmp_path)
     config = msgspec.structs.replace(plain, admin=schema.AdminSettings(socket=str(socket), token=f"{TOKEN} anna:{ANNAS}"))
@@ -84,7 +84,7 @@ async def admin(database_url: str, books: Database, tmp_path: Path) -> AsyncIter
             aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket))) as session,
         ):
             assert socket.stat().st_mode & 0o777 == 0o660
-            yield Admin(session, books, tmp_path / "lines")
+            yield Admin(session, database, tmp_path / "lines")
     assert not socket.exists()
     text = "".join(path.read_text() for path in (tmp_path / "lines").iterdir())
     assert TOKEN not in text
@@ -173,16 +173,16 @@ async def test_a_database_without_the_schema_is_503(admin: Admin, database_url: 
 )
 async def test_an_invalid_booking_is_rejected(admin: Admin, body: Any, status: int, code: str) -> None:
     """Row money-15."""
-    caller = await make_caller(admin.books, "0")
-    await Bookings(admin.books).book(caller.account_id, "topup", parse_roubles("10"), reference="used")
-    assert await admin.request("POST", f"/admin/users/{caller.account_id}/bookings", body) == (status, code)
-    assert await caller.balance() == 10
+    client = await make_client(admin.database, "0")
+    await Bookings(admin.database).book(client.account_id, "topup", parse_roubles("10"), reference="used")
+    assert await admin.request("POST", f"/admin/users/{client.account_id}/bookings", body) == (status, code)
+    assert await client.balance() == 10
     assert admin.audit() == []
 
 
 async def test_a_payment_is_credited_once_with_the_same_response(admin: Admin, database_url: str) -> None:
     """Row money-12: twice, concurrently, and after a year; another payment with its reference is rejected."""
-    user, _ = await UserRepository(admin.books).of_person("vk", "494075")
+    user, _ = await UserRepository(admin.database).of_person("vk", "494075")
     payment = {"vk_id": 494075, "amount": "99.90", "reference": "17", "provider": "bank"}
     answers = await asyncio.gather(*(admin.request("POST", "/admin/payments", payment) for _ in range(16)))
     assert all(answer == answers[0] for answer in answers)
@@ -195,7 +195,7 @@ async def test_a_payment_is_credited_once_with_the_same_response(admin: Admin, d
     status, later = await admin.request("POST", "/admin/payments", {**payment, "vk_id": None, "user_id": user.account_id})
     assert (status, later["entry_id"]) == (200, told["entry_id"])
     assert await admin.request("POST", "/admin/payments", {**payment, "amount": "1"}) == (409, "already_booked")
-    other = await make_caller(admin.books, "0")
+    other = await make_client(admin.database, "0")
     elsewhere = {**payment, "vk_id": None, "user_id": other.account_id}
     assert await admin.request("POST", "/admin/payments", elsewhere) == (409, "already_booked")
     assert await admin.request("POST", "/admin/payments", {**payment, "vk_id": "494075"}) == (200, later)
@@ -204,28 +204,28 @@ async def test_a_payment_is_credited_once_with_the_same_response(admin: Admin, d
     for invalid in (0, "0", "0494075", "", "x", "49407٥", " 494075", "1" * 19, 1.5, True):
         assert await admin.request("POST", "/admin/payments", {**payment, "vk_id": invalid}) == (400, "invalid_request")
     assert await admin.request("POST", "/admin/payments", {**payment, "user_id": 1}) == (400, "invalid_request")
-    assert (await UserRepository(admin.books).find(user.account_id)).balance == parse_roubles("99.9")
+    assert (await UserRepository(admin.database).find(user.account_id)).balance == parse_roubles("99.9")
     assert [line["reference"] for line in admin.audit()] == ["bank:17"]
 
 
 async def test_users_are_found_by_id_by_vks_id_and_by_the_beginning_of_a_key(admin: Admin) -> None:
-    caller = await make_caller(admin.books, "1")
-    other, _ = await UserRepository(admin.books).of_person("vk", "494075")
-    start_of_key = caller.key.rpartition("-")[2][:2]
+    client = await make_client(admin.database, "1")
+    other, _ = await UserRepository(admin.database).of_person("vk", "494075")
+    start_of_key = client.key.rpartition("-")[2][:2]
 
     async def found(query: str) -> list[int]:
         return [user["id"] for user in (await admin.request("GET", f"/admin/users?query={query}"))[1]]
 
-    number = str(caller.account_id)
-    assert await found(number) == [caller.account_id]
+    number = str(client.account_id)
+    assert await found(number) == [client.account_id]
     assert await found("494075") == [other.account_id]
-    for query in (f"sk-user-{number}-{start_of_key}", f"sk-user-{number}", caller.key, f"sk-user-{number}-{start_of_key}…"):
-        assert await found(query) == [caller.account_id]
+    for query in (f"sk-user-{number}-{start_of_key}", f"sk-user-{number}", client.key, f"sk-user-{number}-{start_of_key}…"):
+        assert await found(query) == [client.account_id]
     for query in ("sk-user-%", "_", "nobody", "9" * 30, "sk-user-1-'"):
         assert await found(query) == []
-    assert {user["id"] for user in (await admin.request("GET", "/admin/users"))[1]} == {caller.account_id, other.account_id}
+    assert {user["id"] for user in (await admin.request("GET", "/admin/users"))[1]} == {client.account_id, other.account_id}
     first = await admin.document("/admin/users?limit=1")
-    assert ([user["id"] for user in first["data"]], first["next_cursor"]) == ([caller.account_id], str(caller.account_id))
+    assert ([user["id"] for user in first["data"]], first["next_cursor"]) == ([client.account_id], str(client.account_id))
     second = await admin.document(f"/admin/users?limit=1&cursor={first['next_cursor']}")
     assert ([user["id"] for user in second["data"]], second["next_cursor"]) == ([other.account_id], None)
     assert (await admin.request("GET", f"/admin/users?cursor={10**18 - 1}"))[1] == []
@@ -234,10 +234,10 @@ async def test_users_are_found_by_id_by_vks_id_and_by_the_beginning_of_a_key(adm
 
 
 async def test_a_ledger_is_read_in_pages(admin: Admin) -> None:
-    caller = await make_caller(admin.books, "0")
+    client = await make_client(admin.database, "0")
     for number in range(1, 8):
-        await Bookings(admin.books).book(caller.account_id, "topup", parse_roubles(str(number)))
-    path = f"/admin/users/{caller.account_id}/ledger"
+        await Bookings(admin.database).book(client.account_id, "topup", parse_roubles(str(number)))
+    path = f"/admin/users/{client.account_id}/ledger"
     amounts, cursor = [], ""
     while cursor is not None:
         document = await admin.document(f"{path}?limit=3{cursor}")
@@ -250,9 +250,11 @@ async def test_a_ledger_is_read_in_pages(admin: Admin) -> None:
 
 
 async def test_the_export_is_the_whole_ledger_and_has_no_formulas(admin: Admin) -> None:
-    caller, other = await make_caller(admin.books, "10"), await make_caller(admin.books, "20")
-    await Bookings(admin.books).book(caller.account_id, "bonus", parse_roubles("0.1"), reason='=cmd|"x"!A1', reference='+1, "2"')
-    await ledger_of(admin.books).settle(settlement(await hold(admin.books, caller, "5"), "0.01"))
+    client, other = await make_client(admin.database, "10"), await make_client(admin.database, "20")
+    await Bookings(admin.database).book(
+        client.account_id, "bonus", parse_roubles("0.1"), reason='=cmd|"x"!A1', reference='+1, "2"'
+    )
+    await ledger_of(admin.database).settle(settlement(await hold(admin.database, client, "5"), "0.01"))
 
     async def rows(query: str = "") -> list[dict[str, str]]:
         async with admin.session.get(
@@ -263,9 +265,9 @@ async def test_the_export_is_the_whole_ledger_and_has_no_formulas(admin: Admin) 
 
     whole = await rows()
     assert [(row["user_id"], row["kind"], row["amount_rub"]) for row in whole] == [
-        (str(caller.account_id), "topup", "10"),
-        (str(caller.account_id), "bonus", "0.1"),
-        (str(caller.account_id), "charge", "-0.9"),
+        (str(client.account_id), "topup", "10"),
+        (str(client.account_id), "bonus", "0.1"),
+        (str(client.account_id), "charge", "-0.9"),
         (str(other.account_id), "topup", "20"),
     ]
     assert (whole[1]["reason"], whole[1]["reference"]) == ('\'=cmd|"x"!A1', '\'+1, "2"')
@@ -284,7 +286,7 @@ async def test_the_export_is_the_whole_ledger_and_has_no_formulas(admin: Admin) 
 
 
 async def test_a_failed_export_does_not_look_complete(admin: Admin, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    await make_caller(admin.books, "10")
+    await make_client(admin.database, "10")
     real = Bookings.export
 
     async def broken(self: Bookings, *arguments: Any) -> AsyncIterator[Any]:
@@ -301,12 +303,12 @@ async def test_a_failed_export_does_not_look_complete(admin: Admin, database_url
 
 
 async def test_holds_of_unknown_cost_are_listed(admin: Admin) -> None:
-    caller = await make_caller(admin.books, "10")
-    waiting = await hold(admin.books, caller, "2.5")
-    await ledger_of(admin.books).hand_over(HandOver(caller.account_id, waiting.hold_id, "gen-1"))
+    client = await make_client(admin.database, "10")
+    waiting = await hold(admin.database, client, "2.5")
+    await ledger_of(admin.database).hand_over(HandOver(client.account_id, waiting.hold_id, "gen-1"))
     status, holds = await admin.request("GET", "/admin/holds")
     assert (status, [(one["user_id"], one["at_most"], one["generation_id"]) for one in holds]) == (
-        200, [(caller.account_id, "2.5", "gen-1")],
+        200, [(client.account_id, "2.5", "gen-1")],
     )  # fmt: skip
     assert await admin.request("GET", "/admin/holds?user=1") == (400, "invalid_request")
 
@@ -343,8 +345,8 @@ async def test_holds_of_unknown_cost_are_listed(admin: Admin) -> None:
     ],
 )
 async def test_errors_name_the_fault_and_what_is_allowed(admin: Admin, method: str, path: str, body: Any, words: str) -> None:
-    caller = await make_caller(admin.books, "0")
-    address = "http://admin" + path.replace("ID", f"/admin/users/{caller.account_id}")
+    client = await make_client(admin.database, "0")
+    address = "http://admin" + path.replace("ID", f"/admin/users/{client.account_id}")
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with admin.session.request(method, address, json=body, headers=headers) as response:
         assert (await response.json())["error"].startswith(words)
@@ -375,8 +377,8 @@ async def test_unknown_users_keys_and_paths_are_404(admin: Admin, method: str, p
      {"requests_per_minute": "5"}, {"cap": 5}, {"name": "x" * 101}, {"name": "a\nb"}],
 )  # fmt: skip
 async def test_an_invalid_limit_is_rejected(admin: Admin, body: dict[str, Any]) -> None:
-    caller = await make_caller(admin.books, "0")
-    assert await admin.request("POST", f"/admin/users/{caller.account_id}/keys", body) == (400, "invalid_request")
+    client = await make_client(admin.database, "0")
+    assert await admin.request("POST", f"/admin/users/{client.account_id}/keys", body) == (400, "invalid_request")
 
 
 @pytest.mark.parametrize("path", ["/admin/users", "/admin/nowhere", "/metrics"])

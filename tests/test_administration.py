@@ -28,7 +28,7 @@ from gptutor.money.users import UserRepository
 from gptutor.money.vault import DecryptionFailed, Vault
 from gptutor.telemetry import logs
 from gptutor.telemetry.log_writer import logging_to
-from tests.support.gateway import SECRET, make_caller
+from tests.support.gateway import SECRET, make_client
 from tests.support.ledger import hold, ledger_of
 from tests.support.service import Service, environment, refused, run, said
 
@@ -144,12 +144,12 @@ def test_a_mistake_changes_nothing_and_gets_a_sentence(service: Service, argumen
 
 
 async def test_holds_of_unknown_cost_are_listed_without_a_request_to_openrouter(
-    books: Database, database_url: str, tmp_path: Path
+    database: Database, database_url: str, tmp_path: Path
 ) -> None:
     """Contract C6: the list of `reconcile`, alone."""
-    caller = await make_caller(books, "100")
-    waiting = await hold(books, caller, "2.5")
-    await ledger_of(books).hand_over(HandOver(caller.account_id, waiting.hold_id, "gen-1"))
+    client = await make_client(database, "100")
+    waiting = await hold(database, client, "2.5")
+    await ledger_of(database).hand_over(HandOver(client.account_id, waiting.hold_id, "gen-1"))
     environ = own(tmp_path, database_url)
     shown = orjson.loads(run(environ, "holds", "--json").stdout)
     assert (shown["waiting_at_most"], shown["waiting"][0]["generation_id"]) == ("2.5", "gen-1")
@@ -160,19 +160,19 @@ def own(directory: Path, database_url: str, secret: bytes = SECRET, **settings: 
     return environment(directory, DATABASE_URL=database_url, GPTUTOR_SECRET_KEY=base64.b64encode(secret).decode(), **settings)
 
 
-async def test_an_export_of_any_length_takes_little_memory(books: Database, database_url: str, tmp_path: Path) -> None:
-    caller = await make_caller(books, "1")
+async def test_an_export_of_any_length_takes_little_memory(database: Database, database_url: str, tmp_path: Path) -> None:
+    client = await make_client(database, "1")
     environ = own(tmp_path, database_url)
     little = run(environ, "export", "ledger")
     (entry,) = list(csv.DictReader(little.stdout.splitlines()))
-    assert (entry["amount_rub"], entry["user_id"]) == ("1", str(caller.account_id))
+    assert (entry["amount_rub"], entry["user_id"]) == ("1", str(client.account_id))
     assert "1 entries." in little.stderr
 
     connection = await asyncpg.connect(database_url)
     await connection.execute(
         "INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason)"
         " SELECT $1, gen_random_uuid(), 'topup', n, 'payments', repeat('x', 110) FROM generate_series(1, 150000) AS n",
-        caller.account_id,
+        client.account_id,
     )
     await connection.close()
     file = tmp_path / "ledger.csv"
@@ -200,19 +200,19 @@ async def test_an_export_of_any_length_takes_little_memory(books: Database, data
     assert not file.with_name("ledger.csv.part").exists()
 
 
-async def test_rekey_encrypts_copies_with_the_current_secret(books: Database, database_url: str, tmp_path: Path) -> None:
+async def test_rekey_encrypts_copies_with_the_current_secret(database: Database, database_url: str, tmp_path: Path) -> None:
     """Contract D4: after GPTUTOR_SECRET_KEY was changed; a copy that no known secret decrypts is counted, and its key keeps working."""
     before, current, lost = SECRET, bytes(32), b"x" * 32
-    users = UserRepository(books)
+    users = UserRepository(database)
     keys = []
     for secret in (before, before, lost):
         user = await users.create()
-        keys.append((user.account_id, (await KeyRing(books, Vault([secret])).issue(user.account_id))[0]))
+        keys.append((user.account_id, (await KeyRing(database, Vault([secret])).issue(user.account_id))[0]))
     environ = own(tmp_path, database_url, current, GPTUTOR_SECURITY__OLD_SECRET_KEYS=base64.b64encode(before).decode())
     assert orjson.loads(run(environ, "rekey", "--json").stdout) == {"done": 2, "unreadable": 1}
     output = run(environ, "rekey").stdout
     assert "0 copies were encrypted with the current secret.\n1 copies cannot be decrypted with any configured secret" in output
-    ring = KeyRing(books, Vault([current]))
+    ring = KeyRing(database, Vault([current]))
     with pytest.raises(DecryptionFailed):
         await ring.main(keys[2][0])
     knowing = f"{environ['GPTUTOR_SECURITY__OLD_SECRET_KEYS']} {base64.b64encode(lost).decode()}"
@@ -256,28 +256,28 @@ def test_limits_are_changed_one_by_one() -> None:
             parse_expiry(text)
 
 
-async def test_pages_of_entries_have_no_gaps(books: Database) -> None:
-    caller = await make_caller(books, "0")
-    bookings = Bookings(books)
+async def test_pages_of_entries_have_no_gaps(database: Database) -> None:
+    client = await make_client(database, "0")
+    bookings = Bookings(database)
     for number in range(1, 6):
-        await bookings.book(caller.account_id, "topup", Nano(number))
-    first = await bookings.entries(caller.account_id, 2)
-    rest = await bookings.entries(caller.account_id, 9, before=Cursor(first[-1].created_at, first[-1].entry_id))
+        await bookings.book(client.account_id, "topup", Nano(number))
+    first = await bookings.entries(client.account_id, 2)
+    rest = await bookings.entries(client.account_id, 9, before=Cursor(first[-1].created_at, first[-1].entry_id))
     assert [entry.amount for entry in first + rest] == [5, 4, 3, 2, 1]
-    other = await make_caller(books, "1")
+    other = await make_client(database, "1")
     assert await bookings.entries(other.account_id, 9, before=Cursor(first[-1].created_at, first[-1].entry_id)) == []
 
 
-async def test_an_interrupted_rekey_resumes_where_it_stopped(books: Database) -> None:
+async def test_an_interrupted_rekey_resumes_where_it_stopped(database: Database) -> None:
     """Contract D4: pages are committed one by one."""
     before, current = SECRET, bytes(32)
-    old = KeyRing(books, Vault([before]))
+    old = KeyRing(database, Vault([before]))
     for _ in range(3):
-        await old.issue((await UserRepository(books).create()).account_id)
-    await old.issue((await UserRepository(books).create()).account_id)
-    unknown = KeyRing(books, Vault([b"x" * 32]))
-    await unknown.issue((await UserRepository(books).create()).account_id)
-    administration = Administration(books, Vault([current, before]), "cli:me")
+        await old.issue((await UserRepository(database).create()).account_id)
+    await old.issue((await UserRepository(database).create()).account_id)
+    unknown = KeyRing(database, Vault([b"x" * 32]))
+    await unknown.issue((await UserRepository(database).create()).account_id)
+    administration = Administration(database, Vault([current, before]), "cli:me")
     assert await administration.stale_copies() == 5
     assert [step async for step in administration.rekey()] == [(4, 1)]
     assert await administration.stale_copies() == 1
@@ -286,12 +286,12 @@ async def test_an_interrupted_rekey_resumes_where_it_stopped(books: Database) ->
         await administration.key(AccountId(1), 10**9)
 
 
-async def test_an_administrator_rotates_all_keys_of_a_user(books: Database, caplog: pytest.LogCaptureFixture) -> None:
-    caller = await make_caller(books, "1")
+async def test_an_administrator_rotates_all_keys_of_a_user(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    client = await make_client(database, "1")
     with caplog.at_level(logging.INFO, "gptutor.audit"):
-        key = await Administration(books, Vault([SECRET]), "cli:me").rotate_keys(caller.account_id)
+        key = await Administration(database, Vault([SECRET]), "cli:me").rotate_keys(client.account_id)
     (line,) = caplog.records
     assert line.what == "rotate keys"  # type: ignore[attr-defined]
     assert key not in repr(vars(line))
-    assert [bool(one.revoked_at) for one in await KeyRing(books, Vault([SECRET])).list(caller.account_id)] == [False, True]
-    assert len([user async for user in UserRepository(books).all()]) == 1
+    assert [bool(one.revoked_at) for one in await KeyRing(database, Vault([SECRET])).list(client.account_id)] == [False, True]
+    assert len([user async for user in UserRepository(database).all()]) == 1

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY
 
 from gptutor.database.pool import Database
 from gptutor.money.balance_auditor import BalanceAuditor
-from tests.support.gateway import Gateway, make_caller
+from tests.support.gateway import Gateway, make_client
 from tests.support.ledger import hold, ledger_of, release, settlement
 
 FORGERIES = [
@@ -20,61 +20,61 @@ FORGERIES = [
 
 
 @pytest.fixture
-async def auditor(books: Database) -> BalanceAuditor:
-    auditor = BalanceAuditor(books, 3600)
+async def auditor(database: Database) -> BalanceAuditor:
+    auditor = BalanceAuditor(database, 3600)
     assert await auditor.check_once() == set()
     return auditor
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
 async def test_a_change_past_the_ledger_is_logged_once_and_counted_until_it_is_corrected(
-    books: Database, database_url: str, auditor: BalanceAuditor, forgery: str, caplog: pytest.LogCaptureFixture
+    database: Database, database_url: str, auditor: BalanceAuditor, forgery: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caller, other = [await make_caller(books, "100") for _ in range(2)]
-    ledger = ledger_of(books)
-    await ledger.settle(settlement(await hold(books, caller, "5"), "0.01"))
-    await ledger.release(release(await hold(books, caller, "5")))
-    await hold(books, caller, "5")
+    client, other = [await make_client(database, "100") for _ in range(2)]
+    ledger = ledger_of(database)
+    await ledger.settle(settlement(await hold(database, client, "5"), "0.01"))
+    await ledger.release(release(await hold(database, client, "5")))
+    await hold(database, client, "5")
     assert await auditor.check_once() == set()
     by_hand = await asyncpg.connect(database_url)
-    await by_hand.execute(forgery, caller.account_id)
+    await by_hand.execute(forgery, client.account_id)
     for _ in range(2):
-        assert await auditor.check_once() == {caller.account_id}
+        assert await auditor.check_once() == {client.account_id}
     assert REGISTRY.get_sample_value("gptutor_inconsistent_accounts") == 1
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert [vars(record)["userId"] for record in errors] == [str(caller.account_id)]
+    assert [vars(record)["userId"] for record in errors] == [str(client.account_id)]
     await by_hand.execute(
         "UPDATE accounts SET (balance_nano, held_nano) = (SELECT sum(amount_nano), 5000000000 FROM ledger WHERE account_id = $1)"
         " WHERE account_id = $1",
-        caller.account_id,
+        client.account_id,
     )
     await by_hand.close()
     assert await auditor.check_once() == set()
     assert REGISTRY.get_sample_value("gptutor_inconsistent_accounts") == 0
-    assert other.account_id != caller.account_id
+    assert other.account_id != client.account_id
 
 
-async def test_a_long_transaction_is_seen_when_it_ends(books: Database, database_url: str, auditor: BalanceAuditor) -> None:
+async def test_a_long_transaction_is_seen_when_it_ends(database: Database, database_url: str, auditor: BalanceAuditor) -> None:
     """Its transaction id is older than checks that could not see it yet."""
-    caller = await make_caller(books, "100")
+    client = await make_client(database, "100")
     by_hand = await asyncpg.connect(database_url)
     transaction = by_hand.transaction()
     await transaction.start()
-    await by_hand.execute("UPDATE accounts SET balance_nano = 0 WHERE account_id = $1", caller.account_id)
+    await by_hand.execute("UPDATE accounts SET balance_nano = 0 WHERE account_id = $1", client.account_id)
     for _ in range(3):
-        await make_caller(books, "1")
+        await make_client(database, "1")
         assert await auditor.check_once() == set()
     await transaction.commit()
     await by_hand.close()
-    assert await auditor.check_once() == {caller.account_id}
+    assert await auditor.check_once() == {client.account_id}
 
 
 @pytest.mark.parametrize("tuned", [{"recovery": {"audit_interval_s": 0.05}}])
 async def test_the_service_audits_balances_while_it_serves(
     gateway: Gateway, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caller = await gateway.caller()
-    await gateway.chat(caller)
+    client = await gateway.client()
+    await gateway.chat(client)
     await asyncio.sleep(0.2)
     assert "An account does not match its ledger" not in caplog.text
     by_hand = await asyncpg.connect(database_url)

@@ -24,8 +24,8 @@ from gptutor.money.batch import Batcher
 from gptutor.money.holds import Hold, HoldRequest, InsufficientFunds, Release, RepeatedRequest, Settlement, UnknownKey, new_id
 from gptutor.money.keys import KeyClaim, make_key, parse_key
 from gptutor.money.pricing import Ceiling, Charge
-from tests.support.gateway import Caller, make_caller
-from tests.support.ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
+from tests.support.gateway import Client, make_client
+from tests.support.ledger import assert_invariants_hold, claim, hold, ledger_of, release, settlement
 from tests.support.statements import Statements
 
 Item = tuple[int, Any]
@@ -425,24 +425,24 @@ async def test_an_item_whose_submitter_is_cancelled_while_others_are_retried_is_
 
 
 @pytest.fixture
-def statements(books: Database, monkeypatch: pytest.MonkeyPatch) -> Statements:
-    return Statements(books, monkeypatch)
+def statements(database: Database, monkeypatch: pytest.MonkeyPatch) -> Statements:
+    return Statements(database, monkeypatch)
 
 
 def request(
-    caller: Caller, roubles: str, *, key: str | None = None, body: bytes = b"", model: str = "a/b", name: str = "r"
+    client: Client, roubles: str, *, key: str | None = None, body: bytes = b"", model: str = "a/b", name: str = "r"
 ) -> HoldRequest:
     ceiling = Ceiling(hold_max=parse_roubles(roubles), available_min=parse_roubles(roubles))
     body_hash = hashlib.sha256(body).digest() if key else None
-    return HoldRequest(claim(caller), new_id(), ceiling, model, name, key, body_hash)
+    return HoldRequest(claim(client), new_id(), ceiling, model, name, key, body_hash)
 
 
-async def test_each_of_a_mixed_batch_gets_its_own_outcome(books: Database, statements: Statements) -> None:
+async def test_each_of_a_mixed_batch_gets_its_own_outcome(database: Database, statements: Statements) -> None:
     """Contract C2, C10, B3; rows money-1, money-4, auth-4, auth-5, auth-8: one statement, five kinds of outcome, four accounts."""
-    rich, poor, other = [await make_caller(books, balance) for balance in ("100", "10", "50")]
-    unauthenticated = Caller(make_key(rich.account_id), rich.account_id, books)
-    nobody = Caller(make_key(AccountId(10**12)), AccountId(10**12), books)
-    ledger = ledger_of(books)
+    rich, poor, other = [await make_client(database, balance) for balance in ("100", "10", "50")]
+    unauthenticated = Client(make_key(rich.account_id), rich.account_id, database)
+    nobody = Client(make_key(AccountId(10**12)), AccountId(10**12), database)
+    ledger = ledger_of(database)
     await ledger.hold_funds(request(other, "1", key="k", body=b"x", name="the-first"))
 
     asked: list[tuple[HoldRequest, str]] = [
@@ -465,29 +465,29 @@ async def test_each_of_a_mixed_batch_gets_its_own_outcome(books: Database, state
     assert [row["hold_id"] for row in rows] == [item.hold_id for item, _ in asked]
     assert rows[6]["earlier_request_id"] == "the-first"
     assert statements.count("settle_and_hold") == 2
-    assert [await caller.held() for caller in (rich, poor, other)] == [100, 10, 1]
+    assert [await client.held() for client in (rich, poor, other)] == [100, 10, 1]
     assert [row["amount_nano"] for row in rows if row["outcome"] == "granted"] == [
         parse_roubles(amount) for amount in ("30", "6", "4", "2", "68")
     ]
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_every_outcome_of_a_batch_comes_as_its_own_exception(books: Database, statements: Statements) -> None:
+async def test_every_outcome_of_a_batch_comes_as_its_own_exception(database: Database, statements: Statements) -> None:
     """Contract C2, C10, B3."""
-    caller = await make_caller(books, "10")
-    unauthenticated = Caller(make_key(caller.account_id), caller.account_id, books)
-    ledger = ledger_of(books)
+    client = await make_client(database, "10")
+    unauthenticated = Client(make_key(client.account_id), client.account_id, database)
+    ledger = ledger_of(database)
     statements.unblocked.clear()
-    first = asyncio.create_task(ledger.hold_funds(request(caller, "1", key="k", body=b"x", name="the-first")))
+    first = asyncio.create_task(ledger.hold_funds(request(client, "1", key="k", body=b"x", name="the-first")))
     await run_pending()
     others = [
         asyncio.create_task(ledger.hold_funds(item))
         for item in (
-            request(caller, "1", key="k", body=b"x"),
-            request(caller, "1", key="k", body=b"y"),
-            request(caller, "10"),
+            request(client, "1", key="k", body=b"x"),
+            request(client, "1", key="k", body=b"y"),
+            request(client, "10"),
             request(unauthenticated, "1"),
-            request(caller, "9"),
+            request(client, "9"),
         )
     ]
     await run_pending()
@@ -503,56 +503,58 @@ async def test_every_outcome_of_a_batch_comes_as_its_own_exception(books: Databa
     assert isinstance(granted, Hold)
     assert [size for name, size in statements.seen if name == "settle_and_hold"] == [1, 5]
     assert len(ledger.active) == 2  # only those who hold
-    assert (await caller.user()).available == 0
+    assert (await client.user()).available == 0
 
 
-async def test_an_item_that_the_database_rejects_fails_alone(books: Database, statements: Statements) -> None:
+async def test_an_item_that_the_database_rejects_fails_alone(database: Database, statements: Statements) -> None:
     """Rows input-11, process-12: text that PostgreSQL rejects fails one request only."""
-    caller = await make_caller(books, "10")
-    ledger = ledger_of(books)
+    client = await make_client(database, "10")
+    ledger = ledger_of(database)
     statements.unblocked.clear()
-    asked = [request(caller, "1"), request(caller, "1"), request(caller, "1", model="a\0b"), request(caller, "1")]
+    asked = [request(client, "1"), request(client, "1"), request(client, "1", model="a\0b"), request(client, "1")]
     tasks = [asyncio.create_task(ledger.hold_funds(item)) for item in asked]
     await run_pending()
     statements.unblocked.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [isinstance(result, Hold) for result in results] == [True, True, False, True]
     await ledger.drain(5)
-    assert await caller.held() == 3
+    assert await client.held() == 3
     assert len(ledger.active) == 3
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_two_hundred_at_once_never_hold_more_than_the_balance(books: Database, statements: Statements) -> None:
+async def test_two_hundred_at_once_never_hold_more_than_the_balance(database: Database, statements: Statements) -> None:
     """Contract C2; row money-3: through one ledger, and in a handful of statements."""
-    caller = await make_caller(books, "37.5")
-    ledger = ledger_of(books)
-    results = await asyncio.gather(*(hold(books, caller, "1", ledger=ledger) for _ in range(200)), return_exceptions=True)
+    client = await make_client(database, "37.5")
+    ledger = ledger_of(database)
+    results = await asyncio.gather(*(hold(database, client, "1", ledger=ledger) for _ in range(200)), return_exceptions=True)
     assert Counter(type(result) for result in results) == {Hold: 37, InsufficientFunds: 163}
-    assert (await caller.held(), (await caller.user()).available) == (37, parse_roubles("0.5"))
+    assert (await client.held(), (await client.user()).available) == (37, parse_roubles("0.5"))
     assert statements.count("settle_and_hold") <= 3
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_two_hundred_at_once_in_four_processes_never_hold_more_than_the_balance(books: Database) -> None:
+async def test_two_hundred_at_once_in_four_processes_never_hold_more_than_the_balance(database: Database) -> None:
     """Contract C2; row money-3: and in different orders of accounts, without a deadlock that anybody sees (row db-6)."""
-    callers = [await make_caller(books, "10.5") for _ in range(4)]
-    ledgers = [ledger_of(books) for _ in range(4)]
-    turns = [(ledger, caller) for ledger in ledgers for caller in callers for _ in range(25)]
+    clients = [await make_client(database, "10.5") for _ in range(4)]
+    ledgers = [ledger_of(database) for _ in range(4)]
+    turns = [(ledger, client) for ledger in ledgers for client in clients for _ in range(25)]
     random.Random(7).shuffle(turns)
-    results = await asyncio.gather(*(hold(books, caller, "1", ledger=ledger) for ledger, caller in turns), return_exceptions=True)
+    results = await asyncio.gather(
+        *(hold(database, client, "1", ledger=ledger) for ledger, client in turns), return_exceptions=True
+    )
     assert Counter(type(result) for result in results) == {Hold: 40, InsufficientFunds: 360}
-    assert [await caller.held() for caller in callers] == [10] * 4
-    await assert_books_hold(books)
+    assert [await client.held() for client in clients] == [10] * 4
+    await assert_invariants_hold(database)
 
 
 async def test_settlements_and_releases_at_once_share_statements_and_close_each_hold_once(
-    books: Database, statements: Statements
+    database: Database, statements: Statements
 ) -> None:
     """Contract C3; row db-6: closings of the same holds in many orders, from two processes."""
-    callers = [await make_caller(books, "100") for _ in range(4)]
-    ledgers = [ledger_of(books), ledger_of(books)]
-    holds = [await hold(books, caller, "1", ledger=ledgers[0]) for _ in range(10) for caller in callers]
+    clients = [await make_client(database, "100") for _ in range(4)]
+    ledgers = [ledger_of(database), ledger_of(database)]
+    holds = [await hold(database, client, "1", ledger=ledgers[0]) for _ in range(10) for client in clients]
     taken = statements.count("settle_and_hold")
     works: list[Any] = [ledger.settle(settlement(held, "0.01")) for held in holds for ledger in ledgers]
     works += [ledgers[0].release(release(held)) for held in holds[::2]]
@@ -562,28 +564,28 @@ async def test_settlements_and_releases_at_once_share_statements_and_close_each_
     assert closed["settled"] + closed["settled_late"] == 40
     assert closed["already_settled"] == 40
     assert statements.count("settle_and_hold") - taken < 20
-    assert [await caller.balance() for caller in callers] == [91] * 4
-    assert [await caller.held() for caller in callers] == [0] * 4
-    await assert_books_hold(books)
+    assert [await client.balance() for client in clients] == [91] * 4
+    assert [await client.held() for client in clients] == [0] * 4
+    await assert_invariants_hold(database)
 
 
-async def test_a_lock_on_one_account_row_delays_no_other_account(books: Database, database_url: str) -> None:
+async def test_a_lock_on_one_account_row_delays_no_other_account(database: Database, database_url: str) -> None:
     """Row db-6: a lock held by hand, or by another process. The items of that account wait, in order, and none is lost."""
-    other, caller = await make_caller(books, "10"), await make_caller(books, "10")
-    ledger = ledger_of(books)
-    held = await hold(books, caller, "1", ledger=ledger)
+    other, client = await make_client(database, "10"), await make_client(database, "10")
+    ledger = ledger_of(database)
+    held = await hold(database, client, "1", ledger=ledger)
     ledger.journal.record_sent(held.account_id, held.hold_id)
-    given_up = [await hold(books, each, "1", ledger=ledger) for each in (other, caller)]
+    given_up = [await hold(database, each, "1", ledger=ledger) for each in (other, client)]
     by_hand = await asyncpg.connect(database_url)
     transaction = by_hand.transaction()
     await transaction.start()
-    await by_hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", caller.account_id)
+    await by_hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", client.account_id)
     waiting: list[asyncio.Task[Any]] = [asyncio.create_task(ledger.settle(settlement(held, "0.01")))]
-    waiting += [asyncio.create_task(hold(books, caller, "1", ledger=ledger)) for _ in range(3)]
+    waiting += [asyncio.create_task(hold(database, client, "1", ledger=ledger)) for _ in range(3)]
     releases = [asyncio.create_task(ledger.release(release(each))) for each in given_up]  # which begin with the other's row
     for _ in range(20):
         async with asyncio.timeout(0.5):
-            later = await hold(books, other, "0.1", ledger=ledger)
+            later = await hold(database, other, "0.1", ledger=ledger)
             assert await ledger.settle(settlement(later, "0.0001")) == "settled"
     assert [task.done() for task in waiting] == [False] * 4
     assert list(ledger.journal.open_holds) == [held.hold_id]
@@ -594,33 +596,33 @@ async def test_a_lock_on_one_account_row_delays_no_other_account(books: Database
     assert all(isinstance(each, Hold) for each in holds)
     await asyncio.gather(*releases)
     assert ledger.journal.open_holds == {}
-    assert (await caller.balance(), await caller.held()) == (Decimal("9.1"), 3)
-    await assert_books_hold(books)
+    assert (await client.balance(), await client.held()) == (Decimal("9.1"), 3)
+    await assert_invariants_hold(database)
 
 
-async def test_only_the_locked_account_is_rejected_when_its_row_stays_locked(books: Database, database_url: str) -> None:
-    caller, other = await make_caller(books, "10"), await make_caller(books, "10")
-    ledger = ledger_of(books)
+async def test_only_the_locked_account_is_rejected_when_its_row_stays_locked(database: Database, database_url: str) -> None:
+    client, other = await make_client(database, "10"), await make_client(database, "10")
+    ledger = ledger_of(database)
     by_hand = await asyncpg.connect(database_url)
     async with by_hand.transaction():
-        await by_hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", caller.account_id)
+        await by_hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", client.account_id)
         results = await asyncio.gather(
-            *(hold(books, each, "1", ledger=ledger) for each in (caller, other, caller, other)), return_exceptions=True
+            *(hold(database, each, "1", ledger=ledger) for each in (client, other, client, other)), return_exceptions=True
         )
     await by_hand.close()
     assert [type(result) for result in results] == [RowsLocked, Hold, RowsLocked, Hold]
     await ledger.drain(5)
-    assert [await each.held() for each in (caller, other)] == [0, 2]
+    assert [await each.held() for each in (client, other)] == [0, 2]
 
 
-async def test_a_request_that_is_cancelled_in_the_queue_takes_no_hold(books: Database, statements: Statements) -> None:
+async def test_a_request_that_is_cancelled_in_the_queue_takes_no_hold(database: Database, statements: Statements) -> None:
     """Contract C8; row client-1."""
-    caller = await make_caller(books, "10")
-    ledger = ledger_of(books)
+    client = await make_client(database, "10")
+    ledger = ledger_of(database)
     statements.unblocked.clear()
-    tasks = [asyncio.create_task(ledger.hold_funds(request(caller, "1"))) for _ in range(2)]
+    tasks = [asyncio.create_task(ledger.hold_funds(request(client, "1"))) for _ in range(2)]
     await run_pending()
-    tasks.append(asyncio.create_task(ledger.hold_funds(request(caller, "1"))))
+    tasks.append(asyncio.create_task(ledger.hold_funds(request(client, "1"))))
     await run_pending()
     tasks[2].cancel()
     statements.unblocked.set()
@@ -628,18 +630,18 @@ async def test_a_request_that_is_cancelled_in_the_queue_takes_no_hold(books: Dat
     assert isinstance(results[2], asyncio.CancelledError)
     await ledger.drain(5)
     assert sum(size for name, size in statements.seen if name == "settle_and_hold") == 2
-    assert await caller.held() == 2
+    assert await client.held() == 2
     assert len(ledger.active) == 2
 
 
 async def test_a_request_that_is_cancelled_while_its_hold_is_taken_leaves_none_behind(
-    books: Database, statements: Statements
+    database: Database, statements: Statements
 ) -> None:
     """Contract C3, C8; rows client-1, process-1: its release may even come before it, and another follows it."""
-    caller = await make_caller(books, "10")
-    ledger = ledger_of(books)
+    client = await make_client(database, "10")
+    ledger = ledger_of(database)
     statements.unblocked.clear()
-    task = asyncio.create_task(ledger.hold_funds(request(caller, "1")))
+    task = asyncio.create_task(ledger.hold_funds(request(client, "1")))
     await run_pending()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -650,32 +652,32 @@ async def test_a_request_that_is_cancelled_while_its_hold_is_taken_leaves_none_b
         while statements.count("release_holds") < 2:
             await asyncio.sleep(0.001)
     await ledger.drain(5)
-    assert (await caller.held(), await caller.balance()) == (0, 10)
+    assert (await client.held(), await client.balance()) == (0, 10)
     assert ledger.active == set()
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_a_hold_whose_response_was_lost_is_rejected_and_released(books: Database, statements: Statements) -> None:
+async def test_a_hold_whose_response_was_lost_is_rejected_and_released(database: Database, statements: Statements) -> None:
     """Contract C3, C8; row db-3."""
-    caller = await make_caller(books, "10")
-    ledger = ledger_of(books)
+    client = await make_client(database, "10")
+    ledger = ledger_of(database)
     statements.lost_responses += ["settle_and_hold", "release_holds"]
     with pytest.raises(DatabaseUnavailable):
-        await ledger.hold_funds(request(caller, "1"))
-    assert await caller.held() == 1  # it was committed all the same
+        await ledger.hold_funds(request(client, "1"))
+    assert await client.held() == 1  # it was committed all the same
     assert ledger.active == set()
     await ledger.drain(5)
     assert statements.count("release_holds") == 2
-    assert (await caller.held(), await caller.balance()) == (0, 10)
+    assert (await client.held(), await client.balance()) == (0, 10)
 
 
 async def test_a_settlement_whose_response_was_lost_is_retried_and_booked_once(
-    books: Database, statements: Statements, caplog: pytest.LogCaptureFixture
+    database: Database, statements: Statements, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Contract C3; rows db-4, db-5."""
-    caller = await make_caller(books, "10")
-    ledger = ledger_of(books)
-    held = await hold(books, caller, "1", ledger=ledger)
+    client = await make_client(database, "10")
+    ledger = ledger_of(database)
+    held = await hold(database, client, "1", ledger=ledger)
     ledger.journal.record_sent(held.account_id, held.hold_id)
     statements.lost_requests += ["settle_and_hold"]
     statements.lost_responses += ["settle_and_hold"]
@@ -688,69 +690,69 @@ async def test_a_settlement_whose_response_was_lost_is_retried_and_booked_once(
     ]
     assert said[0][1] >= logging.WARNING  # visible to the operator
     assert ledger.journal.open_holds == {}
-    assert (await caller.balance(), await caller.held()) == (Decimal("9.1"), 0)
-    await assert_books_hold(books)
+    assert (await client.balance(), await client.held()) == (Decimal("9.1"), 0)
+    await assert_invariants_hold(database)
 
 
-async def test_a_settlement_of_a_lost_hold_is_logged_as_an_error(books: Database, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_settlement_of_a_lost_hold_is_logged_as_an_error(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     """Row operator-5: after a failover to a stale replica, or a restore, a charge has no hold."""
-    caller = await make_caller(books, "10")
-    lost = Settlement(caller.account_id, new_id(), Charge(Nano(1), Decimal("0.01")), None)
+    client = await make_client(database, "10")
+    lost = Settlement(client.account_id, new_id(), Charge(Nano(1), Decimal("0.01")), None)
     with caplog.at_level(logging.ERROR, "gptutor.ledger"):
-        assert await ledger_of(books).settle(lost) == "no_hold"
+        assert await ledger_of(database).settle(lost) == "no_hold"
     assert caplog.records[0].getMessage().startswith("A charge has no hold: ")
-    assert await caller.balance() == 10
+    assert await client.balance() == 10
 
 
-async def test_a_failure_that_is_not_an_outage_is_not_retried(books: Database, statements: Statements) -> None:
+async def test_a_failure_that_is_not_an_outage_is_not_retried(database: Database, statements: Statements) -> None:
     """Row process-12: a statement that the database rejects would be rejected again."""
-    caller = await make_caller(books, "10")
-    ledger = ledger_of(books)
-    held = await hold(books, caller, "1", ledger=ledger)
+    client = await make_client(database, "10")
+    ledger = ledger_of(database)
+    held = await hold(database, client, "1", ledger=ledger)
     with pytest.raises(ConstraintViolated, match="charge_is_not_negative"):
         await ledger.settle(Settlement(held.account_id, held.hold_id, Charge(Nano(-1), Decimal("0.01")), None))
     assert statements.count("settle_and_hold") == 2  # the hold's, and one
-    assert await caller.held() == 1
+    assert await client.held() == 1
 
 
-async def test_draining_waits_for_background_releases_but_not_forever(books: Database, statements: Statements) -> None:
+async def test_draining_waits_for_background_releases_but_not_forever(database: Database, statements: Statements) -> None:
     """Rows process-7, db-4: recovery will find the rest."""
-    caller = await make_caller(books, "10")
-    ledger = ledger_of(books)
+    client = await make_client(database, "10")
+    ledger = ledger_of(database)
     await ledger.drain(5)  # nothing to wait for
     statements.lost_responses += ["settle_and_hold"]
     statements.lost_requests += ["release_holds"] * 50
     with pytest.raises(DatabaseUnavailable):
-        await ledger.hold_funds(request(caller, "1"))
+        await ledger.hold_funds(request(client, "1"))
     await ledger.drain(0.01)
     assert len(ledger._background_releases) == 0
-    assert await caller.held() == 1
+    assert await client.held() == 1
 
 
-async def test_releasing_twice_and_in_one_batch_frees_once(books: Database) -> None:
+async def test_releasing_twice_and_in_one_batch_frees_once(database: Database) -> None:
     """Contract C3: the same hold twice in one statement, and another that does not exist."""
-    caller = await make_caller(books, "10")
-    ledger = ledger_of(books)
-    held, kept = await hold(books, caller, "1"), await hold(books, caller, "2")
-    unknown = Release(caller.account_id, new_id())
+    client = await make_client(database, "10")
+    ledger = ledger_of(database)
+    held, kept = await hold(database, client, "1"), await hold(database, client, "2")
+    unknown = Release(client.account_id, new_id())
     await ledger._release_batch([release(held), unknown, release(held)])
-    assert (await caller.held(), await caller.balance()) == (2, 10)
+    assert (await client.held(), await client.balance()) == (2, 10)
     assert kept.amount == parse_roubles("2")
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_a_key_names_its_account_and_no_other_accounts_row_is_touched(books: Database) -> None:
+async def test_a_key_names_its_account_and_no_other_accounts_row_is_touched(database: Database) -> None:
     """Contract D6; row auth-7, inside a batch beside the account that was meant."""
-    caller, victim = await make_caller(books, "10"), await make_caller(books, "10")
-    forged = KeyClaim(victim.account_id, claim(caller).key_hash)
-    ledger = ledger_of(books)
+    client, victim = await make_client(database, "10"), await make_client(database, "10")
+    forged = KeyClaim(victim.account_id, claim(client).key_hash)
+    ledger = ledger_of(database)
     ceiling = Ceiling(hold_max=Nano(1), available_min=Nano(1))
     results = await asyncio.gather(
-        ledger.hold_funds(request(caller, "1")),
+        ledger.hold_funds(request(client, "1")),
         ledger.hold_funds(request(victim, "1")),
         ledger.hold_funds(HoldRequest(forged, new_id(), ceiling, "m", "r")),
         return_exceptions=True,
     )
     assert [type(result) for result in results] == [Hold, Hold, UnknownKey]
-    assert parse_key(caller.key) is not None
-    assert [await one.held() for one in (caller, victim)] == [1, 1]
+    assert parse_key(client.key) is not None
+    assert [await one.held() for one in (client, victim)] == [1, 1]

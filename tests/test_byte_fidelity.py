@@ -289,8 +289,8 @@ async def stage(database_url: str, directory: Path) -> AsyncIterator[tuple[Upstr
     config = config_for(database_url, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", directory, tuned)
     try:
         async with (
-            pool.open_database(database_url, connections_max=4) as books,
-            gateway_on(config, books, Simulator()) as gateway,
+            pool.open_database(database_url, connections_max=4) as database,
+            gateway_on(config, database, Simulator()) as gateway,
         ):
             yield upstream, gateway
     finally:
@@ -309,19 +309,19 @@ async def perform(upstream: Upstream, gateway: Gateway, play: Play) -> None:
     play = upstream.play = replace(
         play, body=play.body.replace(b"gen-1", generation_id), generation_id=generation_id if play.generation_id else b""
     )
-    caller = await gateway.caller()
-    response, received = await gateway.chat(caller, stream=play.stream)
+    client = await gateway.client()
+    response, received = await gateway.chat(client, stream=play.stream)
     if play.breaks_off and not play.body:
         assert (response.status, list(json.loads(received))) == (500, ["error"])
     else:
         assert response.status == 200
         assert_bytes(play, received)
-    charges = [entry for entry in await Bookings(gateway.books).entries(caller.account_id, 10) if entry.kind == "charge"]
+    charges = [entry for entry in await Bookings(gateway.database).entries(client.account_id, 10) if entry.kind == "charge"]
     cost = true_cost(play)
     assert [entry.cost_usd for entry in charges] == ([] if cost is None else [cost])
     roubles = Decimal(0) if cost is None else (cost * RATE).quantize(NANO, ROUND_HALF_UP)
-    assert await caller.balance() == 100 - roubles
-    assert (await caller.held() > 0) is (cost is None)  # without a cost the hold stays open
+    assert await client.balance() == 100 - roubles
+    assert (await client.held() > 0) is (cost is None)  # without a cost the hold stays open
 
 
 def assert_bytes(play: Play, received: bytes) -> None:
@@ -366,7 +366,7 @@ def test_any_bytes_pass_unchanged_and_their_bill_is_charged(
 
 
 async def broken_invariants(gateway: Gateway) -> list[str]:
-    return [finding.invariant.name async for finding in check(gateway.books) if finding.rows]
+    return [finding.invariant.name async for finding in check(gateway.database) if finding.rows]
 
 
 async def test_bytes_before_a_broken_connection_reach_a_slow_client() -> None:

@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 import gptutor
-from tests.support.gateway import Caller, Gateway
+from tests.support.gateway import Client, Gateway
 
 OURS = str(Path(gptutor.__file__).parent)
 SIMULATOR = f"{OURS}/simulator"
@@ -48,9 +48,9 @@ class Calls:
         return self.by_function.total() - before
 
 
-async def send_requests(gateway: Gateway, caller: Caller, *, stream: bool, times: int = REQUESTS, text: str = "Hello") -> None:
+async def send_requests(gateway: Gateway, client: Client, *, stream: bool, times: int = REQUESTS, text: str = "Hello") -> None:
     body = json.dumps({"messages": [{"role": "user", "content": text}], "stream": stream}).encode()
-    headers = {**caller.headers, "Content-Type": "application/json"}
+    headers = {**client.headers, "Content-Type": "application/json"}
     for _ in range(times):
         async with gateway.session.post(gateway.chat_url, data=body, headers=headers) as response:
             assert response.status == 200
@@ -63,10 +63,10 @@ async def send_requests(gateway: Gateway, caller: Caller, *, stream: bool, times
 async def test_a_request_makes_at_most_so_many_calls(gateway: Gateway, stream: bool, calls: int) -> None:
     """Requests one after the other, so that they share no batches; the stream has about fifty chunks. The number for each function is
     printed: a failure shows where calls were added."""
-    caller = await gateway.caller("10000")
-    await send_requests(gateway, caller, stream=stream)  # what is done once only is done now
+    client = await gateway.client("10000")
+    await send_requests(gateway, client, stream=stream)  # what is done once only is done now
     counted = Calls()
-    per_request = await counted.of(lambda: send_requests(gateway, caller, stream=stream)) / REQUESTS
+    per_request = await counted.of(lambda: send_requests(gateway, client, stream=stream)) / REQUESTS
     print(f"{per_request:.1f} calls")
     print("\n".join(f"{count / REQUESTS:7.1f} {name}" for name, count in counted.by_function.most_common(60)))
     assert calls * 0.7 < per_request < calls * 1.1  # far fewer: lower the number

@@ -34,7 +34,7 @@ def test_the_circuit_opens_after_failures_in_a_row_and_allows_one_probe_at_a_tim
 async def test_while_openrouter_is_unreachable_requests_fail_at_once_and_afterwards_they_are_served(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     upstream = gateway.app[SERVICES].upstream
     pool = upstream._pool
     real, pool._origin = pool._origin, Endpoint.parse("http://127.0.0.1:1/api/v1")
@@ -49,13 +49,13 @@ async def test_while_openrouter_is_unreachable_requests_fail_at_once_and_afterwa
 
     monkeypatch.setattr(pool, "acquire", counted)
     for _ in range(3 * FAILURES_MAX):
-        response, _ = await gateway.chat(caller)
+        response, _ = await gateway.chat(client)
         assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_unreachable")
     assert FAILURES_MAX <= acquired <= FAILURES_MAX + 2
-    assert await caller.held() == 0
+    assert await client.held() == 0
     pool._origin = real
     began = time.monotonic()
-    while (await gateway.chat(caller))[0].status != 200:
+    while (await gateway.chat(client))[0].status != 200:
         await asyncio.sleep(0.1)
     assert time.monotonic() - began < 5
 
@@ -63,16 +63,16 @@ async def test_while_openrouter_is_unreachable_requests_fail_at_once_and_afterwa
 @pytest.mark.parametrize("tuned", [{"openrouter": {"connections_max": 1, "connect_s": 0.2, "attempts_max": 1}}])
 async def test_an_exhausted_pool_does_not_open_the_circuit(gateway: Gateway) -> None:
     gateway.simulator.word_s = 0.1
-    caller = await gateway.caller("10000")
-    long = asyncio.create_task(gateway.chat(caller, stream=True))
+    client = await gateway.client("10000")
+    long = asyncio.create_task(gateway.chat(client, stream=True))
     await asyncio.sleep(0.3)
     body = {"messages": [{"role": "user", "content": "Hello"}]}
     for _ in range(FAILURES_MAX + 2):
-        async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+        async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
             assert response.headers["X-Error-Code"] == "upstream_unreachable"
     await long
-    assert (await gateway.chat(caller))[0].status == 200
-    assert await caller.held() == 0
+    assert (await gateway.chat(client))[0].status == 200
+    assert await client.held() == 0
 
 
 async def test_a_connection_closes_the_circuit_before_any_response(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +83,8 @@ async def test_a_connection_closes_the_circuit_before_any_response(gateway: Gate
         gateway.app[SERVICES].upstream._pool, "acquire_idle", lambda: None
     )  # no idle connection from before the outage
     gateway.simulator.first_word_s = 2
-    caller = await gateway.caller()
-    requesting = asyncio.create_task(gateway.chat(caller))
+    client = await gateway.client()
+    requesting = asyncio.create_task(gateway.chat(client))
     async with asyncio.timeout(1.5):
         while circuit.failures:
             await asyncio.sleep(0.01)

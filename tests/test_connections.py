@@ -19,43 +19,45 @@ async def backend_pid(connections: IdleConnectionCache) -> int:
     return pid
 
 
-async def test_an_idle_connection_is_reused(books: pool.Database) -> None:
-    connections = books._connections
+async def test_an_idle_connection_is_reused(database: pool.Database) -> None:
+    connections = database._connections
     assert await backend_pid(connections) == await backend_pid(connections)
 
 
 async def test_a_waiter_gets_a_released_connection(database_url: str) -> None:
-    async with pool.open_database(database_url, connections_max=1, acquire_s=5) as books:
-        rows = await asyncio.gather(*(books.fetch("ping") for _ in range(20)))
+    async with pool.open_database(database_url, connections_max=1, acquire_s=5) as database:
+        rows = await asyncio.gather(*(database.fetch("ping") for _ in range(20)))
     assert [row[0]["alive"] for row in rows] == [1] * 20
 
 
-async def test_a_connection_that_was_idle_too_long_is_not_reused(books: pool.Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = await backend_pid(books._connections)
+async def test_a_connection_that_was_idle_too_long_is_not_reused(
+    database: pool.Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await backend_pid(database._connections)
     monkeypatch.setattr("gptutor.database.pool.IDLE_MAX_S", 0)
-    assert await backend_pid(books._connections) != first
+    assert await backend_pid(database._connections) != first
 
 
-async def test_a_connection_that_the_server_closed_is_not_reused(books: pool.Database, database_url: str) -> None:
-    first = await backend_pid(books._connections)
+async def test_a_connection_that_the_server_closed_is_not_reused(database: pool.Database, database_url: str) -> None:
+    first = await backend_pid(database._connections)
     server = await asyncpg.connect(database_url)
     await server.execute("SELECT pg_terminate_backend($1)", first)
     await server.close()
     await asyncio.sleep(0.1)
-    assert await backend_pid(books._connections) != first
+    assert await backend_pid(database._connections) != first
 
 
-async def test_a_connection_whose_statement_was_cancelled_returns_to_the_pool(books: pool.Database) -> None:
+async def test_a_connection_whose_statement_was_cancelled_returns_to_the_pool(database: pool.Database) -> None:
     with pytest.raises((DatabaseUnavailable, TimeoutError)):
-        async with asyncio.timeout(0.1), books.snapshot() as connection:
+        async with asyncio.timeout(0.1), database.snapshot() as connection:
             await connection.execute("SELECT pg_sleep(5)")
-    assert not books._connections._idle
-    assert (await books.fetch("ping"))[0]["alive"] == 1
+    assert not database._connections._idle
+    assert (await database.fetch("ping"))[0]["alive"] == 1
 
 
 async def test_a_statement_that_ends_while_the_pool_closes_does_not_delay_the_closing(database_url: str) -> None:
-    async with asyncio.timeout(5), pool.open_database(database_url) as books:
-        connection = await books._connections.acquire()
+    async with asyncio.timeout(5), pool.open_database(database_url) as database:
+        connection = await database._connections.acquire()
         asyncio.get_running_loop().call_later(
-            0.1, lambda: asyncio.ensure_future(books._connections.release(connection, is_sound=True))
+            0.1, lambda: asyncio.ensure_future(database._connections.release(connection, is_sound=True))
         )

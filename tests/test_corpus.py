@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.books import assert_books_agree
-from tests.support.gateway import MODEL, Caller, Gateway
+from tests.support.accounting import assert_charges_match_bills
+from tests.support.gateway import MODEL, Client, Gateway
 
 CORPUS = Path(__file__).parent / "corpus"
 CASES = {
@@ -66,10 +66,10 @@ def assert_only_own_fields_differ(sent: str, received: str) -> None:
     assert not user or user not in received
 
 
-async def send(gateway: Gateway, caller: Caller, client: str, body: bytes) -> None:
-    headers = json.loads((CORPUS / client / "headers.json").read_text())
+async def send(gateway: Gateway, client: Client, sdk: str, body: bytes) -> None:
+    headers = json.loads((CORPUS / sdk / "headers.json").read_text())
     headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
-    async with gateway.session.post(gateway.chat_url, data=body, headers={**headers, **caller.headers}) as response:
+    async with gateway.session.post(gateway.chat_url, data=body, headers={**headers, **client.headers}) as response:
         document = await response.read()
     assert response.status == 200, document
     streams = json.loads(body).get("stream") is True
@@ -80,26 +80,26 @@ async def send(gateway: Gateway, caller: Caller, client: str, body: bytes) -> No
     assert (record.headers["User-Agent"], record.headers["X-Title"]) == ("GPTutor", "GPTutor")
 
 
-@pytest.mark.parametrize("client", CASES)
-async def test_a_clients_request_reaches_openrouter_unchanged(gateway: Gateway, client: str) -> None:
-    caller = await gateway.caller("10000")  # so much that the balance limits no response
+@pytest.mark.parametrize("sdk", CASES)
+async def test_a_clients_request_reaches_openrouter_unchanged(gateway: Gateway, sdk: str) -> None:
+    client = await gateway.client("10000")  # so much that the balance limits no response
     errors = []
-    for case, body in CASES[client].items():
-        if f"{client}/{case}" not in REJECTED:
+    for case, body in CASES[sdk].items():
+        if f"{sdk}/{case}" not in REJECTED:
             try:
-                await send(gateway, caller, client, body)
+                await send(gateway, client, sdk, body)
             except AssertionError as error:
-                errors.append(f"{client}/{case}: {error}")
+                errors.append(f"{sdk}/{case}: {error}")
     assert not errors, "\n\n".join(errors)
-    await assert_books_agree(gateway, caller, "10000")
+    await assert_charges_match_bills(gateway, client, "10000")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=why)) for name, why in REJECTED.items()]
 )
 async def test_requests_that_are_wrongly_rejected(gateway: Gateway, name: str) -> None:
-    client, case = name.split("/")
-    await send(gateway, await gateway.caller(), client, CASES[client][case])
+    sdk, case = name.split("/")
+    await send(gateway, await gateway.client(), sdk, CASES[sdk][case])
 
 
 @pytest.mark.parametrize(

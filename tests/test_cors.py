@@ -40,14 +40,14 @@ async def test_preflight_does_not_allow_unknown_headers(gateway: Gateway) -> Non
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("text", ["Hello", "fault:status=400"])
 async def test_a_page_may_read_responses_and_errors_with_their_headers(gateway: Gateway, stream: bool, text: str) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = {"messages": [{"role": "user", "content": text}], "stream": stream}
-    async with gateway.session.post(gateway.chat_url, json=body, headers={**caller.headers, "Origin": PAGE}) as response:
+    async with gateway.session.post(gateway.chat_url, json=body, headers={**client.headers, "Origin": PAGE}) as response:
         await response.read()
     assert response.headers["Access-Control-Allow-Origin"] == "*"
     exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
     assert {"X-Request-ID", "X-Error-Code", "X-Generation-Id", "Retry-After"} <= set(exposed)
-    async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+    async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
         await response.read()
     assert "Access-Control-Allow-Origin" not in response.headers
 

@@ -25,8 +25,8 @@ from gptutor.http.app_keys import JOURNAL, READINESS
 from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
 from gptutor.telemetry.logs import LoggerService
-from tests.support.books import assert_books_agree
-from tests.support.gateway import SECRET, Gateway, config_for, make_caller
+from tests.support.accounting import assert_charges_match_bills
+from tests.support.gateway import SECRET, Gateway, config_for, make_client
 from tests.support.service import environment
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -93,13 +93,13 @@ async def door(database_url: str) -> AsyncIterator[Door]:
 
 
 @asynccontextmanager
-async def gateway_behind(door: Door, books: Database, directory: Path) -> AsyncIterator[Gateway]:
+async def gateway_behind(door: Door, database: Database, directory: Path) -> AsyncIterator[Gateway]:
     simulator = Simulator()
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(door.url, base_url, directory)
         app = build_app(config, log=LoggerService(), secrets=[SECRET])
         async with listening(app, config) as url, aiohttp.ClientSession() as session:
-            yield Gateway(url, app, simulator, books, session)
+            yield Gateway(url, app, simulator, database, session)
 
 
 async def status_of(gateway: Gateway, path: str) -> int:
@@ -107,49 +107,49 @@ async def status_of(gateway: Gateway, path: str) -> int:
         return response.status
 
 
-async def test_at_the_start_the_service_waits_and_says_so(door: Door, books: Database, tmp_path: Path) -> None:
-    caller = await make_caller(books, "100")
+async def test_at_the_start_the_service_waits_and_says_so(door: Door, database: Database, tmp_path: Path) -> None:
+    client = await make_client(database, "100")
     await door.shut()
-    async with gateway_behind(door, books, tmp_path) as gateway:
+    async with gateway_behind(door, database, tmp_path) as gateway:
         assert (await status_of(gateway, "/health"), await status_of(gateway, "/ready")) == (200, 503)
-        async with gateway.session.post(gateway.chat_url, json=ASK, headers=caller.headers) as response:
+        async with gateway.session.post(gateway.chat_url, json=ASK, headers=client.headers) as response:
             assert (response.status, response.headers["X-Error-Code"], response.headers["Retry-After"]) == (503, "not_ready", "1")
         await door.open()
         await gateway.ready()
         assert await status_of(gateway, "/ready") == 200
-        assert (await gateway.chat(caller))[0].status == 200
-        await assert_books_agree(gateway, caller)
+        assert (await gateway.chat(client))[0].status == 200
+        await assert_charges_match_bills(gateway, client)
 
 
 async def test_before_the_hold_nothing_is_bought_and_all_goes_on_when_it_returns(
-    door: Door, books: Database, tmp_path: Path
+    door: Door, database: Database, tmp_path: Path
 ) -> None:
-    async with gateway_behind(door, books, tmp_path) as gateway:
+    async with gateway_behind(door, database, tmp_path) as gateway:
         await gateway.ready()
-        caller = await make_caller(books, "100")
-        assert (await gateway.chat(caller))[0].status == 200
+        client = await make_client(database, "100")
+        assert (await gateway.chat(client))[0].status == 200
         await door.shut()
-        response, document = await gateway.chat(caller)
+        response, document = await gateway.chat(client)
         assert (response.status, response.headers["X-Error-Code"]) == (503, "database_unavailable")
         assert json.loads(document) == {"error": "Service temporarily unavailable"}
         assert await status_of(gateway, "/ready") == 503
         assert len(gateway.simulator.billing.records) == 1
         await door.open()
-        assert (await gateway.chat(caller))[0].status == 200
-        await assert_books_agree(gateway, caller)
+        assert (await gateway.chat(client))[0].status == 200
+        await assert_charges_match_bills(gateway, client)
 
 
 async def test_at_settlement_the_journal_holds_it_and_all_is_settled_after_the_return(
-    door: Door, books: Database, tmp_path: Path
+    door: Door, database: Database, tmp_path: Path
 ) -> None:
-    async with gateway_behind(door, books, tmp_path) as gateway:
+    async with gateway_behind(door, database, tmp_path) as gateway:
         await gateway.ready()
         gateway.simulator.word_s = 0.01
-        callers = [await make_caller(books, "100") for _ in range(3)]
+        clients = [await make_client(database, "100") for _ in range(3)]
 
         async def ask(index: int) -> int:
             body = {**ASK, "stream": bool(index % 2)}
-            async with gateway.session.post(gateway.chat_url, json=body, headers=callers[index % 3].headers) as response:
+            async with gateway.session.post(gateway.chat_url, json=body, headers=clients[index % 3].headers) as response:
                 await response.read()
                 return response.status
 
@@ -157,23 +157,23 @@ async def test_at_settlement_the_journal_holds_it_and_all_is_settled_after_the_r
         while len(gateway.app[JOURNAL].open_holds) < 12:
             await asyncio.sleep(0.005)
         await door.shut()
-        assert await asking == [200] * 12  # the callers notice nothing
+        assert await asking == [200] * 12  # the clients notice nothing
         assert len(gateway.app[JOURNAL].open_holds) == 12
         assert all(record.charge is not None for record in gateway.app[JOURNAL].open_holds.values())
-        assert sum([await caller.held() for caller in callers]) > 0
+        assert sum([await client.held() for client in clients]) > 0
         await door.open()
         await gateway.idle()
         assert not gateway.app[JOURNAL].open_holds
-        spent = sum([100 - await caller.balance() for caller in callers])
+        spent = sum([100 - await client.balance() for client in clients])
         assert spent == gateway.billed_usd() * 90
 
 
-async def test_what_was_not_settled_before_a_death_is_settled_after_it(door: Door, books: Database, tmp_path: Path) -> None:
-    caller = await make_caller(books, "100")
-    async with gateway_behind(door, books, tmp_path) as first:
+async def test_what_was_not_settled_before_a_death_is_settled_after_it(door: Door, database: Database, tmp_path: Path) -> None:
+    client = await make_client(database, "100")
+    async with gateway_behind(door, database, tmp_path) as first:
         await first.ready()
         first.simulator.first_word_s = 0.2
-        asking = asyncio.create_task(first.chat(caller))
+        asking = asyncio.create_task(first.chat(client))
         while not first.app[JOURNAL].open_holds:
             await asyncio.sleep(0.005)
         await door.shut()
@@ -181,36 +181,36 @@ async def test_what_was_not_settled_before_a_death_is_settled_after_it(door: Doo
         bill = first.billed_usd()
         asking.cancel()
     assert bill > 0
-    assert await caller.balance() == 100
+    assert await client.balance() == 100
     await door.open()
-    async with gateway_behind(door, books, tmp_path) as second:
+    async with gateway_behind(door, database, tmp_path) as second:
         await second.ready()
-        await second.recovered(caller)
-        assert await caller.balance() == 100 - bill * 90
+        await second.recovered(client)
+        assert await client.balance() == 100 - bill * 90
 
 
 @pytest.mark.parametrize("size", [60])
 async def test_a_hold_whose_commit_was_not_acknowledged_is_released(
-    door: Door, books: Database, tmp_path: Path, size: int
+    door: Door, database: Database, tmp_path: Path, size: int
 ) -> None:
-    async with gateway_behind(door, books, tmp_path) as gateway:
+    async with gateway_behind(door, database, tmp_path) as gateway:
         await gateway.ready()
-        caller = await make_caller(books, "100")
-        assert (await gateway.chat(caller))[0].status == 200  # the statements are prepared now: one reply for each
+        client = await make_client(database, "100")
+        assert (await gateway.chat(client))[0].status == 200  # the statements are prepared now: one reply for each
         bought = len(gateway.simulator.billing.records)
         await asyncio.sleep(0.2)
         door.swallow = size
-        response, _ = await gateway.chat(caller)
+        response, _ = await gateway.chat(client)
         if response.status == 200:
             pytest.skip("recovery's own statement lost its reply, not the hold's")
         assert response.headers["X-Error-Code"] == "database_unavailable"
         assert len(gateway.simulator.billing.records) == bought
-        await gateway.recovered(caller)
-        await assert_books_agree(gateway, caller)
+        await gateway.recovered(client)
+        await assert_charges_match_bills(gateway, client)
 
 
 async def test_a_locked_account_holds_up_nobody_else(gateway: Gateway, database_url: str) -> None:
-    blocked, free = await gateway.caller(), await gateway.caller()
+    blocked, free = await gateway.client(), await gateway.client()
     connection = await asyncpg.connect(database_url)
     transaction = connection.transaction()
     await transaction.start()
@@ -231,7 +231,7 @@ async def test_a_locked_account_holds_up_nobody_else(gateway: Gateway, database_
     assert (await gateway.chat(blocked))[0].status == 200
 
 
-async def test_deadlocks_are_repeated_and_nobody_hears_of_them(books: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_deadlocks_are_repeated_and_nobody_hears_of_them(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     struck: list[int] = []
     fetch = asyncpg.Connection.fetch
 
@@ -242,11 +242,11 @@ async def test_deadlocks_are_repeated_and_nobody_hears_of_them(books: Database, 
         return await fetch(self, *arguments, **options)
 
     monkeypatch.setattr(asyncpg.Connection, "fetch", unlucky)
-    assert await books.fetch("ping")
+    assert await database.fetch("ping")
     assert len(struck) == 4
     monkeypatch.setattr(asyncpg.Connection, "fetch", lambda *_, **__: (_ for _ in ()).throw(asyncpg.SerializationError("x")))
     with pytest.raises(DatabaseUnavailable, match="Serialization"):
-        await books.fetch("ping")
+        await database.fetch("ping")
 
 
 async def test_a_pool_that_is_used_up_is_an_overload_and_not_a_queue(database_url: str) -> None:

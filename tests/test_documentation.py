@@ -266,11 +266,11 @@ async def test_examples_of_the_guide_run(program: list[str], code: str, gateway:
     needed = "curl" if program[0] == "sh" else program[0]
     if shutil.which(needed) is None:
         pytest.skip(f"{needed} is not installed")
-    caller = await gateway.caller()
+    client = await gateway.client()
     process = await asyncio.create_subprocess_exec(
         *program,
-        code.replace("http://localhost:3001", gateway.url).replace("sk-user-…", caller.key),
-        env={"PATH": os.environ["PATH"], "API_KEY": caller.key},
+        code.replace("http://localhost:3001", gateway.url).replace("sk-user-…", client.key),
+        env={"PATH": os.environ["PATH"], "API_KEY": client.key},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -279,7 +279,7 @@ async def test_examples_of_the_guide_run(program: list[str], code: str, gateway:
     assert process.returncode == 0, err.decode()
     assert "OpenRouter" in out.decode()
     await gateway.idle()
-    assert await caller.balance() < 100
+    assert await client.balance() < 100
 
 
 # -- the reference in a real browser

@@ -41,83 +41,83 @@ async def send(
 async def assert_nothing_happened(gateway: Gateway) -> None:
     await gateway.idle()
     assert not gateway.simulator.billing.records
-    assert [(user.held, user.balance % 10**9) async for user in UserRepository(gateway.books).all() if user.held] == []
+    assert [(user.held, user.balance % 10**9) async for user in UserRepository(gateway.database).all() if user.held] == []
 
 
 UNAUTHORIZED = (401, "invalid_key", "Invalid API key or inactive user")
 
 
 async def test_the_four_ways_to_be_unauthorized_look_the_same(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     seen = set()
     for headers in (
         {},
-        {"Authorization": caller.key},
-        {"Authorization": f"Basic {caller.key}"},
+        {"Authorization": client.key},
+        {"Authorization": f"Basic {client.key}"},
         {"Authorization": "Bearer"},
         {"Authorization": "Bearer ключ"},
         {"Authorization": "Bearer sk-user-1-' OR pg_sleep(8)--"},
-        {"Authorization": f"Bearer {caller.key[:-1]}"},
-        {"Authorization": f"Bearer {make_key(caller.account_id)}"},
+        {"Authorization": f"Bearer {client.key[:-1]}"},
+        {"Authorization": f"Bearer {make_key(client.account_id)}"},
         {"Authorization": f"Bearer {make_key(AccountId(10**12))}"},
-        [("Authorization", f"Bearer {caller.key}"), ("Authorization", f"Bearer {caller.key}")],
+        [("Authorization", f"Bearer {client.key}"), ("Authorization", f"Bearer {client.key}")],
     ):
         assert await send(gateway, json=ASK, headers=headers) == UNAUTHORIZED
         shown = {name: value for name, value in send.headers.items() if name not in ("Date", "X-Request-ID")}  # type: ignore[attr-defined]
         seen.add(json.dumps(shown))
-    await UserRepository(gateway.books).set_active(caller.account_id, False)
-    assert await send(gateway, json=ASK, headers=caller.headers) == UNAUTHORIZED
+    await UserRepository(gateway.database).set_active(client.account_id, False)
+    assert await send(gateway, json=ASK, headers=client.headers) == UNAUTHORIZED
     assert len(seen) == 1
     assert send.headers["WWW-Authenticate"] == "Bearer"  # type: ignore[attr-defined]
     await assert_nothing_happened(gateway)
 
 
 async def test_a_key_in_the_query_string_is_not_accepted(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    assert await send(gateway, path=f"/v1/chat/completions?key={caller.key}", json=ASK) == UNAUTHORIZED
+    client = await gateway.client()
+    assert await send(gateway, path=f"/v1/chat/completions?key={client.key}", json=ASK) == UNAUTHORIZED
 
 
 async def test_deactivation_and_rotation_take_effect_with_the_next_request(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    users = UserRepository(gateway.books)
-    assert (await send(gateway, json=ASK, headers=caller.headers))[0] == 200
-    await users.set_active(caller.account_id, False)
-    assert (await send(gateway, json=ASK, headers=caller.headers))[0] == 401
-    await users.set_active(caller.account_id, True)
-    assert (await send(gateway, json=ASK, headers=caller.headers))[0] == 200
-    await KeyRing(gateway.books, VAULT).renew(caller.account_id)
-    assert (await send(gateway, json=ASK, headers=caller.headers))[0] == 401
+    client = await gateway.client()
+    users = UserRepository(gateway.database)
+    assert (await send(gateway, json=ASK, headers=client.headers))[0] == 200
+    await users.set_active(client.account_id, False)
+    assert (await send(gateway, json=ASK, headers=client.headers))[0] == 401
+    await users.set_active(client.account_id, True)
+    assert (await send(gateway, json=ASK, headers=client.headers))[0] == 200
+    await KeyRing(gateway.database, VAULT).renew(client.account_id)
+    assert (await send(gateway, json=ASK, headers=client.headers))[0] == 401
 
 
 @pytest.mark.parametrize("balance", ["0", "0.999999999"])
 async def test_a_balance_under_the_minimum_is_402(gateway: Gateway, balance: str) -> None:
-    caller = await gateway.caller(balance)
-    assert await send(gateway, json=ASK, headers=caller.headers) == (402, "insufficient_balance", "Insufficient balance")
+    client = await gateway.client(balance)
+    assert await send(gateway, json=ASK, headers=client.headers) == (402, "insufficient_balance", "Insufficient balance")
     assert send.headers["x-should-retry"] == "false"  # type: ignore[attr-defined]
     await assert_nothing_happened(gateway)
 
 
 async def test_an_estimate_above_the_balance_is_402(gateway: Gateway) -> None:
-    caller = await gateway.caller("2")
+    client = await gateway.client("2")
     ask = {**ASK, "max_tokens": 65_000}  # × 0.0000004 × 90 × 1.1 ≈ 2.57 roubles
-    assert await send(gateway, json=ask, headers=caller.headers) == (402, "insufficient_balance", "Insufficient balance")
+    assert await send(gateway, json=ask, headers=client.headers) == (402, "insufficient_balance", "Insufficient balance")
     await assert_nothing_happened(gateway)
 
 
 async def test_the_request_is_validated_before_any_money_moves(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    assert await send(gateway, json={}, headers=caller.headers) == (400, "invalid_request", "messages array is required")
-    assert await send(gateway, json={**ASK, "temperature": 3}, headers=caller.headers) == (
+    client = await gateway.client()
+    assert await send(gateway, json={}, headers=client.headers) == (400, "invalid_request", "messages array is required")
+    assert await send(gateway, json={**ASK, "temperature": 3}, headers=client.headers) == (
         400, "invalid_request", "temperature must be a number from 0 to 2",
     )  # fmt: skip
-    headers = {**caller.headers, "Content-Type": "application/json"}
+    headers = {**client.headers, "Content-Type": "application/json"}
     assert (await send(gateway, data=b"{", headers=headers))[:2] == (400, "invalid_json")
     await assert_nothing_happened(gateway)
 
 
 async def test_the_body_size_limit_holds_with_and_without_a_declared_length(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    headers = {**caller.headers, "Content-Type": "application/json"}
+    client = await gateway.client()
+    headers = {**client.headers, "Content-Type": "application/json"}
     body = b'{"messages": [{"role": "user", "content": "%s"}]}' % (b"x" * 10_485_760)
 
     async def in_pieces() -> Any:
@@ -135,8 +135,8 @@ async def test_the_body_size_limit_holds_with_and_without_a_declared_length(gate
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd"])
 async def test_a_compressed_body_is_rejected_without_decompressing_it(gateway: Gateway, encoding: str) -> None:
-    caller = await gateway.caller()
-    headers = {**caller.headers, "Content-Type": "application/json", "Content-Encoding": encoding}
+    client = await gateway.client()
+    headers = {**client.headers, "Content-Type": "application/json", "Content-Encoding": encoding}
     status = (await send(gateway, data=b"\x1f\x8b" * 100, headers=headers))[:2]
     assert status == (415, "unsupported_encoding")
 
@@ -152,8 +152,8 @@ async def test_a_compressed_body_is_rejected_without_decompressing_it(gateway: G
     ],
 )
 async def test_the_content_type(gateway: Gateway, content_type: str | None, status: int) -> None:
-    caller = await gateway.caller()
-    headers = {**caller.headers, **({"Content-Type": content_type} if content_type else {})}
+    client = await gateway.client()
+    headers = {**client.headers, **({"Content-Type": content_type} if content_type else {})}
     skip = [] if content_type else [aiohttp.hdrs.CONTENT_TYPE]
     assert (await send(gateway, data=json.dumps(ASK).encode(), headers=headers, skip_auto_headers=skip))[0] == status
 
@@ -184,7 +184,7 @@ async def test_a_harmless_request_id_is_kept(gateway: Gateway, given: str, kept:
 
 
 @pytest.mark.parametrize(
-    # upstream → our status and code, and whether the caller is told what OpenRouter said
+    # upstream → our status and code, and whether the client is told what OpenRouter said
     ("upstream", "status", "code", "told"),
     [
         (400, 400, "upstream_rejected", True),
@@ -202,40 +202,40 @@ async def test_a_harmless_request_id_is_kept(gateway: Gateway, given: str, kept:
 async def test_upstream_statuses_become_the_documented_errors(
     gateway: Gateway, upstream: int, status: int, code: str, told: bool
 ) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     ask = {"messages": [{"role": "user", "content": f"fault:status={upstream}"}]}
     text = f"Simulated error {upstream}" if told else ERRORS[code].text
-    assert await send(gateway, json=ask, headers=caller.headers) == (status, code, text)
+    assert await send(gateway, json=ask, headers=client.headers) == (status, code, text)
     await assert_nothing_happened(gateway)
-    assert await caller.balance() == 100
+    assert await client.balance() == 100
 
 
 async def test_an_upstream_rate_limit_keeps_its_retry_after(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     ask = {"messages": [{"role": "user", "content": "fault:status=429:120"}]}
-    assert (await send(gateway, json=ask, headers=caller.headers))[:2] == (429, "rate_limited_upstream")
+    assert (await send(gateway, json=ask, headers=client.headers))[:2] == (429, "rate_limited_upstream")
     assert send.headers["Retry-After"] == "120"  # type: ignore[attr-defined]
 
 
 async def test_an_html_error_page_of_a_proxy_is_not_passed_on(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     ask = {"messages": [{"role": "user", "content": "fault:html=524"}]}
-    refused = await send(gateway, json=ask, headers=caller.headers)
+    refused = await send(gateway, json=ask, headers=client.headers)
     assert refused == (500, "upstream_outcome_unknown", "Internal server error")  # behind the edge it may still be running
     assert send.headers["x-should-retry"] == "false"  # type: ignore[attr-defined]
     await gateway.idle()
-    assert await caller.held() > 0
+    assert await client.held() > 0
 
 
 async def test_an_unknown_model_is_rejected_by_the_gateway_while_the_list_is_fresh(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=caller.headers)
+    client = await gateway.client()
+    status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=client.headers)
     assert (status, code) == (400, "model_not_found")
     assert text.startswith("no/such is not a model")
-    assert (await send(gateway, json={**ASK, "models": ["no/such"]}, headers=caller.headers))[:2] == (400, "model_not_found")
+    assert (await send(gateway, json={**ASK, "models": ["no/such"]}, headers=client.headers))[:2] == (400, "model_not_found")
     await assert_nothing_happened(gateway)
     gateway.app[SERVICES].catalogue.fetched_at = -math.inf  # the list is old by now: who knows
-    status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=caller.headers)
+    status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=client.headers)
     assert (status, code) == (400, "upstream_rejected")
     assert "no/such" in text
     await assert_nothing_happened(gateway)
@@ -245,37 +245,37 @@ async def test_an_unknown_model_is_rejected_by_the_gateway_while_the_list_is_fre
 @pytest.mark.parametrize("stream", [False, True])
 async def test_silence_upstream_is_a_timeout_whose_outcome_is_not_guessed(gateway: Gateway, stream: bool) -> None:
     gateway.simulator.first_word_s = 0.6
-    caller = await gateway.caller()
+    client = await gateway.client()
     if stream:
         ask = {**ASK, "stream": True, "model": "openai/gpt-4o-mini"}
         gateway.simulator.first_word_s = 0.0
         ask["messages"] = [{"role": "user", "content": "fault:stall=2"}]
-        async with gateway.session.post(gateway.chat_url, json=ask, headers=caller.headers) as response:
+        async with gateway.session.post(gateway.chat_url, json=ask, headers=client.headers) as response:
             assert response.status == 200  # the headers came: what follows is silence in mid-stream
             assert b'"finish_reason":"error"' in await response.read()
     else:
-        assert (await send(gateway, json=ASK, headers=caller.headers))[:2] == (504, "upstream_timeout")
+        assert (await send(gateway, json=ASK, headers=client.headers))[:2] == (504, "upstream_timeout")
         assert send.headers["x-should-retry"] == "false"  # type: ignore[attr-defined]
         await gateway.idle()
-        assert await caller.held() > 0
+        assert await client.held() > 0
 
 
 async def test_without_the_database_nothing_is_bought(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
 
     async def away(*_: Any, **__: Any) -> None:
         raise DatabaseUnavailable("ConnectionRefusedError")
 
     monkeypatch.setattr(gateway.app[DATABASE], "fetch", away)
-    assert (await send(gateway, json=ASK, headers=caller.headers))[:2] == (503, "database_unavailable")
+    assert (await send(gateway, json=ASK, headers=client.headers))[:2] == (503, "database_unavailable")
     assert send.headers["Retry-After"] == "1"  # type: ignore[attr-defined]
     await assert_nothing_happened(gateway)
 
 
 async def test_a_bug_is_a_plain_500_and_leaves_no_hold(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     monkeypatch.setattr(gateway.app[SERVICES].catalogue, "models", None)
-    assert await send(gateway, json=ASK, headers=caller.headers) == (500, "internal_error", "Internal server error")
+    assert await send(gateway, json=ASK, headers=client.headers) == (500, "internal_error", "Internal server error")
     await assert_nothing_happened(gateway)
 
 
@@ -298,17 +298,17 @@ async def test_health_ready_and_models_need_no_key(gateway: Gateway) -> None:
 
 
 async def test_a_router_model_without_a_price_holds_the_default(gateway: Gateway) -> None:
-    rich, poor = await gateway.caller("10"), await gateway.caller("9.99")
+    rich, poor = await gateway.client("10"), await gateway.client("9.99")
     assert (await send(gateway, json={**ASK, "model": "openrouter/auto"}, headers=rich.headers))[0] == 200
     assert (await send(gateway, json={**ASK, "model": "openrouter/auto"}, headers=poor.headers))[0] == 402
 
 
 @pytest.mark.parametrize("tuned", [{"rate_limit": {"chat_per_minute": 3}}])
 async def test_the_limit_per_minute_is_exact_however_many_ask_at_once(gateway: Gateway, database_url: str) -> None:
-    caller, other = await gateway.caller(), await gateway.caller()
+    client, other = await gateway.client(), await gateway.client()
     while time.time() % 60 > 50:  # all of it must happen in one minute
         await asyncio.sleep(1)
-    replies = await asyncio.gather(*(gateway.chat(caller) for _ in range(10)))
+    replies = await asyncio.gather(*(gateway.chat(client) for _ in range(10)))
     assert sorted(response.status for response, _ in replies) == [200] * 3 + [429] * 7
     refused = next(response for response, _ in replies if response.status == 429)
     assert refused.headers["X-Error-Code"] == "rate_limited"
@@ -317,4 +317,4 @@ async def test_the_limit_per_minute_is_exact_however_many_ask_at_once(gateway: G
     connection = await asyncpg.connect(database_url)
     await connection.execute("UPDATE accounts SET minute = minute - interval '1 minute'")
     await connection.close()
-    assert (await gateway.chat(caller))[0].status == 200
+    assert (await gateway.chat(client))[0].status == 200

@@ -31,8 +31,8 @@ from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
 from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.logs import LoggerService
-from tests.support.books import charged_usd
-from tests.support.gateway import SECRET, Caller, Gateway, config_for, gateway_on, make_caller
+from tests.support.accounting import charged_usd
+from tests.support.gateway import SECRET, Client, Gateway, config_for, gateway_on, make_client
 
 GRAVEYARD: list[Any] = []
 """The coroutines of dead processes: kept, because collecting them would run their `finally`."""
@@ -90,11 +90,11 @@ class Strike(BackgroundTasks):
 
 
 @asynccontextmanager
-async def process(config: schema.Config, books: Database, simulator: Simulator) -> AsyncIterator[tuple[Gateway, Strike]]:
+async def process(config: schema.Config, database: Database, simulator: Simulator) -> AsyncIterator[tuple[Gateway, Strike]]:
     """A gateway whose exchanges can be made to fail, or to die."""
     app = build_app(config, log=LoggerService(), secrets=[SECRET])
     async with listening(app, config) as url, aiohttp.ClientSession() as session:
-        gateway = Gateway(url, app, simulator, books, session)
+        gateway = Gateway(url, app, simulator, database, session)
         await gateway.ready()
         strike = Strike()
         object.__setattr__(app[SERVICES], "in_flight", strike)
@@ -117,10 +117,10 @@ async def kill(gateway: Gateway) -> None:
     journal.close = lambda: None  # type: ignore[method-assign]
 
 
-async def send_request(gateway: Gateway, strike: Strike, caller: Caller, stream: bool) -> tuple[int, bytes]:
+async def send_request(gateway: Gateway, strike: Strike, client: Client, stream: bool) -> tuple[int, bytes]:
     """Sends one request, and returns the response, an error, or (0, b"") for a closed connection."""
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": stream, "max_tokens": 6}
-    request = asyncio.create_task(gateway.session.post(gateway.chat_url, json=body, headers=caller.headers))
+    request = asyncio.create_task(gateway.session.post(gateway.chat_url, json=body, headers=client.headers))
     death = asyncio.create_task(strike.died.wait())
     try:
         await asyncio.wait({request, death}, return_when=asyncio.FIRST_COMPLETED)
@@ -142,31 +142,31 @@ async def send_request(gateway: Gateway, strike: Strike, caller: Caller, stream:
         await asyncio.gather(request, death, return_exceptions=True)
 
 
-async def assert_exact(gateway: Gateway, caller: Caller, books: Database, may_wait: bool) -> None:
+async def assert_exact(gateway: Gateway, client: Client, database: Database, may_wait: bool) -> None:
     """What the simulator billed is charged exactly once, or its hold stays open for lack of a generation id."""
     async with asyncio.timeout(15):
         while True:
-            rows = [row for row in await books.fetch("list_waiting_holds", 1000) if row["account_id"] == caller.account_id]
+            rows = [row for row in await database.fetch("list_waiting_holds", 1000) if row["account_id"] == client.account_id]
             nameless = [row for row in rows if row["generation_id"] is None]
-            if len(nameless) == len(rows) and (nameless or not await caller.held()):
+            if len(nameless) == len(rows) and (nameless or not await client.held()):
                 break
             await asyncio.sleep(0.02)
     records = gateway.simulator.billing.records.values()
     billed = sum(record.cost_usd for record in records)
-    charged = await charged_usd(gateway, caller)
+    charged = await charged_usd(gateway, client)
     if nameless:
         assert charged == 0
         assert may_wait, "a hold waits although its request was never sent"
     else:
         assert charged == billed
-    assert [finding.invariant.name async for finding in check(books) if finding.rows] == []
+    assert [finding.invariant.name async for finding in check(database) if finding.rows] == []
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 @pytest.mark.parametrize("how", ["exception", "cancellation", "death"])
 async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
-    database_url: str, books: Database, tmp_path: Path, how: str, stream: bool
+    database_url: str, database: Database, tmp_path: Path, how: str, stream: bool
 ) -> None:
     simulator = Simulator(word_s=0.002, first_word_s=0.002)  # so that a stream arrives in several chunks
     tuned = {"recovery": {"poll_s": 0.02}, "relay": {"disconnected_drain_s": 0.2}}
@@ -176,10 +176,10 @@ async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
         while True:
             point += 1
             simulator.billing.records.clear()
-            caller = await make_caller(books, "100")
-            async with process(config, books, simulator) as (gateway, strike):
+            client = await make_client(database, "100")
+            async with process(config, database, simulator) as (gateway, strike):
                 strike.point, strike.how = point, how
-                status, answer = await send_request(gateway, strike, caller, stream)
+                status, answer = await send_request(gateway, strike, client, stream)
                 if strike.died.is_set():
                     await kill(gateway)
                 async with asyncio.timeout(10):
@@ -187,13 +187,13 @@ async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
                         await asyncio.sleep(0.005)
                 survived = strike.suspensions < point
                 if not strike.died.is_set():
-                    await assert_exact(gateway, caller, books, may_wait=point > 1)  # point 1 is the wait for the hold itself
+                    await assert_exact(gateway, client, database, may_wait=point > 1)  # point 1 is the wait for the hold itself
             if strike.died.is_set():
-                async with process(config, books, simulator) as (heir, _):
-                    await assert_exact(heir, caller, books, may_wait=point > 1)
-            settled += await charged_usd(gateway, caller) > 0
+                async with process(config, database, simulator) as (heir, _):
+                    await assert_exact(heir, client, database, may_wait=point > 1)
+            settled += await charged_usd(gateway, client) > 0
             refused += status >= 400
-            await books.fetch("release_holds", *await waiting(books))
+            await database.fetch("release_holds", *await waiting(database))
             if survived:
                 assert status == 200
                 assert answer.endswith(b"data: [DONE]\n\n") if stream else json.loads(answer)["usage"]
@@ -205,7 +205,7 @@ async def test_a_request_that_fails_at_any_await_is_still_billed_exactly(
 
 @pytest.mark.timeout(60)
 async def test_a_stream_that_fails_at_a_chunk_is_still_billed_exactly(
-    database_url: str, books: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database_url: str, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks are passed on in the socket's callback, without an await: each chunk is a point as well."""
     simulator = Simulator(word_s=0.002, first_word_s=0.002)
@@ -222,21 +222,21 @@ async def test_a_stream_that_fails_at_a_chunk_is_still_billed_exactly(
     monkeypatch.setattr(EventStream, "write", failing)
     async with (
         simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url,
-        gateway_on(config_for(database_url, base_url, tmp_path, tuned), books, simulator) as gateway,
+        gateway_on(config_for(database_url, base_url, tmp_path, tuned), database, simulator) as gateway,
     ):
         for point in (1, 2, 5):
             piece = 0
             simulator.billing.records.clear()
-            caller = await make_caller(books, "100")
-            await send_request(gateway, Strike(), caller, stream=True)
+            client = await make_client(database, "100")
+            await send_request(gateway, Strike(), client, stream=True)
             await gateway.idle()
             assert piece == point
-            await assert_exact(gateway, caller, books, may_wait=False)
+            await assert_exact(gateway, client, database, may_wait=False)
 
 
-async def waiting(books: Database) -> tuple[list[Any], list[Any], list[bool]]:
+async def waiting(database: Database) -> tuple[list[Any], list[Any], list[bool]]:
     """The open holds without a generation id, to be released before the next round."""
-    rows = [row for row in await books.fetch("list_waiting_holds", 1000) if row["state"] != "unresolved"]
+    rows = [row for row in await database.fetch("list_waiting_holds", 1000) if row["state"] != "unresolved"]
     return [row["account_id"] for row in rows], [row["hold_id"] for row in rows], [True] * len(rows)
 
 

@@ -35,7 +35,7 @@ from gptutor.money.journal import Journal, read_journals
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling, Charge
 from gptutor.money.recovery import Recovery
-from tests.support.gateway import Caller, make_caller
+from tests.support.gateway import Client, make_client
 from tests.support.ledger import RATE, claim
 
 ACCOUNTS = 2
@@ -76,8 +76,8 @@ class History(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         async def connect() -> None:
-            self.books = await self.stack.enter_async_context(pool.open_database(self.url, connections_max=4))
-            self.callers: list[Caller] = [await make_caller(self.books, "100") for _ in range(ACCOUNTS)]
+            self.database = await self.stack.enter_async_context(pool.open_database(self.url, connections_max=4))
+            self.clients: list[Client] = [await make_client(self.database, "100") for _ in range(ACCOUNTS)]
             # What earlier histories left open must not take up this one's looks.
             await self.execute("UPDATE holds SET due_at = 'infinity' WHERE state = 'open'")
 
@@ -87,9 +87,9 @@ class History(RuleBasedStateMachine):
     def live(self) -> None:
         """A new process, on the same slot."""
         self.journal = Journal(self.slot, 400, 1 << 20)  # segments so small that they change all the time
-        self.ledger = Ledger(self.books, self.journal, rub_per_usd=RATE, hold_ttl_s=3600)
+        self.ledger = Ledger(self.database, self.journal, rub_per_usd=RATE, hold_ttl_s=3600)
         self.recovery = Recovery(
-            self.books, self.ledger, self.slot.parent, self.cost_of, poll_s=1, look_max_s=600, give_up_s=86_400
+            self.database, self.ledger, self.slot.parent, self.cost_of, poll_s=1, look_max_s=600, give_up_s=86_400
         )
 
     async def cost_of(self, name: str) -> Decimal | None:
@@ -108,7 +108,7 @@ class History(RuleBasedStateMachine):
     def hold_many_at_once(self, wishes: list[tuple[int, int]]) -> Any:
         async def hold(account: int, amount: int) -> Modelled | None:
             nano = Nano(amount * 10**9)
-            request = HoldRequest(claim(self.callers[account]), new_id(), Ceiling(hold_max=nano, available_min=nano), "a/b", "r")
+            request = HoldRequest(claim(self.clients[account]), new_id(), Ceiling(hold_max=nano, available_min=nano), "a/b", "r")
             try:
                 granted = await self.ledger.hold_funds(request)
             except InsufficientFunds:
@@ -128,14 +128,14 @@ class History(RuleBasedStateMachine):
 
     @rule(account=st.integers(0, ACCOUNTS - 1), amount=st.integers(1, 50))
     def top_up(self, account: int, amount: int) -> None:
-        self.do(Bookings(self.books).book(self.callers[account].account_id, "topup", parse_roubles(str(amount))))
+        self.do(Bookings(self.database).book(self.clients[account].account_id, "topup", parse_roubles(str(amount))))
         self.balance[account] += amount
 
     @rule(hold=holds, cost=st.one_of(st.none(), COSTS))
     def send(self, hold: Modelled, cost: Decimal | None) -> None:
         """The request goes upstream, gets a name, and OpenRouter may know its price at once or never."""
         if self.mine(hold) and not hold.sent:
-            self.journal.record_sent(self.callers[hold.account].account_id, hold.hold_id)
+            self.journal.record_sent(self.clients[hold.account].account_id, hold.hold_id)
             hold.sent = True
             if cost is not None:
                 hold.name = f"gen-{hold.hold_id}"
@@ -153,7 +153,7 @@ class History(RuleBasedStateMachine):
         """Also again, also after a release: late evidence charges, once."""
         cost = hold.cost if hold.cost is not None else self.openrouter.get(hold.name or "", cost)
         item = Settlement(
-            self.callers[hold.account].account_id, hold.hold_id, self.charge(cost), hold.name or f"gen-{hold.hold_id}"
+            self.clients[hold.account].account_id, hold.hold_id, self.charge(cost), hold.name or f"gen-{hold.hold_id}"
         )
 
         async def together() -> list[str]:
@@ -169,14 +169,14 @@ class History(RuleBasedStateMachine):
     @rule(hold=holds)
     def release(self, hold: Modelled) -> None:
         if not hold.sent:
-            self.do(self.ledger.release(Release(self.callers[hold.account].account_id, hold.hold_id)))
+            self.do(self.ledger.release(Release(self.clients[hold.account].account_id, hold.hold_id)))
             self.ledger.deactivate(hold.hold_id)
             hold.state = "released" if hold.state == "open" else hold.state
 
     @rule(hold=holds)
     def hand_over(self, hold: Modelled) -> None:
         if self.mine(hold) and hold.sent and hold.cost is None:
-            self.do(self.ledger.hand_over(HandOver(self.callers[hold.account].account_id, hold.hold_id, hold.name)))
+            self.do(self.ledger.hand_over(HandOver(self.clients[hold.account].account_id, hold.hold_id, hold.name)))
             self.ledger.deactivate(hold.hold_id)
             hold.handed_over = True
 
@@ -225,7 +225,7 @@ class History(RuleBasedStateMachine):
                 hold.state = "released"
 
     async def make_due(self) -> None:
-        accounts = ", ".join(str(caller.account_id) for caller in self.callers)
+        accounts = ", ".join(str(client.account_id) for client in self.clients)
         await self.execute(
             f"UPDATE holds SET due_at = now() - interval '1 second' WHERE state = 'open' AND account_id IN ({accounts})"
         )
@@ -244,20 +244,20 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def the_books_agree(self) -> None:
-        if hasattr(self, "books"):
-            for account, caller in enumerate(self.callers):
-                user = self.do(caller.user())
+        if hasattr(self, "database"):
+            for account, client in enumerate(self.clients):
+                user = self.do(client.user())
                 assert Decimal(user.balance) / 10**9 == self.balance[account]
                 assert Decimal(user.available) / 10**9 == self.available(account)
 
     def teardown(self) -> None:
         async def end() -> list[str]:
-            findings = [finding.invariant.name async for finding in check(self.books) if finding.rows]
+            findings = [finding.invariant.name async for finding in check(self.database) if finding.rows]
             await self.stack.aclose()
             return [name for name in findings if not name.startswith(("09_", "10_"))]  # time was turned forward by hand
 
         try:
-            if hasattr(self, "books"):
+            if hasattr(self, "database"):
                 assert self.do(end()) == []
         finally:
             self.loop.close()

@@ -12,20 +12,20 @@ from gptutor.money import recovery
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.holds import HoldRequest, new_id
 from gptutor.money.pricing import Ceiling
-from tests.support.gateway import make_caller
-from tests.support.ledger import assert_books_hold, claim, release
+from tests.support.gateway import make_client
+from tests.support.ledger import assert_invariants_hold, claim, release
 from tests.support.recovery import process
 
 
 @pytest.fixture
-async def keys(books: Database, database_url: str, tmp_path: Path) -> asyncpg.Connection:
+async def keys(database: Database, database_url: str, tmp_path: Path) -> asyncpg.Connection:
     """Five holds with keys, of which three are older than a day; a connection that counts them."""
-    caller = await make_caller(books, "100")
+    client = await make_client(database, "100")
     ceiling = Ceiling(hold_max=parse_roubles("1"), available_min=parse_roubles("1"))
-    with process(books, tmp_path / "others") as other:
+    with process(database, tmp_path / "others") as other:
         for number in range(5):
             key, body = f"order {number}", hashlib.sha256(b"body").digest()
-            held = await other.ledger.hold_funds(HoldRequest(claim(caller), new_id(), ceiling, "a/b", f"r-{number}", key, body))
+            held = await other.ledger.hold_funds(HoldRequest(claim(client), new_id(), ceiling, "a/b", f"r-{number}", key, body))
             await other.ledger.release(release(held))
     connection = await asyncpg.connect(database_url)
     await connection.execute(
@@ -40,8 +40,8 @@ async def left(connection: asyncpg.Connection) -> list[str]:
     return [row["idempotency_key"] for row in rows if row["idempotency_key"] is not None]
 
 
-async def test_recovery_clears_what_is_older_than_a_day(books: Database, keys: asyncpg.Connection, tmp_path: Path) -> None:
-    with process(books, tmp_path / "own") as own:
+async def test_recovery_clears_what_is_older_than_a_day(database: Database, keys: asyncpg.Connection, tmp_path: Path) -> None:
+    with process(database, tmp_path / "own") as own:
         running = asyncio.create_task(own.recovery.run())
         async with asyncio.timeout(20):
             while len(await left(keys)) > 2:
@@ -49,14 +49,14 @@ async def test_recovery_clears_what_is_older_than_a_day(books: Database, keys: a
         running.cancel()
     assert await left(keys) == ["order 3", "order 4"]
     await keys.close()
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
 async def test_it_looks_once_a_minute_unless_there_are_more(
-    books: Database, keys: asyncpg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: Database, keys: asyncpg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "CLEARED_KEYS_MAX", 2)
-    with process(books, tmp_path / "own") as own:
+    with process(database, tmp_path / "own") as own:
         await own.recovery.clear_idempotency_keys()
         assert await left(keys) == ["order 2", "order 3", "order 4"]  # the oldest first
         await own.recovery.clear_idempotency_keys()
@@ -71,13 +71,13 @@ async def test_it_looks_once_a_minute_unless_there_are_more(
 
 
 async def test_a_hold_that_is_being_closed_is_not_waited_for(
-    books: Database, database_url: str, keys: asyncpg.Connection
+    database: Database, database_url: str, keys: asyncpg.Connection
 ) -> None:
     """Accounts are locked before holds; this takes holds alone, and must never wait for one."""
     closing = await asyncpg.connect(database_url)
     async with closing.transaction():
         await closing.execute("SELECT FROM holds WHERE idempotency_key = 'order 0' FOR UPDATE")
-        assert len(await books.fetch("clear_idempotency_keys", 10)) == 2
+        assert len(await database.fetch("clear_idempotency_keys", 10)) == 2
     assert await left(keys) == ["order 0", "order 3", "order 4"]
     await closing.close()
     await keys.close()

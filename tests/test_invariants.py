@@ -8,7 +8,7 @@ import pytest
 
 from gptutor.database.pool import Database
 from gptutor.money.invariants import check, load_invariants
-from tests.support.gateway import make_caller
+from tests.support.gateway import make_client
 from tests.support.ledger import hold, ledger_of, release, settlement
 
 # Which invariant a corruption breaks, besides others that it may break as well. Run without triggers and CHECK constraints.
@@ -39,16 +39,16 @@ CORRUPTIONS = {
 }
 
 
-async def broken(books: Database) -> set[str]:
-    return {finding.invariant.name async for finding in check(books) if finding.rows}
+async def broken(database: Database) -> set[str]:
+    return {finding.invariant.name async for finding in check(database) if finding.rows}
 
 
-async def healthy(books: Database) -> None:
-    caller = await make_caller(books, "100")
-    ledger = ledger_of(books)
-    await ledger.settle(settlement(await hold(books, caller, "5"), "0.01"))
-    await ledger.release(release(await hold(books, caller, "5")))
-    await hold(books, caller, "5")
+async def healthy(database: Database) -> None:
+    client = await make_client(database, "100")
+    ledger = ledger_of(database)
+    await ledger.settle(settlement(await hold(database, client, "5"), "0.01"))
+    await ledger.release(release(await hold(database, client, "5")))
+    await hold(database, client, "5")
 
 
 def test_every_invariant_has_its_corruption() -> None:
@@ -56,10 +56,10 @@ def test_every_invariant_has_its_corruption() -> None:
     assert len(CORRUPTIONS) == 16
 
 
-async def test_an_empty_and_a_sound_database_break_no_invariant(books: Database) -> None:
-    assert await broken(books) == set()
-    await healthy(books)
-    assert await broken(books) == set()
+async def test_an_empty_and_a_sound_database_break_no_invariant(database: Database) -> None:
+    assert await broken(database) == set()
+    await healthy(database)
+    assert await broken(database) == set()
 
 
 @asynccontextmanager
@@ -78,12 +78,12 @@ async def without_constraint(url: str, table: str, constraint: str) -> AsyncIter
 
 
 @pytest.mark.parametrize("invariant", CORRUPTIONS)
-async def test_a_corrupted_row_breaks_its_invariant(books: Database, database_url: str, invariant: str) -> None:
-    await healthy(books)
+async def test_a_corrupted_row_breaks_its_invariant(database: Database, database_url: str, invariant: str) -> None:
+    await healthy(database)
     async with without_constraint(database_url, "ledger", "contra_is_the_counter_account_of_the_kind") as connection:
         status = await connection.execute(CORRUPTIONS[invariant])
         assert not status.endswith(" 0")
-        assert invariant in await broken(books)
+        assert invariant in await broken(database)
 
 
 @pytest.mark.parametrize(
@@ -96,30 +96,32 @@ async def test_a_corrupted_row_breaks_its_invariant(books: Database, database_ur
         "DELETE FROM ledger",
     ],
 )
-async def test_both_legs_of_an_entry_are_checked(books: Database, database_url: str, corruption: str) -> None:
-    await healthy(books)
+async def test_both_legs_of_an_entry_are_checked(database: Database, database_url: str, corruption: str) -> None:
+    await healthy(database)
     async with without_constraint(database_url, "ledger", "contra_is_the_counter_account_of_the_kind") as connection:
         await connection.execute(corruption)
-        assert "13_accounts_and_counter_accounts_sum_to_zero" in await broken(books)
+        assert "13_accounts_and_counter_accounts_sum_to_zero" in await broken(database)
 
 
-async def test_the_database_accepts_no_entry_with_the_counter_account_of_another_kind(books: Database, database_url: str) -> None:
-    caller = await make_caller(books, "100")
+async def test_the_database_accepts_no_entry_with_the_counter_account_of_another_kind(
+    database: Database, database_url: str
+) -> None:
+    client = await make_client(database, "100")
     connection = await asyncpg.connect(database_url)
     with pytest.raises(asyncpg.CheckViolationError, match="contra_is_the_counter_account_of_the_kind"):
         await connection.execute(
             "INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra) VALUES ($1, gen_random_uuid(), 'topup', 1, 'revenue')",
-            caller.account_id,
+            client.account_id,
         )
     await connection.close()
 
 
-async def test_a_finding_shows_the_offending_row(books: Database, database_url: str) -> None:
-    await healthy(books)
+async def test_a_finding_shows_the_offending_row(database: Database, database_url: str) -> None:
+    await healthy(database)
     connection = await asyncpg.connect(database_url)
     await connection.execute("UPDATE accounts SET balance_nano = balance_nano + 7")
     await connection.close()
-    findings = [finding async for finding in check(books)]
+    findings = [finding async for finding in check(database)]
     (row,) = findings[1].rows
     assert row["balance_nano"] - row["entries_nano"] == 7
     assert findings[1].invariant.meaning == "A balance is the sum of its ledger entries, and nothing else."

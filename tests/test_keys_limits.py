@@ -35,9 +35,9 @@ from gptutor.money.journal import Journal
 from gptutor.money.keyring import Key, KeyLimits, KeyRing, LimitReset, NoSuchKey
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
-from tests.support.books import assert_books_agree
-from tests.support.gateway import VAULT, Caller, Gateway, config_for, gateway_on, make_caller
-from tests.support.ledger import assert_books_hold, claim, hold, ledger_of, release, settlement
+from tests.support.accounting import assert_charges_match_bills
+from tests.support.gateway import VAULT, Client, Gateway, config_for, gateway_on, make_client
+from tests.support.ledger import assert_invariants_hold, claim, hold, ledger_of, release, settlement
 
 SMALL = "openai/gpt-4o-mini"
 DEAR: dict[str, Any] = {"model": SMALL, "max_tokens": 16_384}
@@ -45,13 +45,13 @@ DEAR: dict[str, Any] = {"model": SMALL, "max_tokens": 16_384}
 
 
 @dataclass
-class Limited(Caller):
-    """A caller with a key that has limits, beside the main key of a rich account."""
+class Limited(Client):
+    """A client with a key that has limits, beside the main key of a rich account."""
 
     key_id: int = 0
 
     async def row(self) -> Key:
-        keys = await KeyRing(self.books, VAULT).list(self.account_id)
+        keys = await KeyRing(self.database, VAULT).list(self.account_id)
         return next(key for key in keys if key.key_id == self.key_id)
 
     async def counted(self) -> tuple[Decimal, Decimal]:
@@ -61,19 +61,19 @@ class Limited(Caller):
 
     async def limit(self, limit: str | None, reset: LimitReset | None = None, **others: Any) -> None:
         limits = KeyLimits(limit=None if limit is None else parse_roubles(limit), limit_reset=reset, **others)
-        await KeyRing(self.books, VAULT).limit(self.account_id, self.key_id, limits)
+        await KeyRing(self.database, VAULT).limit(self.account_id, self.key_id, limits)
 
 
-async def limited(owner: Caller, limit: str | None = None, reset: LimitReset | None = None, **others: Any) -> Limited:
+async def limited(owner: Client, limit: str | None = None, reset: LimitReset | None = None, **others: Any) -> Limited:
     limits = KeyLimits(limit=None if limit is None else parse_roubles(limit), limit_reset=reset, **others)
-    key, made = await KeyRing(owner.books, VAULT).issue(owner.account_id, "bot", limits)
+    key, made = await KeyRing(owner.database, VAULT).issue(owner.account_id, "bot", limits)
     assert not made.is_main
-    return Limited(key, owner.account_id, owner.books, made.key_id)
+    return Limited(key, owner.account_id, owner.database, made.key_id)
 
 
 @pytest.fixture
-async def owner(books: Database) -> Caller:
-    return await make_caller(books, "1000")
+async def owner(database: Database) -> Client:
+    return await make_client(database, "1000")
 
 
 @pytest.fixture
@@ -90,8 +90,8 @@ async def raw(database_url: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-async def open_requests(raw: asyncpg.Connection, caller: Caller) -> int:
-    return int(await raw.fetchval("SELECT open_requests FROM accounts WHERE account_id = $1", caller.account_id))
+async def open_requests(raw: asyncpg.Connection, client: Client) -> int:
+    return int(await raw.fetchval("SELECT open_requests FROM accounts WHERE account_id = $1", client.account_id))
 
 
 async def same_minute() -> None:
@@ -106,46 +106,46 @@ async def same_minute() -> None:
 
 @pytest.mark.parametrize("reset", ["daily", None])
 async def test_twenty_at_once_on_a_cap_for_three_hold_exactly_three(
-    owner: Caller, books: Database, other_books: Database, reset: LimitReset | None
+    owner: Client, database: Database, other_books: Database, reset: LimitReset | None
 ) -> None:
     bot = await limited(owner, "3.5", reset)
-    ledgers = [ledger_of(books), ledger_of(books), ledger_of(other_books), ledger_of(other_books)]
+    ledgers = [ledger_of(database), ledger_of(database), ledger_of(other_books), ledger_of(other_books)]
     results = await asyncio.gather(
-        *(hold(books, bot, "1", ledger=ledgers[number % 4]) for number in range(20)), return_exceptions=True
+        *(hold(database, bot, "1", ledger=ledgers[number % 4]) for number in range(20)), return_exceptions=True
     )
     assert sum(isinstance(result, Hold) for result in results) == 3
     assert sum(isinstance(result, KeyLimitReached) for result in results) == 17
     assert await bot.counted() == (0, 3)
     assert await owner.held() == 3
-    await hold(books, owner, "500")  # another key of the account is free of it
-    await assert_books_hold(books)
+    await hold(database, owner, "500")  # another key of the account is free of it
+    await assert_invariants_hold(database)
 
 
-async def test_a_hold_takes_what_is_left_of_the_cap_down_to_the_least(owner: Caller, books: Database) -> None:
+async def test_a_hold_takes_what_is_left_of_the_cap_down_to_the_least(owner: Client, database: Database) -> None:
     bot = await limited(owner, "10")
-    held = await hold(books, bot, hold_max="30", available_min="10")
+    held = await hold(database, bot, hold_max="30", available_min="10")
     assert (roubles(held.amount), roubles(held.available_before)) == ("10", "10")
     with pytest.raises(KeyLimitReached):
-        await hold(books, bot, hold_max="1", available_min="0.000000001")
+        await hold(database, bot, hold_max="1", available_min="0.000000001")
 
 
-async def test_a_cap_above_the_balance_lends_nothing(books: Database) -> None:
-    bot = await limited(await make_caller(books, "5"), "1000")
-    held = await hold(books, bot, hold_max="30", available_min="1")
+async def test_a_cap_above_the_balance_lends_nothing(database: Database) -> None:
+    bot = await limited(await make_client(database, "5"), "1000")
+    held = await hold(database, bot, hold_max="30", available_min="1")
     assert (roubles(held.amount), roubles(held.available_before)) == ("5", "5")
     with pytest.raises(InsufficientFunds):
-        await hold(books, bot, "1")
+        await hold(database, bot, "1")
 
 
-async def test_a_cap_of_nothing_is_a_cap(owner: Caller, books: Database) -> None:
+async def test_a_cap_of_nothing_is_a_cap(owner: Client, database: Database) -> None:
     bot = await limited(owner, "0")
     with pytest.raises(KeyLimitReached):
-        await hold(books, bot, "0.000000001")
+        await hold(database, bot, "0.000000001")
 
 
-async def test_the_end_of_a_hold_leaves_exactly_what_was_spent(owner: Caller, books: Database) -> None:
-    bot, ledger = await limited(owner, "100"), ledger_of(books)
-    settled, released, handed, given_up, dear = [await hold(books, bot, "5") for _ in range(5)]
+async def test_the_end_of_a_hold_leaves_exactly_what_was_spent(owner: Client, database: Database) -> None:
+    bot, ledger = await limited(owner, "100"), ledger_of(database)
+    settled, released, handed, given_up, dear = [await hold(database, bot, "5") for _ in range(5)]
     assert await bot.counted() == (0, 25)
     await ledger.settle(settlement(settled, "0.01"))
     assert await bot.counted() == (Decimal("0.9"), 20)
@@ -165,43 +165,43 @@ async def test_the_end_of_a_hold_leaves_exactly_what_was_spent(owner: Caller, bo
         await ledger.settle(settlement(again, "0.01")) if again is not released else await ledger.release(release(again))
     assert await bot.counted() == (Decimal("185.4"), 0)
     with pytest.raises(KeyLimitReached):
-        await hold(books, bot, "0.01")
-    await assert_books_hold(books)
+        await hold(database, bot, "0.01")
+    await assert_invariants_hold(database)
 
 
-async def test_a_daily_cap_is_whole_again_on_the_next_day(owner: Caller, books: Database, raw: asyncpg.Connection) -> None:
+async def test_a_daily_cap_is_whole_again_on_the_next_day(owner: Client, database: Database, raw: asyncpg.Connection) -> None:
     daily, total = await limited(owner, "10", "daily"), await limited(owner, "10")
-    ledger = ledger_of(books)
-    overnight = await hold(books, daily, "2")
+    ledger = ledger_of(database)
+    overnight = await hold(database, daily, "2")
     for bot in (daily, total):
-        await ledger.settle(settlement(await hold(books, bot, "8"), "0.08"))  # 7.2 roubles
+        await ledger.settle(settlement(await hold(database, bot, "8"), "0.08"))  # 7.2 roubles
     with pytest.raises(KeyLimitReached):
-        await hold(books, daily, "1")
+        await hold(database, daily, "1")
     await raw.execute("UPDATE api_keys SET spent_on = spent_on - 1 WHERE spent_nano > 0")
     assert await daily.counted() == (0, 2)
     assert await total.counted() == (Decimal("7.2"), 0)
     with pytest.raises(KeyLimitReached):
-        await hold(books, total, "8")
-    today = await hold(books, daily, "8")  # what was held overnight still counts
+        await hold(database, total, "8")
+    today = await hold(database, daily, "8")  # what was held overnight still counts
     with pytest.raises(KeyLimitReached):
-        await hold(books, daily, "0.1")
+        await hold(database, daily, "0.1")
     await ledger.settle(settlement(overnight, "0.01"))  # charged today, so spent today
     assert await daily.counted() == (Decimal("0.9"), 8)
     await ledger.release(release(today))
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_a_cap_lifted_and_set_again_counts_from_then_on(owner: Caller, books: Database) -> None:
-    bot, ledger = await limited(owner, "10"), ledger_of(books)
-    await ledger.settle(settlement(await hold(books, bot, "5"), "0.05"))
-    before = [await hold(books, bot, "1") for _ in range(3)]
+async def test_a_cap_lifted_and_set_again_counts_from_then_on(owner: Client, database: Database) -> None:
+    bot, ledger = await limited(owner, "10"), ledger_of(database)
+    await ledger.settle(settlement(await hold(database, bot, "5"), "0.05"))
+    before = [await hold(database, bot, "1") for _ in range(3)]
     await bot.limit("20")  # another amount: the count goes on
     assert await bot.counted() == (Decimal("4.5"), 3)
 
     await bot.limit(None)
     assert await bot.counted() == (0, 0)
-    await assert_books_hold(books)
-    free = await hold(books, bot, "500")
+    await assert_invariants_hold(database)
+    free = await hold(database, bot, "500")
     await bot.limit("4")
     assert await bot.counted() == (0, 0)
     await ledger.settle(settlement(before[0], "0.01"))
@@ -209,32 +209,32 @@ async def test_a_cap_lifted_and_set_again_counts_from_then_on(owner: Caller, boo
     await ledger.settle(settlement(before[1], "0.01"))
     await ledger.settle(settlement(free, "0.01"))
     assert await bot.counted() == (0, 0)
-    held = await hold(books, bot, "3")
+    held = await hold(database, bot, "3")
     await bot.limit("4", "daily")  # another period: anew
     assert await bot.counted() == (0, 0)
     await ledger.settle(settlement(held, "0.01"))
     await ledger.settle(settlement(before[2], "0.01"))
     assert await bot.counted() == (0, 0)
-    await hold(books, bot, "4")
-    await assert_books_hold(books)
+    await hold(database, bot, "4")
+    await assert_invariants_hold(database)
 
 
-async def test_a_cap_below_what_is_spent_stops_the_key(owner: Caller, books: Database) -> None:
-    bot, ledger = await limited(owner, "10"), ledger_of(books)
-    await ledger.settle(settlement(await hold(books, bot, "5"), "0.05"))
-    running = await hold(books, bot, "5")
+async def test_a_cap_below_what_is_spent_stops_the_key(owner: Client, database: Database) -> None:
+    bot, ledger = await limited(owner, "10"), ledger_of(database)
+    await ledger.settle(settlement(await hold(database, bot, "5"), "0.05"))
+    running = await hold(database, bot, "5")
     await bot.limit("1")
     with pytest.raises(KeyLimitReached):
-        await hold(books, bot, "0.000000001")
+        await hold(database, bot, "0.000000001")
     await ledger.settle(settlement(running, "0.05"))
     assert await bot.counted() == (9, 0)
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_limits_change_only_on_a_living_key_of_the_account(owner: Caller, books: Database) -> None:
-    bot, stranger = await limited(owner, "10"), await make_caller(books, "10")
-    await hold(books, bot, "5")
-    keys = KeyRing(books, VAULT)
+async def test_limits_change_only_on_a_living_key_of_the_account(owner: Client, database: Database) -> None:
+    bot, stranger = await limited(owner, "10"), await make_client(database, "10")
+    await hold(database, bot, "5")
+    keys = KeyRing(database, VAULT)
     with pytest.raises(NoSuchKey):
         await keys.limit(stranger.account_id, bot.key_id, KeyLimits())
     with pytest.raises(NoSuchKey):
@@ -244,7 +244,7 @@ async def test_limits_change_only_on_a_living_key_of_the_account(owner: Caller, 
         with pytest.raises(NoSuchKey):
             await change
     assert await bot.counted() == (0, 5)
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
 @dataclass
@@ -289,8 +289,8 @@ def test_any_history_of_a_key_agrees_with_a_model_of_it(database_url: str, histo
 
 
 async def _play(url: str, history: list[tuple[Any, ...]]) -> None:
-    async with pool.open_database(url) as books:
-        bot, ledger, model = await limited(await make_caller(books, "50"), "20"), ledger_of(books), Model()
+    async with pool.open_database(url) as database:
+        bot, ledger, model = await limited(await make_client(database, "50"), "20"), ledger_of(database), Model()
         holds: list[Hold] = []
         for kind, *numbers in history:
             if kind == "hold":
@@ -299,7 +299,7 @@ async def _play(url: str, history: list[tuple[Any, ...]]) -> None:
                 room = free if model.limit is None else model.limit - model.spent - model.held
                 refused: type[Exception] | None = None
                 try:
-                    holds.append(await hold(books, bot, str(amount), ledger=ledger))
+                    holds.append(await hold(database, bot, str(amount), ledger=ledger))
                     model.open[holds[-1].hold_id] = (amount, model.limit is not None)
                 except (KeyLimitReached, InsufficientFunds) as error:
                     refused = type(error)
@@ -325,65 +325,65 @@ async def _play(url: str, history: list[tuple[Any, ...]]) -> None:
                     if which.hold_id in model.open:
                         model.released[which.hold_id] = model.open.pop(which.hold_id)[1]
             assert await bot.counted() == (model.spent, model.held)
-        await assert_books_hold(books)
+        await assert_invariants_hold(database)
 
 
 # -- pace, end, revocation
 
 
-async def test_a_key_has_its_own_pace_however_many_ask(owner: Caller, books: Database, other_books: Database) -> None:
+async def test_a_key_has_its_own_pace_however_many_ask(owner: Client, database: Database, other_books: Database) -> None:
     await same_minute()
-    bot, ledgers = await limited(owner, requests_per_minute=3), [ledger_of(books), ledger_of(other_books)]
+    bot, ledgers = await limited(owner, requests_per_minute=3), [ledger_of(database), ledger_of(other_books)]
     results = await asyncio.gather(
-        *(hold(books, bot, "1", ledger=ledgers[number % 2]) for number in range(20)), return_exceptions=True
+        *(hold(database, bot, "1", ledger=ledgers[number % 2]) for number in range(20)), return_exceptions=True
     )
     assert sum(isinstance(result, Hold) for result in results) == 3
     assert sum(isinstance(result, RateLimited) for result in results) == 17
-    await hold(books, owner, "1")
+    await hold(database, owner, "1")
     await bot.limit(None, requests_per_minute=None)
-    await hold(books, bot, "1")
-    await assert_books_hold(books)
+    await hold(database, bot, "1")
+    await assert_invariants_hold(database)
 
 
-async def test_a_key_is_slow_again_in_every_minute(owner: Caller, books: Database, raw: asyncpg.Connection) -> None:
+async def test_a_key_is_slow_again_in_every_minute(owner: Client, database: Database, raw: asyncpg.Connection) -> None:
     await same_minute()
     bot = await limited(owner, "100", requests_per_minute=1)
-    await hold(books, bot, "1")
+    await hold(database, bot, "1")
     with pytest.raises(RateLimited):
-        await hold(books, bot, "1")
+        await hold(database, bot, "1")
     await raw.execute("UPDATE api_keys SET minute = minute - interval '1 minute' WHERE key_id = $1", bot.key_id)
-    await hold(books, bot, "1")
+    await hold(database, bot, "1")
     with pytest.raises(RateLimited):
-        await hold(books, bot, "1")
+        await hold(database, bot, "1")
     assert await bot.counted() == (0, 2)
 
 
-async def test_a_key_ends_at_its_time(owner: Caller, books: Database) -> None:
+async def test_a_key_ends_at_its_time(owner: Client, database: Database) -> None:
     end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)
-    bot, keys = await limited(owner, expires_at=end), KeyRing(books, VAULT)
-    await hold(books, bot, "1")
+    bot, keys = await limited(owner, expires_at=end), KeyRing(database, VAULT)
+    await hold(database, bot, "1")
     assert await keys.is_alive(claim(bot))
     await asyncio.sleep(1.1)
     with pytest.raises(UnknownKey):
-        await hold(books, bot, "1")
+        await hold(database, bot, "1")
     assert not await keys.is_alive(claim(bot))
     await bot.limit(None)
-    await hold(books, bot, "1")
+    await hold(database, bot, "1")
 
 
 # -- requests at once
 
 
-def ledger_for(books: Database, directory: Path, at_once: int) -> Ledger:
+def ledger_for(database: Database, directory: Path, at_once: int) -> Ledger:
     directory.mkdir()
     journal = Journal(directory, 1 << 20, 1 << 30)
-    return Ledger(books, journal, rub_per_usd=Decimal(90), hold_ttl_s=60, chat_at_once=at_once)
+    return Ledger(database, journal, rub_per_usd=Decimal(90), hold_ttl_s=60, chat_at_once=at_once)
 
 
 async def test_no_account_has_more_requests_at_once_than_it_may(
-    owner: Caller, books: Database, other_books: Database, raw: asyncpg.Connection, tmp_path: Path
+    owner: Client, database: Database, other_books: Database, raw: asyncpg.Connection, tmp_path: Path
 ) -> None:
-    first, second = ledger_for(books, tmp_path / "a", 5), ledger_for(other_books, tmp_path / "b", 5)
+    first, second = ledger_for(database, tmp_path / "a", 5), ledger_for(other_books, tmp_path / "b", 5)
     bot = await limited(owner, "100")
 
     async def ask(number: int) -> Hold:
@@ -395,7 +395,7 @@ async def test_no_account_has_more_requests_at_once_than_it_may(
         results = await asyncio.gather(*(ask(number) for number in range(20)), return_exceptions=True)
         assert sum(isinstance(result, ConcurrencyLimitReached) for result in results) == 20 - expected
         assert await open_requests(raw, owner) == 5
-        await assert_books_hold(books)
+        await assert_invariants_hold(database)
         return [result for result in results if isinstance(result, Hold)]
 
     running = await fill(5)
@@ -414,9 +414,9 @@ async def test_no_account_has_more_requests_at_once_than_it_may(
 
 @pytest.mark.parametrize("tuned", [{"rate_limit": {"chat_concurrent_max": 3}}])
 async def test_too_many_concurrent_requests_are_told_so_and_places_are_freed(gateway: Gateway, raw: asyncpg.Connection) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     gateway.simulator.first_word_s = 0.5
-    replies = await asyncio.gather(*(gateway.chat(caller) for _ in range(20)))
+    replies = await asyncio.gather(*(gateway.chat(client) for _ in range(20)))
     refused = [response for response, _ in replies if response.status != 200]
     assert len(refused) == 17
     for response in refused:
@@ -427,29 +427,29 @@ async def test_too_many_concurrent_requests_are_told_so_and_places_are_freed(gat
         )
     gateway.simulator.first_word_s = 0
     for text in ("fault:status=400", "fault:reset=0", "fault:cut=1", "fault:empty", "Hello"):
-        await gateway.chat(caller, text)
-    assert await open_requests(raw, caller) == 0
-    await assert_books_agree(gateway, caller)
+        await gateway.chat(client, text)
+    assert await open_requests(raw, client) == 0
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_the_places_of_a_dead_process_are_freed_by_recovery(
     gateway: Gateway, raw: asyncpg.Connection, tmp_path: Path
 ) -> None:
-    caller = await gateway.caller()
-    bot = await limited(caller, "50")
-    dead = ledger_for(gateway.books, tmp_path / "dead", 3)  # a journal that nobody has open: its process is no more
-    running = [await hold(gateway.books, bot, "1", ledger=dead) for _ in range(3)]
+    client = await gateway.client()
+    bot = await limited(client, "50")
+    dead = ledger_for(gateway.database, tmp_path / "dead", 3)  # a journal that nobody has open: its process is no more
+    running = [await hold(gateway.database, bot, "1", ledger=dead) for _ in range(3)]
     with pytest.raises(ConcurrencyLimitReached):
-        await hold(gateway.books, bot, "1", ledger=dead)
-    assert await open_requests(raw, caller) == 3
+        await hold(gateway.database, bot, "1", ledger=dead)
+    assert await open_requests(raw, client) == 3
     await raw.execute(
         "UPDATE holds SET due_at = now() - interval '1 second', created_at = now() - interval '2 days' WHERE hold_id = ANY($1)",
         [one.hold_id for one in running],
     )
-    await gateway.recovered(caller)  # a day has passed without evidence
-    assert await open_requests(raw, caller) == 0
+    await gateway.recovered(client)  # a day has passed without evidence
+    assert await open_requests(raw, client) == 0
     assert await bot.counted() == (0, 0)
-    await assert_books_hold(gateway.books)
+    await assert_invariants_hold(gateway.database)
 
 
 # -- over HTTP, and over processes
@@ -459,7 +459,7 @@ async def test_the_places_of_a_dead_process_are_freed_by_recovery(
 async def other(gateway: Gateway, database_url: str, tmp_path: Path, tuned: dict[str, Any]) -> AsyncIterator[Gateway]:
     """Another gateway on the same database."""
     config = config_for(database_url, gateway.app[CONFIG].openrouter.base_url, tmp_path / "other", tuned)
-    async with gateway_on(config, gateway.books, gateway.simulator) as running:
+    async with gateway_on(config, gateway.database, gateway.simulator) as running:
         yield running
         await running.idle()
 
@@ -467,8 +467,8 @@ async def other(gateway: Gateway, database_url: str, tmp_path: Path, tuned: dict
 async def test_two_gateways_together_never_overspend_a_cap(gateway: Gateway, other: Gateway) -> None:
     """Row money-1, for a key: at least a rouble must be left of the cap for each request, so four roubles are for three or four."""
     gateway.simulator.first_word_s = 0.3
-    caller = await gateway.caller("1000")
-    bot = await limited(caller, "3.5")
+    client = await gateway.client("1000")
+    bot = await limited(client, "3.5")
     replies = await asyncio.gather(*((gateway, other)[number % 2].chat(bot, **DEAR) for number in range(20)))
     refused = [response for response, _ in replies if response.status != 200]
     assert len(replies) - len(refused) == 3
@@ -478,67 +478,67 @@ async def test_two_gateways_together_never_overspend_a_cap(gateway: Gateway, oth
     await other.idle()
     spent, held = await bot.counted()
     assert (spent, held) == (gateway.billed_usd() * 90, 0)
-    await assert_books_agree(gateway, caller, "1000")
+    await assert_charges_match_bills(gateway, client, "1000")
 
 
 async def test_what_the_cap_leaves_is_sent_as_max_tokens(gateway: Gateway) -> None:
     """A day's rest below the whole answer: the balance would cover it all, the cap does not."""
-    caller = await gateway.caller("100000")
-    bot = await limited(caller, "3", "daily")
-    for who in (caller, bot):
+    client = await gateway.client("100000")
+    bot = await limited(client, "3", "daily")
+    for who in (client, bot):
         response, _ = await gateway.chat(who, model="anthropic/claude-sonnet-4.5")
         assert response.status == 200
     free, narrow = (json.loads(record.body) for record in gateway.simulator.billing.records.values())
     assert "max_tokens" not in free
     assert 1300 < narrow["max_tokens"] < 3 / 90 / 0.0000225  # its price for a long prompt
-    await assert_books_agree(gateway, caller, "100000")
+    await assert_charges_match_bills(gateway, client, "100000")
 
 
 async def test_limits_and_revocations_are_seen_at_once_by_every_process(gateway: Gateway, other: Gateway) -> None:
     """Contract D6; rows auth-5, auth-8."""
-    caller = await gateway.caller()
-    bot = await limited(caller)
+    client = await gateway.client()
+    bot = await limited(client)
     assert (await other.chat(bot))[0].status == 200
     url = f"{gateway.url}/v1/keys/{bot.key_id}"
-    async with gateway.session.patch(url, json={"limit": 0}, headers=caller.headers) as response:
+    async with gateway.session.patch(url, json={"limit": 0}, headers=client.headers) as response:
         assert response.status == 200
     assert (await other.chat(bot))[0].headers["X-Error-Code"] == "key_limit_reached"
-    async with gateway.session.patch(url, json={"limit": None}, headers=caller.headers) as response:
+    async with gateway.session.patch(url, json={"limit": None}, headers=client.headers) as response:
         assert response.status == 200
     assert (await other.chat(bot))[0].status == 200
-    async with gateway.session.delete(url, headers=caller.headers) as response:
+    async with gateway.session.delete(url, headers=client.headers) as response:
         assert (response.status, await response.json()) == (200, {"deleted": True})
     assert (await other.chat(bot))[0].headers["X-Error-Code"] == "invalid_key"
-    assert (await other.chat(caller))[0].status == 200
+    assert (await other.chat(client))[0].status == 200
 
 
 async def test_a_key_revoked_in_mid_stream_pays_for_the_whole_answer(gateway: Gateway) -> None:
     """Row auth-14."""
     gateway.simulator.word_s = 0.05
-    caller = await gateway.caller()
-    bot = await limited(caller, "50")
+    client = await gateway.client()
+    bot = await limited(client, "50")
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
     async with gateway.session.post(gateway.chat_url, json=body, headers=bot.headers) as response:
         first = await response.content.readany()
-        await KeyRing(gateway.books, VAULT).revoke(bot.account_id, bot.key_id)
+        await KeyRing(gateway.database, VAULT).revoke(bot.account_id, bot.key_id)
         rest = await response.content.read()
     assert (first + rest).endswith(b"data: [DONE]\n\n")
     await gateway.idle()
     assert (await gateway.chat(bot))[0].status == 401
     assert await bot.counted() == (gateway.billed_usd() * 90, 0)
     assert gateway.billed_usd() > 0
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
-async def test_two_changes_of_one_key_at_once_are_both_made(books: Database) -> None:
-    caller = await make_caller(books, "100")
-    keys = KeyRing(books, VAULT)
-    _, key = await keys.issue(caller.account_id, "bot", KeyLimits(), beside=True)
+async def test_two_changes_of_one_key_at_once_are_both_made(database: Database) -> None:
+    client = await make_client(database, "100")
+    keys = KeyRing(database, VAULT)
+    _, key = await keys.issue(client.account_id, "bot", KeyLimits(), beside=True)
     for number in range(1, 15):
-        await keys.limit(caller.account_id, key.key_id, KeyLimits())
+        await keys.limit(client.account_id, key.key_id, KeyLimits())
         await asyncio.gather(
-            keys.change(caller.account_id, key.key_id, lambda seen: replace(seen, limit=Nano(5))),
-            keys.change(caller.account_id, key.key_id, lambda seen, pace=number: replace(seen, requests_per_minute=pace)),  # type: ignore[misc]
+            keys.change(client.account_id, key.key_id, lambda seen: replace(seen, limit=Nano(5))),
+            keys.change(client.account_id, key.key_id, lambda seen, pace=number: replace(seen, requests_per_minute=pace)),  # type: ignore[misc]
         )
-        after = (await keys.find(caller.account_id, key.key_id)).limits
+        after = (await keys.find(client.account_id, key.key_id)).limits
         assert (after.limit, after.requests_per_minute) == (5, number)

@@ -24,150 +24,150 @@ from gptutor.money.keyring import KeyRing
 from gptutor.money.keys import KeyClaim, make_key, parse_key
 from gptutor.money.pricing import Ceiling
 from gptutor.money.users import NoSuchUser, UserRepository
-from tests.support.gateway import VAULT, Caller, make_caller
-from tests.support.ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
+from tests.support.gateway import VAULT, Client, make_client
+from tests.support.ledger import RATE, assert_invariants_hold, claim, hold, ledger_of, release, settlement
 
 
-async def test_a_hold_sets_money_aside_and_a_settlement_charges(books: Database) -> None:
-    caller = await make_caller(books, "100")
-    held = await hold(books, caller, "30")
+async def test_a_hold_sets_money_aside_and_a_settlement_charges(database: Database) -> None:
+    client = await make_client(database, "100")
+    held = await hold(database, client, "30")
     assert (held.amount, held.available_before) == (parse_roubles("30"), parse_roubles("100"))
-    assert (await caller.balance(), await caller.held()) == (100, 30)
+    assert (await client.balance(), await client.held()) == (100, 30)
 
-    assert await ledger_of(books).settle(settlement(held, "0.1")) == "settled"
-    assert (await caller.balance(), await caller.held()) == (91, 0)
-    entry, _ = await Bookings(books).entries(caller.account_id, 10)
+    assert await ledger_of(database).settle(settlement(held, "0.1")) == "settled"
+    assert (await client.balance(), await client.held()) == (91, 0)
+    entry, _ = await Bookings(database).entries(client.account_id, 10)
     assert (entry.entry_id, entry.kind, roubles(entry.amount)) == (held.hold_id, "charge", "-9")
     assert (entry.cost_usd, entry.rub_per_usd, entry.model, entry.contra) == (Decimal("0.1"), RATE, "a/b", "revenue")
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_the_hold_takes_all_that_is_available_down_to_available_min(books: Database) -> None:
-    caller = await make_caller(books, "10")
-    held = await hold(books, caller, hold_max="30", available_min="10")
+async def test_the_hold_takes_all_that_is_available_down_to_available_min(database: Database) -> None:
+    client = await make_client(database, "10")
+    held = await hold(database, client, hold_max="30", available_min="10")
     assert (roubles(held.amount), roubles(held.available_before)) == ("10", "10")
     with pytest.raises(InsufficientFunds):
-        await hold(books, caller, hold_max="1", available_min="0.000000001")
+        await hold(database, client, hold_max="1", available_min="0.000000001")
 
 
 @pytest.mark.parametrize(
     ("balance", "amount", "granted"), [("10", "10", True), ("9.999999999", "10", False), ("0", "0.01", False)]
 )
-async def test_exactly_enough_is_enough(books: Database, balance: str, amount: str, granted: bool) -> None:
-    caller = await make_caller(books, balance)
+async def test_exactly_enough_is_enough(database: Database, balance: str, amount: str, granted: bool) -> None:
+    client = await make_client(database, balance)
     if granted:
-        await hold(books, caller, amount)
+        await hold(database, client, amount)
     else:
         with pytest.raises(InsufficientFunds):
-            await hold(books, caller, amount)
-    assert await caller.held() == (Decimal(amount) if granted else 0)
+            await hold(database, client, amount)
+    assert await client.held() == (Decimal(amount) if granted else 0)
 
 
-async def test_a_hundred_at_once_on_money_for_ten_hold_exactly_ten(books: Database) -> None:
-    caller = await make_caller(books, "10.5")
-    results = await asyncio.gather(*(hold(books, caller, "1") for _ in range(100)), return_exceptions=True)
+async def test_a_hundred_at_once_on_money_for_ten_hold_exactly_ten(database: Database) -> None:
+    client = await make_client(database, "10.5")
+    results = await asyncio.gather(*(hold(database, client, "1") for _ in range(100)), return_exceptions=True)
     assert sum(isinstance(result, Hold) for result in results) == 10
     assert sum(isinstance(result, InsufficientFunds) for result in results) == 90
-    assert (await caller.user()).available == parse_roubles("0.5")
-    await assert_books_hold(books)
+    assert (await client.user()).available == parse_roubles("0.5")
+    await assert_invariants_hold(database)
 
 
-async def test_settling_is_idempotent_and_one_item_never_affects_another(books: Database) -> None:
-    caller, other = await make_caller(books, "100"), await make_caller(books, "100")
-    first, second = await hold(books, caller, "5"), await hold(books, other, "5")
+async def test_settling_is_idempotent_and_one_item_never_affects_another(database: Database) -> None:
+    client, other = await make_client(database, "100"), await make_client(database, "100")
+    first, second = await hold(database, client, "5"), await hold(database, other, "5")
     unknown = Hold(other.account_id, new_id(), Nano(1), Nano(1), 1)
-    ledger = ledger_of(books)
+    ledger = ledger_of(database)
     batch = [settlement(first, "0.01"), settlement(first, "0.01"), settlement(unknown, "0.01"), settlement(second, "0.02")]
     rows = await ledger._settle_and_hold_batch(batch)
     assert [row["outcome"] for row in rows] == ["settled", "settled", "no_hold", "settled"]
     rows = await ledger._settle_and_hold_batch(batch[:2])
     assert [row["outcome"] for row in rows] == ["already_settled", "already_settled"]
     await asyncio.gather(ledger.release(release(first)), ledger.release(release(second)))  # too late: nothing changes
-    assert (await caller.balance(), await other.balance()) == (Decimal("99.1"), Decimal("98.2"))
-    await assert_books_hold(books)
+    assert (await client.balance(), await other.balance()) == (Decimal("99.1"), Decimal("98.2"))
+    await assert_invariants_hold(database)
 
 
-async def test_a_settlement_races_with_itself_and_books_once(books: Database) -> None:
-    caller = await make_caller(books, "100")
-    held = await hold(books, caller, "5")
-    outcomes = await asyncio.gather(*(ledger_of(books).settle(settlement(held, "0.01")) for _ in range(16)))
+async def test_a_settlement_races_with_itself_and_books_once(database: Database) -> None:
+    client = await make_client(database, "100")
+    held = await hold(database, client, "5")
+    outcomes = await asyncio.gather(*(ledger_of(database).settle(settlement(held, "0.01")) for _ in range(16)))
     assert sorted(outcomes) == ["already_settled"] * 15 + ["settled"]
-    assert await caller.balance() == Decimal("99.1")
-    await assert_books_hold(books)
+    assert await client.balance() == Decimal("99.1")
+    await assert_invariants_hold(database)
 
 
-async def test_a_release_charges_nothing_and_late_evidence_still_charges_once(books: Database) -> None:
-    caller = await make_caller(books, "100")
-    held = await hold(books, caller, "5")
-    ledger = ledger_of(books)
+async def test_a_release_charges_nothing_and_late_evidence_still_charges_once(database: Database) -> None:
+    client = await make_client(database, "100")
+    held = await hold(database, client, "5")
+    ledger = ledger_of(database)
     await asyncio.gather(*(ledger.release(release(held)) for _ in range(4)))
-    assert (await caller.balance(), await caller.held()) == (100, 0)
+    assert (await client.balance(), await client.held()) == (100, 0)
     assert await ledger.settle(settlement(held, "0.01")) == "settled_late"
     assert await ledger.settle(settlement(held, "0.01")) == "already_settled"
-    assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
-    await assert_books_hold(books)
+    assert (await client.balance(), await client.held()) == (Decimal("99.1"), 0)
+    await assert_invariants_hold(database)
 
 
-async def test_a_cost_above_the_hold_is_charged_in_full(books: Database) -> None:
-    caller = await make_caller(books, "2")
-    held = await hold(books, caller, "2")
-    await ledger_of(books).settle(settlement(held, "0.1"))
-    assert await caller.balance() == -7
+async def test_a_cost_above_the_hold_is_charged_in_full(database: Database) -> None:
+    client = await make_client(database, "2")
+    held = await hold(database, client, "2")
+    await ledger_of(database).settle(settlement(held, "0.1"))
+    assert await client.balance() == -7
     with pytest.raises(InsufficientFunds):
-        await hold(books, caller, "0.01")
-    await assert_books_hold(books)
+        await hold(database, client, "0.01")
+    await assert_invariants_hold(database)
 
 
-async def test_a_free_request_is_an_entry_of_nothing(books: Database) -> None:
-    caller = await make_caller(books, "2")
-    await ledger_of(books).settle(settlement(await hold(books, caller, "0", "1"), "0"))
-    assert roubles((await Bookings(books).entries(caller.account_id, 1))[0].amount) == "0"
-    await assert_books_hold(books)
+async def test_a_free_request_is_an_entry_of_nothing(database: Database) -> None:
+    client = await make_client(database, "2")
+    await ledger_of(database).settle(settlement(await hold(database, client, "0", "1"), "0"))
+    assert roubles((await Bookings(database).entries(client.account_id, 1))[0].amount) == "0"
+    await assert_invariants_hold(database)
 
 
-async def test_unknown_revoked_foreign_and_inactive_keys_cannot_be_told_apart(books: Database) -> None:
-    caller, other = await make_caller(books, "100"), await make_caller(books, "100")
-    users = UserRepository(books)
-    own = claim(caller)
+async def test_unknown_revoked_foreign_and_inactive_keys_cannot_be_told_apart(database: Database) -> None:
+    client, other = await make_client(database, "100"), await make_client(database, "100")
+    users = UserRepository(database)
+    own = claim(client)
     ceiling = Ceiling(hold_max=Nano(1), available_min=Nano(1))
 
     async def rejected(wrong: KeyClaim) -> None:
         with pytest.raises(UnknownKey):
-            await ledger_of(books).hold_funds(HoldRequest(wrong, new_id(), ceiling, "m", "r"))
+            await ledger_of(database).hold_funds(HoldRequest(wrong, new_id(), ceiling, "m", "r"))
 
     await rejected(KeyClaim(AccountId(10**12), own.key_hash))
     await rejected(KeyClaim(other.account_id, own.key_hash))
-    unknown = parse_key(make_key(caller.account_id))
+    unknown = parse_key(make_key(client.account_id))
     assert unknown is not None
     await rejected(unknown)
 
-    keys = KeyRing(books, VAULT)
-    new_key = await keys.renew(caller.account_id)
+    keys = KeyRing(database, VAULT)
+    new_key = await keys.renew(client.account_id)
     await rejected(own)
     assert not await keys.is_alive(own)
-    caller.key = new_key
-    assert await keys.is_alive(claim(caller))
-    await users.set_active(caller.account_id, False)
-    await rejected(claim(caller))
-    await users.set_active(caller.account_id, True)
-    await hold(books, caller, "1")
-    assert [key.revoked_at is None for key in await keys.list(caller.account_id)] == [True, False]
+    client.key = new_key
+    assert await keys.is_alive(claim(client))
+    await users.set_active(client.account_id, False)
+    await rejected(claim(client))
+    await users.set_active(client.account_id, True)
+    await hold(database, client, "1")
+    assert [key.revoked_at is None for key in await keys.list(client.account_id)] == [True, False]
 
 
-async def test_a_payment_is_booked_once_under_its_reference(books: Database) -> None:
-    caller = await make_caller(books, "0")
-    ledger = Bookings(books)
+async def test_a_payment_is_booked_once_under_its_reference(database: Database) -> None:
+    client = await make_client(database, "0")
+    ledger = Bookings(database)
     results = await asyncio.gather(
-        *(ledger.book(caller.account_id, "topup", parse_roubles("50"), reference="pay-1") for _ in range(8)),
+        *(ledger.book(client.account_id, "topup", parse_roubles("50"), reference="pay-1") for _ in range(8)),
         return_exceptions=True,
     )
     assert sum(isinstance(result, AlreadyBooked) for result in results) == 7
-    assert await caller.balance() == 50
-    await ledger.book(caller.account_id, "adjustment", parse_roubles("-20"), reason="a mistake of ours")
-    assert await caller.balance() == 30
+    assert await client.balance() == 50
+    await ledger.book(client.account_id, "adjustment", parse_roubles("-20"), reason="a mistake of ours")
+    assert await client.balance() == 30
     with pytest.raises(NoSuchUser):
         await ledger.book(AccountId(10**12), "topup", Nano(1))
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
 @pytest.mark.parametrize(
@@ -179,16 +179,16 @@ async def test_a_payment_is_booked_once_under_its_reference(books: Database) -> 
     ],
 )
 async def test_the_database_rejects_a_booking_that_makes_no_sense(
-    books: Database, kind: str, amount: int, constraint: str
+    database: Database, kind: str, amount: int, constraint: str
 ) -> None:
-    caller = await make_caller(books, "0")
+    client = await make_client(database, "0")
     with pytest.raises(ConstraintViolated, match=constraint):
-        await Bookings(books).book(caller.account_id, kind, Nano(amount))  # type: ignore[arg-type]
-    assert await caller.balance() == 0
+        await Bookings(database).book(client.account_id, kind, Nano(amount))  # type: ignore[arg-type]
+    assert await client.balance() == 0
 
 
-async def test_the_ledger_is_append_only_for_everyone(database_url: str, books: Database) -> None:
-    await make_caller(books, "10")
+async def test_the_ledger_is_append_only_for_everyone(database_url: str, database: Database) -> None:
+    await make_client(database, "10")
     connection = await asyncpg.connect(database_url)
     for statement in ("UPDATE ledger SET amount_nano = 1", "DELETE FROM ledger", "TRUNCATE ledger"):
         with pytest.raises(asyncpg.RaiseError, match="append-only"):
@@ -223,13 +223,13 @@ def test_any_history_agrees_with_a_model(database_url: str, history: list[tuple[
 
 
 async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
-    async with pool.open_database(url) as books:
-        caller, ledger = await make_caller(books, "100"), ledger_of(books)
+    async with pool.open_database(url) as database:
+        client, ledger = await make_client(database, "100"), ledger_of(database)
         balance, open_holds, holds, closed = Decimal(100), dict[HoldId, Decimal](), list[Hold](), set[HoldId]()
         for kind, *numbers in history:
             if kind == "hold":
                 try:
-                    holds.append(await hold(books, caller, str(numbers[0]), ledger=ledger))
+                    holds.append(await hold(database, client, str(numbers[0]), ledger=ledger))
                     granted = True
                 except InsufficientFunds:
                     granted = False
@@ -237,7 +237,7 @@ async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
                 if granted:
                     open_holds[holds[-1].hold_id] = Decimal(numbers[0])
             elif kind == "topup":
-                await Bookings(books).book(caller.account_id, "topup", parse_roubles(str(numbers[0])))
+                await Bookings(database).book(client.account_id, "topup", parse_roubles(str(numbers[0])))
                 balance += numbers[0]
             elif numbers[0] < len(holds):
                 which = holds[numbers[0]]
@@ -251,16 +251,16 @@ async def _play(url: str, history: list[tuple[str, int, int]]) -> None:
                         balance -= cost * RATE
                     closed.add(which.hold_id)
                 open_holds.pop(which.hold_id, None)
-            assert (await caller.balance(), await caller.held()) == (balance, sum(open_holds.values()))
-        await assert_books_hold(books)
+            assert (await client.balance(), await client.held()) == (balance, sum(open_holds.values()))
+        await assert_invariants_hold(database)
 
 
-async def test_two_under_one_idempotency_key_in_one_batch_are_one(books: Database) -> None:
-    caller = await make_caller(books, "100")
-    ledger, ceiling = ledger_of(books), Ceiling(hold_max=parse_roubles("5"), available_min=parse_roubles("5"))
+async def test_two_under_one_idempotency_key_in_one_batch_are_one(database: Database) -> None:
+    client = await make_client(database, "100")
+    ledger, ceiling = ledger_of(database), Ceiling(hold_max=parse_roubles("5"), available_min=parse_roubles("5"))
 
     def asked(request_id: str, body: bytes) -> HoldRequest:
-        return HoldRequest(claim(caller), new_id(), ceiling, "a/b", request_id, "once", hashlib.sha256(body).digest())
+        return HoldRequest(claim(client), new_id(), ceiling, "a/b", request_id, "once", hashlib.sha256(body).digest())
 
     first, again, other = await asyncio.gather(
         *(ledger.hold_funds(asked(name, body)) for name, body in (("r-1", b"a"), ("r-2", b"a"), ("r-3", b"b"))),
@@ -270,14 +270,14 @@ async def test_two_under_one_idempotency_key_in_one_batch_are_one(books: Databas
     assert isinstance(again, RepeatedRequest)
     assert isinstance(other, RepeatedRequest)
     assert (again.request_id, again.same_body, other.request_id, other.same_body) == ("r-1", True, "r-1", False)
-    assert await caller.held() == 5
-    await assert_books_hold(books)
+    assert await client.held() == 5
+    await assert_invariants_hold(database)
 
 
-async def pages_read(connection: asyncpg.Connection, caller: Caller, times: int) -> float:
+async def pages_read(connection: asyncpg.Connection, client: Client, times: int) -> float:
     """Pages read by the settlement of one request and the hold of the next, nine kopecks each: the median of the last nine, because
     now and then a statement also prunes or splits a page."""
-    of, pages = claim(caller), []
+    of, pages = claim(client), []
     hold_id = new_id()
     for number in range(times + 1):
         charges: tuple[list[object], ...] = (
@@ -300,14 +300,14 @@ async def pages_read(connection: asyncpg.Connection, caller: Caller, times: int)
 
 
 async def test_a_long_history_makes_the_next_request_of_an_account_no_slower(
-    new_tables: None, books: Database, database_url: str
+    new_tables: None, database: Database, database_url: str
 ) -> None:
     """Although planned on a nearly empty table, the statements use the indexes, and read no more pages when the table has grown."""
-    caller = await make_caller(books, "1000")
+    client = await make_client(database, "1000")
     connection = await asyncpg.connect(database_url)
     await connection.execute("ANALYZE")
-    early = await pages_read(connection, caller, 10)
-    late = await pages_read(connection, caller, 1000)
+    early = await pages_read(connection, client, 10)
+    late = await pages_read(connection, client, 1000)
     await connection.close()
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
     assert late < 1.5 * early, (early, late)

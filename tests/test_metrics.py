@@ -23,7 +23,7 @@ def value(name: str, **labels: str) -> float:
 
 
 async def test_completions_errors_failures_and_retries_are_counted(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     counted = [
         ("gptutor_completions_total", {"outcome": "settled"}),
         ("gptutor_completions_total", {"outcome": "upstream_account"}),
@@ -35,9 +35,9 @@ async def test_completions_errors_failures_and_retries_are_counted(gateway: Gate
         ("gptutor_completion_duration_seconds_count", {}),
     ]
     before = [value(name, **labels) for name, labels in counted]
-    await gateway.chat(caller)
-    await gateway.chat(caller, "fault:status=402")
-    await gateway.chat(caller, "fault:status=503:0")
+    await gateway.chat(client)
+    await gateway.chat(client, "fault:status=402")
+    await gateway.chat(client, "fault:status=503:0")
     after = [value(name, **labels) for name, labels in counted]
     assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1, 1, 1, 1, 3, 2, 3]
     assert value("gptutor_catalogue_age_seconds") > 0

@@ -20,7 +20,7 @@ from schemathesis.checks import CHECKS, load_all_checks, not_a_server_error
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import make_key
 from gptutor.web import openapi
-from tests.support.books import assert_books_agree
+from tests.support.accounting import assert_charges_match_bills
 from tests.support.gateway import Gateway
 
 CHAT = "POST /v1/chat/completions"
@@ -98,21 +98,21 @@ async def test_operations_without_credentials_are_as_described(gateway: Gateway,
 
 
 async def test_valid_requests_get_the_described_responses(gateway: Gateway) -> None:
-    caller = await gateway.caller("10000")
-    answers = await exploring(gateway, CHAT, GenerationMode.POSITIVE, 80, caller.headers, BUT_ACCEPTANCE)
+    client = await gateway.client("10000")
+    answers = await exploring(gateway, CHAT, GenerationMode.POSITIVE, 80, client.headers, BUT_ACCEPTANCE)
     assert answers.count((200,)) > len(answers) / 2
     assert set(answers) <= {(200,), (400, "upstream_rejected")}  # OpenRouter may find fault with what passes us by
-    await gateway.recovered(caller)
-    await assert_books_agree(gateway, caller, "10000")
+    await gateway.recovered(client)
+    await assert_charges_match_bills(gateway, client, "10000")
 
 
 async def test_invalid_requests_get_the_described_errors(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    answers = await exploring(gateway, CHAT, GenerationMode.NEGATIVE, 100, caller.headers, ALL)
+    client = await gateway.client()
+    answers = await exploring(gateway, CHAT, GenerationMode.NEGATIVE, 100, client.headers, ALL)
     assert [status for status, *_ in answers].count(400) > len(
         answers
     ) / 4  # where the key alone was wrong, the good one has taken its place
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("mode", GenerationMode)

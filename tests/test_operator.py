@@ -32,7 +32,7 @@ from gptutor.money.reconciliation import reconcile
 from gptutor.money.users import UserRepository
 from gptutor.server.serve import simulated_openrouter
 from gptutor.telemetry.log_writer import logging_to
-from tests.support.gateway import VAULT, Gateway, config_for, gateway_on, make_caller
+from tests.support.gateway import VAULT, Gateway, config_for, gateway_on, make_client
 from tests.support.ledger import hold, ledger_of, settlement
 
 CANARY = "canary-7391"
@@ -72,28 +72,28 @@ def test_migrations_only_add() -> None:
 
 
 async def test_charges_lost_by_a_restored_backup_show_in_the_comparison_with_openrouter(
-    books: Database, database_url: str
+    database: Database, database_url: str
 ) -> None:
     """Row operator-5: a backup agrees with itself, so no invariant is broken; OpenRouter's total of the day differs from ours."""
-    caller = await make_caller(books, "100")
-    ledger = ledger_of(books)
-    await ledger.settle(settlement(await hold(books, caller, "5"), "0.01"))
+    client = await make_client(database, "100")
+    ledger = ledger_of(database)
+    await ledger.settle(settlement(await hold(database, client, "5"), "0.01"))
     backup = await asyncpg.connect(database_url)
     await backup.execute("SET session_replication_role = replica")
     tables = ("accounts", "holds", "usage_days", "ledger")
     for table in tables:
         await backup.execute(f"CREATE TEMP TABLE saved_{table} AS SELECT * FROM {table}")
-    await ledger.settle(settlement(await hold(books, caller, "5"), "0.02"))
+    await ledger.settle(settlement(await hold(database, client, "5"), "0.02"))
     today = datetime.datetime.now(datetime.UTC).date()
     theirs = {today: Decimal("0.03")}
-    assert (await reconcile(books, theirs)).days[0].difference_usd == 0
+    assert (await reconcile(database, theirs)).days[0].difference_usd == 0
 
     for table in tables:  # the trigger that keeps the totals is disabled as well
         await backup.execute(f"DELETE FROM {table}")
         await backup.execute(f"INSERT INTO {table} OVERRIDING SYSTEM VALUE SELECT * FROM saved_{table}")
     await backup.close()
-    assert (await reconcile(books, theirs)).days[0].difference_usd == Decimal("0.02")
-    assert [finding async for finding in check(books) if finding.rows] == []
+    assert (await reconcile(database, theirs)).days[0].difference_usd == Decimal("0.02")
+    assert [finding async for finding in check(database) if finding.rows] == []
 
 
 # -- a role with few privileges
@@ -142,25 +142,25 @@ async def test_the_role_of_the_service_can_do_all_that_the_service_does(
     app_role_url: str, simulator: Any, tmp_path: Path
 ) -> None:
     """Row operator-7: a whole request, keys, bookings, users by VK, and the check of the invariants."""
-    async with simulated_openrouter(simulator, Place(port=0)) as base_url, open_database(app_role_url) as books:
-        async with gateway_on(config_for(app_role_url, base_url, tmp_path), books, simulator) as gateway:
-            caller = await gateway.caller()
+    async with simulated_openrouter(simulator, Place(port=0)) as base_url, open_database(app_role_url) as database:
+        async with gateway_on(config_for(app_role_url, base_url, tmp_path), database, simulator) as gateway:
+            client = await gateway.client()
             for text in ("Hello", "fault:no-usage"):
-                response, _ = await gateway.chat(caller, text)
+                response, _ = await gateway.chat(client, text)
                 assert response.status == 200
-            await gateway.recovered(caller)
-        await KeyRing(books, VAULT).renew(caller.account_id, others_too=True)
-        await UserRepository(books).of_person("vk", "1", bonus=parse_roubles("1"))
-        await UserRepository(books).set_active(caller.account_id, False)
-        assert (await Bookings(books).entries(caller.account_id, 10))[0].kind == "charge"
-        assert [finding async for finding in check(books) if finding.rows] == []
+            await gateway.recovered(client)
+        await KeyRing(database, VAULT).renew(client.account_id, others_too=True)
+        await UserRepository(database).of_person("vk", "1", bonus=parse_roubles("1"))
+        await UserRepository(database).set_active(client.account_id, False)
+        assert (await Bookings(database).entries(client.account_id, 10))[0].kind == "charge"
+        assert [finding async for finding in check(database) if finding.rows] == []
 
 
 # -- a new OpenRouter key
 
 
 async def test_a_new_openrouter_key_serves_from_the_restart_on(
-    database_url: str, books: Database, simulator: Any, aiohttp_server: Any, tmp_path: Path
+    database_url: str, database: Database, simulator: Any, aiohttp_server: Any, tmp_path: Path
 ) -> None:
     """Row operator-8: requests use the current key; the cost of a request made with the previous key is looked up with that one."""
     seen: list[tuple[str, str]] = []
@@ -188,20 +188,20 @@ async def test_a_new_openrouter_key_serves_from_the_restart_on(
         [web.post("/chat/completions", completion), web.get("/generation", generation), web.get("/models", models)]
     )
     server = await aiohttp_server(upstream)
-    caller = await make_caller(books, "100")
+    client = await make_client(database, "100")
     for key, old in (("sk-or-old", ""), ("sk-or-new", "sk-or-older sk-or-old")):
         config = config_for(database_url, str(server.make_url("/")), tmp_path / "rotated")
         keys = msgspec.structs.replace(config.openrouter, api_key=key, old_api_keys=old)
         config = msgspec.structs.replace(config, openrouter=keys)
-        async with gateway_on(config, books, simulator) as running:
-            response, _ = await running.chat(caller)
+        async with gateway_on(config, database, simulator) as running:
+            response, _ = await running.chat(client)
             assert response.status == 200
             if key == "sk-or-new":
                 costs_known = True
-                await running.recovered(caller)
+                await running.recovered(client)
     assert [key for what, key in seen if what == "completion"] == ["Bearer sk-or-old", "Bearer sk-or-new"]
-    assert await caller.balance() == Decimal("98.2")
-    assert await caller.held() == 0
+    assert await client.balance() == Decimal("98.2")
+    assert await client.held() == 0
 
 
 # -- a log at level debug
@@ -209,7 +209,7 @@ async def test_a_new_openrouter_key_serves_from_the_restart_on(
 
 async def test_a_log_at_debug_has_no_text_no_key_and_no_signature(gateway: Gateway, tmp_path: Path) -> None:
     """Row operator-9: of requests that succeed, fail, are malformed, or carry VK launch parameters."""
-    caller = await gateway.caller()
+    client = await gateway.client()
     signed = {"vk_user_id": "1", "vk_app_id": "1", "vk_ts": str(int(time.time()))}
     launch = urlencode({**signed, "sign": signature(signed, "wrong")})
     before = {name: logging.getLogger(name).level for name in ("", "asyncio", "aiohttp")}
@@ -218,11 +218,11 @@ async def test_a_log_at_debug_has_no_text_no_key_and_no_signature(gateway: Gatew
             logging.getLogger(name).setLevel(logging.DEBUG)
         try:
             for text in (CANARY, f"{CANARY} fault:status=500", f"{CANARY} fault:status=402", f"{CANARY} fault:cut=2"):
-                await gateway.chat(caller, text, stream="cut" in text)
+                await gateway.chat(client, text, stream="cut" in text)
             for body, headers in (
-                (f'{{"messages": "{CANARY}"}}', caller.headers),
-                (f'{{"{CANARY}"', caller.headers),
-                ("{}", {"Authorization": f"Bearer {caller.key}x"}),
+                (f'{{"messages": "{CANARY}"}}', client.headers),
+                (f'{{"{CANARY}"', client.headers),
+                ("{}", {"Authorization": f"Bearer {client.key}x"}),
                 (f'{{"amount": "{CANARY}"}}', {"Authorization": f"Bearer {launch}"}),
             ):
                 for path in ("/v1/chat/completions", "/v1/payments"):
@@ -230,7 +230,7 @@ async def test_a_log_at_debug_has_no_text_no_key_and_no_signature(gateway: Gatew
                         await response.read()
             host, port = gateway.url.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(f"GET /\x01{CANARY} HTTP/1.1\r\nAuthorization: Bearer {caller.key}\r\n\r\n".encode())
+            writer.write(f"GET /\x01{CANARY} HTTP/1.1\r\nAuthorization: Bearer {client.key}\r\n\r\n".encode())
             await reader.read(100)
             writer.close()
         finally:
@@ -239,7 +239,7 @@ async def test_a_log_at_debug_has_no_text_no_key_and_no_signature(gateway: Gatew
     (log,) = (tmp_path / "chatty").iterdir()
     text = log.read_text()
     assert len(text.splitlines()) > 12
-    for secret in (CANARY, caller.key, caller.key[:-4], "sk-or-test", "vk_user_id", launch[-20:]):
+    for secret in (CANARY, client.key, client.key[:-4], "sk-or-test", "vk_user_id", launch[-20:]):
         assert secret not in text, secret
     assert all(json.loads(line)["level"] for line in text.splitlines())
 
@@ -249,7 +249,7 @@ async def test_a_log_at_debug_has_no_text_no_key_and_no_signature(gateway: Gatew
 
 @pytest.mark.parametrize("off_s", [-3700, 3700])
 async def test_with_a_clock_off_by_an_hour_vk_sign_in_is_rejected_and_keys_work(
-    database_url: str, books: Database, simulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off_s: int
+    database_url: str, database: Database, simulator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off_s: int
 ) -> None:
     """Row operator-10: sign-in fails closed, in both directions, and the 401 is logged; keys and money do not depend on the clock."""
     config = msgspec.structs.replace(
@@ -260,12 +260,12 @@ async def test_with_a_clock_off_by_an_hour_vk_sign_in_is_rejected_and_keys_work(
     now = time.time()
     signed = {"vk_user_id": "494075", "vk_app_id": "5", "vk_ts": str(int(now))}
     launch = urlencode({**signed, "sign": signature(signed, "s")})
-    caller = await make_caller(books, "0")
+    client = await make_client(database, "0")
     statuses = []
-    async with gateway_on(config, books, simulator) as gateway:
+    async with gateway_on(config, database, simulator) as gateway:
         for clock in (now, now + off_s):
             monkeypatch.setattr("gptutor.api.auth.time.time", lambda clock=clock: clock)
-            for token in (launch, caller.key):
+            for token in (launch, client.key):
                 async with gateway.session.post(
                     f"{gateway.url}/v1/payments", headers={"Authorization": f"Bearer {token}"}
                 ) as response:

@@ -16,34 +16,34 @@ from gptutor.money.amounts import nano_of, parse_roubles, roubles
 from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, KeyLimits, KeyRing, TooManyKeys
 from gptutor.money.users import UserRepository
 from gptutor.web import openapi
-from tests.support.gateway import VAULT, Caller, Gateway, make_caller
-from tests.support.ledger import assert_books_hold
+from tests.support.gateway import VAULT, Client, Gateway, make_client
+from tests.support.ledger import assert_invariants_hold
 from tests.support.vk import bearer, launch, sign_in, with_vk
 
 NOON = datetime.datetime(2030, 1, 31, 12, tzinfo=datetime.UTC)
 
 
 async def send(
-    gateway: Gateway, method: str, key_id: int | None, caller: Caller, body: Any = None, **request: Any
+    gateway: Gateway, method: str, key_id: int | None, client: Client, body: Any = None, **request: Any
 ) -> tuple[int, str, Any]:
     """Status, code, and body."""
     path = "/v1/keys" if key_id is None else f"/v1/keys/{key_id}"
     content = {} if body is None else {"json": body}
-    async with gateway.session.request(method, gateway.url + path, headers=caller.headers, **content, **request) as response:
+    async with gateway.session.request(method, gateway.url + path, headers=client.headers, **content, **request) as response:
         document = json.loads(await response.read(), parse_float=Decimal)
         return response.status, response.headers.get("X-Error-Code", ""), document
 
 
-async def make(gateway: Gateway, caller: Caller, **form: Any) -> tuple[Caller, dict[str, Any]]:
-    """The new key as a caller, and as it is shown."""
-    status, _, document = await send(gateway, "POST", None, caller, {"name": "bot", **form})
+async def make(gateway: Gateway, client: Client, **form: Any) -> tuple[Client, dict[str, Any]]:
+    """The new key as a client, and as it is shown."""
+    status, _, document = await send(gateway, "POST", None, client, {"name": "bot", **form})
     assert status == 201
     assert set(document) == {"data", "key"}
-    return Caller(document["key"], caller.account_id, gateway.books), document["data"]
+    return Client(document["key"], client.account_id, gateway.database), document["data"]
 
 
-async def shown(gateway: Gateway, caller: Caller, key_id: int) -> dict[str, Any]:
-    _, _, document = await send(gateway, "GET", None, caller)
+async def shown(gateway: Gateway, client: Client, key_id: int) -> dict[str, Any]:
+    _, _, document = await send(gateway, "GET", None, client)
     return next(key for key in document["data"] if key["id"] == key_id)
 
 
@@ -51,35 +51,35 @@ async def shown(gateway: Gateway, caller: Caller, key_id: int) -> dict[str, Any]
 
 
 async def test_a_key_is_shown_once_and_known_by_its_label(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    bot, key = await make(gateway, caller, name="Бот № 1", limit=100)
+    client = await gateway.client()
+    bot, key = await make(gateway, client, name="Бот № 1", limit=100)
     assert key == {
         "id": key["id"], "name": "Бот № 1", "label": bot.key.rpartition("-")[0] + "-" + bot.key.rpartition("-")[2][:4],
         "is_main": False, "disabled": False, "limit": "100", "limit_reset": None, "limit_remaining": "100", "usage": "0", "held": "0",
         "requests_per_minute": None, "created_at": key["created_at"], "expires_at": None,
     }  # fmt: skip
     assert (await gateway.chat(bot))[0].status == 200
-    status, _, document = await send(gateway, "GET", None, caller)
+    status, _, document = await send(gateway, "GET", None, client)
     assert status == 200
     assert [(one["id"], one["is_main"]) for one in document["data"]] == [(key["id"], False), (document["data"][1]["id"], True)]
     text = json.dumps(document, default=str)
     assert bot.key not in text
-    assert caller.key not in text
+    assert client.key not in text
     spent = gateway.billed_usd() * 90
     assert document["data"][0] == {**key, "usage": roubles(nano_of(spent)), "limit_remaining": roubles(nano_of(100 - spent))}
     assert [document["data"][1][name] for name in ("limit", "limit_remaining", "usage", "held")] == [None] * 4
 
-    assert await send(gateway, "DELETE", key["id"], caller) == (200, "", {"deleted": True})
+    assert await send(gateway, "DELETE", key["id"], client) == (200, "", {"deleted": True})
     assert (await gateway.chat(bot))[0].status == 401
-    assert await send(gateway, "DELETE", key["id"], caller) == (404, "not_found", {"error": "API key not found"})
-    assert len((await send(gateway, "GET", None, caller))[2]["data"]) == 1
-    await assert_books_hold(gateway.books)
+    assert await send(gateway, "DELETE", key["id"], client) == (404, "not_found", {"error": "API key not found"})
+    assert len((await send(gateway, "GET", None, client))[2]["data"]) == 1
+    await assert_invariants_hold(gateway.database)
 
 
 async def test_amounts_are_exact_strings(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     content = '{"name": "bot", "limit": 123456789.000000001}'
-    headers = {**caller.headers, "Content-Type": "application/json"}
+    headers = {**client.headers, "Content-Type": "application/json"}
     async with gateway.session.post(f"{gateway.url}/v1/keys", data=content, headers=headers) as response:
         assert response.headers["Cache-Control"] == "no-store"
         assert b'"limit":"123456789.000000001",' in await response.read()
@@ -87,20 +87,20 @@ async def test_amounts_are_exact_strings(gateway: Gateway) -> None:
 
 async def test_limit_remaining_excludes_held_amounts(gateway: Gateway) -> None:
     gateway.simulator.first_word_s = 0.5
-    caller = await gateway.caller()
-    bot, key = await make(gateway, caller, limit=50)
+    client = await gateway.client()
+    bot, key = await make(gateway, client, limit=50)
     asking = asyncio.create_task(gateway.chat(bot))
     async with asyncio.timeout(5):
-        while (now := await shown(gateway, caller, key["id"]))["held"] == "0":
+        while (now := await shown(gateway, client, key["id"]))["held"] == "0":
             await asyncio.sleep(0.01)
     assert (now["usage"], Decimal(now["limit_remaining"])) == ("0", 50 - Decimal(now["held"]))
     await asking
 
 
 async def test_limits_are_changed_one_by_one(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     _, key = await make(
-        gateway, caller, limit=10, limit_reset="daily", requests_per_minute=30, expires_at="2030-01-31T15:00:00+03:00"
+        gateway, client, limit=10, limit_reset="daily", requests_per_minute=30, expires_at="2030-01-31T15:00:00+03:00"
     )
     names = ("limit", "limit_reset", "requests_per_minute", "expires_at")
     assert [key[name] for name in names] == ["10", "daily", 30, "2030-01-31T12:00:00.000Z"]
@@ -113,20 +113,20 @@ async def test_limits_are_changed_one_by_one(gateway: Gateway) -> None:
         ({"limit": None}, [None, None, 1, None]),
         ({"limit": 7, "limit_reset": "daily"}, ["7", "daily", 1, None]),
     ]:
-        status, _, document = await send(gateway, "PATCH", key["id"], caller, change)
+        status, _, document = await send(gateway, "PATCH", key["id"], client, change)
         assert (status, [document["data"][name] for name in names]) == (200, after)
-        assert document["data"] == await shown(gateway, caller, key["id"])
+        assert document["data"] == await shown(gateway, client, key["id"])
 
 
 async def test_an_expired_key_is_disabled_and_can_be_enabled_again(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=1)
-    bot, key = await make(gateway, caller, expires_at=end.isoformat())
+    bot, key = await make(gateway, client, expires_at=end.isoformat())
     assert not key["disabled"]
     await asyncio.sleep(1.1)
-    assert (await shown(gateway, caller, key["id"]))["disabled"]
+    assert (await shown(gateway, client, key["id"]))["disabled"]
     assert (await gateway.chat(bot))[0].status == 401
-    await send(gateway, "PATCH", key["id"], caller, {"expires_at": None})
+    await send(gateway, "PATCH", key["id"], client, {"expires_at": None})
     assert (await gateway.chat(bot))[0].status == 200
 
 
@@ -136,7 +136,7 @@ async def test_an_expired_key_is_disabled_and_can_be_enabled_again(gateway: Gate
 @with_vk
 async def test_a_sign_in_manages_keys_and_none_of_them_becomes_the_main_key(gateway: Gateway) -> None:
     """The first request of a person may be this one."""
-    person = Caller(launch(), (await make_caller(gateway.books, "0")).account_id, gateway.books)
+    person = Client(launch(), (await make_client(gateway.database, "0")).account_id, gateway.database)
     bot, key = await make(gateway, person, limit=1)
     assert not key["is_main"]
     user = (await sign_in(gateway, person.key))["dbUser"]
@@ -150,19 +150,19 @@ async def test_a_sign_in_manages_keys_and_none_of_them_becomes_the_main_key(gate
 
 async def test_only_the_main_key_changes_keys(gateway: Gateway) -> None:
     """The holder of a limited key must not lift its limit, create a key without one, or revoke other keys."""
-    caller = await gateway.caller()
-    bot, key = await make(gateway, caller, limit=1)
+    client = await gateway.client()
+    bot, key = await make(gateway, client, limit=1)
     assert (await send(gateway, "GET", None, bot))[0] == 200
     for method, key_id, body in [
         ("POST", None, {"name": "free"}), ("PATCH", key["id"], {"limit": None}), ("DELETE", key["id"], None)
     ]:  # fmt: skip
         status, code, _ = await send(gateway, method, key_id, bot, body)
         assert (status, code) == (403, "main_key_required")
-    assert await shown(gateway, caller, key["id"]) == key
+    assert await shown(gateway, client, key["id"]) == key
 
 
 async def test_another_accounts_key_is_404(gateway: Gateway) -> None:
-    owner, stranger = await gateway.caller(), await gateway.caller()
+    owner, stranger = await gateway.client(), await gateway.client()
     bot, key = await make(gateway, owner, limit=50)
     for key_id in (key["id"], 10**17, 987_654_321_012_345_678):
         for method, body in (("PATCH", {"limit": None}), ("DELETE", None)):
@@ -174,29 +174,29 @@ async def test_another_accounts_key_is_404(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize("key_id", ["0", "-1", "x", "1.5", "9" * 30, "1/2"])
 async def test_a_malformed_key_id_is_404(gateway: Gateway, key_id: str) -> None:
-    caller = await gateway.caller()
-    assert (await send(gateway, "DELETE", key_id, caller))[:2] == (404, "not_found")  # type: ignore[arg-type]
+    client = await gateway.client()
+    assert (await send(gateway, "DELETE", key_id, client))[:2] == (404, "not_found")  # type: ignore[arg-type]
 
 
-async def test_concurrent_requests_create_at_most_a_hundred_keys(books: Database) -> None:
-    caller, keys = await make_caller(books, "0"), KeyRing(books, VAULT)
-    made = await asyncio.gather(*(keys.issue(caller.account_id, str(n)) for n in range(120)), return_exceptions=True)
+async def test_concurrent_requests_create_at_most_a_hundred_keys(database: Database) -> None:
+    client, keys = await make_client(database, "0"), KeyRing(database, VAULT)
+    made = await asyncio.gather(*(keys.issue(client.account_id, str(n)) for n in range(120)), return_exceptions=True)
     assert sum(isinstance(one, TooManyKeys) for one in made) == 120 - (KEYS_MAX - 1)
-    living = [key for key in await keys.list(caller.account_id) if key.revoked_at is None]
+    living = [key for key in await keys.list(client.account_id) if key.revoked_at is None]
     assert len(living) == KEYS_MAX
-    await keys.revoke(caller.account_id, living[0].key_id)
-    await keys.issue(caller.account_id, "in its place")
+    await keys.revoke(client.account_id, living[0].key_id)
+    await keys.issue(client.account_id, "in its place")
 
 
 async def test_one_key_too_many_is_409(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptutor.money.keyring.KEYS_MAX", 1)
-    status, code, document = await send(gateway, "POST", None, await gateway.caller(), {"name": "bot"})
+    status, code, document = await send(gateway, "POST", None, await gateway.client(), {"name": "bot"})
     assert (status, code) == (409, "too_many_keys")
     assert document == {"error": "An account may have 100 keys; revoke one that is no longer needed"}
 
 
-async def test_of_concurrent_first_keys_one_is_the_main_key(books: Database) -> None:
-    user, keys = await UserRepository(books).create(), KeyRing(books, VAULT)
+async def test_of_concurrent_first_keys_one_is_the_main_key(database: Database) -> None:
+    user, keys = await UserRepository(database).create(), KeyRing(database, VAULT)
     limited = await keys.issue(user.account_id, "limited", KeyLimits(requests_per_minute=1))
     beside = await keys.issue(user.account_id, "beside", beside=True)
     made = await asyncio.gather(*(keys.issue(user.account_id) for _ in range(10)))
@@ -264,18 +264,18 @@ NAME = "name must be a string of 1 to 100 printable characters"
 async def test_an_invalid_body_names_the_field_and_what_is_allowed(
     gateway: Gateway, body: str | bytes, code: str, text: str | None
 ) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     async with gateway.session.post(
-        f"{gateway.url}/v1/keys", data=body, headers={**caller.headers, "Content-Type": "application/json"}
+        f"{gateway.url}/v1/keys", data=body, headers={**client.headers, "Content-Type": "application/json"}
     ) as response:
         assert (response.status, response.headers["X-Error-Code"]) == (400, code)
         error = (await response.json())["error"]
         assert error == text or (text is None and len(error) < 300)
-    assert len(await KeyRing(gateway.books, VAULT).list(caller.account_id)) == 1
+    assert len(await KeyRing(gateway.database, VAULT).list(client.account_id)) == 1
 
 
 async def test_the_body_must_be_small_json(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     large = b'{"name": "%s"}' % (b"x" * BODY_LIMITS.bytes_max)
 
     async def pieces() -> Any:
@@ -287,11 +287,11 @@ async def test_the_body_must_be_small_json(gateway: Gateway) -> None:
         (b'{"name": "x"}', {"Content-Type": "text/plain"}, (415, "unsupported_media_type")),
         (b'{"name": "x"}', {"Content-Type": "application/json", "Expect": "200-ok"}, (417, "expectation_failed")),
     ]:
-        async with gateway.session.post(f"{gateway.url}/v1/keys", data=data, headers={**caller.headers, **headers}) as response:
+        async with gateway.session.post(f"{gateway.url}/v1/keys", data=data, headers={**client.headers, **headers}) as response:
             assert (response.status, response.headers["X-Error-Code"]) == refused
             assert list(await response.json()) == ["error"]
     async with gateway.session.post(
-        f"{gateway.url}/v1/keys", json={"name": "x"}, headers=caller.headers, expect100=True
+        f"{gateway.url}/v1/keys", json={"name": "x"}, headers=client.headers, expect100=True
     ) as response:
         assert response.status == 201
 

@@ -22,7 +22,7 @@ from gptutor.money.holds import new_id
 from gptutor.money.invariants import check
 from gptutor.simulator.server import Simulator
 from gptutor.telemetry.log_writer import logging_to
-from tests.support.gateway import Caller, Gateway, config_for, gateway_on, make_caller
+from tests.support.gateway import Client, Gateway, config_for, gateway_on, make_client
 from tests.support.yookassa import SECRET_KEY, SHOP_ID, YooKassaStandIn, notification
 
 
@@ -42,9 +42,9 @@ class Shop:
                 assert await response.json() == {"status": "ok"}
             return response.status
 
-    async def order(self, caller: Caller, amount: Any, **headers: str) -> tuple[int, dict[str, Any], str | None]:
+    async def order(self, client: Client, amount: Any, **headers: str) -> tuple[int, dict[str, Any], str | None]:
         async with self.gateway.session.post(
-            f"{self.gateway.url}/v1/payments", json={"amount": amount}, headers={**caller.headers, **headers}
+            f"{self.gateway.url}/v1/payments", json={"amount": amount}, headers={**client.headers, **headers}
         ) as response:
             return response.status, await response.json(), response.headers.get("X-Error-Code")
 
@@ -54,7 +54,7 @@ class Shop:
 
 @pytest.fixture
 async def shop(
-    database_url: str, books: Database, simulator: Simulator, aiohttp_server: Any, tmp_path: Path
+    database_url: str, database: Database, simulator: Simulator, aiohttp_server: Any, tmp_path: Path
 ) -> AsyncIterator[Shop]:
     yookassa = YooKassaStandIn()
     server = await aiohttp_server(yookassa.app())
@@ -69,46 +69,46 @@ async def shop(
     config.paths.data.mkdir(parents=True)
     (config.paths.data / "models.json").write_bytes(simulator.model_list)  # it is ready without its OpenRouter
     with logging_to(tmp_path / "lines", level="debug", retention_days=1, stdout=False):
-        async with gateway_on(config, books, simulator) as running:
+        async with gateway_on(config, database, simulator) as running:
             yield Shop(running, yookassa)
     text = "".join(path.read_text() for path in (tmp_path / "lines").iterdir())
     assert SECRET_KEY not in text
     assert "Basic " not in text
     assert "sk-user-" not in text
-    assert [finding async for finding in check(books) if finding.rows] == []
+    assert [finding async for finding in check(database) if finding.rows] == []
 
 
 async def test_a_payment_is_created_paid_and_credited(shop: Shop) -> None:
-    caller = await shop.gateway.caller("0")
-    status, body, _ = await shop.order(caller, "150.50")
+    client = await shop.gateway.client("0")
+    status, body, _ = await shop.order(client, "150.50")
     payment = body["data"]
     assert (status, payment["status"], payment["amount"]) == (200, "pending", "150.50")
     assert payment["confirmation_url"].startswith("https://")
-    assert shop.yookassa.payments[payment["id"]]["metadata"] == {"gptutor_account_id": str(caller.account_id)}
+    assert shop.yookassa.payments[payment["id"]]["metadata"] == {"gptutor_account_id": str(client.account_id)}
     assert await shop.notify("payment.waiting_for_capture", payment["id"]) == 200
-    assert await caller.balance() == 0
+    assert await client.balance() == 0
     shop.yookassa.pay(payment["id"])
     assert await shop.notify("payment.succeeded", payment["id"]) == 200
-    assert await caller.balance() == Decimal("150.5")
-    (entry,) = await Bookings(shop.gateway.books).entries(caller.account_id, 10)
+    assert await client.balance() == Decimal("150.5")
+    (entry,) = await Bookings(shop.gateway.database).entries(client.account_id, 10)
     assert (entry.kind, entry.reference, entry.contra) == ("topup", f"yookassa:{payment['id']}", "payments")
 
 
 async def test_a_notification_is_booked_once_however_often_and_whenever_it_comes(shop: Shop, database_url: str) -> None:
     """Row money-12: twice, at once, and after a year: 200 each time, credited once."""
-    caller = await shop.gateway.caller("0")
-    name = shop.yookassa.add_payment(caller.account_id)
+    client = await shop.gateway.client("0")
+    name = shop.yookassa.add_payment(client.account_id)
     statuses = await asyncio.gather(*(shop.notify("payment.succeeded", name) for _ in range(20)))
     assert set(statuses) <= {200, 503}  # those beyond the bound come again
     assert 200 in statuses
-    assert await caller.balance() == 100
+    assert await client.balance() == 100
     connection = await asyncpg.connect(database_url)
     await connection.execute("SET session_replication_role = replica")
     await connection.execute("UPDATE ledger SET created_at = created_at - interval '1 year'")
     await connection.close()
     calls = await shop.asked()
     assert await shop.notify("payment.succeeded", name) == 200
-    assert await caller.balance() == 100
+    assert await client.balance() == 100
     assert await shop.asked() == calls  # it is booked: nobody needs to be asked
 
 
@@ -133,10 +133,10 @@ async def test_what_yookassa_does_not_call_paid_for_an_account_changes_nothing(
     shop: Shop, changed: dict[str, Any], event: str
 ) -> None:
     """Row money-13: a forged notification claims that it has succeeded."""
-    caller = await shop.gateway.caller("0")
-    name = shop.yookassa.add_payment(caller.account_id, **changed)
+    client = await shop.gateway.client("0")
+    name = shop.yookassa.add_payment(client.account_id, **changed)
     assert await shop.notify(event, name, amount={"value": "999.00", "currency": "RUB"}) == 200
-    assert await caller.balance() == 0
+    assert await client.balance() == 0
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,10 @@ async def test_what_yookassa_does_not_call_paid_for_an_account_changes_nothing(
 )
 async def test_an_unknown_id_changes_nothing(shop: Shop, name: str) -> None:
     """Row money-13."""
-    caller = await shop.gateway.caller("0")
-    assert await shop.notify("payment.succeeded", name, metadata={"gptutor_account_id": str(caller.account_id)}) == 200
+    client = await shop.gateway.client("0")
+    assert await shop.notify("payment.succeeded", name, metadata={"gptutor_account_id": str(client.account_id)}) == 200
     assert await shop.notify("refund.succeeded", name) == 200
-    assert await caller.balance() == 0
+    assert await client.balance() == 0
     assert {path for _, path in shop.yookassa.calls} <= {f"/v3/{kind}/{name}" for kind in ("payments", "refunds")}
 
 
@@ -161,10 +161,10 @@ async def test_a_malformed_notification_is_rejected(shop: Shop, body: bytes) -> 
 
 
 async def test_the_amount_is_the_one_that_yookassas_api_says(shop: Shop) -> None:
-    caller = await shop.gateway.caller("0")
-    name = shop.yookassa.add_payment(caller.account_id, "10.01")
+    client = await shop.gateway.client("0")
+    name = shop.yookassa.add_payment(client.account_id, "10.01")
     assert await shop.notify("payment.succeeded", name, amount={"value": "9999.00", "currency": "RUB"}) == 200
-    assert await caller.balance() == Decimal("10.01")
+    assert await client.balance() == Decimal("10.01")
 
 
 async def test_a_payment_for_an_unknown_account_is_an_error_log(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
@@ -176,35 +176,35 @@ async def test_a_payment_for_an_unknown_account_is_an_error_log(shop: Shop, capl
 
 @pytest.mark.parametrize("fault", [500, 429, 401, 302, "silence", "garbage"])
 async def test_while_yookassa_is_unavailable_notifications_get_503(shop: Shop, fault: int | str) -> None:
-    caller = await shop.gateway.caller("0")
-    name = shop.yookassa.add_payment(caller.account_id)
+    client = await shop.gateway.client("0")
+    name = shop.yookassa.add_payment(client.account_id)
     shop.yookassa.fault = fault
     assert await shop.notify("payment.succeeded", name) == 503
-    assert await caller.balance() == 0
-    status, body, code = await shop.order(caller, 100)
+    assert await client.balance() == 0
+    status, body, code = await shop.order(client, 100)
     assert (status, code) == (503, "payments_unavailable")
     assert set(body) == {"error"}
     shop.yookassa.fault = None
     assert await shop.notify("payment.succeeded", name) == 200
-    assert await caller.balance() == 100
+    assert await client.balance() == 100
 
 
 async def test_concurrent_calls_to_yookassa_are_limited(shop: Shop) -> None:
     shop.yookassa.pause_s = 0.2
-    caller = await shop.gateway.caller("0")
-    names = [shop.yookassa.add_payment(caller.account_id) for _ in range(12)]
+    client = await shop.gateway.client("0")
+    names = [shop.yookassa.add_payment(client.account_id) for _ in range(12)]
     statuses = await asyncio.gather(*(shop.notify("payment.succeeded", name) for name in names))
     assert sorted(statuses) == [200] * 3 + [503] * 9
     assert shop.yookassa.in_flight_max == 3
     shop.yookassa.pause_s = 0
     for name in names:
         assert await shop.notify("payment.succeeded", name) == 200
-    assert await caller.balance() == 1200
+    assert await client.balance() == 1200
 
 
 async def test_a_refund_is_debited_once(shop: Shop) -> None:
-    caller = await shop.gateway.caller("0")
-    payment = shop.yookassa.add_payment(caller.account_id)
+    client = await shop.gateway.client("0")
+    payment = shop.yookassa.add_payment(client.account_id)
     await shop.notify("payment.succeeded", payment)
     refund = shop.yookassa.add_refund(payment, "30.00")
     pending = shop.yookassa.add_refund(payment, "5.00", status="pending")
@@ -213,45 +213,45 @@ async def test_a_refund_is_debited_once(shop: Shop) -> None:
         assert await shop.notify("refund.succeeded", name) == 200
     statuses = await asyncio.gather(*(shop.notify("refund.succeeded", refund) for _ in range(3)))
     assert statuses == [200] * 3
-    assert await caller.balance() == 70
-    entry = (await Bookings(shop.gateway.books).entries(caller.account_id, 1))[0]
+    assert await client.balance() == 70
+    entry = (await Bookings(shop.gateway.database).entries(client.account_id, 1))[0]
     assert (entry.kind, entry.amount, entry.reference) == ("refund", parse_roubles("-30"), f"yookassa-refund:{refund}")
 
 
 async def test_a_refund_without_a_notification_of_its_payment_books_both(shop: Shop) -> None:
-    caller = await shop.gateway.caller("0")
-    payment = shop.yookassa.add_payment(caller.account_id)
+    client = await shop.gateway.client("0")
+    payment = shop.yookassa.add_payment(client.account_id)
     assert await shop.notify("refund.succeeded", shop.yookassa.add_refund(payment, "30.00")) == 200
-    assert await caller.balance() == 70
+    assert await client.balance() == 70
     stranger = shop.yookassa.add_payment(None)
     assert await shop.notify("refund.succeeded", shop.yookassa.add_refund(stranger, "30.00")) == 200
-    assert await caller.balance() == 70
+    assert await client.balance() == 70
 
 
 async def test_a_refund_of_money_that_is_spent_takes_the_balance_below_zero(shop: Shop) -> None:
     """The provider has already paid it out, so it must be booked."""
-    caller = await shop.gateway.caller("0")
-    payment = shop.yookassa.add_payment(caller.account_id)
+    client = await shop.gateway.client("0")
+    payment = shop.yookassa.add_payment(client.account_id)
     await shop.notify("payment.succeeded", payment)
-    await Bookings(shop.gateway.books).book(caller.account_id, "adjustment", parse_roubles("-90"), reason="spent")
+    await Bookings(shop.gateway.database).book(client.account_id, "adjustment", parse_roubles("-90"), reason="spent")
     await shop.notify("refund.succeeded", shop.yookassa.add_refund(payment, "100.00"))
-    assert await caller.balance() == -90
+    assert await client.balance() == -90
 
 
 @pytest.mark.parametrize("amount", ["9.99", 100_000.01, "10.001", -50, 0, "NaN", "1e9", "1_0", "５０", "ten", None, [1], True])
 async def test_an_amount_that_cannot_be_paid_is_rejected(shop: Shop, amount: Any) -> None:
     """Row money-15."""
-    caller = await shop.gateway.caller("0")
-    status, body, code = await shop.order(caller, amount)
+    client = await shop.gateway.client("0")
+    status, body, code = await shop.order(client, amount)
     assert (status, code) == (400, "invalid_request")
     assert "amount" in body["error"]
     assert shop.yookassa.calls == []
 
 
 async def test_the_same_order_twice_is_one_payment(shop: Shop) -> None:
-    caller, other = await shop.gateway.caller("0"), await shop.gateway.caller("0")
+    client, other = await shop.gateway.client("0"), await shop.gateway.client("0")
     headers = {"Idempotency-Key": "order-1"}
-    orders = [await shop.order(who, amount, **headers) for who, amount in ((caller, 50), (caller, 50), (caller, 60), (other, 50))]
+    orders = [await shop.order(who, amount, **headers) for who, amount in ((client, 50), (client, 50), (client, 60), (other, 50))]
     assert [status for status, _, _ in orders] == [200] * 4
     first, again, dearer, others = [body["data"]["id"] for _, body, _ in orders]
     assert first == again
@@ -263,9 +263,9 @@ async def test_payments_need_a_key_and_a_setting(shop: Shop, gateway: Gateway) -
     async with shop.gateway.session.post(f"{shop.gateway.url}/v1/payments", json={"amount": 100}) as response:
         assert (response.status, response.headers["X-Error-Code"]) == (401, "invalid_key")
     assert shop.yookassa.calls == []
-    caller = await gateway.caller("0")
+    client = await gateway.client("0")
     for path in ("/v1/payments", "/yookassa/webhook"):
-        async with gateway.session.post(gateway.url + path, json={"amount": 100}, headers=caller.headers) as response:
+        async with gateway.session.post(gateway.url + path, json={"amount": 100}, headers=client.headers) as response:
             assert (response.status, await response.json()) == (404, {"error": "Payments are not set up here"})
 
 
@@ -284,69 +284,69 @@ def test_half_a_configuration_stops_the_start(missing: str) -> None:
         assert SECRET_KEY not in str(caught.value)
 
 
-async def test_topups_while_requests_run_add_up(gateway: Gateway, books: Database) -> None:
+async def test_topups_while_requests_run_add_up(gateway: Gateway, database: Database) -> None:
     """Row money-14: fifty requests, fifty top-ups, and the sum is exact."""
-    caller = await gateway.caller("100")
-    bookings = Bookings(books)
+    client = await gateway.client("100")
+    bookings = Bookings(database)
 
     async def ask(number: int) -> int:
-        response, _ = await gateway.chat(caller, f"Hello {number}", model="openai/gpt-4o-mini", max_tokens=64)
+        response, _ = await gateway.chat(client, f"Hello {number}", model="openai/gpt-4o-mini", max_tokens=64)
         return response.status
 
     statuses: list[int]
     statuses, *_ = await asyncio.gather(  # type: ignore[assignment]
         asyncio.gather(*(ask(number) for number in range(50))),
-        *(bookings.book(caller.account_id, "topup", Nano(10**9 + number), reference=f"pay-{number}") for number in range(50)),
+        *(bookings.book(client.account_id, "topup", Nano(10**9 + number), reference=f"pay-{number}") for number in range(50)),
     )
     assert set(statuses) == {200}
     spent = gateway.billed_usd() * 90
-    assert await caller.balance() == 150 + Decimal(sum(range(50))) / 10**9 - spent
-    assert await caller.held() == 0
+    assert await client.balance() == 150 + Decimal(sum(range(50))) / 10**9 - spent
+    assert await client.held() == 0
 
 
-async def test_one_reference_is_one_payment_across_accounts_and_at_once(gateway: Gateway, books: Database) -> None:
+async def test_one_reference_is_one_payment_across_accounts_and_at_once(gateway: Gateway, database: Database) -> None:
     """Row money-12: two accounts ask for the same payment in the same moment; one gets it."""
-    callers = [await gateway.caller("0") for _ in range(4)]
+    clients = [await gateway.client("0") for _ in range(4)]
     results = await asyncio.gather(
-        *(Bookings(books).book(callers[n % 4].account_id, "topup", Nano(5 * 10**9), reference="pay") for n in range(24)),
+        *(Bookings(database).book(clients[n % 4].account_id, "topup", Nano(5 * 10**9), reference="pay") for n in range(24)),
         return_exceptions=True,
     )
     assert sum(not isinstance(result, BaseException) for result in results) == 1
-    assert sum([await caller.balance() for caller in callers]) == 5
+    assert sum([await client.balance() for client in clients]) == 5
     assert {type(result).__name__ for result in results} == {"Booking", "AlreadyBooked"}
 
 
-async def test_a_balance_out_of_range_is_rejected(books: Database, gateway: Gateway) -> None:
+async def test_a_balance_out_of_range_is_rejected(database: Database, gateway: Gateway) -> None:
     """Row money-15: the bound is far inside BIGINT, so no sum overflows."""
-    caller = await gateway.caller("0")
+    client = await gateway.client("0")
     for _ in range(4):
-        await Bookings(books).book(caller.account_id, "topup", Nano(10**18))
+        await Bookings(database).book(client.account_id, "topup", Nano(10**18))
     with pytest.raises(ValueError, match="larger than any"):
-        await Bookings(books).book(caller.account_id, "topup", Nano(1))
-    assert await caller.balance() == 4 * 10**9
+        await Bookings(database).book(client.account_id, "topup", Nano(1))
+    assert await client.balance() == 4 * 10**9
 
 
-async def test_a_reference_that_is_being_booked_by_other_means_is_booked_once(books: Database, database_url: str) -> None:
+async def test_a_reference_that_is_being_booked_by_other_means_is_booked_once(database: Database, database_url: str) -> None:
     """Rows money-12, operator-3: an INSERT does not lock the reference; the unique index decides."""
-    caller = await make_caller(books, "0")
+    client = await make_client(database, "0")
     old = await asyncpg.connect(database_url)
     transaction = old.transaction()
     await transaction.start()
     await old.execute(
         "INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reference) VALUES ($1, $2, 'topup', 5, 'payments', 'pay')",
-        caller.account_id,
+        client.account_id,
         new_id(),
     )
-    booking = asyncio.create_task(Bookings(books).book(caller.account_id, "topup", Nano(5), reference="pay"))
+    booking = asyncio.create_task(Bookings(database).book(client.account_id, "topup", Nano(5), reference="pay"))
     await asyncio.sleep(0.3)
     assert not booking.done()
-    await old.execute("UPDATE accounts SET balance_nano = balance_nano + 5 WHERE account_id = $1", caller.account_id)
+    await old.execute("UPDATE accounts SET balance_nano = balance_nano + 5 WHERE account_id = $1", client.account_id)
     await transaction.commit()
     await old.close()
     with pytest.raises(AlreadyBooked):
         await booking
-    assert (await caller.user()).balance == 5
-    assert [finding async for finding in check(books) if finding.rows] == []
+    assert (await client.user()).balance == 5
+    assert [finding async for finding in check(database) if finding.rows] == []
 
 
 @pytest.mark.parametrize(
@@ -358,15 +358,15 @@ async def test_a_reference_that_is_being_booked_by_other_means_is_booked_once(bo
     ],
 )  # fmt: skip
 async def test_a_malformed_response_of_yookassa_is_an_error(shop: Shop, changed: dict[str, Any]) -> None:
-    caller = await shop.gateway.caller("0")
-    name = shop.yookassa.add_payment(caller.account_id)
+    client = await shop.gateway.client("0")
+    name = shop.yookassa.add_payment(client.account_id)
     kept = dict(shop.yookassa.payments[name])
     shop.yookassa.payments[name] |= changed
     assert await shop.notify("payment.succeeded", name) == 503
-    assert await caller.balance() == 0
+    assert await client.balance() == 0
     shop.yookassa.payments[name] = kept
     assert await shop.notify("payment.succeeded", name) == 200
-    assert await caller.balance() == 100
+    assert await client.balance() == 100
 
 
 @pytest.mark.parametrize("value", ["0.0000000001", "99999999999.00"])
@@ -374,32 +374,32 @@ async def test_an_amount_that_no_balance_can_hold_is_an_error_log(
     shop: Shop, value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Row money-15: YooKassa would repeat it for ever otherwise."""
-    caller = await shop.gateway.caller("0")
+    client = await shop.gateway.client("0")
     with caplog.at_level(logging.ERROR, "gptutor.payments"):
-        assert await shop.notify("payment.succeeded", shop.yookassa.add_payment(caller.account_id, value)) == 200
+        assert await shop.notify("payment.succeeded", shop.yookassa.add_payment(client.account_id, value)) == 200
     assert "cannot be booked: InvalidAmount" in caplog.text
-    assert await caller.balance() == 0
+    assert await client.balance() == 0
 
 
 async def test_a_payment_without_a_confirmation_url_is_an_error(shop: Shop) -> None:
-    caller = await shop.gateway.caller("0")
+    client = await shop.gateway.client("0")
     headers = {"Idempotency-Key": "order-2"}
-    await shop.order(caller, 50, **headers)
+    await shop.order(client, 50, **headers)
     for _, answer in shop.yookassa.idempotent_responses.values():
         answer["confirmation"] = None
-    assert (await shop.order(caller, 50, **headers))[0] == 503
-    assert (await shop.order(caller, 50, **{"Idempotency-Key": "x" * 256}))[0] == 400
+    assert (await shop.order(client, 50, **headers))[0] == 503
+    assert (await shop.order(client, 50, **{"Idempotency-Key": "x" * 256}))[0] == 400
 
 
 async def test_a_disconnect_after_a_notification_does_not_cancel_the_booking(shop: Shop) -> None:
     shop.yookassa.pause_s = 0.3
-    caller = await shop.gateway.caller("0")
-    name = shop.yookassa.add_payment(caller.account_id)
+    client = await shop.gateway.client("0")
+    name = shop.yookassa.add_payment(client.account_id)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.15):
             await shop.notify("payment.succeeded", name)
     for _ in range(100):
-        if await caller.balance():
+        if await client.balance():
             break
         await asyncio.sleep(0.02)
-    assert await caller.balance() == 100
+    assert await client.balance() == 100

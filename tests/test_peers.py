@@ -31,18 +31,18 @@ from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.openrouter.service import OpenRouterService
 from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
-from tests.support.books import assert_books_agree
-from tests.support.gateway import Caller, Gateway, config_for, gateway_on, make_caller
-from tests.support.ledger import assert_books_hold, hold, ledger_of, release, settlement
+from tests.support.accounting import assert_charges_match_bills
+from tests.support.gateway import Client, Gateway, config_for, gateway_on, make_client
+from tests.support.ledger import assert_invariants_hold, hold, ledger_of, release, settlement
 from tests.support.statements import Statements
 
 ROUTER = "openrouter/auto"
 SMALL = "openai/gpt-4o-mini"
 
 
-async def charges(caller: Caller) -> list[Decimal]:
+async def charges(client: Client) -> list[Decimal]:
     """The charges of the user, in roubles, the newest first."""
-    entries = await Bookings(caller.books).entries(caller.account_id, 1000)
+    entries = await Bookings(client.database).entries(client.account_id, 1000)
     return [Decimal(-entry.amount) / 10**9 for entry in entries if entry.kind == "charge"]
 
 
@@ -52,22 +52,22 @@ async def charges(caller: Caller) -> list[Decimal]:
 async def test_parallel_requests_never_overdraw(gateway: Gateway) -> None:
     """Complaints 1, 24 (LiteLLM #34732, one-api #505, sub2api #3384): parallel requests read the same balance, and all were accepted."""
     gateway.simulator.first_word_s = 0.2
-    caller = await gateway.caller("5")
+    client = await gateway.client("5")
     # 16,384 tokens × 0.0000006 dollars × 90 roubles × 1.1 ≈ 0.973 roubles: five such holds fit into five roubles.
-    replies = await asyncio.gather(*(gateway.chat(caller, model=SMALL, max_tokens=16_384) for _ in range(40)))
+    replies = await asyncio.gather(*(gateway.chat(client, model=SMALL, max_tokens=16_384) for _ in range(40)))
     statuses = [response.status for response, _ in replies]
     assert sorted(set(statuses)) == [200, 402]
     assert statuses.count(200) == 5
-    assert (await caller.user()).available >= 0
-    await assert_books_agree(gateway, caller, "5")
+    assert (await client.user()).available >= 0
+    await assert_charges_match_bills(gateway, client, "5")
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings", "/v1/responses", "/chat/completions", "/v1/messages"])
 async def test_no_route_bypasses_billing(gateway: Gateway, path: str) -> None:
     """Complaint 23 (Bifrost #2873): a pass-through route skipped the budget."""
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = {"model": SMALL, "messages": [{"role": "user", "content": "Hello"}]}
-    async with gateway.session.post(gateway.url + path, json=body, headers=caller.headers) as response:
+    async with gateway.session.post(gateway.url + path, json=body, headers=client.headers) as response:
         assert response.status == 404
     assert not gateway.simulator.billing.records
 
@@ -75,24 +75,24 @@ async def test_no_route_bypasses_billing(gateway: Gateway, path: str) -> None:
 async def test_a_large_balance_is_held_like_a_small_one(gateway: Gateway) -> None:
     """Complaint 24 (new-api and one-api's trust threshold): users with a large balance had no holds, and their parallel requests were free."""
     gateway.simulator.first_word_s = 0.2
-    caller = await gateway.caller("1000000")
-    waiting = asyncio.create_task(gateway.chat(caller, model=SMALL, max_tokens=16_384))
+    client = await gateway.client("1000000")
+    waiting = asyncio.create_task(gateway.chat(client, model=SMALL, max_tokens=16_384))
     async with asyncio.timeout(5):
         while not gateway.simulator.billing.records:
             await asyncio.sleep(0.005)
-    assert await caller.held() > Decimal("0.9")
+    assert await client.held() > Decimal("0.9")
     await waiting
 
 
 async def test_without_database_requests_are_rejected(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Complaint 2 (LiteLLM #26672): if the budget could not be read, the request was accepted."""
-    caller = await gateway.caller()
+    client = await gateway.client()
     database = gateway.app[DATABASE]
     Statements(database, monkeypatch).lost_requests.append("settle_and_hold")
-    response, _ = await gateway.chat(caller)
+    response, _ = await gateway.chat(client)
     assert response.status == 503
     assert not gateway.simulator.billing.records
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 # -- leaked holds
@@ -117,16 +117,16 @@ FAILURES = [
 @pytest.mark.parametrize("fault", FAILURES)
 async def test_no_upstream_failure_leaks_a_hold(gateway: Gateway, fault: str, stream: bool) -> None:
     """Complaints 3, 16 (LiteLLM #27639, new-api #4429, one-api): the hold of a failed request was never released."""
-    caller = await gateway.caller()
-    response, _ = await gateway.chat(caller, fault, stream=stream)
+    client = await gateway.client()
+    response, _ = await gateway.chat(client, fault, stream=stream)
     await gateway.idle()
     if fault == "fault:html=524":  # it may still be running behind the edge proxy: the hold waits for evidence, and is listed
         assert response.status == 500
-        (waiting,) = await gateway.books.fetch("list_waiting_holds", 1000)
-        assert (waiting["account_id"], waiting["state"]) == (caller.account_id, "awaiting_evidence")
-        assert await charges(caller) == []
+        (waiting,) = await gateway.database.fetch("list_waiting_holds", 1000)
+        assert (waiting["account_id"], waiting["state"]) == (client.account_id, "awaiting_evidence")
+        assert await charges(client) == []
     else:
-        await assert_books_agree(gateway, caller)
+        await assert_charges_match_bills(gateway, client)
 
 
 BROKEN_METHODS: dict[str, tuple[type, str]] = {
@@ -141,33 +141,33 @@ BROKEN_METHODS: dict[str, tuple[type, str]] = {
 @pytest.mark.parametrize("place", BROKEN_METHODS)
 async def test_no_internal_exception_leaks_a_hold(gateway: Gateway, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Complaint 16 (new-api #4429): six of eight holds were neither settled nor released after a panic."""
-    caller = await gateway.caller()
+    client = await gateway.client()
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError(f"a bug in {place}")
 
     with monkeypatch.context() as patch:
         patch.setattr(*BROKEN_METHODS[place], broken)
-        response, document = await gateway.chat(caller)
+        response, document = await gateway.chat(client)
     assert (response.status, json.loads(document)) == (500, {"error": "Internal server error"})
     assert not gateway.simulator.billing.records
-    assert await charges(caller) == []
+    assert await charges(client) == []
     await gateway.idle()
     if place == "the upstream call":  # something may have been sent: the hold waits for evidence, and is listed
-        assert [row["state"] for row in await gateway.books.fetch("list_waiting_holds", 1000)] == ["awaiting_evidence"]
+        assert [row["state"] for row in await gateway.database.fetch("list_waiting_holds", 1000)] == ["awaiting_evidence"]
     else:
-        await assert_books_agree(gateway, caller)
+        await assert_charges_match_bills(gateway, client)
 
 
 async def test_one_request_has_one_hold_for_all_its_attempts(gateway: Gateway) -> None:
     """Complaint 3 (one-api's retry loop): each attempt made a new hold, and only one was released."""
-    caller = await gateway.caller()
-    response, _ = await gateway.chat(caller, "fault:status=503:0")
+    client = await gateway.client()
+    response, _ = await gateway.chat(client, "fault:status=503:0")
     assert response.status == 500
-    assert await gateway.books.fetch("list_waiting_holds", 1000) == []
-    async with gateway.books.snapshot() as connection:
+    assert await gateway.database.fetch("list_waiting_holds", 1000) == []
+    async with gateway.database.snapshot() as connection:
         assert await connection.fetchval("SELECT count(*) FROM holds") == 1
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 # -- double refund
@@ -175,11 +175,11 @@ async def test_one_request_has_one_hold_for_all_its_attempts(gateway: Gateway) -
 
 @pytest.mark.parametrize("steps", [("release", "release"), ("release", "settle"), ("settle", "release"), ("settle", "settle")])
 @pytest.mark.parametrize("at_once", [False, True])
-async def test_nothing_is_refunded_or_charged_twice(books: Database, steps: tuple[str, str], at_once: bool) -> None:
+async def test_nothing_is_refunded_or_charged_twice(database: Database, steps: tuple[str, str], at_once: bool) -> None:
     """Complaint 17 (new-api #5556): amount and state were not changed in one transaction, so a repeated refund was paid twice."""
-    caller = await make_caller(books, "100")
-    ledgers = ledger_of(books), ledger_of(books)  # two processes
-    held, other = await hold(books, caller, "5"), await hold(books, caller, "5")
+    client = await make_client(database, "100")
+    ledgers = ledger_of(database), ledger_of(database)  # two processes
+    held, other = await hold(database, client, "5"), await hold(database, client, "5")
     operations: list[Awaitable[Any]] = [
         ledger.release(release(held)) if step == "release" else ledger.settle(settlement(held, "0.01"))
         for step, ledger in zip(steps, ledgers, strict=True)
@@ -189,25 +189,25 @@ async def test_nothing_is_refunded_or_charged_twice(books: Database, steps: tupl
     else:
         for operation in operations:
             await operation
-    assert await caller.balance() == (Decimal("99.1") if "settle" in steps else 100)
-    assert await caller.held() == 5  # the other hold is unchanged
+    assert await client.balance() == (Decimal("99.1") if "settle" in steps else 100)
+    assert await client.held() == 5  # the other hold is unchanged
     assert other.amount == 5 * 10**9
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_a_top_up_that_is_reported_twice_is_credited_once(books: Database) -> None:
+async def test_a_top_up_that_is_reported_twice_is_credited_once(database: Database) -> None:
     """Complaint 17, and every payment webhook: a repeated notification is not a second payment."""
-    caller = await make_caller(books, "0")
+    client = await make_client(database, "0")
     await asyncio.gather(
-        *(Bookings(books).book(caller.account_id, "topup", Nano(10**9), reference="pay") for _ in range(5)),
+        *(Bookings(database).book(client.account_id, "topup", Nano(10**9), reference="pay") for _ in range(5)),
         return_exceptions=True,
     )
     with pytest.raises(AlreadyBooked):
-        await Bookings(books).book(caller.account_id, "topup", Nano(10**9), reference="pay")
+        await Bookings(database).book(client.account_id, "topup", Nano(10**9), reference="pay")
     with pytest.raises(AlreadyBooked):  # nor to another account
-        await Bookings(books).book((await make_caller(books, "0")).account_id, "topup", Nano(10**9), reference="pay")
-    assert await caller.balance() == 1
-    await assert_books_hold(books)
+        await Bookings(database).book((await make_client(database, "0")).account_id, "topup", Nano(10**9), reference="pay")
+    assert await client.balance() == 1
+    await assert_invariants_hold(database)
 
 
 # -- responses without charge
@@ -232,10 +232,10 @@ async def test_a_client_that_disconnects_pays_what_openrouter_charges(
     """Complaints 5, 6, 19, 20 (LiteLLM #14457, new-api #7062): clients that disconnected before the usage chunk paid nothing."""
     gateway.simulator.word_s = 0.005
     gateway.simulator.first_word_s = 0.1
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "model": model}
     if moment == "before the first byte":
-        request = asyncio.create_task(gateway.session.post(gateway.chat_url, json=body, headers=caller.headers))
+        request = asyncio.create_task(gateway.session.post(gateway.chat_url, json=body, headers=client.headers))
         async with asyncio.timeout(5):
             while not gateway.simulator.billing.records:
                 await asyncio.sleep(0.001)
@@ -247,7 +247,7 @@ async def test_a_client_that_disconnects_pays_what_openrouter_charges(
             "in the middle of the stream": b"simulator",
             "right before the usage": b'"finish_reason":"stop"',
         }
-        async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+        async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
             received = b""
             while marker[moment] not in received:
                 received += await response.content.readany()
@@ -255,27 +255,27 @@ async def test_a_client_that_disconnects_pays_what_openrouter_charges(
                 reset_on_close(response)
             response.close()
     await gateway.idle()
-    await gateway.recovered(caller)
+    await gateway.recovered(client)
     assert gateway.billed_usd() > 0
-    assert len(await charges(caller)) == 1
-    await assert_books_agree(gateway, caller)
+    assert len(await charges(client)) == 1
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_disconnecting_repeatedly_before_the_usage_is_charged_each_time(gateway: Gateway) -> None:
     """Complaint 20 (new-api #4186): read the useful part of the stream, disconnect before the usage, repeat."""
     gateway.simulator.word_s = 0.002
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
 
     async def read_and_disconnect() -> None:
-        async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+        async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
             while b"simulator" not in await response.content.readany():
                 pass
             response.close()
 
     await asyncio.gather(*(read_and_disconnect() for _ in range(10)))
-    await assert_books_agree(gateway, caller)
-    assert len(await charges(caller)) == 10
+    await assert_charges_match_bills(gateway, client)
+    assert len(await charges(client)) == 10
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -283,14 +283,14 @@ async def test_disconnecting_repeatedly_before_the_usage_is_charged_each_time(ga
 async def test_a_missing_cost_is_not_a_refund(gateway: Gateway, fault: str, stream: bool) -> None:
     """Complaints 19, 7 (new-api #7062, LiteLLM #16021): a response without usage was charged 0, while upstream charged for it."""
     gateway.simulator.generation_delay_s = 0.3  # as with OpenRouter, GET /generation returns it only later
-    caller = await gateway.caller()
-    response, _ = await gateway.chat(caller, f"fault:{fault}", stream=stream)
+    client = await gateway.client()
+    response, _ = await gateway.chat(client, f"fault:{fault}", stream=stream)
     assert response.status == 200
-    assert await charges(caller) == []
-    assert await caller.held() > 0  # neither free nor estimated: the hold waits for evidence, and is listed
-    await gateway.recovered(caller)
-    assert len(await charges(caller)) == 1
-    await assert_books_agree(gateway, caller)
+    assert await charges(client) == []
+    assert await client.held() > 0  # neither free nor estimated: the hold waits for evidence, and is listed
+    await gateway.recovered(client)
+    assert len(await charges(client)) == 1
+    await assert_charges_match_bills(gateway, client)
 
 
 # -- OpenRouter, scripted
@@ -298,7 +298,7 @@ async def test_a_missing_cost_is_not_a_refund(gateway: Gateway, fault: str, stre
 
 @pytest.fixture
 async def scripted(
-    database_url: str, books: Database, simulator: Simulator, tmp_path: Path
+    database_url: str, database: Database, simulator: Simulator, tmp_path: Path
 ) -> AsyncIterator[Callable[[bytes], Gateway]]:
     """A gateway whose OpenRouter sends the given body as its response."""
     bodies: list[bytes] = []
@@ -315,7 +315,7 @@ async def scripted(
     app.add_routes([web.post("/chat/completions", respond), web.get("/models", models)])
     async with (
         listening(app, schema.Config(server=schema.ServerSettings(port=0, shutdown_s=1))) as base_url,
-        gateway_on(config_for(database_url, base_url, tmp_path / "scripted"), books, simulator) as running,
+        gateway_on(config_for(database_url, base_url, tmp_path / "scripted"), database, simulator) as running,
     ):
 
         def responding_with(document: bytes) -> Gateway:
@@ -335,10 +335,10 @@ async def test_with_byok_the_charge_includes_the_providers_price(scripted: Calla
     """Complaints 7, 19 (LiteLLM #16021 and all who read `usage.cost` alone): with BYOK, `usage.cost` is OpenRouter's fee, 5 % of the price."""
     usage = {"cost": 0.001, "is_byok": True, "cost_details": {"upstream_inference_cost": 0.02}}
     gateway = scripted(as_response({"id": "gen-byok", "choices": [], "usage": usage}, stream))
-    caller = await gateway.caller()
-    await gateway.chat(caller, stream=stream)
-    assert await charges(caller) == [Decimal("1.89")]  # 0.021 dollars × 90
-    await assert_books_hold(gateway.books)
+    client = await gateway.client()
+    await gateway.chat(client, stream=stream)
+    assert await charges(client) == [Decimal("1.89")]  # 0.021 dollars × 90
+    await assert_invariants_hold(gateway.database)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -347,35 +347,35 @@ async def test_the_text_of_a_response_does_not_change_its_charge(scripted: Calla
     fake_usage = '"usage":{"cost":0} \n\ndata: {"usage":{"cost":0}}\n\n'
     choice = {"message": {"content": fake_usage}, "usage": {"cost": 0}, "delta": {"content": fake_usage}}
     gateway = scripted(as_response({"id": "gen-fake-usage", "choices": [choice], "usage": {"cost": 0.01}}, stream))
-    caller = await gateway.caller()
-    await gateway.chat(caller, stream=stream)
-    assert await charges(caller) == [Decimal("0.9")]
+    client = await gateway.client()
+    await gateway.chat(client, stream=stream)
+    assert await charges(client) == [Decimal("0.9")]
 
 
 async def test_an_empty_response_is_charged_as_openrouter_charges_it(scripted: Callable[[bytes], Gateway]) -> None:
     """Complaint 21 (new-api #3275): an empty response was charged. A cost of 0 from OpenRouter is a ledger entry of 0."""
     gateway = scripted(as_response({"id": "gen-empty", "choices": [], "usage": {"cost": 0}}, stream=False))
-    caller = await gateway.caller()
-    await gateway.chat(caller)
-    assert await charges(caller) == [0]
-    assert (await caller.balance(), await caller.held()) == (100, 0)
+    client = await gateway.client()
+    await gateway.chat(client)
+    assert await charges(client) == [0]
+    assert (await client.balance(), await client.held()) == (100, 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_list_price_of_minus_one_is_not_a_credit(gateway: Gateway, stream: bool) -> None:
     """Complaint 7 (price tables that drift): the list price "-1" of a router was used in arithmetic, and made negative holds or charges."""
-    caller = await gateway.caller("100")
+    client = await gateway.client("100")
     gateway.simulator.first_word_s = 0.1
-    waiting = asyncio.create_task(gateway.chat(caller, model=ROUTER, stream=stream))
+    waiting = asyncio.create_task(gateway.chat(client, model=ROUTER, stream=stream))
     async with asyncio.timeout(5):
         while not gateway.simulator.billing.records:
             await asyncio.sleep(0.005)
-    assert await caller.held() == schema.BillingSettings().hold_default_rub
+    assert await client.held() == schema.BillingSettings().hold_default_rub
     response, _ = await waiting
     assert response.status == 200
-    assert [charge > 0 for charge in await charges(caller)] == [True]
-    await assert_books_agree(gateway, caller)
-    poor = await gateway.caller("9.99")
+    assert [charge > 0 for charge in await charges(client)] == [True]
+    await assert_charges_match_bills(gateway, client)
+    poor = await gateway.client("9.99")
     assert (await gateway.chat(poor, model=ROUTER))[0].status == 402
 
 
@@ -384,37 +384,37 @@ async def test_a_list_price_of_minus_one_is_not_a_credit(gateway: Gateway, strea
 
 async def test_insufficient_balance_is_a_402_that_no_sdk_retries(gateway: Gateway) -> None:
     """Complaint 14 (LightRAG #3736: 93 % of all traffic): an exhausted budget was a 429, which every SDK retries."""
-    caller = await gateway.caller("0")
-    response, document = await gateway.chat(caller)
+    client = await gateway.client("0")
+    response, document = await gateway.chat(client)
     assert (response.status, document) == (402, b'{"error": "Insufficient balance"}')
     assert response.headers["x-should-retry"] == "false"
     assert response.headers["X-Error-Code"] == "insufficient_balance"
     assert "Retry-After" not in response.headers
 
     statements = 0
-    database, fetch = gateway.app[DATABASE], gateway.app[DATABASE].fetch
+    gateway_database, fetch = gateway.app[DATABASE], gateway.app[DATABASE].fetch
 
     async def counted(statement: str, *arguments: Any) -> Any:
         nonlocal statements
         statements += statement == "settle_and_hold"
         return await fetch(statement, *arguments)
 
-    database.fetch = counted  # type: ignore[method-assign]
-    async with openai.AsyncOpenAI(api_key=caller.key, base_url=f"{gateway.url}/v1", max_retries=5) as client:
+    gateway_database.fetch = counted  # type: ignore[method-assign]
+    async with openai.AsyncOpenAI(api_key=client.key, base_url=f"{gateway.url}/v1", max_retries=5) as sdk:
         with pytest.raises(openai.APIStatusError, match="402"):
-            await client.chat.completions.create(model=SMALL, messages=[{"role": "user", "content": "Hello"}])
+            await sdk.chat.completions.create(model=SMALL, messages=[{"role": "user", "content": "Hello"}])
     assert statements == 1
 
 
 async def test_a_request_that_may_have_been_billed_is_not_retried_by_an_sdk(gateway: Gateway) -> None:
     """Complaint 25 (ComfyUI #16204): a failure after sixty seconds and the SDK's retries made four charges and no result."""
-    caller = await gateway.caller()
-    async with openai.AsyncOpenAI(api_key=caller.key, base_url=f"{gateway.url}/v1", max_retries=5) as client:
+    client = await gateway.client()
+    async with openai.AsyncOpenAI(api_key=client.key, base_url=f"{gateway.url}/v1", max_retries=5) as sdk:
         with pytest.raises(openai.InternalServerError):
-            await client.chat.completions.create(model=SMALL, messages=[{"role": "user", "content": "fault:cut-inside=0"}])
+            await sdk.chat.completions.create(model=SMALL, messages=[{"role": "user", "content": "fault:cut-inside=0"}])
     assert len(gateway.simulator.billing.records) == 1
-    await assert_books_agree(gateway, caller)
-    assert len(await charges(caller)) == 1
+    await assert_charges_match_bills(gateway, client)
+    assert len(await charges(client)) == 1
 
 
 # -- restarts
@@ -434,17 +434,17 @@ def kill(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("callers", [1, 12])
+@pytest.mark.parametrize("clients", [1, 12])
 async def test_an_unsettled_charge_survives_the_end_of_the_process(
-    database_url: str, books: Database, tmp_path: Path, stream: bool, callers: int
+    database_url: str, database: Database, tmp_path: Path, stream: bool, clients: int
 ) -> None:
     """Complaints 4, 12 (LiteLLM #34805, #35531, Bifrost's ten seconds, one-api's goroutine): charges that were only in memory were lost with the process."""
     simulator = Simulator()
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(database_url, base_url, tmp_path, {"relay": {"disconnected_drain_s": 0.1}})
         config = msgspec.structs.replace(config, server=schema.ServerSettings(port=0, shutdown_s=0.2, drain_s=0.05))
-        people = [await make_caller(books, "100") for _ in range(callers)]
-        async with gateway_on(config, books, simulator) as dying:
+        people = [await make_client(database, "100") for _ in range(clients)]
+        async with gateway_on(config, database, simulator) as dying:
             fetch = dying.app[DATABASE].fetch
 
             async def fetch_without_settling(statement: str, *arguments: Any) -> Any:
@@ -459,87 +459,87 @@ async def test_an_unsettled_charge_survives_the_end_of_the_process(
             dying.app[DATABASE].fetch = fetch_without_settling  # type: ignore[method-assign]
             body = {"messages": [{"role": "user", "content": "Hello"}], "stream": stream}
 
-            async def post(caller: Caller) -> int:
-                async with dying.session.post(dying.chat_url, json=body, headers=caller.headers) as response:
+            async def post(client: Client) -> int:
+                async with dying.session.post(dying.chat_url, json=body, headers=client.headers) as response:
                     await response.read()
                     return response.status
 
-            requests = [asyncio.create_task(post(caller)) for caller in people]
+            requests = [asyncio.create_task(post(client)) for client in people]
             async with asyncio.timeout(10):
-                while sum(record.charge is not None for record in dying.app[JOURNAL].open_holds.values()) < callers:
+                while sum(record.charge is not None for record in dying.app[JOURNAL].open_holds.values()) < clients:
                     await asyncio.sleep(0.005)
-            assert [await charges(caller) for caller in people] == [[]] * callers
+            assert [await charges(client) for client in people] == [[]] * clients
             kill(dying)
             with contextlib.suppress(aiohttp.ClientError):
                 await asyncio.gather(*requests)
         assert simulator.billing.total_usd() > 0
-        async with gateway_on(config, books, simulator) as successor:
-            for caller in people:
-                await successor.recovered(caller)
-        async with gateway_on(config, books, simulator):  # another restart changes nothing
+        async with gateway_on(config, database, simulator) as successor:
+            for client in people:
+                await successor.recovered(client)
+        async with gateway_on(config, database, simulator):  # another restart changes nothing
             pass
-    charged = [await charges(caller) for caller in people]
-    assert [len(each) for each in charged] == [1] * callers
+    charged = [await charges(client) for client in people]
+    assert [len(each) for each in charged] == [1] * clients
     assert sum(sum(each) for each in charged) == simulator.billing.total_usd() * 90
-    assert [await caller.balance() for caller in people] == [100 - each[0] for each in charged]
-    assert [finding.invariant.name async for finding in check(books) if finding.rows] == []
+    assert [await client.balance() for client in people] == [100 - each[0] for each in charged]
+    assert [finding.invariant.name async for finding in check(database) if finding.rows] == []
 
 
-async def test_an_orderly_shutdown_settles_the_requests_in_flight(database_url: str, books: Database, tmp_path: Path) -> None:
+async def test_an_orderly_shutdown_settles_the_requests_in_flight(database_url: str, database: Database, tmp_path: Path) -> None:
     """Complaints 4, 12 (LiteLLM #14334): a deployment cut running streams, and their charges were lost."""
     simulator = Simulator(word_s=0.005, first_word_s=0.05)
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
         config = config_for(database_url, base_url, tmp_path)
-        caller = await make_caller(books, "100")
+        client = await make_client(database, "100")
         body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
         async with aiohttp.ClientSession() as session:
-            async with gateway_on(config, books, simulator) as ending:
-                response = await session.post(ending.chat_url, json=body, headers=caller.headers)
+            async with gateway_on(config, database, simulator) as ending:
+                response = await session.post(ending.chat_url, json=body, headers=client.headers)
                 await response.content.readany()
             received = await response.read()
         assert received.endswith(b"data: [DONE]\n\n")
-        assert await charges(caller) == [simulator.billing.total_usd() * 90]
+        assert await charges(client) == [simulator.billing.total_usd() * 90]
         assert list((tmp_path / "var" / "journal").glob("*/*.log")) == []
-        await assert_books_hold(books)
+        await assert_invariants_hold(database)
 
 
 async def test_a_refund_whose_reply_is_lost_is_not_checked_against_the_balance_after_itself(
-    books: Database, monkeypatch: pytest.MonkeyPatch
+    database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caller = await make_caller(books, "60")
-    Statements(books, monkeypatch).lost_responses.append("book_entry")
-    await Bookings(books).book(caller.account_id, "refund", Nano(-50 * 10**9), covered=True)
-    assert await caller.balance() == 10
-    await assert_books_hold(books)
+    client = await make_client(database, "60")
+    Statements(database, monkeypatch).lost_responses.append("book_entry")
+    await Bookings(database).book(client.account_id, "refund", Nano(-50 * 10**9), covered=True)
+    assert await client.balance() == 10
+    await assert_invariants_hold(database)
 
 
-async def test_a_booking_that_failed_is_reported_as_failed(books: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_booking_that_failed_is_reported_as_failed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptutor.money.bookings.PAUSES_S", (0, 0))
-    caller = await make_caller(books, "0")
-    Statements(books, monkeypatch).lost_requests.extend(["book_entry"] * 3)
+    client = await make_client(database, "0")
+    Statements(database, monkeypatch).lost_requests.extend(["book_entry"] * 3)
     with pytest.raises(DatabaseUnavailable):
-        await Bookings(books).book(caller.account_id, "topup", Nano(10**9))
-    assert await caller.balance() == 0
+        await Bookings(database).book(client.account_id, "topup", Nano(10**9))
+    assert await client.balance() == 0
 
 
 async def test_a_booking_has_its_audit_line_and_is_not_reported_as_failed(
-    books: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caller = await make_caller(books, "0")
-    Statements(books, monkeypatch).lost_requests.append("find_account")
+    client = await make_client(database, "0")
+    Statements(database, monkeypatch).lost_requests.append("find_account")
     with caplog.at_level("INFO", "gptutor.audit"):
-        user = await Bookkeeper(books, "cli:me").book(caller.account_id, "topup", Nano(10**9))
+        user = await Bookkeeper(database, "cli:me").book(client.account_id, "topup", Nano(10**9))
     assert user.balance == 10**9
     assert [record.getMessage() for record in caplog.records if record.name == "gptutor.audit"] == ["Audit: topup"]
 
 
 @pytest.mark.parametrize("reference", [None, "pay-1"])
 async def test_a_booking_whose_reply_is_lost_is_made_once_and_reported_as_made(
-    books: Database, monkeypatch: pytest.MonkeyPatch, reference: str | None
+    database: Database, monkeypatch: pytest.MonkeyPatch, reference: str | None
 ) -> None:
-    caller = await make_caller(books, "0")
-    Statements(books, monkeypatch).lost_responses.append("book_entry")
-    booking = await Bookings(books).book(caller.account_id, "topup", Nano(10**9), reference=reference)
+    client = await make_client(database, "0")
+    Statements(database, monkeypatch).lost_responses.append("book_entry")
+    booking = await Bookings(database).book(client.account_id, "topup", Nano(10**9), reference=reference)
     assert booking.amount == 10**9
-    assert (await Bookings(books).user(caller.account_id)).balance == 10**9
-    assert [entry.amount for entry in await Bookings(books).entries(caller.account_id, 10)] == [10**9]
+    assert (await Bookings(database).user(client.account_id)).balance == 10**9
+    assert [entry.amount for entry in await Bookings(database).entries(client.account_id, 10)] == [10**9]

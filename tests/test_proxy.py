@@ -20,7 +20,7 @@ from gptutor.config import load
 from gptutor.config.schema import ConfigError
 from gptutor.database import pool
 from gptutor.simulator.server import Simulator
-from tests.support.books import assert_books_agree
+from tests.support.accounting import assert_charges_match_bills
 from tests.support.gateway import Gateway, config_for, gateway_on
 
 
@@ -81,12 +81,12 @@ async def secure(authority: trustme.CA) -> AsyncIterator[tuple[Simulator, str]]:
 
 @asynccontextmanager
 async def gateway_through(
-    proxy: str, secure: tuple[Simulator, str], books: pool.Database, database_url: str, directory: Path
+    proxy: str, secure: tuple[Simulator, str], database: pool.Database, database_url: str, directory: Path
 ) -> AsyncIterator[Gateway]:
     simulator, base_url = secure
     settings = config_for(database_url, base_url, directory)
     settings = msgspec.structs.replace(settings, openrouter=msgspec.structs.replace(settings.openrouter, proxy=proxy))
-    async with gateway_on(settings, books, simulator) as gateway:
+    async with gateway_on(settings, database, simulator) as gateway:
         yield gateway
 
 
@@ -101,17 +101,17 @@ def trusted(authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 async def test_openrouter_is_reached_through_the_proxy_and_does_not_see_it(
     proxy: tuple[str, Path],
     secure: tuple[Simulator, str],
-    books: pool.Database,
+    database: pool.Database,
     database_url: str,
     tmp_path: Path,
     stream: bool,
 ) -> None:
     address, log = proxy
-    async with gateway_through(f"http://ivan:s3cret@{address}", secure, books, database_url, tmp_path) as gateway:
-        caller = await gateway.caller()
-        response, _ = await gateway.chat(caller, stream=stream)
+    async with gateway_through(f"http://ivan:s3cret@{address}", secure, database, database_url, tmp_path) as gateway:
+        client = await gateway.client()
+        response, _ = await gateway.chat(client, stream=stream)
         assert response.status == 200
-        await assert_books_agree(gateway, caller)
+        await assert_charges_match_bills(gateway, client)
         (record,) = gateway.simulator.billing.records.values()
     assert not [name for name in record.headers if name.lower().startswith(("proxy-", "via", "x-forwarded"))]
     assert "CONNECT localhost" in log.read_text()
@@ -122,38 +122,38 @@ async def test_openrouter_is_reached_through_the_proxy_and_does_not_see_it(
 async def test_a_proxy_that_rejects_us_means_openrouter_unreachable_and_costs_nothing(
     proxy: tuple[str, Path],
     secure: tuple[Simulator, str],
-    books: pool.Database,
+    database: pool.Database,
     database_url: str,
     tmp_path: Path,
     known: str,
 ) -> None:
-    async with gateway_through(f"http://{known}{proxy[0]}", secure, books, database_url, tmp_path) as gateway:
+    async with gateway_through(f"http://{known}{proxy[0]}", secure, database, database_url, tmp_path) as gateway:
         await assert_unreachable(gateway)
 
 
 @pytest.mark.usefixtures("trusted")
 async def test_an_unreachable_proxy_means_the_same(
-    secure: tuple[Simulator, str], books: pool.Database, database_url: str, tmp_path: Path, unused_tcp_port: int
+    secure: tuple[Simulator, str], database: pool.Database, database_url: str, tmp_path: Path, unused_tcp_port: int
 ) -> None:
-    async with gateway_through(f"http://127.0.0.1:{unused_tcp_port}", secure, books, database_url, tmp_path) as gateway:
+    async with gateway_through(f"http://127.0.0.1:{unused_tcp_port}", secure, database, database_url, tmp_path) as gateway:
         await assert_unreachable(gateway)
 
 
 async def test_an_untrusted_certificate_is_not_accepted(
-    secure: tuple[Simulator, str], books: pool.Database, database_url: str, tmp_path: Path
+    secure: tuple[Simulator, str], database: pool.Database, database_url: str, tmp_path: Path
 ) -> None:
-    async with gateway_through("", secure, books, database_url, tmp_path) as gateway:
+    async with gateway_through("", secure, database, database_url, tmp_path) as gateway:
         await assert_unreachable(gateway)
 
 
 async def assert_unreachable(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     async with asyncio.timeout(20):
-        response, _ = await gateway.chat(caller)
+        response, _ = await gateway.chat(client)
     assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_unreachable")
     assert not gateway.simulator.billing.records
-    assert await caller.held() == 0
-    assert await caller.balance() == 100
+    assert await client.held() == 0
+    assert await client.balance() == 100
 
 
 REAL = {"OPENROUTER_API_KEY": "sk-or-1"}

@@ -1,4 +1,4 @@
-"""Our books against OpenRouter's own totals (contract C9; rows operator-5, upstream-19): what was lost, or doubled, shows as a
+"""Our charges against OpenRouter's own totals (contract C9; rows operator-5, upstream-19): what was lost, or doubled, shows as a
 difference, and what is not known yet is named with the most that it can be."""
 
 import datetime
@@ -14,7 +14,7 @@ from gptutor.money.bookings import Bookings
 from gptutor.money.holds import HandOver, Release
 from gptutor.money.reconciliation import reconcile
 from gptutor.money.records import reconciliation_json
-from tests.support.gateway import make_caller
+from tests.support.gateway import make_client
 from tests.support.ledger import hold, ledger_of, settlement
 
 UTC = datetime.UTC
@@ -25,17 +25,17 @@ def today() -> datetime.date:
     return datetime.datetime.now(UTC).date()
 
 
-async def test_a_days_charges_are_compared_to_the_last_digit(books: Database, database_url: str) -> None:
+async def test_a_days_charges_are_compared_to_the_last_digit(database: Database, database_url: str) -> None:
     """Contract C9: only charges count, in dollars, by UTC day; days come newest first."""
-    caller, other = await make_caller(books, "100"), await make_caller(books, "100")
-    ledger = ledger_of(books)
+    client, other = await make_client(database, "100"), await make_client(database, "100")
+    ledger = ledger_of(database)
     first = today()
-    for who, cost in ((caller, "0.01"), (caller, "0.02"), (other, "0.003"), (caller, "0")):
-        await ledger.settle(settlement(await hold(books, who, "5"), cost))
-    await Bookings(books).book(caller.account_id, "bonus", parse_roubles("1"))
-    await ledger.release(Release(caller.account_id, (await hold(books, caller, "5")).hold_id))
+    for who, cost in ((client, "0.01"), (client, "0.02"), (other, "0.003"), (client, "0")):
+        await ledger.settle(settlement(await hold(database, who, "5"), cost))
+    await Bookings(database).book(client.account_id, "bonus", parse_roubles("1"))
+    await ledger.release(Release(client.account_id, (await hold(database, client, "5")).hold_id))
 
-    yesterday = settlement(await hold(books, other, "5"), "0.5")
+    yesterday = settlement(await hold(database, other, "5"), "0.5")
     await ledger.settle(yesterday)
     connection = await asyncpg.connect(database_url)
     await connection.execute("SET session_replication_role = replica")
@@ -52,7 +52,7 @@ async def test_a_days_charges_are_compared_to_the_last_digit(books: Database, da
     await connection.close()
 
     theirs = {first - 2 * DAY: Decimal("0.7"), first: Decimal("0.0330000000000000001"), first - DAY: Decimal("0.4")}
-    found = await reconcile(books, theirs)
+    found = await reconcile(database, theirs)
     assert [(day.day, day.ours_usd, day.theirs_usd, day.difference_usd) for day in found.days] == [
         (first, Decimal("0.033"), Decimal("0.0330000000000000001"), Decimal("0.0000000000000000001")),
         (first - DAY, Decimal("0.5"), Decimal("0.4"), Decimal("-0.1")),  # we charged more than it did
@@ -69,24 +69,24 @@ async def test_a_days_charges_are_compared_to_the_last_digit(books: Database, da
 
 
 async def test_what_waits_for_evidence_and_what_was_given_up_is_named_with_the_most_that_it_may_have_cost(
-    books: Database,
+    database: Database,
 ) -> None:
     """Contract C6, C9; row upstream-19: a list, not a silence."""
-    caller = await make_caller(books, "100")
-    ledger = ledger_of(books)
+    client = await make_client(database, "100")
+    ledger = ledger_of(database)
     waiting, given_up, under_way, settled, released = [
-        await hold(books, caller, amount) for amount in ("1", "2.5", "4", "8", "16")
+        await hold(database, client, amount) for amount in ("1", "2.5", "4", "8", "16")
     ]
-    await ledger.hand_over(HandOver(caller.account_id, waiting.hold_id, "gen-1"))
-    await ledger.release(Release(caller.account_id, given_up.hold_id, unresolved=True))
+    await ledger.hand_over(HandOver(client.account_id, waiting.hold_id, "gen-1"))
+    await ledger.release(Release(client.account_id, given_up.hold_id, unresolved=True))
     await ledger.settle(settlement(settled, "0.01"))
-    await ledger.release(Release(caller.account_id, released.hold_id))
+    await ledger.release(Release(client.account_id, released.hold_id))
 
-    found = await reconcile(books, {})
+    found = await reconcile(database, {})
     assert found.days == []
     assert [(one.state, one.amount, one.generation_id, one.account_id) for one in found.waiting.oldest] == [
-        ("awaiting_evidence", parse_roubles("1"), "gen-1", caller.account_id),
-        ("unresolved", parse_roubles("2.5"), None, caller.account_id),
+        ("awaiting_evidence", parse_roubles("1"), "gen-1", client.account_id),
+        ("unresolved", parse_roubles("2.5"), None, client.account_id),
     ]
     assert found.waiting.at_most == parse_roubles("3.5")
     told = json.loads(orjson.dumps(reconciliation_json(found)))
@@ -98,4 +98,4 @@ async def test_what_waits_for_evidence_and_what_was_given_up_is_named_with_the_m
     assert under_way.amount == parse_roubles("4")  # it is under way in a living process, and nobody misses it
 
     await ledger.settle(settlement(given_up, "0.01"))
-    assert [one.generation_id for one in (await reconcile(books, {})).waiting.oldest] == ["gen-1"]
+    assert [one.generation_id for one in (await reconcile(database, {})).waiting.oldest] == ["gen-1"]

@@ -29,8 +29,8 @@ from gptutor.money.keyring import KeyRing
 from gptutor.money.pricing import Charge
 from gptutor.money.recovery import Recovery, next_action
 from gptutor.openrouter.bill import Bill
-from tests.support.gateway import VAULT, Caller, Gateway, make_caller
-from tests.support.ledger import assert_books_hold, hold, settlement
+from tests.support.gateway import VAULT, Client, Gateway, make_client
+from tests.support.ledger import assert_invariants_hold, hold, settlement
 from tests.support.recovery import Generations, journals_in, mortal, process
 
 CHARGE = Charge(Nano(9 * 10**8), Decimal("0.01"))  # 0.01 dollars × 90 = 0.9 roubles
@@ -81,8 +81,8 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "journal"
 
 
-async def row_of(books: Database, which: Hold) -> asyncpg.Record:
-    async with books.snapshot() as connection:
+async def row_of(database: Database, which: Hold) -> asyncpg.Record:
+    async with database.snapshot() as connection:
         row = await connection.fetchrow("SELECT * FROM holds WHERE hold_id = $1", which.hold_id)
     assert isinstance(row, asyncpg.Record)
     return row
@@ -105,98 +105,98 @@ Change = Callable[..., Awaitable[str]]
 
 
 async def test_a_bill_recorded_by_a_dead_process_is_settled_once_however_often_it_is_replayed(
-    books: Database, directory: Path
+    database: Database, directory: Path
 ) -> None:
     """Contract C3, C6; rows upstream-14, process-5, process-6."""
-    caller, dead = await make_caller(books, "100"), mortal(books, directory)
-    held = await hold(books, caller, "5", ledger=dead)
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    held = await hold(database, client, "5", ledger=dead)
     dead.journal.record_sent(held.account_id, held.hold_id)
     dead.journal.record_generation_id(held.hold_id, "gen-1")
     dead.journal.record_charge(held.hold_id, CHARGE, "gen-1")
-    with process(books, directory) as survivor:
+    with process(database, directory) as survivor:
         (abandoned,), (again,) = journals_in(directory), journals_in(directory)
         await asyncio.gather(survivor.recovery.replay(abandoned), survivor.recovery.replay(again))
         await survivor.recovery.replay(again)
-    assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
-    entry, _ = await Bookings(books).entries(caller.account_id, 10)
+    assert (await client.balance(), await client.held()) == (Decimal("99.1"), 0)
+    entry, _ = await Bookings(database).entries(client.account_id, 10)
     assert (entry.entry_id, entry.cost_usd, entry.generation_id) == (held.hold_id, CHARGE.cost_usd, "gen-1")
     assert journals_in(directory) == []
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_a_generation_id_recorded_by_a_dead_process_is_looked_up_and_settled(books: Database, directory: Path) -> None:
+async def test_a_generation_id_recorded_by_a_dead_process_is_looked_up_and_settled(database: Database, directory: Path) -> None:
     """Contract C6; rows process-4, upstream-19: without a cost the hold stays open, with a cost it is charged."""
-    caller, dead = await make_caller(books, "100"), mortal(books, directory)
-    held = await hold(books, caller, "5", ledger=dead)
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    held = await hold(database, client, "5", ledger=dead)
     dead.journal.record_sent(held.account_id, held.hold_id)
     dead.journal.record_generation_id(held.hold_id, "gen-1")
-    with process(books, directory) as survivor:
+    with process(database, directory) as survivor:
         (abandoned,) = journals_in(directory)
         await survivor.recovery.replay(abandoned)
-        row = await row_of(books, held)
+        row = await row_of(database, held)
         assert (row["state"], row["is_handed_over"], row["generation_id"]) == ("open", True, "gen-1")
         assert journals_in(directory) == []
 
         assert await survivor.recovery.process_due_holds() == 1
-        assert (await caller.balance(), await caller.held()) == (100, 5)
+        assert (await client.balance(), await client.held()) == (100, 5)
         assert await survivor.recovery.process_due_holds() == 0  # not due again yet
 
         survivor.generations.costs["gen-1"] = Decimal("0.01")
-        await make_due(books)
+        await make_due(database)
         assert await survivor.recovery.process_due_holds() == 1
     assert survivor.generations.asked == ["gen-1", "gen-1"]
-    assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
-    await assert_books_hold(books)
+    assert (await client.balance(), await client.held()) == (Decimal("99.1"), 0)
+    await assert_invariants_hold(database)
 
 
-async def make_due(books: Database) -> None:
+async def make_due(database: Database) -> None:
     """A claim postpones a hold; this makes it due now."""
-    async with books._connections._pool.acquire() as connection:
+    async with database._connections._pool.acquire() as connection:
         await connection.execute(DUE)
 
 
-async def test_a_sent_request_without_a_generation_id_waits(books: Database, directory: Path) -> None:
+async def test_a_sent_request_without_a_generation_id_waits(database: Database, directory: Path) -> None:
     """Contract C6; row process-3: never silently free, never silently estimated."""
-    caller, dead = await make_caller(books, "100"), mortal(books, directory)
-    held = await hold(books, caller, "5", ledger=dead)
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    held = await hold(database, client, "5", ledger=dead)
     dead.journal.record_sent(held.account_id, held.hold_id)
-    with process(books, directory) as survivor:
+    with process(database, directory) as survivor:
         await survivor.recovery.replay(*journals_in(directory))
         assert await survivor.recovery.process_due_holds() == 1
-        await make_due(books)
+        await make_due(database)
         assert await survivor.recovery.process_due_holds() == 1
-    row = await row_of(books, held)
+    row = await row_of(database, held)
     assert (row["state"], row["is_handed_over"], row["recovery_attempts"]) == ("open", True, 2)
-    assert (await caller.balance(), await caller.held()) == (100, 5)
+    assert (await client.balance(), await client.held()) == (100, 5)
     assert survivor.generations.asked == []
 
 
-async def test_a_hold_that_a_complete_journal_lacks_was_never_sent_and_is_released(books: Database, directory: Path) -> None:
+async def test_a_hold_that_a_complete_journal_lacks_was_never_sent_and_is_released(database: Database, directory: Path) -> None:
     """Contract C8; row process-2."""
-    caller, dead = await make_caller(books, "100"), mortal(books, directory)
-    held = await hold(books, caller, "5", ledger=dead)
-    with process(books, directory) as survivor:
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    held = await hold(database, client, "5", ledger=dead)
+    with process(database, directory) as survivor:
         (abandoned,) = journals_in(directory)
         assert abandoned.is_complete
         await survivor.recovery.replay(abandoned)
-    row = await row_of(books, held)
+    row = await row_of(database, held)
     assert (row["state"], row["is_unresolved"]) == ("released", False)
-    assert (await caller.balance(), await caller.held()) == (100, 0)
+    assert (await client.balance(), await client.held()) == (100, 0)
 
 
 async def test_a_hold_that_cannot_be_closed_delays_no_other_account(
-    books: Database, database_url: str, directory: Path, change: Change, monkeypatch: pytest.MonkeyPatch
+    database: Database, database_url: str, directory: Path, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows db-11, process-11: one account was changed by hand, the row of another is locked; the rest is retried."""
     monkeypatch.setattr("gptutor.money.recovery.CLOSE_TIMEOUT_S", 0.5)
-    broken, locked, other = [await make_caller(books, "100") for _ in range(3)]
-    dead = mortal(books, directory)
-    for caller in (broken, locked, other):
-        await hold(books, caller, "5", ledger=dead)
-    record(dead.journal, await hold(books, other, "5", ledger=dead), "billed")
+    broken, locked, other = [await make_client(database, "100") for _ in range(3)]
+    dead = mortal(database, directory)
+    for client in (broken, locked, other):
+        await hold(database, client, "5", ledger=dead)
+    record(dead.journal, await hold(database, other, "5", ledger=dead), "billed")
     await change("UPDATE accounts SET held_nano = 0 WHERE account_id = $1", broken.account_id)
     hand = await asyncpg.connect(database_url)
-    with process(books, directory) as survivor:
+    with process(database, directory) as survivor:
         (abandoned,) = journals_in(directory)
         async with hand.transaction():
             await hand.execute("SELECT FROM accounts WHERE account_id = $1 FOR UPDATE", locked.account_id)
@@ -210,27 +210,27 @@ async def test_a_hold_that_cannot_be_closed_delays_no_other_account(
         await stopped(running)
     await hand.close()
     assert await broken.held() == 0
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
-async def test_a_hold_that_an_incomplete_journal_lacks_may_have_been_sent_and_waits(books: Database, directory: Path) -> None:
+async def test_a_hold_that_an_incomplete_journal_lacks_may_have_been_sent_and_waits(database: Database, directory: Path) -> None:
     """Contract C6; row process-11: a line that was lost may have said that the request went upstream."""
-    caller, dead = await make_caller(books, "100"), mortal(books, directory)
-    held = await hold(books, caller, "5", ledger=dead)
-    with process(books, directory) as survivor:
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    held = await hold(database, client, "5", ledger=dead)
+    with process(database, directory) as survivor:
         (abandoned,) = journals_in(directory)
         abandoned.is_complete = False
         await survivor.recovery.replay(abandoned)
         assert await survivor.recovery.process_due_holds() == 1
-    row = await row_of(books, held)
+    row = await row_of(database, held)
     assert (row["state"], row["is_handed_over"]) == ("open", True)
-    assert await caller.held() == 5
+    assert await client.held() == 5
 
 
-async def test_each_hold_of_a_dead_process_is_closed_by_its_own_evidence(books: Database, directory: Path) -> None:
+async def test_each_hold_of_a_dead_process_is_closed_by_its_own_evidence(database: Database, directory: Path) -> None:
     """Contract C3, C6; rows process-2 to process-5, together: no hold is mistaken for another, and another process's holds are not touched."""
-    caller, dead = await make_caller(books, "100"), mortal(books, directory)
-    billed, named, sent, never_sent, closed = [await hold(books, caller, "5", ledger=dead) for _ in range(5)]
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    billed, named, sent, never_sent, closed = [await hold(database, client, "5", ledger=dead) for _ in range(5)]
     for one in (billed, named, sent, closed):
         dead.journal.record_sent(one.account_id, one.hold_id)
     for one in (billed, named, closed):
@@ -238,24 +238,24 @@ async def test_each_hold_of_a_dead_process_is_closed_by_its_own_evidence(books: 
     for one in (billed, closed):
         dead.journal.record_charge(one.hold_id, CHARGE, None)
     await dead.settle(settlement(closed, "0.01"))
-    with process(books, directory) as survivor:
-        alive = await hold(books, caller, "5", ledger=survivor.ledger)
+    with process(database, directory) as survivor:
+        alive = await hold(database, client, "5", ledger=survivor.ledger)
         (abandoned,) = journals_in(directory)
         assert set(abandoned.open_holds) == {billed.hold_id, named.hold_id, sent.hold_id}
         await survivor.recovery.replay(abandoned)
         await survivor.recovery.process_due_holds()
-    states = [(await row_of(books, one))["state"] for one in (billed, named, sent, never_sent, closed, alive)]
+    states = [(await row_of(database, one))["state"] for one in (billed, named, sent, never_sent, closed, alive)]
     assert states == ["settled", "open", "open", "released", "settled", "open"]
     assert survivor.generations.asked == [f"gen-{named.hold_id}"]
-    assert (await caller.balance(), await caller.held()) == (Decimal("98.2"), 15)
-    await assert_books_hold(books)
+    assert (await client.balance(), await client.held()) == (Decimal("98.2"), 15)
+    await assert_invariants_hold(database)
 
 
 async def test_a_running_process_replays_the_journals_of_processes_that_die(
-    books: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
+    database: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Contract C6; rows process-5, operator-2: without a restart; and the journal of a living process is left alone."""
-    caller = await make_caller(books, "100")
+    client = await make_client(database, "100")
     rounds, process_due_holds = 0, Recovery.process_due_holds
 
     async def counted(recovery: Recovery) -> int:
@@ -264,50 +264,50 @@ async def test_a_running_process_replays_the_journals_of_processes_that_die(
         return await process_due_holds(recovery)
 
     monkeypatch.setattr(Recovery, "process_due_holds", counted)
-    with process(books, directory) as survivor, process(books, directory) as neighbour:
-        own = await hold(books, caller, "5", ledger=neighbour.ledger)
+    with process(database, directory) as survivor, process(database, directory) as neighbour:
+        own = await hold(database, client, "5", ledger=neighbour.ledger)
         record(neighbour.journal, own, "billed")
-        dying = mortal(books, directory)
+        dying = mortal(database, directory)
         lock = journal._lock(directory / "50")
         assert lock is not None
-        held = await hold(books, caller, "5", ledger=dying)
+        held = await hold(database, client, "5", ledger=dying)
         record(dying.journal, held, "billed")
         running = asyncio.create_task(survivor.recovery.run())
         await until(lambda: rounds >= 3)
-        assert await caller.balance() == 100  # its slot is locked
+        assert await client.balance() == 100  # its slot is locked
         os.close(lock)  # as the kernel does for a dead process
         await until(lambda: journals_in(directory) == [])
         await stopped(running)
-        assert [(await row_of(books, one))["state"] for one in (held, own)] == ["settled", "open"]
+        assert [(await row_of(database, one))["state"] for one in (held, own)] == ["settled", "open"]
         assert neighbour.journal.open_holds
-    assert await caller.balance() == Decimal("99.1")
+    assert await client.balance() == Decimal("99.1")
 
 
 async def test_recovery_continues_after_any_failure(
-    books: Database, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    database: Database, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Contract C6; rows db-4, process-11, process-13."""
-    caller = await make_caller(books, "100")
-    held = await hold(books, caller, "5")
+    client = await make_client(database, "100")
+    held = await hold(database, client, "5")
     failures: list[Exception] = [DatabaseUnavailable("away"), JournalError("no directory"), RuntimeError("a bug")]
-    fetch = books.fetch
+    fetch = database.fetch
 
     async def failing(statement: str, *arguments: Any) -> Any:
         if statement == "claim_due_holds" and failures:
             raise failures.pop(0)
         return await fetch(statement, *arguments)
 
-    monkeypatch.setattr(books, "fetch", failing)
+    monkeypatch.setattr(database, "fetch", failing)
     generations = Generations({"gen-1": Decimal("0.01")})
-    with process(books, directory, generations=generations) as living, caplog.at_level(logging.WARNING, "gptutor.recovery"):
+    with process(database, directory, generations=generations) as living, caplog.at_level(logging.WARNING, "gptutor.recovery"):
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
         running = asyncio.create_task(living.recovery.run())
         await until(lambda: generations.asked != [])
-        await until_held(caller, 0)
+        await until_held(client, 0)
         await stopped(running)
     said = [record.getMessage() for record in caplog.records if record.name == "gptutor.recovery"]
     assert said == ["Recovery waits: away", "Recovery waits: no directory", "Recovery failed, and continues"]
-    assert await caller.balance() == Decimal("99.1")
+    assert await client.balance() == Decimal("99.1")
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -316,9 +316,9 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def until_held(caller: Caller, amount: int) -> None:
+async def until_held(client: Client, amount: int) -> None:
     async with asyncio.timeout(20):
-        while await caller.held() != amount:
+        while await client.held() != amount:
             await asyncio.sleep(0.005)
 
 
@@ -338,11 +338,11 @@ async def stopped(task: asyncio.Task[None]) -> None:
     ],
 )
 async def test_the_pause_between_attempts_doubles_up_to_its_bound(
-    books: Database, database_url: str, is_sent: bool, expected: list[int]
+    database: Database, database_url: str, is_sent: bool, expected: list[int]
 ) -> None:
     """Contract C6; row upstream-19. In one transaction time stands still, so the pauses are exact."""
-    caller = await make_caller(books, "100")
-    await hold(books, caller, "5")
+    client = await make_client(database, "100")
+    await hold(database, client, "5")
     connection = await asyncpg.connect(database_url)
     await connection.execute("UPDATE holds SET is_handed_over = $1", is_sent)
     pauses = []
@@ -359,12 +359,12 @@ async def test_the_pause_between_attempts_doubles_up_to_its_bound(
 
 
 async def test_the_oldest_holds_are_processed_first_and_at_most_fifty_at_a_time(
-    books: Database, directory: Path, change: Change
+    database: Database, directory: Path, change: Change
 ) -> None:
     """Row upstream-19: a thousand holds that wait are not a thousand look-ups at once."""
-    caller = await make_caller(books, "100")
-    with process(books, directory) as living:
-        holds = [await hold(books, caller, "0.1") for _ in range(60)]
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        holds = [await hold(database, client, "0.1") for _ in range(60)]
         for number, held in enumerate(holds):
             await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, f"gen-{number:02d}"))
         await change("UPDATE holds SET due_at = now() - interval '1 second' * right(generation_id, 2)::integer")
@@ -374,12 +374,12 @@ async def test_the_oldest_holds_are_processed_first_and_at_most_fifty_at_a_time(
     assert len(set(living.generations.asked)) == 60
 
 
-async def test_two_recoveries_never_process_the_same_hold_at_once(books: Database, directory: Path) -> None:
+async def test_two_recoveries_never_process_the_same_hold_at_once(database: Database, directory: Path) -> None:
     """Contract C3: a claim of due holds belongs to one process."""
-    caller = await make_caller(books, "100")
-    with process(books, directory) as one, process(books, directory) as other:
+    client = await make_client(database, "100")
+    with process(database, directory) as one, process(database, directory) as other:
         for number in range(40):
-            held = await hold(books, caller, "0.1")
+            held = await hold(database, client, "0.1")
             await one.ledger.hand_over(HandOver(held.account_id, held.hold_id, f"gen-{number}"))
         processed = await asyncio.gather(*(which.recovery.process_due_holds() for which in (one, other, one, other)))
     assert sum(processed) == 40
@@ -388,13 +388,13 @@ async def test_two_recoveries_never_process_the_same_hold_at_once(books: Databas
 
 
 async def test_a_hold_that_another_recovery_is_claiming_is_skipped_without_waiting(
-    books: Database, directory: Path, database_url: str
+    database: Database, directory: Path, database_url: str
 ) -> None:
     """Contract C3; row db-11: SKIP LOCKED, or this would wait for the lock and fail."""
-    caller = await make_caller(books, "100")
-    taken, free = await hold(books, caller, "1"), await hold(books, caller, "1")
+    client = await make_client(database, "100")
+    taken, free = await hold(database, client, "1"), await hold(database, client, "1")
     connection = await asyncpg.connect(database_url)
-    with process(books, directory) as living:
+    with process(database, directory) as living:
         for held, name in ((taken, "gen-taken"), (free, "gen-free")):
             await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, name))
         async with connection.transaction():
@@ -407,17 +407,19 @@ async def test_a_hold_that_another_recovery_is_claiming_is_skipped_without_waiti
 
 
 @pytest.mark.parametrize("known", ["nothing", "sent", "named", "billed"])
-async def test_the_hold_of_a_running_exchange_is_left_alone(books: Database, directory: Path, change: Change, known: str) -> None:
+async def test_the_hold_of_a_running_exchange_is_left_alone(
+    database: Database, directory: Path, change: Change, known: str
+) -> None:
     """Contract C3: a long completion is not a lost one, whatever the clock says."""
-    caller = await make_caller(books, "100")
-    with process(books, directory) as living:
-        held = await hold(books, caller, "5", ledger=living.ledger)
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        held = await hold(database, client, "5", ledger=living.ledger)
         record(living.journal, held, known)
         await change(OLD)
         assert await living.recovery.process_due_holds() == 1
-    assert (await row_of(books, held))["state"] == "open"
+    assert (await row_of(database, held))["state"] == "open"
     assert living.generations.asked == []
-    assert (await caller.balance(), await caller.held()) == (100, 5)
+    assert (await client.balance(), await client.held()) == (100, 5)
 
 
 def record(journal: Journal, held: Hold, known: str) -> None:
@@ -441,33 +443,33 @@ def record(journal: Journal, held: Hold, known: str) -> None:
     ],
 )
 async def test_the_hold_of_an_exchange_that_ended_abnormally_is_closed_by_the_journal(
-    books: Database, directory: Path, change: Change, known: str, state: str, balance: str, asked: list[str]
+    database: Database, directory: Path, change: Change, known: str, state: str, balance: str, asked: list[str]
 ) -> None:
     """Contract C3, C6, C8; row process-12: the process is alive, its exchange is not."""
-    caller = await make_caller(books, "100")
-    with process(books, directory, generations=Generations({"gen-1": Decimal("0.02")})) as living:
-        held = await hold(books, caller, "5", ledger=living.ledger)
+    client = await make_client(database, "100")
+    with process(database, directory, generations=Generations({"gen-1": Decimal("0.02")})) as living:
+        held = await hold(database, client, "5", ledger=living.ledger)
         record(living.journal, held, known)
         living.ledger.deactivate(held.hold_id)
         await living.recovery.process_due_holds()  # the journal has it and no exchange does: there is nothing to wait for
         if known == "nothing":
-            assert (await row_of(books, held))["state"] == "open"  # not due yet
+            assert (await row_of(database, held))["state"] == "open"  # not due yet
             await change(DUE)
             await living.recovery.process_due_holds()
-        row = await row_of(books, held)
+        row = await row_of(database, held)
         assert (row["state"], row["is_unresolved"]) == (state, False)
-        assert await caller.balance() == Decimal(balance)
+        assert await client.balance() == Decimal(balance)
         assert living.generations.asked == asked
         assert living.journal.open_holds == {}
-        assert await caller.held() == (5 if state == "open" else 0)
-    await assert_books_hold(books)
+        assert await client.held() == (5 if state == "open" else 0)
+    await assert_invariants_hold(database)
 
 
-async def test_a_hold_that_cannot_be_settled_does_not_stop_the_others(books: Database, directory: Path) -> None:
+async def test_a_hold_that_cannot_be_settled_does_not_stop_the_others(database: Database, directory: Path) -> None:
     """Contract C6; row process-13."""
-    caller = await make_caller(books, "100")
-    with process(books, directory, generations=Generations({"gen-1": Decimal("0.01")})) as living:
-        poisoned, held = [await hold(books, caller, "5", ledger=living.ledger) for _ in range(2)]
+    client = await make_client(database, "100")
+    with process(database, directory, generations=Generations({"gen-1": Decimal("0.01")})) as living:
+        poisoned, held = [await hold(database, client, "5", ledger=living.ledger) for _ in range(2)]
         living.journal.record_sent(poisoned.account_id, poisoned.hold_id)
         living.journal.record_charge(
             poisoned.hold_id, Charge(Nano(10**18 + 1), Decimal("0.01")), None
@@ -476,67 +478,69 @@ async def test_a_hold_that_cannot_be_settled_does_not_stop_the_others(books: Dat
         living.ledger.deactivate(held.hold_id)
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
         await living.recovery.process_due_holds()
-    assert [(await row_of(books, one))["state"] for one in (poisoned, held)] == ["open", "settled"]
+    assert [(await row_of(database, one))["state"] for one in (poisoned, held)] == ["open", "settled"]
 
 
-async def test_an_abandoned_journal_is_deleted_only_when_all_of_it_is_in_the_database(books: Database, directory: Path) -> None:
+async def test_an_abandoned_journal_is_deleted_only_when_all_of_it_is_in_the_database(
+    database: Database, directory: Path
+) -> None:
     """Contract C3, C6; row process-13: what cannot be settled now stays in the journal, and does not delay the rest."""
-    caller, dead = await make_caller(books, "100"), mortal(books, directory)
-    poisoned, held = [await hold(books, caller, "5", ledger=dead) for _ in range(2)]
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    poisoned, held = [await hold(database, client, "5", ledger=dead) for _ in range(2)]
     record(dead.journal, held, "billed")
     dead.journal.record_sent(poisoned.account_id, poisoned.hold_id)
     dead.journal.record_charge(poisoned.hold_id, Charge(Nano(10**18 + 1), Decimal("0.01")), None)  # more than the ledger takes
-    with process(books, directory) as survivor:
+    with process(database, directory) as survivor:
         for _ in range(2):
             await survivor.recovery.replay(*journals_in(directory))
-        assert [(await row_of(books, one))["state"] for one in (poisoned, held)] == ["open", "settled"]
+        assert [(await row_of(database, one))["state"] for one in (poisoned, held)] == ["open", "settled"]
         (abandoned,) = journals_in(directory)
         assert poisoned.hold_id in abandoned.open_holds
-    assert await caller.balance() == Decimal("99.1")
-    await assert_books_hold(books)
+    assert await client.balance() == Decimal("99.1")
+    await assert_invariants_hold(database)
 
 
 @pytest.mark.parametrize("is_old", [False, True])
 async def test_the_hold_of_a_process_elsewhere_is_not_released_by_another(
-    books: Database, directory: Path, change: Change, is_old: bool
+    database: Database, directory: Path, change: Change, is_old: bool
 ) -> None:
     """Contract C6: its process may be alive on another machine; recovery gives up only after a day."""
-    caller = await make_caller(books, "100")
-    held = await hold(books, caller, "5")  # by a ledger whose journal is not in this directory
+    client = await make_client(database, "100")
+    held = await hold(database, client, "5")  # by a ledger whose journal is not in this directory
     await change(OLD if is_old else DUE)
-    with process(books, directory) as living:
+    with process(database, directory) as living:
         assert await living.recovery.process_due_holds() == 1
-    row = await row_of(books, held)
+    row = await row_of(database, held)
     assert (row["state"], row["is_unresolved"]) == (("released", True) if is_old else ("open", False))
 
 
 async def test_the_hold_of_a_lost_machine_does_not_count_as_a_running_request(
-    books: Database, directory: Path, change: Change
+    database: Database, directory: Path, change: Change
 ) -> None:
-    caller = await make_caller(books, "100")
-    held = await hold(books, caller, "5")  # by a ledger whose journal is not in this directory
-    with process(books, directory) as living:
+    client = await make_client(database, "100")
+    held = await hold(database, client, "5")  # by a ledger whose journal is not in this directory
+    with process(database, directory) as living:
         await change(DUE)
         assert await living.recovery.process_due_holds() == 1
-        assert (await row_of(books, held))["is_handed_over"] is False  # its process may still be alive
+        assert (await row_of(database, held))["is_handed_over"] is False  # its process may still be alive
         await change("UPDATE holds SET due_at = now(), created_at = now() - interval '2 hours'")
         assert await living.recovery.process_due_holds() == 1
-    row = await row_of(books, held)
+    row = await row_of(database, held)
     assert (row["state"], row["is_handed_over"]) == ("open", True)
-    async with books.snapshot() as connection:
+    async with database.snapshot() as connection:
         assert await connection.fetchval("SELECT open_requests FROM accounts WHERE account_id = $1", held.account_id) == 0
-    assert await caller.held() == 5
-    await assert_books_hold(books)
+    assert await client.held() == 5
+    await assert_invariants_hold(database)
 
 
 @pytest.mark.parametrize("name", [None, "gen-1"])
 async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence_still_charges_once(
-    books: Database, directory: Path, change: Change, caplog: pytest.LogCaptureFixture, name: str | None
+    database: Database, directory: Path, change: Change, caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:
     """Contract C3, C6; row upstream-19: released, marked and logged for the operator; never silently free."""
-    caller = await make_caller(books, "100")
-    with process(books, directory) as living:
-        held = await hold(books, caller, "5")
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        held = await hold(database, client, "5")
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, name))
         await change(OLD)
         await change("UPDATE holds SET recovery_attempts = 10")
@@ -544,29 +548,29 @@ async def test_after_a_day_without_evidence_a_hold_is_given_up_and_late_evidence
             assert await living.recovery.process_due_holds() == 1
         (record,) = caplog.records
         assert record.getMessage() == "Recovery gives up a hold: no evidence of what it bought"
-        row = await row_of(books, held)
+        row = await row_of(database, held)
         assert (row["state"], row["is_unresolved"], row["generation_id"]) == ("released", True, name)
-        assert (await caller.balance(), await caller.held()) == (100, 0)
-        (waiting,) = await books.fetch("list_waiting_holds", 1000)
+        assert (await client.balance(), await client.held()) == (100, 0)
+        (waiting,) = await database.fetch("list_waiting_holds", 1000)
         assert (waiting["account_id"], waiting["state"], waiting["generation_id"]) == (held.account_id, "unresolved", name)
-        await assert_books_hold(books)
+        await assert_invariants_hold(database)
 
         assert await living.ledger.settle(settlement(held, "0.01")) == "settled_late"
         assert await living.ledger.settle(settlement(held, "0.01")) == "already_settled"
-        row = await row_of(books, held)
+        row = await row_of(database, held)
         assert (row["state"], row["is_unresolved"], row["is_late"]) == ("settled", False, True)
-        assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
+        assert (await client.balance(), await client.held()) == (Decimal("99.1"), 0)
         assert await living.recovery.process_due_holds() == 0
-        assert await books.fetch("list_waiting_holds", 1000) == []
-    await assert_books_hold(books)
+        assert await database.fetch("list_waiting_holds", 1000) == []
+    await assert_invariants_hold(database)
 
 
 async def test_a_slow_look_up_is_not_cut_off_by_the_timeout_of_closings(
-    books: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
+    database: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The short timeout is for closings, which a lock may delay; a look-up has a timeout of its own."""
     monkeypatch.setattr("gptutor.money.recovery.CLOSE_TIMEOUT_S", 0.5)
-    caller, generations = await make_caller(books, "100"), Generations({"gen-1": Decimal("0.01")})
+    client, generations = await make_client(database, "100"), Generations({"gen-1": Decimal("0.01")})
     answered = generations.cost_of
 
     async def slowly(generation_id: str) -> Decimal | None:
@@ -574,96 +578,96 @@ async def test_a_slow_look_up_is_not_cut_off_by_the_timeout_of_closings(
         return await answered(generation_id)
 
     monkeypatch.setattr(generations, "cost_of", slowly)
-    with process(books, directory, generations=generations) as living:
-        held = await hold(books, caller, "5")
+    with process(database, directory, generations=generations) as living:
+        held = await hold(database, client, "5")
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
         assert await living.recovery.process_due_holds() == 1
-    assert await caller.balance() == Decimal("99.1")
+    assert await client.balance() == Decimal("99.1")
 
 
 async def test_a_generation_id_is_looked_up_more_than_once_however_old_the_hold_is(
-    books: Database, directory: Path, change: Change
+    database: Database, directory: Path, change: Change
 ) -> None:
     """Contract C6; row db-4: after an outage of a day OpenRouter may stay unavailable for a while."""
-    caller = await make_caller(books, "100")
-    with process(books, directory) as living:
-        held = await hold(books, caller, "5")
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        held = await hold(database, client, "5")
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
         await change(OLD)
         await living.recovery.process_due_holds()
-        await assert_books_hold(books)
+        await assert_invariants_hold(database)
         living.generations.costs["gen-1"] = Decimal("0.01")
-        await make_due(books)
+        await make_due(database)
         await living.recovery.process_due_holds()
-    assert await caller.balance() == Decimal("99.1")
+    assert await client.balance() == Decimal("99.1")
 
 
 async def test_a_generation_id_is_looked_up_at_least_once_however_old_the_hold_is(
-    books: Database, directory: Path, change: Change
+    database: Database, directory: Path, change: Change
 ) -> None:
     """Contract C6; row db-4: the service was down over the weekend, and OpenRouter has known the cost all the time."""
-    caller, dead = await make_caller(books, "100"), mortal(books, directory)
-    held = await hold(books, caller, "5", ledger=dead)
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    held = await hold(database, client, "5", ledger=dead)
     record(dead.journal, held, "named")
     await change(OLD)
-    with process(books, directory, generations=Generations({"gen-1": Decimal("0.01")})) as survivor:
+    with process(database, directory, generations=Generations({"gen-1": Decimal("0.01")})) as survivor:
         await survivor.recovery.replay(*journals_in(directory))
         await survivor.recovery.process_due_holds()
     assert survivor.generations.asked == ["gen-1"]
-    assert await caller.balance() == Decimal("99.1")
+    assert await client.balance() == Decimal("99.1")
 
 
 @pytest.mark.parametrize("handed_over", [True, False])
 async def test_a_hold_whose_exchange_ends_while_it_is_claimed_does_not_count_as_never_sent(
-    books: Database, directory: Path, change: Change, monkeypatch: pytest.MonkeyPatch, handed_over: bool
+    database: Database, directory: Path, change: Change, monkeypatch: pytest.MonkeyPatch, handed_over: bool
 ) -> None:
     """Contract C6: the row is as old as the claim, and the journal is current; together they prove nothing."""
-    caller = await make_caller(books, "100")
-    with process(books, directory, generations=Generations({"gen-1": Decimal("0.01")})) as living:
-        held = await hold(books, caller, "5", ledger=living.ledger)
+    client = await make_client(database, "100")
+    with process(database, directory, generations=Generations({"gen-1": Decimal("0.01")})) as living:
+        held = await hold(database, client, "5", ledger=living.ledger)
         record(living.journal, held, "named")
         await change(DUE)  # a stream longer than its hold's time
-        fetch = books.fetch
+        fetch = database.fetch
 
         async def meanwhile(statement: str, *arguments: Any) -> Any:
             rows = await fetch(statement, *arguments)
             if statement == "claim_due_holds":  # the exchange ends right after the claim
-                monkeypatch.setattr(books, "fetch", fetch)
+                monkeypatch.setattr(database, "fetch", fetch)
                 if handed_over:
                     await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
                 living.ledger.deactivate(held.hold_id)
             return rows
 
-        monkeypatch.setattr(books, "fetch", meanwhile)
+        monkeypatch.setattr(database, "fetch", meanwhile)
         await living.recovery.process_due_holds()
         await change(DUE)
         await living.recovery.process_due_holds()
-    assert (await row_of(books, held))["state"] == "settled"
-    assert (await caller.balance(), await caller.held()) == (Decimal("99.1"), 0)
+    assert (await row_of(database, held))["state"] == "settled"
+    assert (await client.balance(), await client.held()) == (Decimal("99.1"), 0)
 
 
-async def test_the_rate_of_the_hold_is_charged_whatever_the_rate_is_now(books: Database, directory: Path) -> None:
+async def test_the_rate_of_the_hold_is_charged_whatever_the_rate_is_now(database: Database, directory: Path) -> None:
     """Contract C1; row money-16: the hold stores the rate."""
-    caller = await make_caller(books, "100")
-    with process(books, directory, rate=Decimal("81.25")) as early:
-        held = await hold(books, caller, "5", ledger=early.ledger)
+    client = await make_client(database, "100")
+    with process(database, directory, rate=Decimal("81.25")) as early:
+        held = await hold(database, client, "5", ledger=early.ledger)
         await early.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
-    with process(books, directory, rate=Decimal("123.45"), generations=Generations({"gen-1": Decimal("0.01")})) as late:
+    with process(database, directory, rate=Decimal("123.45"), generations=Generations({"gen-1": Decimal("0.01")})) as late:
         assert await late.recovery.process_due_holds() == 1
-    entry, _ = await Bookings(books).entries(caller.account_id, 10)
+    entry, _ = await Bookings(database).entries(client.account_id, 10)
     assert (entry.amount, entry.rub_per_usd) == (-812_500_000, Decimal("81.25"))
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
 async def test_a_look_up_that_fails_does_not_stop_the_others(
-    books: Database, directory: Path, caplog: pytest.LogCaptureFixture
+    database: Database, directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Contract C6; row process-13."""
-    caller = await make_caller(books, "100")
+    client = await make_client(database, "100")
     generations = Generations({f"gen-{number}": Decimal("0.01") for number in range(5)})
     generations.costs["gen-2"] = RuntimeError("a bug in one of five")
-    with process(books, directory, generations=generations) as living:
-        holds = [await hold(books, caller, "5") for _ in range(5)]
+    with process(database, directory, generations=generations) as living:
+        holds = [await hold(database, client, "5") for _ in range(5)]
         for number, held in enumerate(holds):
             await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, f"gen-{number}"))
         with caplog.at_level(logging.ERROR, "gptutor.recovery"):
@@ -671,24 +675,24 @@ async def test_a_look_up_that_fails_does_not_stop_the_others(
         assert [record.getMessage() for record in caplog.records] == [
             "A hold could not be closed: RuntimeError('a bug in one of five')"
         ]
-        states = [(await row_of(books, held))["state"] for held in holds]
+        states = [(await row_of(database, held))["state"] for held in holds]
         assert states == ["settled", "settled", "open", "settled", "settled"]
-        assert await caller.balance() == Decimal("96.4")
+        assert await client.balance() == Decimal("96.4")
 
         generations.costs["gen-2"] = Decimal("0.02")
-        await make_due(books)
+        await make_due(database)
         assert await living.recovery.process_due_holds() == 1
-    assert await caller.balance() == Decimal("94.6")
-    await assert_books_hold(books)
+    assert await client.balance() == Decimal("94.6")
+    await assert_invariants_hold(database)
 
 
 async def test_a_hold_closed_meanwhile_is_not_charged_again(
-    books: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
+    database: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Contract C3; row process-6: the exchange and recovery settle at the same time."""
-    caller = await make_caller(books, "100")
-    with process(books, directory) as living:
-        held = await hold(books, caller, "5")
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        held = await hold(database, client, "5")
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
 
         async def cost_of(generation_id: str) -> Decimal:
@@ -697,19 +701,19 @@ async def test_a_hold_closed_meanwhile_is_not_charged_again(
 
         monkeypatch.setattr(living.recovery, "_cost_of", cost_of)
         assert await living.recovery.process_due_holds() == 1
-    assert await caller.balance() == Decimal("99.1")
-    await assert_books_hold(books)
+    assert await client.balance() == Decimal("99.1")
+    await assert_invariants_hold(database)
 
 
-async def test_a_hand_over_of_a_closed_hold_changes_nothing(books: Database, directory: Path) -> None:
+async def test_a_hand_over_of_a_closed_hold_changes_nothing(database: Database, directory: Path) -> None:
     """Contract C3; row process-6: a replay of what is long settled or released."""
-    caller = await make_caller(books, "100")
-    with process(books, directory) as living:
-        held = await hold(books, caller, "5")
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        held = await hold(database, client, "5")
         await living.ledger.settle(settlement(held, "0.01"))
-        before = await row_of(books, held)
+        before = await row_of(database, held)
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-other"))
-        assert await row_of(books, held) == before
+        assert await row_of(database, held) == before
         assert await living.recovery.process_due_holds() == 0
 
 
@@ -717,10 +721,10 @@ async def test_a_hand_over_of_a_closed_hold_changes_nothing(books: Database, dir
 
 
 async def ask(
-    gateway: Gateway, caller: Caller, key: str, text: str = "Hello", *, request_id: str | None = None, **members: Any
+    gateway: Gateway, client: Client, key: str, text: str = "Hello", *, request_id: str | None = None, **members: Any
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
     """A request with an idempotency key: status, headers, decoded response."""
-    headers = {**caller.headers, "Idempotency-Key": key, **({"X-Request-ID": request_id} if request_id else {})}
+    headers = {**client.headers, "Idempotency-Key": key, **({"X-Request-ID": request_id} if request_id else {})}
     body = {"messages": [{"role": "user", "content": text}], **members}
     async with gateway.session.post(gateway.chat_url, json=body, headers=headers) as response:
         document = await response.read()
@@ -728,65 +732,65 @@ async def ask(
     return response.status, dict(response.headers), json.loads(document)
 
 
-async def assert_bought(gateway: Gateway, caller: Caller, times: int) -> None:
+async def assert_bought(gateway: Gateway, client: Client, times: int) -> None:
     """Something was bought and charged so many times, and nothing is held."""
-    await gateway.recovered(caller)
-    charges = [entry for entry in await Bookings(gateway.books).entries(caller.account_id, 100) if entry.kind == "charge"]
+    await gateway.recovered(client)
+    charges = [entry for entry in await Bookings(gateway.database).entries(client.account_id, 100) if entry.kind == "charge"]
     assert len(charges) == times
     assert all(charge.amount < 0 for charge in charges)
-    assert await caller.held() == 0
-    await assert_books_hold(gateway.books)
+    assert await client.held() == 0
+    await assert_invariants_hold(gateway.database)
 
 
 async def test_the_same_key_and_body_is_rejected_and_the_error_has_the_first_request_id(gateway: Gateway) -> None:
     """Contract C10, B8; row money-5."""
-    caller = await gateway.caller()
-    first, _, _ = await ask(gateway, caller, "order 66", request_id="the-first")
-    status, headers, answer = await ask(gateway, caller, "order 66", request_id="the-second")
+    client = await gateway.client()
+    first, _, _ = await ask(gateway, client, "order 66", request_id="the-first")
+    status, headers, answer = await ask(gateway, client, "order 66", request_id="the-second")
     assert (first, status) == (200, 409)
     assert headers["X-Error-Code"] == "duplicate_request"
     assert headers["x-should-retry"] == "false"
     assert headers["X-Request-ID"] == "the-second"
     assert answer == {"error": "A request with this Idempotency-Key was made before: the-first"}
     assert len(gateway.simulator.billing.records) == 1
-    await assert_bought(gateway, caller, 1)
+    await assert_bought(gateway, client, 1)
 
 
 async def test_the_same_key_with_another_body_is_rejected_as_a_mistake(gateway: Gateway) -> None:
     """Contract C10, B8; row money-5."""
-    caller = await gateway.caller()
-    await ask(gateway, caller, "order 66", "Hello", request_id="the-first")
-    status, headers, answer = await ask(gateway, caller, "order 66", "Something else")
+    client = await gateway.client()
+    await ask(gateway, client, "order 66", "Hello", request_id="the-first")
+    status, headers, answer = await ask(gateway, client, "order 66", "Something else")
     assert (status, headers["X-Error-Code"], headers["x-should-retry"]) == (422, "idempotency_mismatch", "false")
     assert answer == {"error": "This Idempotency-Key was used for a different request: the-first"}
     assert len(gateway.simulator.billing.records) == 1
-    await assert_bought(gateway, caller, 1)
+    await assert_bought(gateway, client, 1)
 
 
 async def test_two_at_once_under_one_key_are_one(gateway: Gateway) -> None:
     """Contract C10; row money-4."""
-    caller = await gateway.caller()
+    client = await gateway.client()
     gateway.simulator.first_word_s = 0.1
-    replies = await asyncio.gather(*(ask(gateway, caller, "order 66") for _ in range(2)))
+    replies = await asyncio.gather(*(ask(gateway, client, "order 66") for _ in range(2)))
     assert sorted(status for status, _, _ in replies) == [200, 409]
     assert len(gateway.simulator.billing.records) == 1
-    await assert_bought(gateway, caller, 1)
+    await assert_bought(gateway, client, 1)
 
 
 async def test_ten_at_once_under_one_key_are_one(gateway: Gateway) -> None:
     """Contract C10; row money-4, in one batch."""
-    caller = await gateway.caller()
-    replies = await asyncio.gather(*(ask(gateway, caller, "order 66", f"text {number % 3}") for number in range(10)))
+    client = await gateway.client()
+    replies = await asyncio.gather(*(ask(gateway, client, "order 66", f"text {number % 3}") for number in range(10)))
     statuses = sorted(status for status, _, _ in replies)
     assert statuses[0] == 200
     assert set(statuses[1:]) <= {409, 422}
     assert len(gateway.simulator.billing.records) == 1
-    await assert_bought(gateway, caller, 1)
+    await assert_bought(gateway, client, 1)
 
 
 async def test_two_accounts_may_use_the_same_key(gateway: Gateway) -> None:
     """Contract C10, C2: a key belongs to its account."""
-    one, other = await gateway.caller(), await gateway.caller()
+    one, other = await gateway.client(), await gateway.client()
     replies = await asyncio.gather(ask(gateway, one, "order 66"), ask(gateway, other, "order 66"))
     assert [status for status, _, _ in replies] == [200, 200]
     await assert_bought(gateway, one, 1)
@@ -795,33 +799,33 @@ async def test_two_accounts_may_use_the_same_key(gateway: Gateway) -> None:
 
 async def test_a_key_is_forgotten_after_a_day_and_not_before(gateway: Gateway, change: Change) -> None:
     """Contract C10: kept 24 h."""
-    caller = await gateway.caller()
-    await ask(gateway, caller, "order 66")
+    client = await gateway.client()
+    await ask(gateway, client, "order 66")
     await change("UPDATE holds SET created_at = created_at - interval '23 hours 59 minutes'")
-    assert (await ask(gateway, caller, "order 66"))[0] == 409
+    assert (await ask(gateway, client, "order 66"))[0] == 409
     await change("UPDATE holds SET created_at = created_at - interval '2 minutes'")
-    assert (await ask(gateway, caller, "order 66"))[0] == 200
-    assert (await ask(gateway, caller, "order 66"))[0] == 409  # the key belongs to the new request now
-    await assert_bought(gateway, caller, 2)
+    assert (await ask(gateway, client, "order 66"))[0] == 200
+    assert (await ask(gateway, client, "order 66"))[0] == 409  # the key belongs to the new request now
+    await assert_bought(gateway, client, 2)
 
 
 async def test_an_error_before_the_hold_does_not_use_the_key_up(gateway: Gateway) -> None:
     """Contract C8, C10: what was never begun may be begun."""
-    caller = await gateway.caller("0")
-    assert (await ask(gateway, caller, "order 66"))[0] == 402
-    await Bookings(gateway.books).book(caller.account_id, "topup", Nano(100 * 10**9))
-    assert (await ask(gateway, caller, "order 66"))[0] == 200
-    await assert_bought(gateway, caller, 1)
+    client = await gateway.client("0")
+    assert (await ask(gateway, client, "order 66"))[0] == 402
+    await Bookings(gateway.database).book(client.account_id, "topup", Nano(100 * 10**9))
+    assert (await ask(gateway, client, "order 66"))[0] == 200
+    await assert_bought(gateway, client, 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_request_that_bought_nothing_is_still_not_bought_again_under_its_key(gateway: Gateway, stream: bool) -> None:
     """Contract C10: never bought twice means never sent twice; the client takes a new key."""
-    caller = await gateway.caller()
-    assert (await ask(gateway, caller, "order 66", "fault:status=400", stream=stream))[0] == 400
-    assert (await ask(gateway, caller, "order 66", "fault:status=400", stream=stream))[0] == 409
-    assert (await ask(gateway, caller, "order 67"))[0] == 200
-    await assert_bought(gateway, caller, 1)
+    client = await gateway.client()
+    assert (await ask(gateway, client, "order 66", "fault:status=400", stream=stream))[0] == 400
+    assert (await ask(gateway, client, "order 66", "fault:status=400", stream=stream))[0] == 409
+    assert (await ask(gateway, client, "order 67"))[0] == 200
+    await assert_bought(gateway, client, 1)
 
 
 @pytest.mark.parametrize(
@@ -839,37 +843,38 @@ async def test_a_request_that_bought_nothing_is_still_not_bought_again_under_its
 )
 async def test_a_key_is_up_to_255_printable_characters(gateway: Gateway, key: str, status: int) -> None:
     """Contract C10, B2; row auth-6."""
-    caller = await gateway.caller()
-    answered, headers, answer = await ask(gateway, caller, key)
+    client = await gateway.client()
+    answered, headers, answer = await ask(gateway, client, key)
     assert answered == status
     if status == 400:
         assert headers["X-Error-Code"] == "invalid_request"
         assert answer == {"error": "Idempotency-Key must be 1 to 255 printable ASCII characters"}
     else:
-        assert (await ask(gateway, caller, key))[0] == 409
-    await assert_bought(gateway, caller, int(status == 200))
+        assert (await ask(gateway, client, key))[0] == 409
+    await assert_bought(gateway, client, int(status == 200))
 
 
 async def test_an_idempotency_key_reveals_nothing_to_a_revoked_api_key(gateway: Gateway) -> None:
     """Contract B3, C10, D6: a revoked key learns nothing of the requests that it made."""
-    caller = await gateway.caller()
-    await ask(gateway, caller, "order 66")
-    await KeyRing(gateway.books, VAULT).renew(caller.account_id)
-    status, headers, answer = await ask(gateway, caller, "order 66")
+    client = await gateway.client()
+    await ask(gateway, client, "order 66")
+    await KeyRing(gateway.database, VAULT).renew(client.account_id)
+    status, headers, answer = await ask(gateway, client, "order 66")
     assert (status, headers["X-Error-Code"]) == (401, "invalid_key")
     assert "Idempotency" not in answer["error"]
 
 
 @pytest.mark.parametrize(("head", "name"), [("gen-head", "gen-head"), (None, "gen-event")])
 async def test_the_generation_id_in_the_headers_wins_over_the_one_in_the_bill(
-    books: Database, directory: Path, head: str | None, name: str
+    database: Database, directory: Path, head: str | None, name: str
 ) -> None:
     """Contract D5: the client looks the request up by that id. A bill that arrives with the headers comes before any other id."""
-    caller = await make_caller(books, "100")
-    with process(books, directory) as living:
-        purchase = Purchase(living.ledger, SimpleNamespace(charge=lambda cost: Nano(9 * 10**8)), await hold(books, caller, "5"))  # type: ignore[arg-type]
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        evaluate: Any = SimpleNamespace(charge=lambda cost: Nano(9 * 10**8))
+        purchase = Purchase(living.ledger, evaluate, await hold(database, client, "5"))
         purchase.mark_sent()
         purchase.record_bill(Bill(Decimal("0.01"), generation_id="gen-event"), head)
         assert await purchase.close() == "settled"
-    entry, _ = await Bookings(books).entries(caller.account_id, 10)
+    entry, _ = await Bookings(database).entries(client.account_id, 10)
     assert entry.generation_id == name

@@ -12,26 +12,26 @@ import pytest
 from aiohttp import web
 
 from gptutor.api.chat.exchange import TRUNCATED_EVENT
-from tests.support.books import assert_books_agree, charged_usd
+from tests.support.accounting import assert_charges_match_bills, charged_usd
 from tests.support.gateway import MODEL, Gateway
 
 
 async def test_a_plain_response_arrives_and_is_charged_exactly(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    response, document = await gateway.chat(caller)
+    client = await gateway.client()
+    response, document = await gateway.chat(client)
     answer = json.loads(document)
     assert response.status == 200
     assert response.headers["Content-Type"] == "application/json"
     assert answer["model"] == MODEL
     assert response.headers["X-Generation-Id"] == answer["id"]
-    assert await charged_usd(gateway, caller) == Decimal(str(answer["usage"]["cost"])) > 0
+    assert await charged_usd(gateway, client) == Decimal(str(answer["usage"]["cost"])) > 0
     assert "upstream_inference_completions_cost" in answer["usage"]["cost_details"]
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_a_stream_arrives_and_is_charged_exactly(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    response, stream = await gateway.chat(caller, stream=True)
+    client = await gateway.client()
+    response, stream = await gateway.chat(client, stream=True)
     assert response.headers["Content-Type"] == "text/event-stream"
     assert response.headers["X-Generation-Id"].startswith("gen-")
     events = [line.removeprefix(b"data: ") for line in stream.split(b"\n\n") if line.startswith(b"data: ")]
@@ -39,81 +39,81 @@ async def test_a_stream_arrives_and_is_charged_exactly(gateway: Gateway) -> None
     assert events[-1] == b"[DONE]"
     last = json.loads(events[-2])
     assert last["choices"] == []
-    assert Decimal(str(last["usage"]["cost"])) == await charged_usd(gateway, caller)
-    await assert_books_agree(gateway, caller)
+    assert Decimal(str(last["usage"]["cost"])) == await charged_usd(gateway, client)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("fault", ["", "fault:chunks=1", "fault:chunks=7", "fault:one-write"])
 async def test_the_content_does_not_depend_on_the_chunks(gateway: Gateway, fault: str) -> None:
-    caller = await gateway.caller()
-    _, stream = await gateway.chat(caller, fault, stream=True)
+    client = await gateway.client()
+    _, stream = await gateway.chat(client, fault, stream=True)
     said = [json.loads(line[6:]) for line in stream.split(b"\n\n") if line.startswith(b"data: {")]
     text = "".join(choice["delta"]["content"] for event in said for choice in event["choices"])
     assert text.endswith(f"“{fault}”.")
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("fault", ["no-usage", "cost=null", "cost=-1", "cost=1e400", 'cost="0.1"', "cost=NaN"])
 async def test_a_missing_or_invalid_cost_is_looked_up_at_generation(gateway: Gateway, fault: str, stream: bool) -> None:
-    caller = await gateway.caller()
-    response, document = await gateway.chat(caller, f"fault:{fault}", stream=stream)
+    client = await gateway.client()
+    response, document = await gateway.chat(client, f"fault:{fault}", stream=stream)
     assert response.status == 200
     assert document
     assert gateway.billed_usd() > 0
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("fault", ["cut=3", "cut-inside=3", "cut-inside=40", "chunks=9 fault:cut=5"])
 async def test_a_broken_stream_ends_in_an_error_event_and_is_charged_by_generation(gateway: Gateway, fault: str) -> None:
-    caller = await gateway.caller()
-    response, stream = await gateway.chat(caller, f"fault:{fault}", stream=True)
+    client = await gateway.client()
+    response, stream = await gateway.chat(client, f"fault:{fault}", stream=True)
     assert response.status == 200
     event = json.loads(stream.rstrip(b"\n").rpartition(b"\n\n")[2].removeprefix(b"data: "))
     assert event["error"]["code"] == 502
     assert event["choices"][0]["finish_reason"] == "error"
     assert b"[DONE]" not in stream
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_openrouters_own_error_event_passes_unchanged(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    _, stream = await gateway.chat(caller, "fault:error=4", stream=True)
+    client = await gateway.client()
+    _, stream = await gateway.chat(client, "fault:error=4", stream=True)
     events = [line for line in stream.split(b"\n\n") if line.startswith(b"data: ")]
     assert json.loads(events[-1][6:])["error"]["message"] == "Provider disconnected"
     assert len(events) == 4
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_a_truncated_plain_response_is_an_error_and_is_charged_by_generation(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    response, document = await gateway.chat(caller, "fault:cut-inside=0")
+    client = await gateway.client()
+    response, document = await gateway.chat(client, "fault:cut-inside=0")
     assert (response.status, json.loads(document)) == (500, {"error": "Internal server error"})
     assert response.headers["x-should-retry"] == "false"
     assert gateway.billed_usd() > 0
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("status", [408, 429, 502, 503, 524, 529])
 async def test_a_retryable_error_is_retried_and_then_returned(gateway: Gateway, status: int) -> None:
-    caller = await gateway.caller()
-    response, document = await gateway.chat(caller, f"fault:status={status}:0")
+    client = await gateway.client()
+    response, document = await gateway.chat(client, f"fault:status={status}:0")
     assert response.status == {429: 429, 408: 504, 524: 504}.get(status, 500)
     assert list(json.loads(document)) == ["error"]
     assert gateway.billed_usd() == 0
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_a_disconnected_client_still_pays(gateway: Gateway) -> None:
     gateway.simulator.word_s = 0.01
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
-    async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+    async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
         await response.content.readany()
         response.close()
     await gateway.idle()
     assert gateway.billed_usd() > 0
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"disconnected_drain_s": 0.05}}])
@@ -122,9 +122,9 @@ async def test_a_disconnected_client_still_pays(gateway: Gateway) -> None:
 )  # the second provider stops, and stops billing, when the request is cancelled
 async def test_upstream_is_read_for_a_bounded_time_after_the_client_disconnected(gateway: Gateway, model: str) -> None:
     gateway.simulator.word_s = 0.1
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "model": model}
-    async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+    async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
         while b"Hello!" not in await response.content.readany():
             pass
         response.close()
@@ -133,48 +133,48 @@ async def test_upstream_is_read_for_a_bounded_time_after_the_client_disconnected
     assert record.cancelled
     assert record.completion_tokens < 10 or model == MODEL
     assert gateway.billed_usd() > 0
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_a_client_that_disconnects_from_a_plain_request_still_pays(gateway: Gateway) -> None:
     gateway.simulator.first_word_s = 0.3
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = {"messages": [{"role": "user", "content": "Hello"}]}
     with pytest.raises(TimeoutError):
-        await gateway.session.post(gateway.chat_url, json=body, headers=caller.headers, timeout=aiohttp.ClientTimeout(total=0.15))
+        await gateway.session.post(gateway.chat_url, json=body, headers=client.headers, timeout=aiohttp.ClientTimeout(total=0.15))
     await gateway.idle()
     assert gateway.billed_usd() > 0
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_sixty_concurrent_requests_with_a_balance_for_ten_never_overdraw(gateway: Gateway) -> None:
     # 16 384 tokens × 0.0000006 dollars × 90 roubles × 1.1 ≈ 0.973 roubles: ten such holds fit into ten roubles.
-    caller = await gateway.caller("10")
+    client = await gateway.client("10")
     gateway.simulator.first_word_s = 0.3
     members: dict[str, Any] = {"model": "openai/gpt-4o-mini", "max_tokens": 16_384}
-    replies = await asyncio.gather(*(gateway.chat(caller, **members) for _ in range(60)))
+    replies = await asyncio.gather(*(gateway.chat(client, **members) for _ in range(60)))
     statuses = [response.status for response, _ in replies]
     assert statuses.count(200) == 10
     assert statuses.count(402) == 50
     assert {document for response, document in replies if response.status == 402} == {b'{"error": "Insufficient balance"}'}
-    assert (await caller.user()).balance >= 0
-    await assert_books_agree(gateway, caller, "10")
+    assert (await client.user()).balance >= 0
+    await assert_charges_match_bills(gateway, client, "10")
 
 
 async def test_where_the_balance_limits_the_output_max_tokens_is_sent_upstream(gateway: Gateway) -> None:
-    caller = await gateway.caller("1.1")
-    await gateway.chat(caller)
+    client = await gateway.client("1.1")
+    await gateway.chat(client)
     (record,) = gateway.simulator.billing.records.values()
     # 1.1 roubles / (0.0000004 dollars × 90 × 1.1) ≈ 27 777 tokens, less the prompt; the model could write 65 535
     assert 27_000 < json.loads(record.body)["max_tokens"] < 27_777
-    await gateway.chat(await gateway.caller("100"))
+    await gateway.chat(await gateway.client("100"))
     assert "max_tokens" not in json.loads(list(gateway.simulator.billing.records.values())[1].body)
 
 
 async def test_openrouter_gets_the_clients_request_and_nothing_that_identifies_the_client(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = b'{"messages":[{"role":"user","content":"Hi"}],"x_new":{"a":1.50,"b":1E+2},"temperature":1.0,"user":"ivan"}'
-    headers = {**caller.headers, "Content-Type": "application/json", "Cookie": "a=b", "X-Forwarded-For": "1.2.3.4", "X-Own": "1",
+    headers = {**client.headers, "Content-Type": "application/json", "Cookie": "a=b", "X-Forwarded-For": "1.2.3.4", "X-Own": "1",
                "X-OpenRouter-Metadata": "enabled", "Proxy-Authorization": "x", "TE": "trailers", "HTTP-Referer": "https://own.example"}  # fmt: skip
     for _ in range(2):
         async with gateway.session.post(gateway.chat_url, data=body, headers=headers) as response:
@@ -190,7 +190,7 @@ async def test_openrouter_gets_the_clients_request_and_nothing_that_identifies_t
     }  # fmt: skip
     assert first.headers["Authorization"] == "Bearer sk-or-test"
     assert first.headers["Accept-Encoding"] == "identity"
-    await gateway.chat(await gateway.caller())
+    await gateway.chat(await gateway.client())
     assert json.loads(list(gateway.simulator.billing.records.values())[2].body)["user"] != pseudonym
 
 
@@ -223,7 +223,7 @@ async def test_odd_bytes_pass_unchanged(scripted: Any, stream: bytes, size: int)
         return response
 
     plays.append(play)
-    response, received = await gateway.chat(await gateway.caller(), stream=True)
+    response, received = await gateway.chat(await gateway.client(), stream=True)
     ended = b"data: [DONE]" in stream
     assert received[: len(stream)] == stream
     assert (received == stream) is ended  # a stream that OpenRouter did not end gets our error event
@@ -240,7 +240,7 @@ async def test_a_compressed_body_passes_unchanged_and_is_never_decompressed(scri
         return web.Response(body=document, headers={"Content-Encoding": "gzip", "Content-Type": "application/json"})
 
     plays.append(play)
-    response, received = await gateway.chat(await gateway.caller())
+    response, received = await gateway.chat(await gateway.client())
     assert (response.status, received) == (200, document)
     assert response.headers["Content-Encoding"] == "gzip"
 
@@ -252,11 +252,11 @@ async def test_a_response_without_a_cost_or_a_generation_id_leaves_its_hold_open
         return web.json_response({"choices": []})
 
     plays.append(play)
-    caller = await gateway.caller()
-    response, _ = await gateway.chat(caller)
+    client = await gateway.client()
+    response, _ = await gateway.chat(client)
     assert response.status == 200
-    assert await caller.balance() == 100  # never silently estimated …
-    assert await caller.held() > 0  # … and never silently free
+    assert await client.balance() == 100  # never silently estimated …
+    assert await client.held() > 0  # … and never silently free
 
 
 async def test_a_redirect_is_not_followed(scripted: Any) -> None:
@@ -266,7 +266,7 @@ async def test_a_redirect_is_not_followed(scripted: Any) -> None:
         raise web.HTTPTemporaryRedirect("http://localhost:1/steal")
 
     plays.append(play)
-    caller = await gateway.caller()
-    response, _ = await gateway.chat(caller)
+    client = await gateway.client()
+    response, _ = await gateway.chat(client)
     assert response.status == 500
-    assert await caller.held() == 0
+    assert await client.held() == 0

@@ -89,8 +89,8 @@ async def test_every_limit_of_a_route_is_enforced(gateway: Gateway) -> None:
     """Routes that share a limit share its count, except that each account has its own."""
     limited: dict[str, Any] = {}
     for row in ROUTES:
-        caller = await gateway.caller()
-        headers = caller.headers if row.access == "account" else {}
+        client = await gateway.client()
+        headers = client.headers if row.access == "account" else {}
         await status_of(gateway, row, headers)
         limited[label(row)] = await status_of(gateway, row, headers) == 429
     in_memory = (*BY_ADDRESS, "account_pages_per_minute")

@@ -48,14 +48,14 @@ def test_each_function_is_defined_once_in_the_file_of_its_name() -> None:
     assert all("CREATE OR REPLACE FUNCTION" in file.text for file in load_functions())
 
 
-async def test_the_database_has_no_function_without_a_file(books: Any) -> None:
-    async with books.snapshot() as connection:
+async def test_the_database_has_no_function_without_a_file(database: Any) -> None:
+    async with database.snapshot() as connection:
         found = await connection.fetch("SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace ORDER BY proname")
     assert [f"functions/{row['proname']}" for row in found] == [file.name for file in load_functions()]
 
 
-async def test_every_table_and_every_column_whose_name_is_not_enough_has_a_comment(books: Any) -> None:
-    async with books.snapshot() as connection:
+async def test_every_table_and_every_column_whose_name_is_not_enough_has_a_comment(database: Any) -> None:
+    async with database.snapshot() as connection:
         bare = await connection.fetch(
             "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')"
             " AND relname NOT LIKE 'schema%' AND obj_description(oid, 'pg_class') IS NULL"
@@ -298,14 +298,14 @@ async def test_a_database_of_0_1_is_converted_with_every_row(postgres: str, tmp_
     with pytest.raises(asyncpg.RaiseError, match=r"not a database of GPTutor 0\.1"):
         await connection.execute(CONVERSION.read_text(encoding="utf-8"))
     await connection.close()
-    async with open_database(url) as books:
-        findings = {finding.invariant.name: finding.rows async for finding in check(books)}
+    async with open_database(url) as database:
+        findings = {finding.invariant.name: finding.rows async for finding in check(database)}
         assert {name for name, found in findings.items() if found} == set()
         for account in (1, 3):
-            assert await books.fetch("clear_idempotency_keys", 10) == []
+            assert await database.fetch("clear_idempotency_keys", 10) == []
             (held, *_) = [row for row in after["holds"] if row["account_id"] == account and row["state"] == "open"]
             none: list[list[object]] = [[]] * 9
-            (row,) = await books.fetch(
+            (row,) = await database.fetch(
                 "settle_and_hold", False, [account], [held["hold_id"]], [1], [Decimal(0)], [None], [None], [None],
                 uuid.uuid4(), 60.0, Decimal(90), 0, 0, *none,
             )  # fmt: skip

@@ -49,12 +49,12 @@ def stream(service: Service, text: str) -> bytes:
 def test_a_stop_finishes_running_requests_and_settles_their_charges(tmp_path: Path, number: signal.Signals) -> None:
     running = start(tmp_path, GPTUTOR_SIMULATOR__WORD_S="0.03")
     answers: list[bytes] = []
-    caller = threading.Thread(target=lambda: answers.append(stream(running, "Hello")))
-    caller.start()
+    client = threading.Thread(target=lambda: answers.append(stream(running, "Hello")))
+    client.start()
     while not any(line["message"].startswith("LLM Request") for line in running.log()):
         time.sleep(0.02)
     assert running.stop(number) == 0
-    caller.join()
+    client.join()
     assert answers[0].endswith(b"data: [DONE]\n\n")
     assert [line["outcome"] for line in running.log() if "outcome" in line] == ["settled"]
     assert postgres_of(tmp_path) == []

@@ -22,8 +22,8 @@ import pytest
 
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import make_key
-from tests.support.books import assert_books_agree
-from tests.support.gateway import Caller, Gateway
+from tests.support.accounting import assert_charges_match_bills
+from tests.support.gateway import Client, Gateway
 
 KEY = b"<key>"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\nX-Request-ID: smuggled\r\n\r\n"
@@ -281,14 +281,14 @@ async def assert_still_serving(gateway: Gateway) -> None:
 
 
 @pytest.fixture
-async def attacked(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[Gateway, Caller]]:
-    """Whatever came, nobody smuggled anything in, the service goes on, and the books are right."""
+async def attacked(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[Gateway, Client]]:
+    """Nothing was smuggled in, the service goes on, and all invariants hold."""
     caplog.set_level(logging.INFO, "gptutor")
-    caller = await gateway.caller()
-    yield gateway, caller
+    client = await gateway.client()
+    yield gateway, client
     assert not [line for line in seen(caplog) if "smuggled" in line]
     await assert_still_serving(gateway)
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 # -- the claims
@@ -319,9 +319,9 @@ async def fault_of_refusal(gateway: Gateway, wire: bytes, caplog: pytest.LogCapt
 async def test_ambiguous_framing_is_rejected_once_and_the_connection_closed(
     attacked: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gateway, caller = attacked
+    gateway, client = attacked
     faults = {
-        name: await fault_of_refusal(gateway, wire.replace(KEY, caller.key.encode()), caplog) for name, wire in REFUSED.items()
+        name: await fault_of_refusal(gateway, wire.replace(KEY, client.key.encode()), caplog) for name, wire in REFUSED.items()
     }
     assert {name: fault for name, fault in faults.items() if fault} == {}
 
@@ -339,23 +339,23 @@ async def test_framing_that_aiohttp_does_not_support_is_rejected_too(
 
 
 async def test_malformed_http_gets_an_error_in_our_form_without_its_bytes(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     for name, wire in REFUSED.items():
-        received, _ = await talk(gateway, wire.replace(KEY, caller.key.encode()))
+        received, _ = await talk(gateway, wire.replace(KEY, client.key.encode()))
         if received:  # closed without a word is an answer as well
             head, _, body = received.partition(b"\r\n\r\n")
             assert list(json.loads(body)) == ["error"], name
             assert b"\r\nX-Error-Code: " in head, name
             assert b"\r\nX-Request-ID: " in head, name
             assert b"smuggled" not in received, name
-            assert caller.key.encode() not in received, name
+            assert client.key.encode() not in received, name
 
 
 @pytest.mark.parametrize("name", READ)
 async def test_unambiguous_framing_is_read_correctly(attacked: Any, name: str) -> None:
-    gateway, caller = attacked
+    gateway, client = attacked
     case = READ[name]
-    received, _ = await talk(gateway, case.wire.replace(KEY, caller.key.encode()), len(case.statuses))
+    received, _ = await talk(gateway, case.wire.replace(KEY, client.key.encode()), len(case.statuses))
     assert statuses(received) == case.statuses
     assert not SMUGGLED_ANSWER.search(received)
     await gateway.idle()
@@ -397,8 +397,8 @@ async def test_ten_thousand_pipelined_requests_are_served_in_order_and_others_me
 async def test_requests_pipelined_behind_a_slow_response_are_not_read(gateway: Gateway) -> None:
     """It waits in the sender's own memory, not in ours: from some point on nothing is read any more."""
     gateway.simulator.first_word_s = 3
-    caller = await gateway.caller()
-    slow = post(LENGTH).replace(KEY, caller.key.encode())
+    client = await gateway.client()
+    slow = post(LENGTH).replace(KEY, client.key.encode())
     before = psutil.Process().memory_info().rss
     async with connection(gateway) as (_, writer):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)

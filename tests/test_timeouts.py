@@ -28,8 +28,8 @@ from gptutor.money.keys import make_key
 from gptutor.openrouter.relay import HEARTBEAT
 from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.server import Simulator
-from tests.support.books import assert_books_agree
-from tests.support.gateway import Gateway, config_for, gateway_on, make_caller
+from tests.support.accounting import assert_charges_match_bills
+from tests.support.gateway import Gateway, config_for, gateway_on, make_client
 from tests.support.wire import post, raw
 
 REQUEST = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -92,25 +92,25 @@ async def test_headers_that_do_not_arrive_in_time_close_the_connection(gateway: 
 async def test_headers_that_begin_with_their_connection_have_no_more_time(gateway: Gateway) -> None:
     """Row client-5: the bytes arrive before the server reads."""
     parts = urlsplit(gateway.url)
-    with socket.create_connection((parts.hostname, parts.port)) as caller:  # the event loop is blocked meanwhile
-        caller.send(b"GET /heal")
-        caller.setblocking(False)
+    with socket.create_connection((parts.hostname, parts.port)) as client:  # the event loop is blocked meanwhile
+        client.send(b"GET /heal")
+        client.setblocking(False)
         async with asyncio.timeout(5):
-            assert await asyncio.get_running_loop().sock_recv(caller, 100) == b""
+            assert await asyncio.get_running_loop().sock_recv(client, 100) == b""
 
 
 @pytest.mark.parametrize("cut", [20, -5])
 async def test_a_request_that_arrives_during_shutdown_is_answered(
-    database_url: str, books: Database, simulator: Simulator, tmp_path: Path, cut: int
+    database_url: str, database: Database, simulator: Simulator, tmp_path: Path, cut: int
 ) -> None:
     """Row process-7: its headers or its body have begun to arrive when the service stops."""
-    caller = await make_caller(books, "10")
+    client = await make_client(database, "10")
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.key}\r\n"
     wire = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
     async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url, AsyncExitStack() as stack:
         config = config_for(database_url, base_url, tmp_path, {"server": {"shutdown_s": 4}})
-        gateway = await stack.enter_async_context(gateway_on(config, books, simulator))
+        gateway = await stack.enter_async_context(gateway_on(config, database, simulator))
         async with connected(gateway) as (reader, writer):
             writer.write(wire[:cut])
             await asyncio.sleep(0.1)
@@ -149,8 +149,8 @@ async def test_the_headers_of_a_second_request_have_their_own_timeout_and_idle_t
 @pytest.mark.parametrize("tuned", [{"server": {"body_idle_s": 0.2}}, {"server": {"body_s": 0.4}}])
 @pytest.mark.parametrize("coding", ["Content-Length: 100\r\n", "Transfer-Encoding: chunked\r\n"])
 async def test_a_body_that_arrives_too_slowly_is_rejected(gateway: Gateway, tuned: dict[str, Any], coding: str) -> None:
-    caller = await gateway.caller()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n{coding}"
+    client = await gateway.client()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.key}\r\n{coding}"
     drop = b"1\r\n{\r\n" if "chunked" in coding else b" "
     async with connected(gateway) as (reader, writer):
         writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + drop)
@@ -165,8 +165,8 @@ async def test_a_body_that_arrives_too_slowly_is_rejected(gateway: Gateway, tune
 
 @pytest.mark.parametrize("tuned", [{"server": {"linger_s": 0.1}}])
 async def test_100_continue_is_sent_only_for_a_valid_key(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    for key in ("", "Bearer nonsense", f"Bearer {make_key(caller.account_id)}", f"Bearer {make_key(AccountId(10**12))}"):
+    client = await gateway.client()
+    for key in ("", "Bearer nonsense", f"Bearer {make_key(client.account_id)}", f"Bearer {make_key(AccountId(10**12))}"):
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nExpect: 100-continue\r\n"
         answer = await raw(
             gateway, f"{head}Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n".encode(), until_close_s=9
@@ -175,21 +175,21 @@ async def test_100_continue_is_sent_only_for_a_valid_key(gateway: Gateway) -> No
         assert b"Connection: close" in answer
         assert b"100 Continue" not in answer
 
-    whole = post(caller, extra="Expect: 100-continue\r\nConnection: close\r\n")
+    whole = post(client, extra="Expect: 100-continue\r\nConnection: close\r\n")
     start, _, body = whole.partition(b"\r\n\r\n")
     async with connected(gateway) as (reader, writer):
         writer.write(start + b"\r\n\r\n")
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(body)
         assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("tuned", [{"server": {"linger_s": 0.1}}])
 @pytest.mark.parametrize("header", ["Content-Length: 99999999\r\n", "Content-Length: 10\r\nContent-Encoding: gzip\r\n"])
 async def test_no_100_continue_for_a_body_that_would_be_rejected(gateway: Gateway, header: str) -> None:
-    caller = await gateway.caller()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\nExpect: 100-continue\r\n"
+    client = await gateway.client()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.key}\r\nExpect: 100-continue\r\n"
     answer = await raw(gateway, f"{head}Content-Type: application/json\r\n{header}\r\n".encode(), until_close_s=9)
     assert answer.startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 415 "))
 
@@ -214,11 +214,11 @@ async def test_a_large_body_is_parsed_in_the_parser_thread(gateway: Gateway, mon
         return parse_request(body, **settings)
 
     monkeypatch.setattr(completions, "parse_request", recorded)
-    caller = await gateway.caller()
-    assert await send_large(gateway, caller.headers) == 200
-    await gateway.chat(caller, "x")
+    client = await gateway.client()
+    assert await send_large(gateway, client.headers) == 200
+    await gateway.chat(client, "x")
     assert threads == [(True, "large bodies_0"), (False, "MainThread")]
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("pieces", [False, True])
@@ -260,7 +260,7 @@ async def test_the_first_byte_and_the_gaps_between_bytes_have_timeouts_of_their_
 
     plays.append(play)
     began = time.monotonic()
-    response, stream = await gateway.chat(await gateway.caller(), stream=True)
+    response, stream = await gateway.chat(await gateway.client(), stream=True)
     assert response.status == 200
     assert stream.startswith(b": hello\n\n")
     assert b'"finish_reason":"error"' in stream
@@ -284,7 +284,7 @@ async def test_heartbeats_are_sent_between_events_and_never_inside_one(scripted:
         return response
 
     plays.append(play)
-    _, stream = await gateway.chat(await gateway.caller(), stream=True)
+    _, stream = await gateway.chat(await gateway.client(), stream=True)
     assert stream.replace(HEARTBEAT, b"") == event + event + b'data: {"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n'
     assert stream.count(HEARTBEAT) >= 2
     first, second, _ = stream.split(event)
@@ -304,13 +304,13 @@ async def test_after_the_bill_the_end_of_the_stream_is_awaited_for_a_short_time(
         return response
 
     plays.append(play)
-    caller = await gateway.caller()
+    client = await gateway.client()
     began = time.monotonic()
-    _, stream = await gateway.chat(caller, stream=True)
+    _, stream = await gateway.chat(client, stream=True)
     assert time.monotonic() - began < 5
     assert stream.startswith(b'data: {"usage":{"cost":0.001}}\n\n')
-    assert await caller.held() == 0
-    assert json.dumps(float(100 - await caller.balance())) == "0.09"
+    assert await client.held() == 0
+    assert json.dumps(float(100 - await client.balance())) == "0.09"
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"total_s": 30, "attempts_max": 9}}])
@@ -323,14 +323,14 @@ async def test_nothing_is_retried_for_a_client_that_disconnected_between_attempt
         return web.json_response({"error": {"code": 429, "message": "later"}}, status=429, headers={"Retry-After": "1"})
 
     plays.append(play)
-    caller = await gateway.caller()
+    client = await gateway.client()
     async with connected(gateway) as (_, writer):
-        writer.write(post(caller))
+        writer.write(post(client))
         await attempts.get()
         await asyncio.sleep(0.1)
     await gateway.idle()
     assert attempts.empty()
-    assert await caller.held() == 0
+    assert await client.held() == 0
 
 
 @pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.2}}])
@@ -347,10 +347,10 @@ async def test_a_bill_in_mid_stream_does_not_shorten_the_timeout(scripted: Any) 
         return response
 
     plays.append(play)
-    caller = await gateway.caller()
-    _, stream = await gateway.chat(caller, stream=True)
+    client = await gateway.client()
+    _, stream = await gateway.chat(client, stream=True)
     assert stream.endswith(b"data: [DONE]\n\n")
-    assert await caller.balance() == Decimal("99.55")
+    assert await client.balance() == Decimal("99.55")
 
 
 async def test_an_end_that_arrives_while_the_process_is_busy_is_no_timeout(scripted: Any) -> None:
@@ -367,7 +367,7 @@ async def test_an_end_that_arrives_while_the_process_is_busy_is_no_timeout(scrip
         return response
 
     plays.append(play)
-    _, stream = await gateway.chat(await gateway.caller(), stream=True)
+    _, stream = await gateway.chat(await gateway.client(), stream=True)
     assert stream.endswith(b"data: [DONE]\n\n")
 
 
@@ -384,5 +384,5 @@ async def test_no_heartbeat_is_written_into_a_compressed_stream(scripted: Any) -
         return response
 
     plays.append(play)
-    _, stream = await gateway.chat(await gateway.caller(), stream=True)
+    _, stream = await gateway.chat(await gateway.client(), stream=True)
     assert stream == document

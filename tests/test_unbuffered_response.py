@@ -39,10 +39,10 @@ def fields_of(answer: bytes) -> tuple[bytes, dict[str, str]]:
 async def test_the_connection_header_is_correct(
     gateway: Gateway, version: str, asked: str, told: str | None, stream: bool
 ) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     parts = urlsplit(gateway.url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    writer.write(post(caller, version=version, extra=asked, stream=stream))
+    writer.write(post(client, version=version, extra=asked, stream=stream))
     async with asyncio.timeout(10):
         first, fields = fields_of(head := await reader.readuntil(b"\r\n\r\n"))
         assert first == f"HTTP/{version} 200 OK".encode()
@@ -93,9 +93,9 @@ async def test_a_response_without_a_body_does_not_begin_the_next_one(scripted: A
         return web.Response(status=204, headers={"Content-Type": kind})
 
     plays.append(play)
-    caller = await gateway.caller()
+    client = await gateway.client()
     answers = await raw(
-        gateway, post(caller, extra="", stream=True) + b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        gateway, post(client, extra="", stream=True) + b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     )
     head, _, rest = answers.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 204")
@@ -120,6 +120,6 @@ async def test_a_body_of_any_size_arrives(scripted: Any, size: int) -> None:
         return web.Response(body=document, content_type="application/json")
 
     plays.append(play)
-    response, received = await gateway.chat(await gateway.caller())
+    response, received = await gateway.chat(await gateway.client())
     assert (response.status, response.headers["Content-Length"]) == (200, str(size))
     assert received == document

@@ -13,8 +13,8 @@ import pytest
 
 from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.telemetry.log_writer import logging_to
-from tests.support.books import assert_books_agree
-from tests.support.gateway import Caller, Gateway
+from tests.support.accounting import assert_charges_match_bills
+from tests.support.gateway import Client, Gateway
 
 PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 TEXT = {"type": "text", "text": "Hello"}
@@ -24,8 +24,8 @@ def said(*parts: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [TEXT, *parts]}]}
 
 
-async def send(gateway: Gateway, caller: Caller, body: bytes) -> int:
-    headers = {**caller.headers, "Content-Type": "application/json"}
+async def send(gateway: Gateway, client: Client, body: bytes) -> int:
+    headers = {**client.headers, "Content-Type": "application/json"}
     async with gateway.session.post(gateway.chat_url, data=io.BytesIO(body), headers=headers) as response:
         await response.read()
     await gateway.idle()
@@ -36,16 +36,16 @@ async def send(gateway: Gateway, caller: Caller, body: bytes) -> int:
 async def test_characters_that_are_hard_on_databases_and_logs_pass_and_are_charged(
     gateway: Gateway, tmp_path: Path, text: str
 ) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = b'{"messages":[{"role":"user","content":"%s"}],"x_new":"%s"}' % ((text.encode(),) * 2)
     with logging_to(tmp_path / "odd", level="debug", retention_days=1, stdout=False):
-        assert await send(gateway, caller, body) == 200
+        assert await send(gateway, client, body) == 200
     (record,) = gateway.simulator.billing.records.values()
     assert record.body.startswith(body[:-1])
     (path,) = (tmp_path / "odd").glob("combined-*.log")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["message"].partition(":")[0] for line in lines] == ["LLM Request", "LLM Response"]
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ async def test_characters_that_are_hard_on_databases_and_logs_pass_and_are_charg
 async def test_an_image_url_is_never_fetched_and_is_sent_upstream_unchanged(
     gateway: Gateway, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     requested = []
     real, real_send = aiohttp.ClientSession._request, UpstreamConnection.send_request
 
@@ -71,11 +71,11 @@ async def test_an_image_url_is_never_fetched_and_is_sent_upstream_unchanged(
     monkeypatch.setattr(UpstreamConnection, "send_request", recorded_upstream)
     part = b'{"type":"image_url","image_url":{"url":"%s"}}' % url.encode()
     body = b'{"messages":[{"role":"user","content":[%s]}],"max_tokens":1}' % part
-    assert await send(gateway, caller, body) == 200
+    assert await send(gateway, client, body) == 200
     (record,) = gateway.simulator.billing.records.values()
     assert part in record.body
     assert requested == ["/v1/chat/completions", "/api/v1/chat/completions"]
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize(
@@ -112,33 +112,33 @@ async def test_an_image_url_is_never_fetched_and_is_sent_upstream_unchanged(
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_hold_covers_what_makes_a_request_expensive(gateway: Gateway, members: dict[str, Any], stream: bool) -> None:
     """The gateway fixture asserts after every test that no bill of the simulator was above its hold."""
-    caller = await gateway.caller("10000")
+    client = await gateway.client("10000")
     body = {"messages": [{"role": "user", "content": "Hello"}], **members, "stream": stream}
-    assert await send(gateway, caller, json.dumps(body).encode()) == 200
+    assert await send(gateway, client, json.dumps(body).encode()) == 200
     assert gateway.billed_usd() > 0
-    await assert_books_agree(gateway, caller, "10000")
+    await assert_charges_match_bills(gateway, client, "10000")
 
 
 @pytest.mark.parametrize("wish", [{"include_usage": False}, {}, None])
 async def test_usage_is_requested_whatever_the_client_sends(gateway: Gateway, wish: dict[str, Any] | None) -> None:
-    caller = await gateway.caller()
-    await gateway.chat(caller, stream=True, stream_options=wish, usage={"include": False})
+    client = await gateway.client()
+    await gateway.chat(client, stream=True, stream_options=wish, usage={"include": False})
     (record,) = gateway.simulator.billing.records.values()
     assert json.loads(record.body)["stream_options"]["include_usage"] is True
     assert json.loads(record.body)["usage"]["include"] is True
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_many_messages_and_a_long_one_are_served_or_rejected_and_block_no_other_client(gateway: Gateway) -> None:
-    caller = await gateway.caller("10000")
+    client = await gateway.client("10000")
     many = b'{"messages":[%s]}' % b",".join([b'{"role":"user","content":"x"}'] * 120_000)
     long = b'{"messages":[{"role":"user","content":"%s"}]}' % (b"x" * 4_000_000)
     for body in (many, long):
-        asked = asyncio.create_task(send(gateway, caller, body))
+        asked = asyncio.create_task(send(gateway, client, body))
         answers = 0
         while not asked.done():
             async with gateway.session.get(f"{gateway.url}/health") as response:
                 answers += response.status == 200
         assert asked.result() == 200
         assert answers > 5
-    await assert_books_agree(gateway, caller, "10000")
+    await assert_charges_match_bills(gateway, client, "10000")

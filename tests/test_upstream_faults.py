@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 
 from gptutor.api.chat.exchange import TRUNCATED_EVENT
-from tests.support.books import assert_books_agree
+from tests.support.accounting import assert_charges_match_bills
 from tests.support.gateway import Gateway
 
 WHOLE = b"data: [DONE]\n\n"
@@ -36,15 +36,15 @@ WHOLE = b"data: [DONE]\n\n"
 )
 @pytest.mark.parametrize("tuned", [{"openrouter": {"end_s": 0.3}}])
 async def test_a_faulty_stream_ends_as_it_should_and_is_charged_exactly(gateway: Gateway, fault: str, ending: bytes) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     gateway.simulator.word_s = 0.001  # so that the fault occurs in mid-stream
-    response, stream = await gateway.chat(caller, f"fault:{fault}", stream=True)
+    response, stream = await gateway.chat(client, f"fault:{fault}", stream=True)
     assert response.status == 200
     assert stream.endswith(ending)
     assert (WHOLE in stream) is (ending == WHOLE)
     assert (TRUNCATED_EVENT in stream) is (ending == TRUNCATED_EVENT)
     assert not {"Set-Cookie", "X-Evil", "Server-Timing"} & set(response.headers)
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize(
@@ -64,36 +64,36 @@ async def test_a_faulty_stream_ends_as_it_should_and_is_charged_exactly(gateway:
 async def test_a_faulty_plain_response_has_its_error_and_is_charged_exactly(
     gateway: Gateway, fault: str, status: int, code: str | None
 ) -> None:
-    caller = await gateway.caller()
-    response, document = await gateway.chat(caller, f"fault:{fault}")
+    client = await gateway.client()
+    response, document = await gateway.chat(client, f"fault:{fault}")
     assert (response.status, response.headers.get("X-Error-Code")) == (status, code)
     assert json.loads(document)
     assert not {"Set-Cookie", "X-Evil", "Location"} & set(response.headers)
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_body_that_is_compressed_against_our_request_passes_unchanged_and_is_charged(
     gateway: Gateway, stream: bool
 ) -> None:
-    caller = await gateway.caller()
-    response, document = await gateway.chat(caller, "fault:gzip", stream=stream)
+    client = await gateway.client()
+    response, document = await gateway.chat(client, "fault:gzip", stream=stream)
     assert response.headers["Content-Encoding"] == "gzip"
     assert (b"[DONE]" in gzip.decompress(document)) is stream
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_a_stream_of_single_bytes_passes_and_is_charged(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    _, stream = await gateway.chat(caller, "fault:drip=1", stream=True, max_tokens=5)
+    client = await gateway.client()
+    _, stream = await gateway.chat(client, "fault:drip=1", stream=True, max_tokens=5)
     assert stream.endswith(WHOLE)
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("status", [400, 404, 413, 422])
 async def test_openrouters_error_message_reaches_the_client_in_either_form(scripted: Any, status: int) -> None:
     plays, gateway = scripted
-    caller = await gateway.caller()
+    client = await gateway.client()
     for body, text in (
         (b'{"error":{"message":"too long","code":400}}', "too long"),
         (b'{"error":{"message":"too long","error_type":"x","http_status":400}}', "too long"),
@@ -105,11 +105,11 @@ async def test_openrouters_error_message_reaches_the_client_in_either_form(scrip
         (b'{"error":{"message":"%s"}}' % (b"x" * 5000), "x" * 1000),
     ):
         plays.append(answering(status, body))
-        response, document = await gateway.chat(caller)
+        response, document = await gateway.chat(client)
         assert (response.status, response.headers["X-Error-Code"]) == (400, "upstream_rejected")
         assert json.loads(document) == {"error": text}
-    assert await caller.held() == 0
-    assert await caller.balance() == 100
+    assert await client.held() == 0
+    assert await client.balance() == 100
 
 
 def answering(status: int, body: bytes) -> Any:
@@ -123,7 +123,7 @@ def answering(status: int, body: bytes) -> Any:
 async def test_an_error_page_of_the_edge_proves_nothing_in_any_form(scripted: Any, body: bytes) -> None:
     plays, gateway = scripted
     plays.append(answering(502, body))
-    caller = await gateway.caller()
-    response, _ = await gateway.chat(caller)
+    client = await gateway.client()
+    response, _ = await gateway.chat(client)
     assert (response.status, response.headers["X-Error-Code"]) == (500, "upstream_outcome_unknown")
-    assert await caller.held() > 0
+    assert await client.held() > 0

@@ -23,8 +23,8 @@ from gptutor.money.holds import Hold, HoldRequest, Release, Settlement, new_id
 from gptutor.money.pricing import Ceiling, Charge, charge_amount
 from gptutor.money.usage import Usage
 from gptutor.money.users import NoSuchUser
-from tests.support.gateway import Caller, Gateway, make_caller
-from tests.support.ledger import RATE, assert_books_hold, claim, hold, ledger_of, release, settlement
+from tests.support.gateway import Client, Gateway, make_client
+from tests.support.ledger import RATE, assert_invariants_hold, claim, hold, ledger_of, release, settlement
 from tests.support.recovery import journals_in, mortal, process
 
 MODELS = ("google/gemini-2.5-flash-lite", "openai/gpt-4o-mini", "anthropic/claude-3-haiku")
@@ -46,16 +46,16 @@ UPDATE accounts SET balance_nano = balance_nano - $3, charge_count = charge_coun
 """
 
 
-async def get(gateway: Gateway, caller: Caller | None, path: str, **parameters: Any) -> tuple[int, Any]:
+async def get(gateway: Gateway, client: Client | None, path: str, **parameters: Any) -> tuple[int, Any]:
     """Status, and the answer decoded."""
     query = {name.rstrip("_"): str(value) for name, value in parameters.items()}
-    headers = caller.headers if caller else {}
+    headers = client.headers if client else {}
     async with gateway.session.get(gateway.url + path, params=query, headers=headers) as response:
         return response.status, await response.json()
 
 
-async def data(gateway: Gateway, caller: Caller, path: str, **parameters: Any) -> Any:
-    status, answer = await get(gateway, caller, path, **parameters)
+async def data(gateway: Gateway, client: Client, path: str, **parameters: Any) -> Any:
+    status, answer = await get(gateway, client, path, **parameters)
     assert status == 200, answer
     return answer["data"]
 
@@ -65,9 +65,9 @@ async def past(database_url: str) -> AsyncIterator[Any]:
     """Books a charge of the past: account, cost in dollars, when, model."""
     connection = await asyncpg.connect(database_url, server_settings={"timezone": "Pacific/Auckland"})  # UTC's day is meant
 
-    async def book(caller: Caller, cost: str, at: datetime.datetime, model: str = "a/b", entry: uuid.UUID | None = None) -> None:
+    async def book(client: Client, cost: str, at: datetime.datetime, model: str = "a/b", entry: uuid.UUID | None = None) -> None:
         cost_usd = Decimal(cost)
-        await connection.execute(BOOK, caller.account_id, entry or new_id(), charge_amount(cost_usd, RATE), model, cost_usd, at)
+        await connection.execute(BOOK, client.account_id, entry or new_id(), charge_amount(cost_usd, RATE), model, cost_usd, at)
 
     yield book
     await connection.close()
@@ -77,15 +77,15 @@ async def past(database_url: str) -> AsyncIterator[Any]:
 
 
 async def test_everything_agrees_with_openrouters_bills_to_the_last_digit(gateway: Gateway) -> None:
-    caller = await gateway.caller("100")
+    client = await gateway.client("100")
     for number, model in enumerate([*MODELS, *MODELS[:2], MODELS[0]]):
-        await gateway.chat(caller, f"Tell me {number} stories", model=model, stream=number % 2 == 0)
+        await gateway.chat(client, f"Tell me {number} stories", model=model, stream=number % 2 == 0)
     bills = gateway.simulator.billing.records
     spent = sum((charge_amount(bill.cost_usd, RATE) for bill in bills.values()), 0)
     assert len(bills) == 6
     assert spent > 0
 
-    money = await data(gateway, caller, "/v1/credits")
+    money = await data(gateway, client, "/v1/credits")
     assert money == {
         "balance": roubles(100 * 10**9 - spent),
         "held": "0",
@@ -93,9 +93,9 @@ async def test_everything_agrees_with_openrouters_bills_to_the_last_digit(gatewa
         "total_spent": roubles(spent),
         "currency": "RUB",
     }
-    assert Decimal(money["balance"]) == await caller.balance()
+    assert Decimal(money["balance"]) == await client.balance()
 
-    *entries, topup = await data(gateway, caller, "/v1/usage")
+    *entries, topup = await data(gateway, client, "/v1/usage")
     assert (topup["kind"], topup["amount"], topup["cost_usd"], topup["request_id"]) == ("topup", "100", None, None)
     assert [entry["generation_id"] for entry in reversed(entries)] == list(bills)
     for entry in entries:
@@ -104,11 +104,11 @@ async def test_everything_agrees_with_openrouters_bills_to_the_last_digit(gatewa
         assert entry["amount"] == roubles(-charge_amount(bill.cost_usd, RATE))
         assert (entry["kind"], entry["model"], entry["rate"]) == ("charge", bill.model, "90")
         assert (entry["prompt_tokens"], entry["completion_tokens"]) == (bill.prompt_tokens, bill.completion_tokens)
-        assert caller.key.startswith(entry["key"])
-        assert len(entry["key"]) < len(caller.key) / 2
-        one = await data(gateway, caller, "/v1/generation", id=entry["generation_id"])
+        assert client.key.startswith(entry["key"])
+        assert len(entry["key"]) < len(client.key) / 2
+        one = await data(gateway, client, "/v1/generation", id=entry["generation_id"])
         assert one["id"] == entry["id"]
-        assert one == await data(gateway, caller, "/v1/generation", id=entry["request_id"])
+        assert one == await data(gateway, client, "/v1/generation", id=entry["request_id"])
         assert {**one, "charged": f"-{one['charged']}"}.items() >= {
             "state": "settled",
             "charged": entry["amount"],
@@ -117,40 +117,40 @@ async def test_everything_agrees_with_openrouters_bills_to_the_last_digit(gatewa
         shared = one.keys() & entry.keys() - {"created_at"}
         assert {name: one[name] for name in shared} == {name: entry[name] for name in shared}
 
-    (day,) = await data(gateway, caller, "/v1/usage/totals")
+    (day,) = await data(gateway, client, "/v1/usage/totals")
     assert (day["requests"], day["amount"], Decimal(day["cost_usd"])) == (6, roubles(spent), gateway.billed_usd())
     assert day["prompt_tokens"] == sum(bill.prompt_tokens for bill in bills.values())
     assert day["completion_tokens"] == sum(bill.completion_tokens for bill in bills.values())
-    models = await data(gateway, caller, "/v1/usage/totals", by="model")
+    models = await data(gateway, client, "/v1/usage/totals", by="model")
     assert {total["model"]: total["requests"] for total in models} == Counter(bill.model for bill in bills.values())
     assert sum(Decimal(total["amount"]) for total in models) == Decimal(roubles(spent))
-    both = await data(gateway, caller, "/v1/usage/totals", by="day,model")
+    both = await data(gateway, client, "/v1/usage/totals", by="day,model")
     assert [{**total, "day": day["day"]} for total in models] == both
-    await assert_books_hold(gateway.books)
+    await assert_invariants_hold(gateway.database)
 
 
 async def test_no_digit_is_lost_where_a_double_would_lose_it(gateway: Gateway) -> None:
-    caller = await gateway.caller("123456789.123456789")
-    assert (await data(gateway, caller, "/v1/credits"))["balance"] == "123456789.123456789"
+    client = await gateway.client("123456789.123456789")
+    assert (await data(gateway, client, "/v1/credits"))["balance"] == "123456789.123456789"
 
 
 async def test_a_running_request_is_held_and_not_spent(gateway: Gateway) -> None:
-    caller = await gateway.caller("100")
-    await hold(gateway.books, caller, "30.5")
-    money = await data(gateway, caller, "/v1/credits")
+    client = await gateway.client("100")
+    await hold(gateway.database, client, "30.5")
+    money = await data(gateway, client, "/v1/credits")
     assert (money["balance"], money["held"], money["available"], money["total_spent"]) == ("100", "30.5", "69.5", "0")
-    assert [entry["kind"] for entry in await data(gateway, caller, "/v1/usage")] == ["topup"]
+    assert [entry["kind"] for entry in await data(gateway, client, "/v1/usage")] == ["topup"]
 
 
-async def test_an_account_that_is_not_there_has_no_credits(books: Database) -> None:
+async def test_an_account_that_is_not_there_has_no_credits(database: Database) -> None:
     with pytest.raises(NoSuchUser):
-        await Usage(books).credits(AccountId(10**9))
+        await Usage(database).credits(AccountId(10**9))
 
 
 async def test_responses_are_not_cached(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     for path in PATHS[:3]:
-        async with gateway.session.get(gateway.url + path, headers=caller.headers) as response:
+        async with gateway.session.get(gateway.url + path, headers=client.headers) as response:
             assert (response.status, response.content_type) == (200, "application/json")
             assert response.headers["Cache-Control"] == "no-store"
 
@@ -164,10 +164,10 @@ async def test_without_a_key_every_endpoint_is_401(gateway: Gateway, path: str) 
 
 
 async def test_another_accounts_money_and_requests_are_not_shown(gateway: Gateway) -> None:
-    caller, other = await gateway.caller("100"), await gateway.caller("7")
-    await gateway.chat(caller)
-    *_, cursor = [answer["next_cursor"] for _, answer in [await get(gateway, caller, "/v1/usage", limit=1)]]
-    (entry,) = await data(gateway, caller, "/v1/usage", model=MODELS[0])
+    client, other = await gateway.client("100"), await gateway.client("7")
+    await gateway.chat(client)
+    *_, cursor = [answer["next_cursor"] for _, answer in [await get(gateway, client, "/v1/usage", limit=1)]]
+    (entry,) = await data(gateway, client, "/v1/usage", model=MODELS[0])
 
     unknown = await get(gateway, other, "/v1/generation", id="gen-nobody")
     assert unknown[0] == 404
@@ -179,7 +179,7 @@ async def test_another_accounts_money_and_requests_are_not_shown(gateway: Gatewa
     assert {own["kind"] for own in await data(gateway, other, "/v1/usage", cursor=cursor)} <= {"topup"}
     assert await data(gateway, other, "/v1/usage/totals") == []
     assert (await data(gateway, other, "/v1/credits"))["total_spent"] == "0"
-    status, answer = await get(gateway, other, "/v1/credits", account_id=caller.account_id)
+    status, answer = await get(gateway, other, "/v1/credits", account_id=client.account_id)
     assert (status, answer["error"]) == (400, "'account_id' is not a parameter here; there are none")
 
 
@@ -187,22 +187,22 @@ async def test_another_accounts_money_and_requests_are_not_shown(gateway: Gatewa
 
 
 async def test_pages_are_complete_and_repeat_nothing_while_new_entries_arrive(gateway: Gateway, past: Any) -> None:
-    caller = await gateway.caller("100")
+    client = await gateway.client("100")
     for number in range(40):  # four of each moment: only their ids tell them apart
-        await past(caller, "0.001", NOON + number // 4 * datetime.timedelta(milliseconds=1))
-    before = {entry["id"] for entry in await data(gateway, caller, "/v1/usage")}
+        await past(client, "0.001", NOON + number // 4 * datetime.timedelta(milliseconds=1))
+    before = {entry["id"] for entry in await data(gateway, client, "/v1/usage")}
     assert len(before) == 41
 
     seen: list[dict[str, Any]] = []
     parameters: dict[str, Any] = {"limit": 3}
     while True:
-        _, answer = await get(gateway, caller, "/v1/usage", **parameters)
+        _, answer = await get(gateway, client, "/v1/usage", **parameters)
         assert len(answer["data"]) == 3 or answer["next_cursor"] is None
         seen += answer["data"]
         if answer["next_cursor"] is None:
             break
         parameters["cursor"] = answer["next_cursor"]
-        await past(caller, "0.002", datetime.datetime.now(datetime.UTC))
+        await past(client, "0.002", datetime.datetime.now(datetime.UTC))
     ids = [entry["id"] for entry in seen]
     assert len(ids) == len(set(ids))
     assert set(ids) == before
@@ -212,23 +212,23 @@ async def test_pages_are_complete_and_repeat_nothing_while_new_entries_arrive(ga
 
 
 async def test_a_full_last_page_has_no_next_cursor(gateway: Gateway, past: Any) -> None:
-    caller = await gateway.caller("0")
+    client = await gateway.client("0")
     for number in range(4):
-        await past(caller, "0.001", NOON + number * TICK)
-    _, first = await get(gateway, caller, "/v1/usage", limit=2)
-    _, last = await get(gateway, caller, "/v1/usage", limit=2, cursor=first["next_cursor"])
+        await past(client, "0.001", NOON + number * TICK)
+    _, first = await get(gateway, client, "/v1/usage", limit=2)
+    _, last = await get(gateway, client, "/v1/usage", limit=2, cursor=first["next_cursor"])
     assert (len(first["data"]), len(last["data"]), last["next_cursor"]) == (2, 2, None)
-    assert (await get(gateway, caller, "/v1/usage", limit=4))[1]["next_cursor"] is None
+    assert (await get(gateway, client, "/v1/usage", limit=4))[1]["next_cursor"] is None
 
 
 async def test_entries_are_filtered_by_model_and_by_whole_utc_days(gateway: Gateway, past: Any) -> None:
-    caller = await gateway.caller("0")
-    await past(caller, "0.001", MIDNIGHT - TICK, "a/early")
-    await past(caller, "0.002", MIDNIGHT, "a/late")
-    await past(caller, "0.003", MIDNIGHT + datetime.timedelta(days=1) - TICK, "a/late")
+    client = await gateway.client("0")
+    await past(client, "0.001", MIDNIGHT - TICK, "a/early")
+    await past(client, "0.002", MIDNIGHT, "a/late")
+    await past(client, "0.003", MIDNIGHT + datetime.timedelta(days=1) - TICK, "a/late")
 
     async def costs(**parameters: str) -> list[str]:
-        return [entry["cost_usd"] for entry in await data(gateway, caller, "/v1/usage", **parameters)]
+        return [entry["cost_usd"] for entry in await data(gateway, client, "/v1/usage", **parameters)]
 
     assert await costs() == ["0.003", "0.002", "0.001"]
     assert await costs(from_="2026-03-11") == ["0.003", "0.002"]
@@ -238,10 +238,10 @@ async def test_entries_are_filtered_by_model_and_by_whole_utc_days(gateway: Gate
     assert await costs(model="a/late") == ["0.003", "0.002"]
     assert await costs(model="a/late", to="2026-03-10") == []
     assert await costs(model="a/l") == []
-    _, page = await get(gateway, caller, "/v1/usage", model="a/late", limit=1)
+    _, page = await get(gateway, client, "/v1/usage", model="a/late", limit=1)
     assert await costs(model="a/late", cursor=page["next_cursor"]) == ["0.002"]
     assert await costs(cursor=page["next_cursor"], to="2026-03-10") == ["0.001"]
-    (entry,) = await data(gateway, caller, "/v1/usage", to="2026-03-10")
+    (entry,) = await data(gateway, client, "/v1/usage", to="2026-03-10")
     assert entry["created_at"] == "2026-03-10T23:59:59.999Z"
 
 
@@ -249,39 +249,39 @@ async def test_entries_are_filtered_by_model_and_by_whole_utc_days(gateway: Gate
 
 
 async def test_a_day_is_a_utc_day(gateway: Gateway, past: Any) -> None:
-    caller = await gateway.caller("100")
-    await past(caller, "0.001", MIDNIGHT - TICK)
-    await past(caller, "0.002", MIDNIGHT)
-    await past(caller, "0.003", MIDNIGHT + datetime.timedelta(days=1) - TICK)
-    totals = await data(gateway, caller, "/v1/usage/totals", from_="2026-03-01", to="2026-03-31")
+    client = await gateway.client("100")
+    await past(client, "0.001", MIDNIGHT - TICK)
+    await past(client, "0.002", MIDNIGHT)
+    await past(client, "0.003", MIDNIGHT + datetime.timedelta(days=1) - TICK)
+    totals = await data(gateway, client, "/v1/usage/totals", from_="2026-03-01", to="2026-03-31")
     assert [(total["day"], total["requests"], total["cost_usd"], total["amount"]) for total in totals] == [
         ("2026-03-11", 2, "0.005", "0.45"),
         ("2026-03-10", 1, "0.001", "0.09"),
     ]
-    assert await data(gateway, caller, "/v1/usage/totals", from_="2026-03-10", to="2026-03-10") == totals[1:]
-    await assert_books_hold(gateway.books)
+    assert await data(gateway, client, "/v1/usage/totals", from_="2026-03-10", to="2026-03-10") == totals[1:]
+    await assert_invariants_hold(gateway.database)
 
 
 async def test_totals_name_their_period(gateway: Gateway) -> None:
-    caller = await gateway.caller("0")
+    client = await gateway.client("0")
     today = datetime.datetime.now(datetime.UTC).date()
-    _, answer = await get(gateway, caller, "/v1/usage/totals")
+    _, answer = await get(gateway, client, "/v1/usage/totals")
     assert answer == {"data": [], "from": str(today - datetime.timedelta(days=29)), "to": str(today), "by": "day"}
-    _, answer = await get(gateway, caller, "/v1/usage/totals", to="2026-01-30", by="model")
+    _, answer = await get(gateway, client, "/v1/usage/totals", to="2026-01-30", by="model")
     assert answer == {"data": [], "from": "2026-01-01", "to": "2026-01-30", "by": "model"}
 
 
 async def test_tokens_are_added_up_as_far_as_they_are_known(gateway: Gateway) -> None:
-    caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
+    client, ledger = await gateway.client("100"), ledger_of(gateway.database)
 
     async def settle(prompt: int | None, completion: int | None) -> None:
-        held = await hold(gateway.books, caller, "1", ledger=ledger)
+        held = await hold(gateway.database, client, "1", ledger=ledger)
         await ledger.settle(
-            Settlement(caller.account_id, held.hold_id, Charge(Nano(9), Decimal("0.0000000001"), prompt, completion), None)
+            Settlement(client.account_id, held.hold_id, Charge(Nano(9), Decimal("0.0000000001"), prompt, completion), None)
         )
 
     async def tokens() -> list[tuple[int | None, int | None]]:
-        totals = await data(gateway, caller, "/v1/usage/totals")
+        totals = await data(gateway, client, "/v1/usage/totals")
         return [(total["prompt_tokens"], total["completion_tokens"]) for total in totals]
 
     for prompt, completion, known in [
@@ -292,68 +292,68 @@ async def test_tokens_are_added_up_as_far_as_they_are_known(gateway: Gateway) ->
     ]:
         await settle(prompt, completion)
         assert await tokens() == [known]
-    assert [total["cost_usd"] for total in await data(gateway, caller, "/v1/usage/totals")] == ["0.0000000004"]
+    assert [total["cost_usd"] for total in await data(gateway, client, "/v1/usage/totals")] == ["0.0000000004"]
 
 
 async def test_what_recovery_and_late_evidence_settle_is_in_the_totals(gateway: Gateway, tmp_path: Path) -> None:
-    caller, books, directory = await gateway.caller("100"), gateway.books, tmp_path / "dead"
-    dead = mortal(books, directory)
-    held = await hold(books, caller, "5", ledger=dead)
+    client, database, directory = await gateway.client("100"), gateway.database, tmp_path / "dead"
+    dead = mortal(database, directory)
+    held = await hold(database, client, "5", ledger=dead)
     dead.journal.record_sent(held.account_id, held.hold_id)
     dead.journal.record_charge(held.hold_id, Charge(Nano(9 * 10**8), Decimal("0.01"), 15, 32), "gen-1")
-    with process(books, directory) as heir:
+    with process(database, directory) as heir:
         for abandoned in journals_in(directory):
             await heir.recovery.replay(abandoned)
-    given_up = await hold(books, caller, "5")
-    await ledger_of(books).release(Release(caller.account_id, given_up.hold_id, unresolved=True))
-    assert await ledger_of(books).settle(settlement(given_up, "0.02")) == "settled_late"
+    given_up = await hold(database, client, "5")
+    await ledger_of(database).release(Release(client.account_id, given_up.hold_id, unresolved=True))
+    assert await ledger_of(database).settle(settlement(given_up, "0.02")) == "settled_late"
 
-    (total,) = await data(gateway, caller, "/v1/usage/totals")
+    (total,) = await data(gateway, client, "/v1/usage/totals")
     assert (total["requests"], total["cost_usd"], total["amount"]) == (2, "0.03", "2.7")
     assert (total["prompt_tokens"], total["completion_tokens"]) == (15, 32)
-    assert (await data(gateway, caller, "/v1/credits"))["total_spent"] == "2.7"
-    await assert_books_hold(books)
+    assert (await data(gateway, client, "/v1/credits"))["total_spent"] == "2.7"
+    await assert_invariants_hold(database)
 
 
 async def test_a_settlement_that_is_repeated_is_counted_once(gateway: Gateway) -> None:
-    caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
-    held = await hold(gateway.books, caller, "5", ledger=ledger)
+    client, ledger = await gateway.client("100"), ledger_of(gateway.database)
+    held = await hold(gateway.database, client, "5", ledger=ledger)
     batch = [settlement(held, "0.01")] * 2
     await ledger._settle_and_hold_batch(batch)
     await ledger._settle_and_hold_batch(batch)
-    (total,) = await data(gateway, caller, "/v1/usage/totals")
+    (total,) = await data(gateway, client, "/v1/usage/totals")
     assert (total["requests"], total["amount"]) == (1, "0.9")
 
 
-async def test_many_settlements_at_once_lose_no_total_and_never_deadlock(books: Database) -> None:
+async def test_many_settlements_at_once_lose_no_total_and_never_deadlock(database: Database) -> None:
     """Ten accounts, in every order, by several processes."""
-    callers = [await make_caller(books, "1000") for _ in range(10)]
-    ledgers = [ledger_of(books) for _ in range(4)]
+    clients = [await make_client(database, "1000") for _ in range(10)]
+    ledgers = [ledger_of(database) for _ in range(4)]
     batches = []
     for turn, ledger in itertools.product(range(5), ledgers):
-        holds = [await hold(books, caller, "1", ledger=ledger) for caller in callers]
+        holds = [await hold(database, client, "1", ledger=ledger) for client in clients]
         batch = [settlement(held, "0.01") for held in holds]
         batches.append(ledger._settle_and_hold_batch(batch if turn % 2 else batch[::-1], wait_for_locks=True))
     for outcomes in await asyncio.gather(*batches):
         assert {row["outcome"] for row in outcomes} == {"settled"}
-    async with books.snapshot() as connection:
+    async with database.snapshot() as connection:
         rows = await connection.fetch("SELECT requests, charge_nano FROM usage_days")
     assert [tuple(row) for row in rows] == [(20, 20 * 9 * 10**8)] * 10
-    await assert_books_hold(books)
+    await assert_invariants_hold(database)
 
 
 # -- one request
 
 
 async def test_a_request_is_shown_in_every_state(gateway: Gateway, database_url: str) -> None:
-    caller, ledger = await gateway.caller("100"), ledger_of(gateway.books)
+    client, ledger = await gateway.client("100"), ledger_of(gateway.database)
 
     async def begin(name: str) -> Hold:
         ceiling = Ceiling(hold_max=Nano(5 * 10**9), available_min=Nano(5 * 10**9))
-        return await ledger.hold_funds(HoldRequest(claim(caller), new_id(), ceiling, "a/b", name))
+        return await ledger.hold_funds(HoldRequest(claim(client), new_id(), ceiling, "a/b", name))
 
     async def state(name: str) -> tuple[Any, ...]:
-        told = await data(gateway, caller, "/v1/generation", id=name)
+        told = await data(gateway, client, "/v1/generation", id=name)
         return told["state"], told["charged"], told["held"], told["cost_usd"], told["closed_at"] is not None
 
     await begin("running")
@@ -367,23 +367,23 @@ async def test_a_request_is_shown_in_every_state(gateway: Gateway, database_url:
     await connection.execute("UPDATE holds SET is_handed_over = TRUE, due_at = 'infinity' WHERE hold_id = $1", lost.hold_id)
     await connection.close()
     assert await state("lost") == ("awaiting_evidence", None, "5", None, False)
-    await ledger.release(Release(caller.account_id, lost.hold_id, unresolved=True))
+    await ledger.release(Release(client.account_id, lost.hold_id, unresolved=True))
     assert await state("lost") == ("unresolved", None, "0", None, True)
     await ledger.settle(settlement(lost, "0.01"))
     assert await state("lost") == ("settled", "0.9", "0", "0.01", True)
 
 
 async def test_of_requests_with_the_same_id_the_newest_is_shown(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     names = []
     for _ in range(3):
         body = {"messages": [{"role": "user", "content": "Hello"}]}
-        headers = {**caller.headers, "X-Request-ID": "again"}
+        headers = {**client.headers, "X-Request-ID": "again"}
         async with gateway.session.post(gateway.chat_url, json=body, headers=headers) as response:
             names.append((await response.json(content_type=None))["id"])
         await gateway.idle()
-    assert (await data(gateway, caller, "/v1/generation", id="again"))["generation_id"] == names[-1]
-    assert (await data(gateway, caller, "/v1/generation", id=names[0]))["generation_id"] == names[0]
+    assert (await data(gateway, client, "/v1/generation", id="again"))["generation_id"] == names[-1]
+    assert (await data(gateway, client, "/v1/generation", id=names[0]))["generation_id"] == names[0]
 
 
 # -- invalid parameters
@@ -424,8 +424,8 @@ async def test_of_requests_with_the_same_id_the_newest_is_shown(gateway: Gateway
     ],
 )
 async def test_a_wrong_parameter_is_named_with_its_fault_and_range(gateway: Gateway, path: str, fault: str) -> None:
-    caller = await gateway.caller("0")
-    async with gateway.session.get(gateway.url + path, headers=caller.headers) as response:
+    client = await gateway.client("0")
+    async with gateway.session.get(gateway.url + path, headers=client.headers) as response:
         assert (response.status, await response.json()) == (400, {"error": fault})
         assert response.headers["X-Error-Code"] == "invalid_request"
 
@@ -440,16 +440,16 @@ async def test_a_wrong_parameter_is_named_with_its_fault_and_range(gateway: Gate
     ],
 )
 async def test_totals_span_a_leap_year_at_most_and_a_month_by_both(gateway: Gateway, by: str, first: str, status: int) -> None:
-    caller = await gateway.caller("0")
-    assert (await get(gateway, caller, "/v1/usage/totals", from_=first, to="2026-01-01", by=by))[0] == status
+    client = await gateway.client("0")
+    assert (await get(gateway, client, "/v1/usage/totals", from_=first, to="2026-01-01", by=by))[0] == status
 
 
 async def test_every_cursor_that_can_be_encoded_is_accepted(gateway: Gateway) -> None:
-    caller = await gateway.caller("5")
+    client = await gateway.client("5")
     first, last = (datetime.datetime(year, 1, 1, tzinfo=datetime.UTC) for year in (1, 9999))
     for moment, count in [(first, 0), (NOON, 0), (last, 1)]:
         cursor = encode_cursor(moment, uuid.UUID(int=2**128 - 1))
-        assert len(await data(gateway, caller, "/v1/usage", cursor=cursor)) == count
+        assert len(await data(gateway, client, "/v1/usage", cursor=cursor)) == count
 
 
 @pytest.mark.parametrize("tuned", [{"vk": {"app_id": 5, "secret_key": "s"}}])

@@ -21,7 +21,7 @@ from gptutor.money.keys import make_key
 from gptutor.money.users import UserRepository
 from gptutor.telemetry.log_writer import logging_to
 from gptutor.telemetry.logs import HTTP_SERVER_LOGGER
-from tests.support.books import assert_books_agree
+from tests.support.accounting import assert_charges_match_bills
 from tests.support.gateway import VAULT, Gateway
 from tests.support.wire import post, raw
 
@@ -38,9 +38,9 @@ from tests.support.wire import post, raw
     ],
 )
 async def test_malformed_http_is_rejected_and_its_bytes_are_in_no_log(gateway: Gateway, tmp_path: Path, request_of: Any) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     with logging_to(tmp_path / "wire", level="debug", retention_days=1, stdout=False):
-        answer = await raw(gateway, request_of(caller.key.encode()))
+        answer = await raw(gateway, request_of(client.key.encode()))
         HTTP_SERVER_LOGGER.error("at least one line")
     assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.0 400", b"HTTP/1.1 401")) or answer == b""
     (path,) = (tmp_path / "wire").glob("combined-*.log")
@@ -51,42 +51,42 @@ async def test_malformed_http_is_rejected_and_its_bytes_are_in_no_log(gateway: G
 
 
 async def test_an_unknown_expectation_is_417(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    answer = await raw(gateway, post(caller, extra="Expect: a miracle\r\nConnection: close\r\n"))
+    client = await gateway.client()
+    answer = await raw(gateway, post(client, extra="Expect: a miracle\r\nConnection: close\r\n"))
     assert answer.startswith(b"HTTP/1.1 417")
     assert b"X-Request-ID:" in answer
 
 
 @pytest.mark.parametrize("extra", ["", "Connection: keep-alive\r\n"])
 async def test_http_1_0_ends_a_stream_by_closing_the_connection(gateway: Gateway, extra: str) -> None:
-    caller = await gateway.caller()
-    answer = await raw(gateway, post(caller, version="1.0", extra=extra, stream=True))
+    client = await gateway.client()
+    answer = await raw(gateway, post(client, version="1.0", extra=extra, stream=True))
     assert answer.endswith(b"data: [DONE]\n\n")
     assert b"Transfer-Encoding" not in answer
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 async def test_a_connection_is_used_again_after_a_stream(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    answer = await raw(gateway, post(caller, extra="", stream=True) + post(caller))
+    client = await gateway.client()
+    answer = await raw(gateway, post(client, extra="", stream=True) + post(client))
     assert answer.count(b"HTTP/1.1 200 OK") == 2
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"write_timeout_s": 0.3, "buffer_bytes": 4096}}])
 async def test_a_client_that_stops_reading_is_dropped_and_charged(gateway: Gateway) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = {"messages": [{"role": "user", "content": "x" * 150 + " fault:flood=20000000"}], "stream": True}
     payload = json.dumps(body).encode()
     parts = urlsplit(gateway.url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1024)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\nContent-Type: application/json\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.key}\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     await asyncio.sleep(0.1)
     await gateway.idle()  # it ends although nobody reads
     writer.transport.abort()
-    await assert_books_agree(gateway, caller)
+    await assert_charges_match_bills(gateway, client)
     assert gateway.billed_usd() > 0
     del reader
 
@@ -112,14 +112,14 @@ async def test_a_client_that_reads_no_error_responses_is_dropped(gateway: Gatewa
     """Row client-4: error responses need no key."""
     parts = urlsplit(gateway.url)
     asked = b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n" * 200
-    with socket.socket() as caller:
-        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        caller.connect((parts.hostname, parts.port))
-        caller.setblocking(False)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect((parts.hostname, parts.port))
+        client.setblocking(False)
         async with asyncio.timeout(30):
             while True:
                 try:
-                    caller.send(asked)
+                    client.send(asked)
                 except BlockingIOError:
                     await asyncio.sleep(0.05)
                 except ConnectionError:
@@ -143,10 +143,10 @@ async def test_a_client_that_does_not_read_the_last_bytes_is_dropped() -> None:
 @pytest.mark.parametrize("tuned", [{"relay": {"disconnected_drain_s": 0.05}}])
 async def test_disconnected_clients_leave_no_tasks_behind(gateway: Gateway) -> None:
     gateway.simulator.word_s = 0.05
-    caller = await gateway.caller()
+    client = await gateway.client()
     body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
     for _ in range(3):
-        async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+        async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
             await response.content.readany()
             response.close()
     await gateway.idle()
@@ -156,9 +156,9 @@ async def test_disconnected_clients_leave_no_tasks_behind(gateway: Gateway) -> N
 
 
 async def test_an_unauthenticated_client_learns_nothing_from_validation_errors(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    await UserRepository(gateway.books).set_active(caller.account_id, False)
-    for key in (caller.key, make_key(caller.account_id), make_key(AccountId(10**12))):
+    client = await gateway.client()
+    await UserRepository(gateway.database).set_active(client.account_id, False)
+    for key in (client.key, make_key(client.account_id), make_key(AccountId(10**12))):
         async with gateway.session.post(gateway.chat_url, json={}, headers={"Authorization": f"Bearer {key}"}) as response:
             assert (response.status, await response.json()) == (401, {"error": "Invalid API key or inactive user"})
 
@@ -166,9 +166,9 @@ async def test_an_unauthenticated_client_learns_nothing_from_validation_errors(g
 async def test_an_unauthenticated_request_is_not_logged_under_an_account(
     gateway: Gateway, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caller = await gateway.caller()
+    client = await gateway.client()
     caplog.set_level(logging.INFO, "gptutor")
-    forged = {"Authorization": f"Bearer {make_key(caller.account_id)}"}
+    forged = {"Authorization": f"Bearer {make_key(client.account_id)}"}
     async with gateway.session.post(
         gateway.chat_url, json={"messages": [{"role": "user", "content": "x"}]}, headers=forged
     ) as response:
@@ -178,10 +178,10 @@ async def test_an_unauthenticated_request_is_not_logged_under_an_account(
 
 
 async def test_concurrent_rotations_leave_one_valid_key(gateway: Gateway) -> None:
-    caller = await gateway.caller()
-    keys = KeyRing(gateway.books, VAULT)
-    await asyncio.gather(*(keys.renew(caller.account_id) for _ in range(6)))
-    assert [key.revoked_at for key in await keys.list(caller.account_id)].count(None) == 1
+    client = await gateway.client()
+    keys = KeyRing(gateway.database, VAULT)
+    await asyncio.gather(*(keys.renew(client.account_id) for _ in range(6)))
+    assert [key.revoked_at for key in await keys.list(client.account_id)].count(None) == 1
 
 
 @pytest.mark.parametrize(
@@ -191,12 +191,12 @@ async def test_concurrent_rotations_leave_one_valid_key(gateway: Gateway) -> Non
 async def test_a_fallback_or_a_variant_cannot_take_a_balance_below_zero(
     gateway: Gateway, model: str, fallbacks: list[str], limited: bool
 ) -> None:
-    caller = await gateway.caller("1.01")
+    client = await gateway.client("1.01")
     body = {"messages": [{"role": "user", "content": "Hello"}], "model": model, "models": fallbacks}
-    async with gateway.session.post(gateway.chat_url, json=body, headers=caller.headers) as response:
+    async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
         await response.read()
     await gateway.idle()
     if gateway.simulator.billing.records:
         (record,) = gateway.simulator.billing.records.values()
         assert ("max_tokens" in json.loads(record.body)) is limited
-    assert await caller.balance() >= 0
+    assert await client.balance() >= 0

@@ -20,7 +20,7 @@ CREATE TABLE accounts (
 ) WITH (fillfactor = 50); -- A busy row is updated within its page (HOT). Never index balance_nano, held_nano or a counter.
 
 COMMENT ON TABLE accounts IS
-'The money of one user. Whoever opens or closes holds, or books an entry, first locks the account''s row.';
+'The money of one user. A transaction that opens or closes holds, or books an entry, first locks the account''s row.';
 COMMENT ON COLUMN accounts.balance_nano IS 'The sum of the account''s ledger entries.';
 COMMENT ON COLUMN accounts.held_nano IS 'The sum of its open holds. Available is balance_nano - held_nano.';
 COMMENT ON COLUMN accounts.open_requests IS 'Open holds not handed over to recovery: what the concurrency limit counts.';

@@ -43,7 +43,7 @@ CREATE TABLE holds (
 CREATE INDEX holds_open_by_due_at ON holds (due_at) WHERE state = 'open';
 -- For list_waiting_holds; sum_waiting_holds reads the index alone.
 CREATE INDEX holds_unresolved ON holds (created_at, hold_id) INCLUDE (amount_nano) WHERE is_unresolved;
--- For set_key_limits: the holds that stop counting when a limit starts anew.
+-- For set_key_limits: the holds that stop counting when a limit starts to count from zero again.
 CREATE INDEX holds_counted_by_key ON holds (account_id, key_id) WHERE counts_against_key_limit AND state <> 'settled';
 -- For find_request. The account comes second: request ids are nearly unique, and new ones share a page.
 CREATE INDEX holds_by_request_id ON holds (request_id, account_id, created_at);

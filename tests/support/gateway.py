@@ -1,4 +1,4 @@
-"""The gateway on a real socket with the simulator behind it, and its callers."""
+"""The gateway on a real socket with the simulator behind it, and its clients."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -30,19 +30,19 @@ MODEL = "google/gemini-2.5-flash-lite"
 
 
 @dataclass
-class Caller:
+class Client:
     """A user with a key, seen from both sides of the counter."""
 
     key: str
     account_id: AccountId
-    books: pool.Database
+    database: pool.Database
 
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}"}
 
     async def user(self) -> User:
-        return await UserRepository(self.books).find(self.account_id)
+        return await UserRepository(self.database).find(self.account_id)
 
     async def balance(self) -> Decimal:
         return Decimal(roubles((await self.user()).balance))
@@ -51,13 +51,13 @@ class Caller:
         return Decimal(roubles((await self.user()).held))
 
 
-async def make_caller(books: pool.Database, balance: str) -> Caller:
-    users = UserRepository(books)
+async def make_client(database: pool.Database, balance: str) -> Client:
+    users = UserRepository(database)
     user = await users.create()
     if Decimal(balance):
-        await Bookings(books).book(user.account_id, "topup", parse_roubles(balance))
-    key, _ = await KeyRing(books, VAULT).issue(user.account_id)
-    return Caller(key, user.account_id, books)
+        await Bookings(database).book(user.account_id, "topup", parse_roubles(balance))
+    key, _ = await KeyRing(database, VAULT).issue(user.account_id)
+    return Client(key, user.account_id, database)
 
 
 @dataclass
@@ -67,20 +67,20 @@ class Gateway:
     url: str
     app: web.Application
     simulator: Simulator
-    books: pool.Database
+    database: pool.Database
     session: aiohttp.ClientSession
     chat_url: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.chat_url = f"{self.url}/v1/chat/completions"
 
-    async def caller(self, balance: str = "100") -> Caller:
-        return await make_caller(self.books, balance)
+    async def client(self, balance: str = "100") -> Client:
+        return await make_client(self.database, balance)
 
-    async def chat(self, caller: Caller, text: str = "Hello", **members: Any) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def chat(self, client: Client, text: str = "Hello", **members: Any) -> tuple[aiohttp.ClientResponse, bytes]:
         """Asks, and waits until the money is closed too."""
         body = {"messages": [{"role": "user", "content": text}], **members}
-        async with self.session.post(self.chat_url, json=body, headers=caller.headers) as response:
+        async with self.session.post(self.chat_url, json=body, headers=client.headers) as response:
             document = await response.read()
         await self.idle()
         return response, document
@@ -91,11 +91,11 @@ class Gateway:
             while len(self.app[SERVICES].in_flight):
                 await asyncio.sleep(0.005)
 
-    async def recovered(self, caller: Caller) -> None:
-        """Waits until recovery has closed all that the caller's requests left open."""
+    async def recovered(self, client: Client) -> None:
+        """Waits until recovery has closed all that the client's requests left open."""
         await self.idle()
         async with asyncio.timeout(20):
-            while await caller.held():
+            while await client.held():
                 await asyncio.sleep(0.02)
 
     async def ready(self) -> None:
@@ -124,11 +124,11 @@ def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[st
 
 
 @asynccontextmanager
-async def gateway_on(config: schema.Config, books: pool.Database, simulator: Simulator) -> AsyncIterator[Gateway]:
+async def gateway_on(config: schema.Config, database: pool.Database, simulator: Simulator) -> AsyncIterator[Gateway]:
     """A gateway with these settings, ready. Only one at a time may have a database whose OpenRouter is not the other's: recovery
     looks up whatever is due, and would ask the wrong one."""
     app = build_app(config, log=LoggerService(), secrets=[SECRET])
     async with listening(app, config) as url, aiohttp.ClientSession(auto_decompress=False) as session:
-        running = Gateway(url, app, simulator, books, session)
+        running = Gateway(url, app, simulator, database, session)
         await running.ready()
         yield running

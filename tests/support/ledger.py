@@ -12,27 +12,27 @@ from gptutor.money.journal import Journal
 from gptutor.money.keys import KeyClaim, parse_key
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling, Charge
-from tests.support.gateway import Caller
+from tests.support.gateway import Client
 
 RATE = Decimal(90)
 
 
-def claim(caller: Caller) -> KeyClaim:
-    parsed = parse_key(caller.key)
+def claim(client: Client) -> KeyClaim:
+    parsed = parse_key(client.key)
     assert parsed is not None
     return parsed
 
 
-def ledger_of(books: Database, journal: Journal | None = None) -> Ledger:
+def ledger_of(database: Database, journal: Journal | None = None) -> Ledger:
     journal = journal or Journal(Path(tempfile.mkdtemp()), 1 << 20, 1 << 30)
-    return Ledger(books, journal, rub_per_usd=RATE, hold_ttl_s=60)
+    return Ledger(database, journal, rub_per_usd=RATE, hold_ttl_s=60)
 
 
 async def hold(
-    books: Database, caller: Caller, hold_max: str, available_min: str | None = None, ledger: Ledger | None = None
+    database: Database, client: Client, hold_max: str, available_min: str | None = None, ledger: Ledger | None = None
 ) -> Hold:
     ceiling = Ceiling(hold_max=parse_roubles(hold_max), available_min=parse_roubles(available_min or hold_max))
-    return await (ledger or ledger_of(books)).hold_funds(HoldRequest(claim(caller), new_id(), ceiling, "a/b", "r"))
+    return await (ledger or ledger_of(database)).hold_funds(HoldRequest(claim(client), new_id(), ceiling, "a/b", "r"))
 
 
 def release(of: Hold) -> Release:
@@ -44,5 +44,5 @@ def settlement(of: Hold, cost: str) -> Settlement:
     return Settlement(of.account_id, of.hold_id, charge, f"gen-{of.hold_id}")
 
 
-async def assert_books_hold(books: Database) -> None:
-    assert [finding.invariant.name for finding in [finding async for finding in check(books)] if finding.rows] == []
+async def assert_invariants_hold(database: Database) -> None:
+    assert [finding.invariant.name for finding in [finding async for finding in check(database)] if finding.rows] == []

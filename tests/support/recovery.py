@@ -44,20 +44,20 @@ class Process:
 
 @contextlib.contextmanager
 def process(
-    books: Database, directory: Path, *, generations: Generations | None = None, rate: Decimal = RATE, poll_s: float = 0.01
+    database: Database, directory: Path, *, generations: Generations | None = None, rate: Decimal = RATE, poll_s: float = 0.01
 ) -> Iterator[Process]:
     """A living process: its slot is locked, and its recovery is run by the test."""
     generations = generations or Generations()
     with journal.opened(directory) as (own, _):
-        ledger = Ledger(books, own, rub_per_usd=rate, hold_ttl_s=60)
-        recovery = Recovery(books, ledger, directory, generations.cost_of, poll_s=poll_s, look_max_s=600, give_up_s=86_400)
+        ledger = Ledger(database, own, rub_per_usd=rate, hold_ttl_s=60)
+        recovery = Recovery(database, ledger, directory, generations.cost_of, poll_s=poll_s, look_max_s=600, give_up_s=86_400)
         yield Process(ledger, recovery, generations)
 
 
-def mortal(books: Database, directory: Path, slot: int = 50) -> Ledger:
+def mortal(database: Database, directory: Path, slot: int = 50) -> Ledger:
     """The ledger of a process that will die: its slot is not locked, and its journal is never closed."""
     (directory / str(slot)).mkdir(parents=True, exist_ok=True)
-    return ledger_of(books, Journal(directory / str(slot), 1 << 20, 1 << 30))
+    return ledger_of(database, Journal(directory / str(slot), 1 << 20, 1 << 30))
 
 
 def journals_in(directory: Path, slot: int = 50) -> list[journal.AbandonedJournal]:

@@ -15,14 +15,14 @@ OF_RECOVERY = frozenset({"claim_due_holds", "clear_idempotency_keys"})
 class Statements:
     """Counts the statements of a database, and can delay one, or lose its request or its response, as a network may."""
 
-    def __init__(self, books: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[str, int]] = []
         self.unblocked = asyncio.Event()
         self.unblocked.set()
         self.lost_requests: list[str] = []
         self.lost_responses: list[str] = []
-        self._fetch = books.fetch
-        monkeypatch.setattr(books, "fetch", self.fetch)
+        self._fetch = database.fetch
+        monkeypatch.setattr(database, "fetch", self.fetch)
 
     async def fetch(self, statement: str, *arguments: Any) -> Any:
         self.seen.append((statement, max((len(each) for each in arguments if isinstance(each, list)), default=0)))

@@ -4,7 +4,7 @@ import asyncio
 import json
 from urllib.parse import urlsplit
 
-from tests.support.gateway import Caller, Gateway
+from tests.support.gateway import Client, Gateway
 
 
 async def raw(gateway: Gateway, request: bytes, *, until_close_s: float = 5) -> bytes:
@@ -19,7 +19,7 @@ async def raw(gateway: Gateway, request: bytes, *, until_close_s: float = 5) -> 
         writer.transport.abort()
 
 
-def post(caller: Caller, *, version: str = "1.1", extra: str = "Connection: close\r\n", stream: bool = False) -> bytes:
+def post(client: Client, *, version: str = "1.1", extra: str = "Connection: close\r\n", stream: bool = False) -> bytes:
     body = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "stream": stream}).encode()
-    headers = f"POST /v1/chat/completions HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {caller.key}\r\n"
+    headers = f"POST /v1/chat/completions HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer {client.key}\r\n"
     return f"{headers}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n".encode() + body
