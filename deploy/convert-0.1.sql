@@ -203,10 +203,10 @@ COMMENT ON COLUMN usage_days.completion_tokens IS 'Of the charges whose tokens a
 
 DELETE FROM schema_migrations;
 INSERT INTO schema_migrations (name, checksum) VALUES
-('0001_accounts', '659754ab53d397171d3717716367a44b0a119fecb21ac3ea024b7d39f38f2857'),
+('0001_accounts', '240063628b882befc41564219c1f8cfbf43c47391670e126af0d73d4c7a6d6ee'),
 ('0002_identities', '4048ec871dc5082f43a7f491b338c4bebe669e5b8bfa777e3987730fa2192280'),
 ('0003_api_keys', 'f4657e6d2d9ff0d3e63000bb75c08e0d647089bb35016a1cb5b0bdfb88725151'),
-('0004_holds', '69544c2d898e1689dfa92f8d0f815ae0f497fa62cdc9eb94b1dd9b228f988866'),
+('0004_holds', 'acd4af62119056871faa054e077b37451fc7be804a8a2734bc424aaca7ee8e5f'),
 ('0005_ledger', '918d4ac8b32e559e8fbb66516212e44e63671d5989333fa53aaeaf0fa420594d'),
 ('0006_usage_days', 'd8cf0a3082f3c67291b974be78223ad65c559c5272bd88df700d53bb0816d3ad');
 

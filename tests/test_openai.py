@@ -352,7 +352,7 @@ def test_a_repeated_idempotency_key_is_a_conflict_and_another_body_unprocessable
         chat.create(model=MODEL, messages=MESSAGES, extra_headers=key)
     with pytest.raises(openai.UnprocessableEntityError) as mismatched:
         chat.create(model=MODEL, messages=says("Hello"), extra_headers=key)
-    assert "made before" in repeated.value.body
+    assert "already made" in repeated.value.body
     assert "different request" in mismatched.value.body
     assert account.settled() == paid > 0
 

@@ -751,7 +751,7 @@ async def test_the_same_key_and_body_is_rejected_and_the_error_has_the_first_req
     assert headers["X-Error-Code"] == "duplicate_request"
     assert headers["x-should-retry"] == "false"
     assert headers["X-Request-ID"] == "the-second"
-    assert answer == {"error": "A request with this Idempotency-Key was made before: the-first"}
+    assert answer == {"error": "A request with this Idempotency-Key was already made: the-first"}
     assert len(gateway.simulator.billing.records) == 1
     await assert_bought(gateway, client, 1)
 
