@@ -51,7 +51,7 @@ async def charges(client: Client) -> list[Decimal]:
 
 async def test_parallel_requests_never_overdraw(gateway: Gateway) -> None:
     """Complaints 1, 24 (LiteLLM #34732, one-api #505, sub2api #3384): parallel requests read the same balance, and all were accepted."""
-    gateway.simulator.first_word_s = 0.2
+    gateway.simulator.first_word_s = 1.0  # on a busy machine all requests have come before the first one is settled
     client = await gateway.client("5")
     # 16,384 tokens × 0.0000006 dollars × 90 roubles × 1.1 ≈ 0.973 roubles: five such holds fit into five roubles.
     replies = await asyncio.gather(*(gateway.chat(client, model=SMALL, max_tokens=16_384) for _ in range(40)))
