@@ -59,8 +59,8 @@ run: install ## the whole service: embedded PostgreSQL and the OpenRouter simula
 	@exec $(BIN)/gptutor serve
 
 # Each process has a PostgreSQL of its own; a process without tests left takes some from the others. Most tests wait more than they
-# compute, so there are two processes for each core.
-PARALLEL = --numprocesses=$(shell $(PYTHON) -c 'import os; print(2 * os.cpu_count())') --dist=worksteal
+# compute, so there are two processes for each core, and at most 16: each PostgreSQL takes memory.
+PARALLEL = --numprocesses=$(shell $(PYTHON) -c 'import os; print(min(16, 2 * (os.cpu_count() or 1)))') --dist=worksteal
 # Tests start Python a hundred times: the bytecode is kept, even where the environment says otherwise.
 test check test-pythons: export PYTHONDONTWRITEBYTECODE :=
 

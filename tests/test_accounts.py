@@ -386,7 +386,7 @@ async def test_rekey_encrypts_copies_with_the_current_secret(database: Database,
 CANARY = "canary-7391-жёлтая"
 
 
-def ask(url: str, token: str, body: dict[str, Any] | None = None, path: str = "/v1/chat/completions") -> Any:
+def send_json(url: str, token: str, body: dict[str, Any] | None = None, path: str = "/v1/chat/completions") -> Any:
     request = Request(url + path, headers={**bearer(token), "Content-Type": "application/json"})
     request.data = None if body is None else json.dumps(body).encode()
     with urlopen(request, timeout=60) as response:
@@ -430,18 +430,18 @@ def test_no_key_and_no_prompt_is_kept_in_database_logs_journal_or_command_lines(
 ) -> None:
     """Contract D4, F1: after a run, in the whole dump, in every file, and in the list of processes."""
     token = launch()
-    signed_in = ask(whole.url, token, path="/vk-test")
+    signed_in = send_json(whole.url, token, path="/vk-test")
     keys = [signed_in["dbUser"]["apiKey"]]
-    keys.append(ask(whole.url, keys[0], {"name": "bot", "limit": 20}, "/v1/keys")["key"])
+    keys.append(send_json(whole.url, keys[0], {"name": "bot", "limit": 20}, "/v1/keys")["key"])
     for key in keys:
         for stream in (False, True):
-            ask(whole.url, key, {"messages": [{"role": "user", "content": CANARY}], "stream": stream, "max_tokens": 50})
-    ask(whole.url, token, path="/v1/keys")
-    keys.append(ask(whole.url, token, {}, "/update-token")["newApiKey"])
+            send_json(whole.url, key, {"messages": [{"role": "user", "content": CANARY}], "stream": stream, "max_tokens": 50})
+    send_json(whole.url, token, path="/v1/keys")
+    keys.append(send_json(whole.url, token, {}, "/update-token")["newApiKey"])
     for refused in (keys[0], token + "x"):
         with pytest.raises(OSError, match="401"):
-            ask(whole.url, refused, {"messages": [{"role": "user", "content": CANARY}]})
-    ask(whole.url, keys[2], {"messages": [{"role": "user", "content": CANARY}]})
+            send_json(whole.url, refused, {"messages": [{"role": "user", "content": CANARY}]})
+    send_json(whole.url, keys[2], {"messages": [{"role": "user", "content": CANARY}]})
 
     dump = asyncio.run(dump_of(database_url))
     lines = "\n".join(" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])).encode()

@@ -173,13 +173,13 @@ async def test_what_was_not_settled_before_a_death_is_settled_after_it(door: Doo
     async with gateway_behind(door, database, tmp_path) as first:
         await first.ready()
         first.simulator.first_word_s = 0.2
-        asking = asyncio.create_task(first.chat(client))
+        running = asyncio.create_task(first.chat(client))
         while not first.app[JOURNAL].open_holds:
             await asyncio.sleep(0.005)
         await door.shut()
         await asyncio.sleep(0.4)  # the answer comes, its settlement cannot; then this process is stopped
         bill = first.billed_usd()
-        asking.cancel()
+        running.cancel()
     assert bill > 0
     assert await client.balance() == 100
     await door.open()

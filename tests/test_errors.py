@@ -21,7 +21,7 @@ from gptutor.money.keys import make_key
 from gptutor.money.users import UserRepository
 from tests.support.gateway import VAULT, Gateway
 
-ASK = {"messages": [{"role": "user", "content": "Hello"}]}
+BODY = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
 async def send(
@@ -62,11 +62,11 @@ async def test_the_four_ways_to_be_unauthorized_look_the_same(gateway: Gateway) 
         {"Authorization": f"Bearer {make_key(AccountId(10**12))}"},
         [("Authorization", f"Bearer {client.key}"), ("Authorization", f"Bearer {client.key}")],
     ):
-        assert await send(gateway, json=ASK, headers=headers) == UNAUTHORIZED
+        assert await send(gateway, json=BODY, headers=headers) == UNAUTHORIZED
         shown = {name: value for name, value in send.headers.items() if name not in ("Date", "X-Request-ID")}  # type: ignore[attr-defined]
         seen.add(json.dumps(shown))
     await UserRepository(gateway.database).set_active(client.account_id, False)
-    assert await send(gateway, json=ASK, headers=client.headers) == UNAUTHORIZED
+    assert await send(gateway, json=BODY, headers=client.headers) == UNAUTHORIZED
     assert len(seen) == 1
     assert send.headers["WWW-Authenticate"] == "Bearer"  # type: ignore[attr-defined]
     await assert_nothing_happened(gateway)
@@ -74,40 +74,40 @@ async def test_the_four_ways_to_be_unauthorized_look_the_same(gateway: Gateway) 
 
 async def test_a_key_in_the_query_string_is_not_accepted(gateway: Gateway) -> None:
     client = await gateway.client()
-    assert await send(gateway, path=f"/v1/chat/completions?key={client.key}", json=ASK) == UNAUTHORIZED
+    assert await send(gateway, path=f"/v1/chat/completions?key={client.key}", json=BODY) == UNAUTHORIZED
 
 
 async def test_deactivation_and_rotation_take_effect_with_the_next_request(gateway: Gateway) -> None:
     client = await gateway.client()
     users = UserRepository(gateway.database)
-    assert (await send(gateway, json=ASK, headers=client.headers))[0] == 200
+    assert (await send(gateway, json=BODY, headers=client.headers))[0] == 200
     await users.set_active(client.account_id, False)
-    assert (await send(gateway, json=ASK, headers=client.headers))[0] == 401
+    assert (await send(gateway, json=BODY, headers=client.headers))[0] == 401
     await users.set_active(client.account_id, True)
-    assert (await send(gateway, json=ASK, headers=client.headers))[0] == 200
+    assert (await send(gateway, json=BODY, headers=client.headers))[0] == 200
     await KeyRing(gateway.database, VAULT).renew(client.account_id)
-    assert (await send(gateway, json=ASK, headers=client.headers))[0] == 401
+    assert (await send(gateway, json=BODY, headers=client.headers))[0] == 401
 
 
 @pytest.mark.parametrize("balance", ["0", "0.999999999"])
 async def test_a_balance_under_the_minimum_is_402(gateway: Gateway, balance: str) -> None:
     client = await gateway.client(balance)
-    assert await send(gateway, json=ASK, headers=client.headers) == (402, "insufficient_balance", "Insufficient balance")
+    assert await send(gateway, json=BODY, headers=client.headers) == (402, "insufficient_balance", "Insufficient balance")
     assert send.headers["x-should-retry"] == "false"  # type: ignore[attr-defined]
     await assert_nothing_happened(gateway)
 
 
 async def test_an_estimate_above_the_balance_is_402(gateway: Gateway) -> None:
     client = await gateway.client("2")
-    ask = {**ASK, "max_tokens": 65_000}  # × 0.0000004 × 90 × 1.1 ≈ 2.57 roubles
-    assert await send(gateway, json=ask, headers=client.headers) == (402, "insufficient_balance", "Insufficient balance")
+    body = {**BODY, "max_tokens": 65_000}  # × 0.0000004 × 90 × 1.1 ≈ 2.57 roubles
+    assert await send(gateway, json=body, headers=client.headers) == (402, "insufficient_balance", "Insufficient balance")
     await assert_nothing_happened(gateway)
 
 
 async def test_the_request_is_validated_before_any_money_moves(gateway: Gateway) -> None:
     client = await gateway.client()
     assert await send(gateway, json={}, headers=client.headers) == (400, "invalid_request", "messages array is required")
-    assert await send(gateway, json={**ASK, "temperature": 3}, headers=client.headers) == (
+    assert await send(gateway, json={**BODY, "temperature": 3}, headers=client.headers) == (
         400, "invalid_request", "temperature must be a number from 0 to 2",
     )  # fmt: skip
     headers = {**client.headers, "Content-Type": "application/json"}
@@ -155,7 +155,7 @@ async def test_the_content_type(gateway: Gateway, content_type: str | None, stat
     client = await gateway.client()
     headers = {**client.headers, **({"Content-Type": content_type} if content_type else {})}
     skip = [] if content_type else [aiohttp.hdrs.CONTENT_TYPE]
-    assert (await send(gateway, data=json.dumps(ASK).encode(), headers=headers, skip_auto_headers=skip))[0] == status
+    assert (await send(gateway, data=json.dumps(BODY).encode(), headers=headers, skip_auto_headers=skip))[0] == status
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ async def test_a_harmless_request_id_is_kept(gateway: Gateway, given: str, kept:
 
 
 @pytest.mark.parametrize(
-    # upstream → our status and code, and whether the client is told what OpenRouter said
-    ("upstream", "status", "code", "told"),
+    # upstream → our status and code, and whether the client is shown OpenRouter's text
+    ("upstream", "status", "code", "is_shown"),
     [
         (400, 400, "upstream_rejected", True),
         (404, 400, "upstream_rejected", True),
@@ -200,27 +200,27 @@ async def test_a_harmless_request_id_is_kept(gateway: Gateway, given: str, kept:
     ],
 )
 async def test_upstream_statuses_become_the_documented_errors(
-    gateway: Gateway, upstream: int, status: int, code: str, told: bool
+    gateway: Gateway, upstream: int, status: int, code: str, is_shown: bool
 ) -> None:
     client = await gateway.client()
-    ask = {"messages": [{"role": "user", "content": f"fault:status={upstream}"}]}
-    text = f"Simulated error {upstream}" if told else ERRORS[code].text
-    assert await send(gateway, json=ask, headers=client.headers) == (status, code, text)
+    body = {"messages": [{"role": "user", "content": f"fault:status={upstream}"}]}
+    text = f"Simulated error {upstream}" if is_shown else ERRORS[code].text
+    assert await send(gateway, json=body, headers=client.headers) == (status, code, text)
     await assert_nothing_happened(gateway)
     assert await client.balance() == 100
 
 
 async def test_an_upstream_rate_limit_keeps_its_retry_after(gateway: Gateway) -> None:
     client = await gateway.client()
-    ask = {"messages": [{"role": "user", "content": "fault:status=429:120"}]}
-    assert (await send(gateway, json=ask, headers=client.headers))[:2] == (429, "rate_limited_upstream")
+    body = {"messages": [{"role": "user", "content": "fault:status=429:120"}]}
+    assert (await send(gateway, json=body, headers=client.headers))[:2] == (429, "rate_limited_upstream")
     assert send.headers["Retry-After"] == "120"  # type: ignore[attr-defined]
 
 
 async def test_an_html_error_page_of_a_proxy_is_not_passed_on(gateway: Gateway) -> None:
     client = await gateway.client()
-    ask = {"messages": [{"role": "user", "content": "fault:html=524"}]}
-    refused = await send(gateway, json=ask, headers=client.headers)
+    body = {"messages": [{"role": "user", "content": "fault:html=524"}]}
+    refused = await send(gateway, json=body, headers=client.headers)
     assert refused == (500, "upstream_outcome_unknown", "Internal server error")  # behind the edge it may still be running
     assert send.headers["x-should-retry"] == "false"  # type: ignore[attr-defined]
     await gateway.idle()
@@ -229,13 +229,13 @@ async def test_an_html_error_page_of_a_proxy_is_not_passed_on(gateway: Gateway) 
 
 async def test_an_unknown_model_is_rejected_by_the_gateway_while_the_list_is_fresh(gateway: Gateway) -> None:
     client = await gateway.client()
-    status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=client.headers)
+    status, code, text = await send(gateway, json={**BODY, "model": "no/such"}, headers=client.headers)
     assert (status, code) == (400, "model_not_found")
     assert text.startswith("no/such is not a model")
-    assert (await send(gateway, json={**ASK, "models": ["no/such"]}, headers=client.headers))[:2] == (400, "model_not_found")
+    assert (await send(gateway, json={**BODY, "models": ["no/such"]}, headers=client.headers))[:2] == (400, "model_not_found")
     await assert_nothing_happened(gateway)
     gateway.app[SERVICES].catalogue.fetched_at = -math.inf  # the list is old by now: who knows
-    status, code, text = await send(gateway, json={**ASK, "model": "no/such"}, headers=client.headers)
+    status, code, text = await send(gateway, json={**BODY, "model": "no/such"}, headers=client.headers)
     assert (status, code) == (400, "upstream_rejected")
     assert "no/such" in text
     await assert_nothing_happened(gateway)
@@ -247,14 +247,14 @@ async def test_silence_upstream_is_a_timeout_whose_outcome_is_not_guessed(gatewa
     gateway.simulator.first_word_s = 0.6
     client = await gateway.client()
     if stream:
-        ask = {**ASK, "stream": True, "model": "openai/gpt-4o-mini"}
+        body = {**BODY, "stream": True, "model": "openai/gpt-4o-mini"}
         gateway.simulator.first_word_s = 0.0
-        ask["messages"] = [{"role": "user", "content": "fault:stall=2"}]
-        async with gateway.session.post(gateway.chat_url, json=ask, headers=client.headers) as response:
+        body["messages"] = [{"role": "user", "content": "fault:stall=2"}]
+        async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
             assert response.status == 200  # the headers came: what follows is silence in mid-stream
             assert b'"finish_reason":"error"' in await response.read()
     else:
-        assert (await send(gateway, json=ASK, headers=client.headers))[:2] == (504, "upstream_timeout")
+        assert (await send(gateway, json=BODY, headers=client.headers))[:2] == (504, "upstream_timeout")
         assert send.headers["x-should-retry"] == "false"  # type: ignore[attr-defined]
         await gateway.idle()
         assert await client.held() > 0
@@ -267,7 +267,7 @@ async def test_without_the_database_nothing_is_bought(gateway: Gateway, monkeypa
         raise DatabaseUnavailable("ConnectionRefusedError")
 
     monkeypatch.setattr(gateway.app[DATABASE], "fetch", away)
-    assert (await send(gateway, json=ASK, headers=client.headers))[:2] == (503, "database_unavailable")
+    assert (await send(gateway, json=BODY, headers=client.headers))[:2] == (503, "database_unavailable")
     assert send.headers["Retry-After"] == "1"  # type: ignore[attr-defined]
     await assert_nothing_happened(gateway)
 
@@ -275,7 +275,7 @@ async def test_without_the_database_nothing_is_bought(gateway: Gateway, monkeypa
 async def test_a_bug_is_a_plain_500_and_leaves_no_hold(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     client = await gateway.client()
     monkeypatch.setattr(gateway.app[SERVICES].catalogue, "models", None)
-    assert await send(gateway, json=ASK, headers=client.headers) == (500, "internal_error", "Internal server error")
+    assert await send(gateway, json=BODY, headers=client.headers) == (500, "internal_error", "Internal server error")
     await assert_nothing_happened(gateway)
 
 
@@ -299,8 +299,8 @@ async def test_health_ready_and_models_need_no_key(gateway: Gateway) -> None:
 
 async def test_a_router_model_without_a_price_holds_the_default(gateway: Gateway) -> None:
     rich, poor = await gateway.client("10"), await gateway.client("9.99")
-    assert (await send(gateway, json={**ASK, "model": "openrouter/auto"}, headers=rich.headers))[0] == 200
-    assert (await send(gateway, json={**ASK, "model": "openrouter/auto"}, headers=poor.headers))[0] == 402
+    assert (await send(gateway, json={**BODY, "model": "openrouter/auto"}, headers=rich.headers))[0] == 200
+    assert (await send(gateway, json={**BODY, "model": "openrouter/auto"}, headers=poor.headers))[0] == 402
 
 
 @pytest.mark.parametrize("tuned", [{"rate_limit": {"chat_per_minute": 3}}])

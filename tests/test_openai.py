@@ -284,9 +284,9 @@ async def test_an_async_stream_that_is_closed_early_is_paid_and_nothing_stays_he
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_timeout_is_one_and_nothing_stays_held(account: Account, stream: bool) -> None:
-    impatient = account.client.with_options(timeout=0.8)
+    with_timeout = account.client.with_options(timeout=0.8)
     with pytest.raises(openai.APITimeoutError):
-        impatient.chat.completions.create(model=MODEL, messages=says("fault:slow=1.5"), stream=stream)
+        with_timeout.chat.completions.create(model=MODEL, messages=says("fault:slow=1.5"), stream=stream)
     assert account.settled() > 0
 
 

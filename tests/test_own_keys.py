@@ -89,12 +89,12 @@ async def test_limit_remaining_excludes_held_amounts(gateway: Gateway) -> None:
     gateway.simulator.first_word_s = 0.5
     client = await gateway.client()
     bot, key = await make(gateway, client, limit=50)
-    asking = asyncio.create_task(gateway.chat(bot))
+    running = asyncio.create_task(gateway.chat(bot))
     async with asyncio.timeout(5):
         while (now := await shown(gateway, client, key["id"]))["held"] == "0":
             await asyncio.sleep(0.01)
     assert (now["usage"], Decimal(now["limit_remaining"])) == ("0", 50 - Decimal(now["held"]))
-    await asking
+    await running
 
 
 async def test_limits_are_changed_one_by_one(gateway: Gateway) -> None:

@@ -1,5 +1,5 @@
 """Payments by YooKassa, against a stand-in of its API (contract C11; rows money-12 to money-15): nothing in a notification is
-believed but an id to ask about, and what is paid is credited once."""
+believed but an id to look up, and what is paid is credited once."""
 
 import asyncio
 import logging
@@ -48,7 +48,7 @@ class Shop:
         ) as response:
             return response.status, await response.json(), response.headers.get("X-Error-Code")
 
-    async def asked(self) -> int:
+    async def lookups(self) -> int:
         return len(self.yookassa.calls)
 
 
@@ -106,10 +106,10 @@ async def test_a_notification_is_booked_once_however_often_and_whenever_it_comes
     await connection.execute("SET session_replication_role = replica")
     await connection.execute("UPDATE ledger SET created_at = created_at - interval '1 year'")
     await connection.close()
-    calls = await shop.asked()
+    calls = await shop.lookups()
     assert await shop.notify("payment.succeeded", name) == 200
     assert await client.balance() == 100
-    assert await shop.asked() == calls  # it is booked: nobody needs to be asked
+    assert await shop.lookups() == calls  # it is booked: no look-up is needed
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,8 @@ async def test_a_refund_without_a_notification_of_its_payment_books_both(shop: S
     payment = shop.yookassa.add_payment(client.account_id)
     assert await shop.notify("refund.succeeded", shop.yookassa.add_refund(payment, "30.00")) == 200
     assert await client.balance() == 70
-    stranger = shop.yookassa.add_payment(None)
-    assert await shop.notify("refund.succeeded", shop.yookassa.add_refund(stranger, "30.00")) == 200
+    unknown = shop.yookassa.add_payment(None)
+    assert await shop.notify("refund.succeeded", shop.yookassa.add_refund(unknown, "30.00")) == 200
     assert await client.balance() == 70
 
 
@@ -289,13 +289,13 @@ async def test_topups_while_requests_run_add_up(gateway: Gateway, database: Data
     client = await gateway.client("100")
     bookings = Bookings(database)
 
-    async def ask(number: int) -> int:
+    async def send(number: int) -> int:
         response, _ = await gateway.chat(client, f"Hello {number}", model="openai/gpt-4o-mini", max_tokens=64)
         return response.status
 
     statuses: list[int]
     statuses, *_ = await asyncio.gather(  # type: ignore[assignment]
-        asyncio.gather(*(ask(number) for number in range(50))),
+        asyncio.gather(*(send(number) for number in range(50))),
         *(bookings.book(client.account_id, "topup", Nano(10**9 + number), reference=f"pay-{number}") for number in range(50)),
     )
     assert set(statuses) == {200}
@@ -305,7 +305,7 @@ async def test_topups_while_requests_run_add_up(gateway: Gateway, database: Data
 
 
 async def test_one_reference_is_one_payment_across_accounts_and_at_once(gateway: Gateway, database: Database) -> None:
-    """Row money-12: two accounts ask for the same payment in the same moment; one gets it."""
+    """Row money-12: two accounts claim the same payment in the same moment; one gets it."""
     clients = [await gateway.client("0") for _ in range(4)]
     results = await asyncio.gather(
         *(Bookings(database).book(clients[n % 4].account_id, "topup", Nano(5 * 10**9), reference="pay") for n in range(24)),

@@ -178,7 +178,7 @@ def test_the_proxy_from_the_environment(environ: dict[str, str], proxy: str) -> 
 
 @pytest.mark.parametrize("name", ["HTTPS_PROXY", "GPTUTOR_OPENROUTER__PROXY"])
 def test_the_error_for_an_invalid_proxy_url_does_not_show_its_password(name: str) -> None:
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as caught:
         load.load({**REAL, name: "socks5://ivan:s3cret@p:1080"})
-    assert name in str(told.value)
-    assert "s3cret" not in str(told.value)
+    assert name in str(caught.value)
+    assert "s3cret" not in str(caught.value)

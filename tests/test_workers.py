@@ -98,7 +98,7 @@ def new_key(service: Service) -> tuple[int, str]:
     return user["id"], user["apiKey"]
 
 
-def ask(service: Service, key: str, body: bytes = REQUEST) -> int:
+def complete(service: Service, key: str, body: bytes = REQUEST) -> int:
     """On a connection of its own, so that any worker may take it."""
     request = urllib.request.Request(
         f"{service.url}/v1/chat/completions",
@@ -141,7 +141,7 @@ def test_both_workers_serve_and_a_dead_one_is_replaced(workers: Service) -> None
     counts, sent = [0.0], 0
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         while not all(counts) and sent < 600:  # the kernel chooses the worker that accepts a connection
-            assert set(pool.map(lambda _: ask(workers, key), range(60))) == {200}
+            assert set(pool.map(lambda _: complete(workers, key), range(60))) == {200}
             sent += 60
             time.sleep(0.5)
             counts = [completions_of(workers, number) for number in (0, 1)]
@@ -156,7 +156,7 @@ def test_both_workers_serve_and_a_dead_one_is_replaced(workers: Service) -> None
         time.sleep(0.1)
     else:
         raise AssertionError("the dead worker is not replaced")
-    assert {ask(workers, key) for _ in range(10)} == {200}
+    assert {complete(workers, key) for _ in range(10)} == {200}
     assert len(workers.command("user", "ledger", str(user), "--limit", "1000")) == sent + 11
 
 
@@ -166,7 +166,7 @@ def test_workers_are_replaced_under_load_and_no_request_is_lost(workers: Service
 
     def go_on() -> None:
         while not ended.is_set():
-            statuses.append(ask(workers, key))
+            statuses.append(complete(workers, key))
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         going = [pool.submit(go_on) for _ in range(8)]
@@ -196,7 +196,7 @@ def test_at_shutdown_running_requests_are_finished_and_charged(
     user, key = new_key(workers)
     signalled = [workers.process.pid, *(children(workers) if all_processes else ())]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        going = [pool.submit(ask, workers, key, SLOW_REQUEST) for _ in range(8)]
+        going = [pool.submit(complete, workers, key, SLOW_REQUEST) for _ in range(8)]
         time.sleep(0.7)
         assert not any(one.done() for one in going)
         for pid in signalled:
@@ -214,20 +214,20 @@ def test_after_a_reload_with_invalid_settings_the_previous_ones_stay_in_effect(w
     before = children(workers)
     workers.process.send_signal(signal.SIGHUP)
     wait_for_others(workers, before)
-    assert ask(workers, key) == 200
+    assert complete(workers, key) == 200
     settings.write_text(sound)
 
 
 def test_a_reload_reads_gptutor_env_again(workers: Service) -> None:
     _, key = new_key(workers)
-    assert ask(workers, key) == 200
+    assert complete(workers, key) == 200
     file = Path(workers.environ["GPTUTOR_CONFIG"]).with_name("gptutor.env")
     file.write_text("GPTUTOR_BILLING__BALANCE_MIN_RUB=100000\n")
     before = children(workers)
     workers.process.send_signal(signal.SIGHUP)
     wait_for_others(workers, before)
     with pytest.raises(urllib.error.HTTPError, match="402"):
-        ask(workers, key)
+        complete(workers, key)
 
 
 @pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])

@@ -108,7 +108,7 @@ class Gateway:
 
 
 def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[str, Any] | None = None) -> schema.Config:
-    """The settings of a gateway under test: all defaults, except the addresses at its ends, short timeouts at its stop, and what a test tunes."""
+    """The settings of a gateway under test: the defaults, with addresses of the test, a quick shutdown, and what the test tunes."""
     changed = tuned or {}
     return schema.Config(
         server=schema.ServerSettings(**{"port": 0, "shutdown_s": 1, "drain_s": 5, **changed.get("server", {})}),
@@ -125,8 +125,8 @@ def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[st
 
 @asynccontextmanager
 async def gateway_on(config: schema.Config, database: pool.Database, simulator: Simulator) -> AsyncIterator[Gateway]:
-    """A gateway with these settings, ready. Only one at a time may have a database whose OpenRouter is not the other's: recovery
-    looks up whatever is due, and would send them to the wrong one."""
+    """A gateway with these settings, ready. Two gateways on one database need the same OpenRouter: the recovery of each
+    looks up the due holds of both."""
     app = build_app(config, log=LoggerService(), secrets=[SECRET])
     async with listening(app, config) as url, aiohttp.ClientSession(auto_decompress=False) as session:
         running = Gateway(url, app, simulator, database, session)
