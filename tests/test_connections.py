@@ -1,6 +1,8 @@
 """The pool of database connections: a waiter gets a released one, and none that may be dead is reused."""
 
 import asyncio
+import os
+import signal
 
 import asyncpg
 import pytest
@@ -61,3 +63,14 @@ async def test_a_statement_that_ends_while_the_pool_closes_does_not_delay_the_cl
         asyncio.get_running_loop().call_later(
             0.1, lambda: asyncio.ensure_future(database._connections.release(connection, is_sound=True))
         )
+
+
+async def test_the_pool_closes_although_a_server_process_does_not_respond(database_url: str) -> None:
+    """A stop of the service ends, and without an error, if PostgreSQL hangs."""
+    stopped = []
+    try:
+        async with asyncio.timeout(10), pool.open_database(database_url, statement_s=0.1) as database:
+            stopped.append(await backend_pid(database._connections))
+            os.kill(stopped[0], signal.SIGSTOP)
+    finally:
+        os.kill(stopped[0], signal.SIGCONT)

@@ -55,11 +55,14 @@ class IdleConnectionCache:
             self._idle.append((connection, time.monotonic()))
 
     async def close(self) -> None:
-        """Waits for the statements under way."""
+        """Waits for the statements under way, and a limited time for the server to confirm the end of each connection."""
         self._is_closing = True
         while self._idle:
             await self._pool.release(self._idle.pop()[0])
-        await self._pool.close()
+        try:
+            await self._pool.close()
+        except TimeoutError:  # asyncpg's, after `command_timeout`: the stop of the service must not fail because the server hangs
+            self._pool.terminate()
 
 
 class Database:
