@@ -12,7 +12,6 @@ from gptutor.errors import ApiError
 from gptutor.http.address_limits import RequestCounter
 from gptutor.http.app_keys import CLAIM, DATABASE, KEYRING, LAUNCH, MANAGES_KEYS, READINESS, USER, VK_SIGN_IN
 from gptutor.http.authorization import bearer_token
-from gptutor.http.rate_limit import RateLimit
 from gptutor.http.routing import route_of
 from gptutor.integrations.vk import InvalidLaunch, Launch, verify
 from gptutor.money.amounts import Nano
@@ -67,10 +66,7 @@ def authenticate(account_pages: RequestCounter) -> Middleware:
             request[CLAIM] = _claim(token, claims)
         elif route.access == "account":
             request[USER], request[MANAGES_KEYS] = await _account_owner(request, token)
-            account = str(request[USER].account_id)
-            if account_pages.is_used_up(account):
-                raise RateLimit(account_pages.per_minute).error()
-            account_pages.add(account)
+            await account_pages.require_room(str(request[USER].account_id))
         else:
             request.app[READINESS].require()
             users = UserRepository(request.app[DATABASE])

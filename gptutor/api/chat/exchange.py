@@ -21,7 +21,7 @@ from gptutor.api.chat.event_stream import EventStream
 from gptutor.api.chat.purchase import Purchase
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
-from gptutor.http.app_keys import LOGGED
+from gptutor.http.app_keys import KEY_VERIFIED, LOGGED
 from gptutor.http.unbuffered_response import CompleteResponse
 from gptutor.money.amounts import roubles
 from gptutor.money.holds import Hold, HoldId, HoldRejected, HoldRequest, UnknownKey, new_id
@@ -73,6 +73,7 @@ class Exchange:
             await self._hold_buy_and_settle(hold_id)
         finally:
             self._services.ledger.deactivate(hold_id)
+            self._context.body_share.release()
             if not self.response.done():  # this task is being cancelled
                 headers = DO_NOT_RETRY if self._is_sent else None
                 self._respond_with_error(ApiError("not_ready", cause="cancelled when the service stopped", headers=headers))
@@ -112,14 +113,21 @@ class Exchange:
             idempotency_key=self._context.idempotency_key,
             body_hash=self._context.body_hash,
         )
+        verified_keys = self._services.verified_keys
         try:
             hold = await self._services.ledger.hold_funds(request)
         except HoldRejected as error:
-            if not isinstance(error, UnknownKey):  # an unauthenticated request must not be logged under an account's id
-                self._log_request()
+            if isinstance(error, UnknownKey):
+                verified_keys.discard(self._context.claim)
+            else:
+                verified_keys.add(self._context.claim)
+                self._request[KEY_VERIFIED] = True
+                self._log_request()  # an unauthenticated request must not be logged under an account's id
             raise error_for_hold(error, self._services.rate_limit) from None
         except DatabaseUnavailable as error:
             raise ApiError("database_unavailable", cause=str(error)) from error
+        verified_keys.add(self._context.claim)
+        self._services.refusals.take_back(self._context.counted_as)
         self._log_request()
         return hold
 
@@ -127,20 +135,24 @@ class Exchange:
 
     async def _buy(self, hold: Hold, purchase: Purchase, ceiling: Ceiling) -> None:
         """Requests a completion and relays it, recording the evidence of the purchase."""
-        body = self._parsed.upstream_body(
-            user=self._services.pseudonym(hold.account_id), output_limit=ceiling.output_limit(hold.available_before)
-        )
         if self.response.cancelled():
             return
+        body = [
+            self._parsed.upstream_body(
+                user=self._services.pseudonym(hold.account_id), output_limit=ceiling.output_limit(hold.available_before)
+            )
+        ]
+        self._parsed.members.clear()  # the body is in memory once from here on, and not twice
         try:
             upstream, left_s = await self._services.upstream.complete(
-                body,
+                body.pop(),  # no variable here keeps it while the response is read
                 self._context.forwarded_headers,
                 stream=self._parsed.stream,
                 is_wanted=lambda: not self.response.cancelled(),
                 before_attempt=purchase.mark_sent,
                 nothing_bought=purchase.mark_not_sent,
             )
+            self._context.body_share.release()
             try:
                 if not upstream.connection.is_finished:  # a finished response states its bill in the next moment
                     purchase.record_generation_id(upstream.generation_id)

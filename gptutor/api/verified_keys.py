@@ -1,0 +1,37 @@
+"""Keys that the database verified lately, in the memory of this process.
+
+Being in here lets nobody in: the hold statement verifies the key of each completion. It says in whose name a request is counted
+before the hold, and saves a look-up where a key was verified a moment ago.
+"""
+
+import time
+
+from gptutor.http.address_limits import ADDRESSES_MAX
+from gptutor.money.keys import KeyClaim
+
+FRESH_S = 2.0
+"""For so long a verified key is not looked up again before its body is read."""
+
+
+class VerifiedKeys:
+    def __init__(self) -> None:
+        self._verified_at: dict[bytes, float] = {}
+
+    def add(self, claim: KeyClaim) -> None:
+        if claim.key_hash not in self._verified_at and len(self._verified_at) >= ADDRESSES_MAX:
+            self._verified_at.clear()
+        self._verified_at[claim.key_hash] = time.monotonic()
+
+    def discard(self, claim: KeyClaim) -> None:
+        """The database does not know the key, or not any more."""
+        self._verified_at.pop(claim.key_hash, None)
+
+    def is_fresh(self, claim: KeyClaim) -> bool:
+        return time.monotonic() - self._verified_at.get(claim.key_hash, float("-inf")) < FRESH_S
+
+    def counted_as(self, claim: KeyClaim) -> str | bytes:
+        """In whose name requests with this key are counted: the account's, if the key is known to be its, else the key's own.
+
+        Otherwise a made-up key could use up the limit of the account that it names.
+        """
+        return str(claim.account_id) if claim.key_hash in self._verified_at else claim.key_hash
