@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 # file of ours, private name, class of theirs that has it
 PRIVATE: list[tuple[str, str, type]] = [
     ("gptutor/http/connection.py", "_messages", web.RequestHandler),  # parsed requests that wait for a handler, with their bodies
+    ("gptutor/http/connection.py", "_request_in_progress", web.RequestHandler),  # set in __init__: whether a handler runs
     ("gptutor/http/connection.py", "_request_count", web.RequestHandler),  # requests whose headers are complete
     ("gptutor/http/connection.py", "_waiter", web.RequestHandler),  # pending while the server waits for a request's headers
     ("gptutor/database/embedded.py", "_lock", PostgresServer),  # moved from a place that all users of the machine share

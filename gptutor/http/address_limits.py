@@ -168,12 +168,19 @@ def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> 
             parsed = ipaddress.ip_address(hop.strip())
         except ValueError:
             break  # no trusted proxy wrote this entry, so neither it nor the earlier ones can be believed
-        parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-        if not any(parsed in network for network in trusted_proxies):
-            if isinstance(parsed, ipaddress.IPv6Address):
-                return str(ipaddress.ip_network((parsed, IPV6_PREFIX_BITS), strict=False))
-            return str(parsed)
+        if address := network_of(parsed, trusted_proxies):
+            return address
     return ""
+
+
+def network_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address, trusted_proxies: Sequence[Network]) -> str:
+    """What is counted as one address; empty for a trusted proxy's."""
+    address = getattr(address, "ipv4_mapped", None) or address
+    if any(address in network for network in trusted_proxies):
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((address, IPV6_PREFIX_BITS), strict=False))
+    return str(address)
 
 
 def parse_networks(text: str) -> list[Network]:

@@ -7,6 +7,8 @@ import logging
 import os
 from typing import Any
 
+from gptutor.http.connection_limits import is_reserved
+
 try:
     import uvloop
 
@@ -30,7 +32,7 @@ def tune_garbage_collection() -> None:
 
 
 def report_descriptor_exhaustion(loop: asyncio.AbstractEventLoop) -> None:
-    """Logs an error, at most every REPORT_INTERVAL_S, while the process has no free file descriptor.
+    """Logs an error, at most every REPORT_INTERVAL_S, while the process has no free file descriptor but reserved ones.
 
     asyncio would log a traceback for each connection that it cannot accept; uvloop drops such connections silently.
     """
@@ -45,11 +47,17 @@ def report_descriptor_exhaustion(loop: asyncio.AbstractEventLoop) -> None:
         nonlocal silent_until
         loop.call_later(CHECK_INTERVAL_S, check)
         try:
-            os.close(os.open(os.devnull, os.O_RDONLY))
+            descriptor = os.open(os.devnull, os.O_RDONLY)
+            os.close(descriptor)
+            if not is_reserved(descriptor):
+                return
         except OSError as error:
-            if error.errno in OUT_OF_DESCRIPTORS and loop.time() >= silent_until:
-                silent_until = loop.time() + REPORT_INTERVAL_S
-                LOGGER.error("No connection can be accepted: %s. Raise LimitNOFILE of the service.", error.strerror)
+            if error.errno not in OUT_OF_DESCRIPTORS:
+                return
+        if loop.time() >= silent_until:
+            silent_until = loop.time() + REPORT_INTERVAL_S
+            reason = os.strerror(errno.EMFILE)
+            LOGGER.error("No connection can be accepted: %s. Raise LimitNOFILE of the service.", reason)
 
     loop.set_exception_handler(handle)
     check()

@@ -56,7 +56,9 @@ async def serve(config: Config) -> None:
             url = await stack.enter_async_context(listening(build_app(resolved, log=log, secrets=secrets), resolved))
             if config.metrics.port:
                 runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
-                metrics = listening_on(runner, config.metrics.host, config.metrics.port, setting="GPTUTOR_METRICS__PORT")
+                metrics = listening_on(
+                    runner, config.metrics.host, config.metrics.port, connection_factory(config), setting="GPTUTOR_METRICS__PORT"
+                )
                 await stack.enter_async_context(metrics)
             if config.admin.is_enabled:
                 admin = build_admin(resolved, log=log, secrets=secrets)

@@ -137,7 +137,9 @@ class Worker(GunicornWorker):  # type: ignore[misc]
             if config.metrics.port:
                 runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
                 port = config.metrics.port + app[JOURNAL].slot_number
-                metrics = listening_on(runner, config.metrics.host, port, setting="GPTUTOR_METRICS__PORT")
+                metrics = listening_on(
+                    runner, config.metrics.host, port, connection_factory(config), setting="GPTUTOR_METRICS__PORT"
+                )
                 try:
                     await stack.enter_async_context(metrics)
                 except StartError as error:  # gunicorn stops the service if a worker fails to start; metrics are not worth that
