@@ -170,6 +170,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             ),
             body_limits=BodyLimits(config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s),
             body_budget=ByteBudget(config.server.bodies_bytes_max, account_bytes_min=config.server.body_bytes_max),
+            answer_bytes_max=config.openrouter.plain_bytes_max,
             answer_budget=ByteBudget(config.openrouter.plain_bytes_total, account_bytes_min=config.openrouter.plain_bytes_max),
             verified_keys=VerifiedKeys(),
             refusals=RequestCounter(config.rate_limit.refused_per_minute),

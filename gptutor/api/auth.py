@@ -8,6 +8,7 @@ import time
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from gptutor.api.verified_keys import hide_duration
 from gptutor.errors import ApiError
 from gptutor.http.address_limits import RequestCounter
 from gptutor.http.app_keys import CLAIM, DATABASE, KEYRING, LAUNCH, MANAGES_KEYS, READINESS, USER, VK_SIGN_IN
@@ -98,8 +99,12 @@ async def _account_owner(request: web.Request, token: str) -> tuple[User, bool]:
         user, _ = await request.app[VK_SIGN_IN].sign_in(users, token)
         return user, True
     claim = parse_key(token)
-    key = await request.app[KEYRING].opened_by(claim) if claim is not None else None
-    if claim is None or key is None:
+    if claim is None:
+        raise ApiError("invalid_key")
+    started = time.monotonic()
+    key = await request.app[KEYRING].opened_by(claim)
+    if key is None:
+        await hide_duration(started)
         raise ApiError("invalid_key")
     try:
         return await users.find(claim.account_id), key.is_main

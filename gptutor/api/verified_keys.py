@@ -4,6 +4,7 @@ Being in here lets nobody in: the hold statement verifies the key of each comple
 before the hold, and saves a look-up where a key was verified a moment ago.
 """
 
+import asyncio
 import time
 
 from gptutor.http.address_limits import ADDRESSES_MAX
@@ -11,6 +12,15 @@ from gptutor.money.keys import KeyClaim
 
 FRESH_S = 2.0
 """For so long a verified key is not looked up again before its body is read."""
+
+REJECTION_S = 0.05
+"""A key that the database does not know is rejected so long after the look-up began, whatever the look-up took: it takes longer
+for an account that exists, because its row is locked."""
+
+
+async def hide_duration(started: float) -> None:
+    """To be awaited before a key is rejected. `started`: when the look-up began, by `time.monotonic`."""
+    await asyncio.sleep(max(0.0, started + REJECTION_S - time.monotonic()))
 
 
 class VerifiedKeys:

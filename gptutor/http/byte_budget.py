@@ -9,6 +9,8 @@ from collections.abc import Hashable
 
 ACCOUNT_DIVISOR = 4
 """An account may use this part of the budget: a quarter."""
+FREE_BYTES = 64 * 1024
+"""A response of this size is always kept, so that large ones never take the place of ordinary ones."""
 
 
 class BudgetExceeded(Exception):
@@ -17,6 +19,10 @@ class BudgetExceeded(Exception):
     def __init__(self, *, by_account: bool) -> None:
         super().__init__()
         self.by_account = by_account
+
+
+class TooLarge(Exception):
+    """One response is larger than a response may be."""
 
 
 class ByteBudget:
@@ -40,6 +46,29 @@ class ByteBudget:
             del self._by_account[account]
 
 
+class ResponseBytes:
+    """Counts the bytes of one response that is kept in memory. The first FREE_BYTES are not counted for the budget."""
+
+    __slots__ = ("_bytes_max", "_share", "_size")
+
+    def __init__(self, budget: ByteBudget, account: Hashable, bytes_max: int) -> None:
+        self._share = ByteShare(budget)
+        self._share.charge_to(account)
+        self._bytes_max = bytes_max
+        self._size = 0
+
+    def count(self, size: int) -> None:
+        """Raises TooLarge, BudgetExceeded."""
+        before, self._size = self._size, self._size + size
+        if self._size > self._bytes_max:
+            raise TooLarge
+        if self._size > FREE_BYTES:
+            self._share.grow(self._size - max(before, FREE_BYTES))
+
+    def release(self) -> None:
+        self._share.release()
+
+
 class ByteShare:
     """What one request has of a budget. A share that is forgotten is released when it is deallocated."""
 
@@ -53,9 +82,11 @@ class ByteShare:
     def charge_to(self, account: Hashable) -> None:
         """From here on all bytes of the share count for a verified account as well. Raises BudgetExceeded."""
         size = self._size
-        self.release()
+        if size:
+            self.release()
         self._account = account
-        self.grow(size)
+        if size:
+            self.grow(size)
 
     def grow(self, size: int) -> None:
         """Raises BudgetExceeded, and takes nothing then."""

@@ -7,6 +7,7 @@ parsed only for a verified key, in a thread, and while its account has a place f
 import functools
 import hashlib
 import re
+import time
 from contextlib import ExitStack
 
 from aiohttp import web
@@ -15,6 +16,7 @@ from gptutor.api.chat.context import RequestContext, Services
 from gptutor.api.chat.exchange import start_exchange
 from gptutor.api.chat.large_bodies import LARGE_BODY_BYTES_MIN
 from gptutor.api.chat.request import ParsedRequest, parse_request
+from gptutor.api.verified_keys import hide_duration
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import CLAIM, KEY_VERIFIED, KEYRING, READINESS, REQUEST_ID, SERVICES
 from gptutor.http.body import awaits_continue, read_body, require_json
@@ -101,8 +103,10 @@ class Admission:
             return
         known = self._services.verified_keys
         if not known.is_fresh(self.claim):
+            started = time.monotonic()
             if not await self._request.app[KEYRING].is_alive(self.claim):
                 known.discard(self.claim)
+                await hide_duration(started)
                 raise ApiError("invalid_key") from None
             known.add(self.claim)
         self._is_verified = self._request[KEY_VERIFIED] = True

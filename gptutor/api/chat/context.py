@@ -59,6 +59,7 @@ class Services:
     """Request bodies that are in memory: while they are read, and until they were sent."""
     answer_budget: ByteBudget
     """Plain responses that are in memory: while they are read, and until the client has taken them."""
+    answer_bytes_max: int
     verified_keys: VerifiedKeys
     refusals: RequestCounter
     """Requests, by `VerifiedKeys.counted_as`, whose hold is not placed."""

@@ -19,9 +19,11 @@ from gptutor.api.chat.context import RequestContext, Services
 from gptutor.api.chat.errors import error_for_hold, error_for_upstream
 from gptutor.api.chat.event_stream import EventStream
 from gptutor.api.chat.purchase import Purchase
+from gptutor.api.verified_keys import hide_duration
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.http.app_keys import KEY_VERIFIED, LOGGED
+from gptutor.http.byte_budget import BudgetExceeded, ResponseBytes, TooLarge
 from gptutor.http.unbuffered_response import CompleteResponse
 from gptutor.money.amounts import roubles
 from gptutor.money.holds import Hold, HoldId, HoldRejected, HoldRequest, UnknownKey, new_id
@@ -119,6 +121,7 @@ class Exchange:
         except HoldRejected as error:
             if isinstance(error, UnknownKey):
                 verified_keys.discard(self._context.claim)
+                await hide_duration(self._started)
             else:
                 verified_keys.add(self._context.claim)
                 self._request[KEY_VERIFIED] = True
@@ -170,8 +173,14 @@ class Exchange:
             raise error_for_upstream(error) from error
 
     async def _relay_document(self, hold: Hold, purchase: Purchase, upstream: UpstreamResponse, left_s: float) -> None:
-        """Raises UpstreamError."""
-        document = await upstream.read_body(left_s)
+        """Raises UpstreamError, and ApiError if the response cannot be kept in memory."""
+        services = self._services
+        kept = ResponseBytes(services.answer_budget, hold.account_id, services.answer_bytes_max)
+        try:
+            document = await upstream.read_body(left_s, kept.count)
+        except (TooLarge, BudgetExceeded) as error:
+            purchase.record_generation_id(upstream.generation_id)
+            raise ApiError("upstream_outcome_unknown", cause=f"the response is not kept: {type(error).__name__}") from None
         report = read_usage_report(document)
         if report.bill is not None:
             purchase.record_bill(report.bill, upstream.generation_id)
@@ -179,7 +188,15 @@ class Exchange:
             purchase.record_generation_id(upstream.generation_id or report.generation_id)
         if not self.response.done():
             headers = self._client_headers(hold, upstream)
-            self.response.set_result(CompleteResponse(document, status=upstream.status, headers=headers))
+            self.response.set_result(
+                CompleteResponse(
+                    document,
+                    status=upstream.status,
+                    headers=headers,
+                    kept=kept,
+                    write_timeout_s=services.stream_limits.write_timeout_s,
+                )
+            )
 
     async def _relay_stream(self, hold: Hold, purchase: Purchase, upstream: UpstreamResponse) -> None:
         """Raises UpstreamError if nothing has been written to the client yet."""
