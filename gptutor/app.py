@@ -172,6 +172,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             body_budget=ByteBudget(config.server.bodies_bytes_max, account_bytes_min=config.server.body_bytes_max),
             answer_bytes_max=config.openrouter.plain_bytes_max,
             answer_budget=ByteBudget(config.openrouter.plain_bytes_total, account_bytes_min=config.openrouter.plain_bytes_max),
+            balance_min=parse_roubles(f"{config.billing.balance_min_rub:f}"),
             verified_keys=VerifiedKeys(),
             refusals=RequestCounter(config.rate_limit.refused_per_minute),
             default_model=config.openrouter.default_model,

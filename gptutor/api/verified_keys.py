@@ -27,10 +27,11 @@ class VerifiedKeys:
     def __init__(self) -> None:
         self._verified_at: dict[bytes, float] = {}
 
-    def add(self, claim: KeyClaim) -> None:
+    def add(self, claim: KeyClaim, *, is_fresh: bool = True) -> None:
+        """`is_fresh` False: its next large body needs a look-up all the same, because the account may lack money."""
         if claim.key_hash not in self._verified_at and len(self._verified_at) >= ADDRESSES_MAX:
             self._verified_at.clear()
-        self._verified_at[claim.key_hash] = time.monotonic()
+        self._verified_at[claim.key_hash] = time.monotonic() if is_fresh else float("-inf")
 
     def discard(self, claim: KeyClaim) -> None:
         """The database does not know the key, or not any more."""

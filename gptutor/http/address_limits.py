@@ -51,18 +51,18 @@ class RequestCounter:
         """The empty key, for an unknown address, is never limited."""
         return bool(self.per_minute and key) and self._current_counts().get(self._bounded(key), 0) >= self.per_minute
 
-    def add(self, key: Hashable) -> int:
+    def add(self, key: Hashable, weight: int = 1) -> int:
         """Returns the count."""
         counts = self._current_counts()
         if key not in counts:
             key = self._bounded(key)
-        count = counts[key] = counts.get(key, 0) + 1
+        count = counts[key] = counts.get(key, 0) + weight
         return count
 
-    async def require_room(self, key: Hashable) -> None:
-        """Counts a request. Raises ApiError above the limit; far above it, after a delay."""
+    async def require_room(self, key: Hashable, weight: int = 1) -> None:
+        """Counts a request, as `weight` ones. Raises ApiError above the limit; far above it, after a delay."""
         if self.per_minute and key:
-            count = self.add(key)
+            count = self.add(key, weight)
             if count > self.per_minute:
                 await self.reject(count)
 
@@ -72,10 +72,10 @@ class RequestCounter:
             await asyncio.sleep(FLOOD_DELAY_S)
         raise RateLimit(self.per_minute).error()
 
-    def take_back(self, key: Hashable) -> None:
-        """The request is not to be counted after all. (If a new minute has begun, there is nothing to take back.)"""
-        if key in self._counts and self._counts[key] > 0:
-            self._counts[key] -= 1
+    def take_back(self, key: Hashable, weight: int = 1) -> None:
+        """The request is not to be counted after all. (If a new minute has begun, there may be nothing to take back.)"""
+        if key in self._counts:
+            self._counts[key] = max(0, self._counts[key] - weight)
 
     def _current_counts(self) -> dict[Hashable, int]:
         minute = int(time.time()) // MINUTE_S

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from gptutor.api.chat.context import RequestContext, Services
 from gptutor.api.chat.exchange import start_exchange
-from gptutor.api.chat.large_bodies import LARGE_BODY_BYTES_MIN
+from gptutor.api.chat.large_bodies import COMMAS_MAX, LARGE_BODY_BYTES_MIN, LARGE_BODY_WEIGHT
 from gptutor.api.chat.request import ParsedRequest, parse_request
 from gptutor.api.verified_keys import hide_duration
 from gptutor.errors import ApiError
@@ -31,15 +31,16 @@ IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 async def complete(request: web.Request) -> web.StreamResponse:
     require_json(request)
     services, claim = request.app[SERVICES], request[CLAIM]
-    counted_as = services.verified_keys.counted_as(claim)
-    await services.refusals.require_room(counted_as)
     admission = Admission(request, services, claim)
+    await services.refusals.require_room(admission.counted_as)
     try:
         if awaits_continue(request):
             await admission.verify_key()
         if (request.content_length or 0) > LARGE_BODY_BYTES_MIN:
             await admission.admit_large_body()
         body = await read_body(request, services.body_limits, admission)
+        if body.count(b",") > COMMAS_MAX:
+            await admission.admit_large_body()
         key = request.headers.get("Idempotency-Key")
         try:
             parsed, body_hash = await _parse(services, admission, body, needs_hash=key is not None)
@@ -58,18 +59,31 @@ async def complete(request: web.Request) -> web.StreamResponse:
             admission.place.close()
     request.app[READINESS].require()
     headers = {name: request.headers[name] for name in FORWARDED_HEADERS if name in request.headers}
-    context = RequestContext(request[REQUEST_ID], claim, parsed, headers, admission.share, counted_as, key, body_hash)
+    context = RequestContext(
+        request_id=request[REQUEST_ID],
+        claim=claim,
+        parsed=parsed,
+        forwarded_headers=headers,
+        body_share=admission.share,
+        counted_as=admission.counted_as,
+        weight=admission.weight,
+        idempotency_key=key,
+        body_hash=body_hash,
+    )
     return await start_exchange(services, request, context)
 
 
 class Admission:
-    """Admits a request's body: its bytes are counted, and a large body needs a verified key and a place."""
+    """Admits a request's body: its bytes are counted, and a large body needs a verified key, some money and a place."""
 
     def __init__(self, request: web.Request, services: Services, claim: KeyClaim) -> None:
         self.share = ByteShare(services.body_budget)
         self.place: ExitStack | None = None
         """What a large body has until it is parsed."""
         self.claim = claim
+        self.counted_as = services.verified_keys.counted_as(claim)
+        self.weight = 1
+        """As how many requests this one is counted, while its hold is not placed."""
         self._request = request
         self._services = services
         self._size = 0
@@ -89,7 +103,9 @@ class Admission:
         """Raises ApiError."""
         if self.place is not None:
             return
-        await self.verify_key()
+        await self._services.refusals.require_room(self.counted_as, LARGE_BODY_WEIGHT - 1)
+        self.weight = LARGE_BODY_WEIGHT
+        await self.verify_key(needs_money=True)
         self.place = ExitStack()
         self.place.enter_context(self._services.large_bodies.place(self.claim.account_id))
         try:
@@ -97,18 +113,23 @@ class Admission:
         except BudgetExceeded as error:
             raise _error_for_budget(error) from None
 
-    async def verify_key(self) -> None:
+    async def verify_key(self, *, needs_money: bool = False) -> None:
         """Verifies the key where much work precedes the hold, which verifies the key otherwise. Raises ApiError."""
-        if self._is_verified:
+        if self._is_verified and not needs_money:
             return
         known = self._services.verified_keys
         if not known.is_fresh(self.claim):
             started = time.monotonic()
-            if not await self._request.app[KEYRING].is_alive(self.claim):
+            key = await self._request.app[KEYRING].opened_by(self.claim)
+            if key is None:
                 known.discard(self.claim)
                 await hide_duration(started)
                 raise ApiError("invalid_key") from None
-            known.add(self.claim)
+            has_money = key.available >= self._services.balance_min
+            known.add(self.claim, is_fresh=has_money)
+            self._is_verified = self._request[KEY_VERIFIED] = True
+            if needs_money and not has_money:
+                raise ApiError("insufficient_balance")
         self._is_verified = self._request[KEY_VERIFIED] = True
 
 

@@ -16,7 +16,7 @@ from gptutor.http.address_limits import RequestCounter
 from gptutor.http.body import BodyLimits
 from gptutor.http.byte_budget import ByteBudget, ByteShare
 from gptutor.http.rate_limit import RateLimit
-from gptutor.money.amounts import AccountId
+from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.keys import KeyClaim
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
@@ -37,7 +37,8 @@ class RequestContext(msgspec.Struct, frozen=True):
     body_share: ByteShare
     """The bytes of the body, until it was sent."""
     counted_as: str | bytes
-    """As what `Services.refusals` has counted the request, until its hold is placed."""
+    """As what `Services.refusals` has counted the request, until its hold is placed; and as how many requests."""
+    weight: int
     idempotency_key: str | None = None
     body_hash: bytes | None = None
 
@@ -60,6 +61,8 @@ class Services:
     answer_budget: ByteBudget
     """Plain responses that are in memory: while they are read, and until the client has taken them."""
     answer_bytes_max: int
+    balance_min: Nano
+    """With less available, no large body is read."""
     verified_keys: VerifiedKeys
     refusals: RequestCounter
     """Requests, by `VerifiedKeys.counted_as`, whose hold is not placed."""

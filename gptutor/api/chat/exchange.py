@@ -75,6 +75,7 @@ class Exchange:
             await self._hold_buy_and_settle(hold_id)
         finally:
             self._services.ledger.deactivate(hold_id)
+            self._parsed.members.clear()
             self._context.body_share.release()
             if not self.response.done():  # this task is being cancelled
                 headers = DO_NOT_RETRY if self._is_sent else None
@@ -123,14 +124,14 @@ class Exchange:
                 verified_keys.discard(self._context.claim)
                 await hide_duration(self._started)
             else:
-                verified_keys.add(self._context.claim)
+                verified_keys.add(self._context.claim, is_fresh=False)
                 self._request[KEY_VERIFIED] = True
                 self._log_request()  # an unauthenticated request must not be logged under an account's id
             raise error_for_hold(error, self._services.rate_limit) from None
         except DatabaseUnavailable as error:
             raise ApiError("database_unavailable", cause=str(error)) from error
         verified_keys.add(self._context.claim)
-        self._services.refusals.take_back(self._context.counted_as)
+        self._services.refusals.take_back(self._context.counted_as, self._context.weight)
         self._log_request()
         return hold
 
@@ -263,6 +264,8 @@ class Exchange:
     def _respond_with_error(self, error: ApiError) -> None:
         self._outcome = error.code
         self._cause = error.cause or error.code
+        # Its tracebacks refer to this exchange, which refers to the error: the body would wait for the garbage collector.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
         if self.response.done():
             return
         if self._downstream is not None and self._downstream.has_started:

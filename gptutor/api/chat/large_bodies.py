@@ -17,6 +17,10 @@ from gptutor.money.amounts import AccountId
 
 LARGE_BODY_BYTES_MIN = 100 * 1024
 """Parsing a larger body would block the event loop for too long, and nobody without a verified key may send one."""
+COMMAS_MAX = 5_000
+"""A smaller body with more values is parsed like a large one: each number costs a call. 100 KB of prose has three thousand."""
+LARGE_BODY_WEIGHT = 5
+"""As how many refused requests one with a large body is counted."""
 
 Result = TypeVar("Result")
 
@@ -58,7 +62,10 @@ class LargeBodies:
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._jobs.setdefault(account_id, deque()).append(_Job(work, result))  # type: ignore[arg-type]
         self._start_next()
-        return await result
+        try:
+            return await result
+        finally:
+            del result  # an error's traceback would refer to it, and it to the error
 
     def _start_next(self) -> None:
         while self._jobs and not self._is_busy:
