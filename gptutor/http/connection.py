@@ -23,6 +23,8 @@ LOGGER = logging.getLogger("gptutor.http_server")
 SHUTDOWN_POLL_S = 0.05
 HEADERS_BYTES_MAX = 64 * 1024
 """Of one request in all, while they arrive. aiohttp limits each line and their number, which together are a megabyte."""
+DISCARD_PAUSE_S = 0.05
+"""The rest of a rejected body is read so slowly that a flood of them costs little: about five megabytes a second."""
 LAST_RESORT_S = 0.5
 """How long a connection may take that has one of the last descriptors."""
 HEALTHY = (
@@ -55,6 +57,7 @@ class ClientConnection(web.RequestHandler):
     __slots__ = (
         "_close_requested",
         "_counted_host",
+        "_discard_timer",
         "_header_bytes",
         "_header_s",
         "_header_timeout",
@@ -83,6 +86,7 @@ class ClientConnection(web.RequestHandler):
         self._last_body: StreamReader | None = None
         """The body of the last request whose headers are complete."""
         self._close_requested = False
+        self._discard_timer: asyncio.TimerHandle | None = None
 
     def set_write_listener(self, listener: WriteListener | None) -> None:
         """Tells `listener` of a full write buffer, now and later; None ends that."""
@@ -157,6 +161,20 @@ class ClientConnection(web.RequestHandler):
         if self._close_requested and not self._is_receiving:
             super().close()
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Called when what was read of a body has been taken. If it is discarded only, because its request has been answered,
+        reading goes on after a pause.
+        """
+        if self._is_in_body and not self._request_in_progress:
+            if self._discard_timer is None:
+                self._discard_timer = asyncio.get_running_loop().call_later(DISCARD_PAUSE_S, self._discard_more)
+        else:
+            super().resume_reading(resume_parser)
+
+    def _discard_more(self) -> None:
+        self._discard_timer = None
+        super().resume_reading()
+
     def _reject_headers(self) -> None:
         MALFORMED_REQUESTS.inc()
         LOGGER.warning("The headers of a request are larger than %d bytes", HEADERS_BYTES_MAX, extra={"type": "http"})
@@ -193,6 +211,8 @@ class ClientConnection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._cancel_header_timeout()
+        if self._discard_timer is not None:
+            self._discard_timer.cancel()
         if not self._is_admitted:
             self.transport = None
             return
