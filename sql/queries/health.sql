@@ -1,3 +1,6 @@
 -- name: ping
--- Whether the database responds.
-SELECT 1 AS alive;
+-- Whether the server can be written to. Fails if the tables are missing.
+SELECT
+    1 AS alive,
+    current_setting('transaction_read_only')::boolean AS is_read_only,
+    EXISTS (SELECT FROM accounts) AS has_accounts;

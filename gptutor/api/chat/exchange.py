@@ -66,6 +66,8 @@ class Exchange:
         self._is_request_logged = False
         self._outcome = "internal_error"
         self._cause: str | None = None
+        self._refusal: str | None = None
+        """The code of the error, if nothing was held for the request."""
 
     async def run(self) -> None:
         hold_id = new_id()
@@ -115,9 +117,11 @@ class Exchange:
         try:
             hold = await self._services.ledger.hold_funds(request)
         except HoldRejected as error:
+            rejection = error_for_hold(error, self._services.rate_limit)
             if not isinstance(error, UnknownKey):  # an unauthenticated request must not be logged under an account's id
+                self._refusal = rejection.code
                 self._log_request()
-            raise error_for_hold(error, self._services.rate_limit) from None
+            raise rejection from None
         except DatabaseUnavailable as error:
             raise ApiError("database_unavailable", cause=str(error)) from error
         self._log_request()
@@ -255,6 +259,7 @@ class Exchange:
             request_id=self._context.request_id,
             stream=self._parsed.stream,
             messages=self._parsed.message_count,
+            refusal=self._refusal,
         )
 
     def _log_response(self) -> None:
@@ -276,4 +281,5 @@ class Exchange:
             cost_usd=charge.cost_usd if charge else None,
             cost_rub=roubles(charge.amount) if charge else None,
             cause=self._cause,
+            refusal=self._refusal,
         )
