@@ -3,4 +3,8 @@
 SELECT
     1 AS alive,
     current_setting('transaction_read_only')::boolean AS is_read_only,
-    EXISTS (SELECT FROM accounts) AS has_accounts;
+    (
+        SELECT count(*)
+        FROM accounts
+        WHERE account_id = 0
+    ) AS accounts_found;
