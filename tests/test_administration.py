@@ -1,5 +1,6 @@
 """Administration by the command line (contract F10, C11; row money-15): each change leaves an audit line."""
 
+import asyncio
 import base64
 import csv
 import datetime
@@ -16,19 +17,20 @@ import orjson
 import pytest
 
 from gptutor.cli import console
+from gptutor.config.schema import ConfigError
 from gptutor.database.pool import Database
 from gptutor.money.administration import Administration
 from gptutor.money.amounts import AccountId, Nano, parse_roubles
-from gptutor.money.bookings import Bookings
+from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.holds import HandOver
 from gptutor.money.key_limits import InvalidLimit, changed_limits, parse_expiry
 from gptutor.money.keyring import KeyLimits, KeyRing, NoSuchKey
 from gptutor.money.usage import Cursor
 from gptutor.money.users import UserRepository
-from gptutor.money.vault import DecryptionFailed, Vault
+from gptutor.money.vault import DecryptionFailed, EncryptedKey, Vault, VaultWithoutSecret
 from gptutor.telemetry import logs
 from gptutor.telemetry.log_writer import logging_to
-from tests.support.gateway import SECRET, make_client
+from tests.support.gateway import SECRET, VAULT, make_client
 from tests.support.ledger import hold, ledger_of
 from tests.support.service import Service, environment, refused, run, said
 
@@ -295,3 +297,39 @@ async def test_an_administrator_rotates_all_keys_of_a_user(database: Database, c
     assert key not in repr(vars(line))
     assert [bool(one.revoked_at) for one in await KeyRing(database, Vault([SECRET])).list(client.account_id)] == [False, True]
     assert len([user async for user in UserRepository(database).all()]) == 1
+
+
+async def test_a_user_without_a_balance_has_no_entries(database: Database) -> None:
+    administration = Administration(database, VAULT, "test")
+    user, key = await administration.create_user("poor", Nano(0))
+    assert (user.balance, key.startswith("sk-user-")) == (0, True)
+    assert await Bookings(database).entries(user.account_id, 10) == []
+
+
+async def test_a_reference_that_another_transaction_books_at_the_same_time_is_booked_once(
+    database: Database, database_url: str
+) -> None:
+    """Past book_entry, which would have waited for it: the unique index is the last word."""
+    client = await make_client(database, "10")
+    by_hand = await asyncpg.connect(database_url)
+    transaction = by_hand.transaction()
+    await transaction.start()
+    await by_hand.execute(
+        "INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference)"
+        " VALUES ($1, gen_random_uuid(), 'topup', 5, 'payments', '', 'pay:1')",
+        client.account_id,
+    )
+    booking = asyncio.create_task(Bookings(database).book(client.account_id, "topup", Nano(5), reference="pay:1"))
+    await asyncio.sleep(0.2)
+    await transaction.commit()
+    await by_hand.close()
+    with pytest.raises(AlreadyBooked):
+        await booking
+
+
+async def test_without_a_secret_every_use_of_the_vault_says_why() -> None:
+    vault = VaultWithoutSecret(ConfigError("GPTUTOR_SECRET_KEY is missing"))
+    with pytest.raises(ConfigError, match="is missing"):
+        vault.encrypt(AccountId(1), b"hash", "sk-user-1-x")
+    with pytest.raises(ConfigError, match="is missing"):
+        vault.decrypt(AccountId(1), b"hash", EncryptedKey(b"", "id"))

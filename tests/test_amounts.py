@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptutor.money.amounts import NANO_MAX, InvalidAmount, nano_ceiling, nano_half_up, parse_roubles, roubles
+from gptutor.money.amounts import NANO_MAX, InvalidAmount, nano_ceiling, nano_half_up, parse_positive, parse_roubles, roubles
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,11 @@ def test_a_ceiling_is_rounded_up() -> None:
 def test_only_a_plain_decimal_is_an_amount(text: str) -> None:
     with pytest.raises(InvalidAmount):
         parse_roubles(text)
+
+
+@pytest.mark.parametrize(("text", "or_zero"), [("-1", False), ("-1", True), ("0", False)])
+def test_an_amount_to_give_or_take_is_positive(text: str, or_zero: bool) -> None:
+    with pytest.raises(InvalidAmount, match="must be zero or more" if or_zero else "must be more than zero"):
+        parse_positive(text, or_zero=or_zero)
+    assert parse_positive("0", or_zero=True) == 0
+    assert parse_positive("0.5") == 500_000_000

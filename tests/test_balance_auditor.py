@@ -7,6 +7,7 @@ import asyncpg
 import pytest
 from prometheus_client import REGISTRY
 
+from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database
 from gptutor.money.balance_auditor import BalanceAuditor
 from tests.support.gateway import Gateway, make_client
@@ -83,3 +84,28 @@ async def test_the_service_audits_balances_while_it_serves(
     async with asyncio.timeout(10):
         while "An account does not match its ledger" not in caplog.text:
             await asyncio.sleep(0.02)
+
+
+async def test_the_auditor_waits_for_a_database_that_is_away(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    auditor, checked = BalanceAuditor(database, 0.001), asyncio.Event()
+    errors: list[Exception] = [DatabaseUnavailable("away"), RuntimeError("a bug")]
+
+    async def check_once() -> set[int]:
+        if errors:
+            raise errors.pop(0)
+        checked.set()
+        return set()
+
+    monkeypatch.setattr(auditor, "check_once", check_once)
+    caplog.set_level(logging.WARNING, "gptutor.balance_auditor")  # whatever level an earlier test has set
+    running = asyncio.create_task(auditor.run())
+    async with asyncio.timeout(10):
+        await checked.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert [record.getMessage() for record in caplog.records if record.name == "gptutor.balance_auditor"] == [
+        "The balance auditor waits: away",
+        "The balance auditor failed, and continues",
+    ]

@@ -756,3 +756,24 @@ async def test_a_key_names_its_account_and_no_other_accounts_row_is_touched(data
     assert [type(result) for result in results] == [Hold, Hold, UnknownKey]
     assert parse_key(client.key) is not None
     assert [await one.held() for one in (client, victim)] == [1, 1]
+
+
+async def test_a_statement_that_overtakes_finds_nothing_left_to_do() -> None:
+    """Its timer fires after the statement that was running has taken the last item."""
+
+    async def execute(items: list[int]) -> list[int]:
+        return items
+
+    batcher = Batcher(execute, lambda item: item, concurrent_max=2, batch_max=10)
+    assert await batcher.submit(1) == 1
+    await asyncio.sleep(0)
+    batcher._overtake()
+    assert not batcher._workers
+
+
+async def test_only_a_granted_hold_is_released_when_nobody_waits_for_it(database: Database) -> None:
+    ledger = ledger_of(database)
+    client = await make_client(database, "10")
+    held = await hold(database, client, "1")
+    ledger._release_abandoned(settlement(held, "0.01"), {"outcome": "settled"})  # type: ignore[arg-type]
+    assert len(ledger._background_releases) == 0

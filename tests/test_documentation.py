@@ -251,10 +251,10 @@ def runnable() -> list[Any]:
     """Parameters of the test below: the program with its options, and the code of an example."""
     examples = []
     for language in page.LANGUAGES:
-        start, answer = source(language, "start"), source(language, "answer")
+        start, response = source(language, "start"), source(language, "response")
         examples.append(pytest.param([sys.executable, "-c"], fences(start, "python")[0], id=f"python-{language}"))
         examples.append(
-            pytest.param(["node", "--input-type=module", "-e"], fences(answer, "javascript")[0], id=f"node-{language}")
+            pytest.param(["node", "--input-type=module", "-e"], fences(response, "javascript")[0], id=f"node-{language}")
         )
         for number, code in enumerate(code for code in fences(start, "bash") if "curl" in code):
             examples.append(pytest.param(["sh", "-c"], code, id=f"curl-{number}-{language}"))

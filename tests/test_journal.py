@@ -669,3 +669,8 @@ def test_any_history_with_any_bit_flipped_is_never_complete_and_never_invents_fa
             assert what.charge in charges_written | {None}
             assert what.generation_id in generation_ids_written | {None}
             assert what.account_id in {1000, 2000, 3000, 4000, 5000, 6000}
+
+
+def test_each_process_has_a_slot_number_of_its_own(tmp_path: Path) -> None:
+    with journal.opened(tmp_path) as (first, _), journal.opened(tmp_path) as (second, _):
+        assert (first.slot_number, second.slot_number) == (0, 1)

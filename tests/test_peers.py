@@ -132,7 +132,7 @@ async def test_no_upstream_failure_leaks_a_hold(gateway: Gateway, fault: str, st
 BROKEN_METHODS: dict[str, tuple[type, str]] = {
     "the ceiling": (LLMCostEvaluate, "ceiling"),
     "the body for upstream": (ParsedRequest, "upstream_body"),
-    "the first journal record": (Journal, "sent"),
+    "the first journal record": (Journal, "record_sent"),
     "the client for OpenRouter": (OpenRouterService, "complete"),
     "the upstream call": (OpenRouterService, "_attempt"),
 }

@@ -158,3 +158,11 @@ def test_everything_that_raises_the_cost_is_in_the_ceiling(size: RequestSize, pr
 
 def test_paid_tools_are_held_for_even_without_a_known_price() -> None:
     assert evaluate().ceiling(RequestSize(1000, paid_tools=2), [None]).hold_max == rub("19")
+
+
+def test_the_cache_of_tariffs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptutor.money.pricing.TARIFFS_MAX", 2)
+    evaluator, prices = evaluate(), [Price(prompt_usd=Decimal(number) / 1000) for number in range(5)]
+    ceilings = [evaluator.ceiling(RequestSize(prompt_bytes=1000), [price]) for price in prices]
+    assert [evaluator.ceiling(RequestSize(prompt_bytes=1000), [price]) for price in prices] == ceilings
+    assert len(evaluator._tariffs) <= 2

@@ -150,7 +150,7 @@ async def test_a_client_that_disconnects_from_a_plain_request_still_pays(gateway
 async def test_sixty_concurrent_requests_with_a_balance_for_ten_never_overdraw(gateway: Gateway) -> None:
     # 16 384 tokens × 0.0000006 dollars × 90 roubles × 1.1 ≈ 0.973 roubles: ten such holds fit into ten roubles.
     client = await gateway.client("10")
-    gateway.simulator.first_word_s = 0.3
+    gateway.simulator.first_word_s = 2.0  # no response ends, and frees its hold, before the last request has arrived
     members: dict[str, Any] = {"model": "openai/gpt-4o-mini", "max_tokens": 16_384}
     replies = await asyncio.gather(*(gateway.chat(client, **members) for _ in range(60)))
     statuses = [response.status for response, _ in replies]

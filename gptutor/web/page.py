@@ -13,7 +13,7 @@ from markdown_it.token import Token
 from gptutor.config.load import DEFAULT_FILE
 
 HERE = Path(__file__).parent
-NAMES = ("start", "account", "request", "answer", "money", "usage", "errors", "limits", "operation")
+NAMES = ("start", "account", "request", "response", "money", "usage", "errors", "limits", "operation")
 """The pages in reading order; the first is the start page."""
 
 LANGUAGES: Mapping[str, Mapping[str, str]] = {

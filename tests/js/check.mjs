@@ -284,7 +284,7 @@ const checks = {
     const headers = { 'Idempotency-Key': `order-${process.hrtime.bigint()}` };
     const send = (content) => client.openai.chat.completions.create({ model, messages: userMessage(content) }, { headers });
     await send('Привет!');
-    await rejects(send('Привет!'), OpenAI.ConflictError, 409, /made before/);
+    await rejects(send('Привет!'), OpenAI.ConflictError, 409, /already made/);
     await rejects(send('Hello'), OpenAI.UnprocessableEntityError, 422, /different request/);
     assert.equal(client.sent, 3);
   },

@@ -39,7 +39,7 @@ outcome_counter = functools.cache(COMPLETIONS.labels)
 
 # In the form of OpenRouter's own errors in the middle of a stream.
 TRUNCATED_EVENT = (
-    b'data: {"error":{"code":502,"message":"The upstream connection was lost before the answer was complete"},'
+    b'data: {"error":{"code":502,"message":"The upstream connection was lost before the response was complete"},'
     b'"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}]}\n\n'
 )
 
