@@ -225,7 +225,7 @@ async def _become_ready(app: web.Application, recovery: Recovery, leftovers: lis
 
 
 async def _stop_accepting(app: web.Application) -> None:
-    app[READINESS].obstacle = "the service is stopping"
+    app[READINESS].stop()
 
 
 # -- settings into objects

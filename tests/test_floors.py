@@ -12,21 +12,22 @@ PACKAGE = TESTS.parent / "gptutor"
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "tasks": (),
-    "telemetry": (),
+    "text": (),
+    "telemetry": ("text",),
     "config": (),
     "integrations": (),
     "simulator": (),
     "database": (),
     "openrouter": ("telemetry",),
-    "money": ("database", "tasks", "telemetry"),
-    "http": ("errors", "telemetry", "database", "money.amounts"),
-    "api": ("errors", "tasks", "telemetry", "integrations", "database", "openrouter", "money", "http"),
-    "admin": ("errors", "telemetry", "config", "database", "money", "http"),
+    "money": ("database", "tasks", "telemetry", "text"),
+    "http": ("errors", "telemetry", "text", "database", "money.amounts"),
+    "api": ("errors", "tasks", "telemetry", "text", "integrations", "database", "openrouter", "money", "http"),
+    "admin": ("errors", "telemetry", "text", "config", "database", "money", "http"),
     "routes": ("http", "api"),
     "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
     "server": ("telemetry", "config", "simulator", "database", "money", "http", "admin", "app"),
     "web": ("errors", "config", "api.keys", "api.chat.request", "server.listener"),
-    "cli": ("telemetry", "config", "simulator", "database", "openrouter", "money", "server", "web"),
+    "cli": ("telemetry", "text", "config", "simulator", "database", "openrouter", "money", "server", "web"),
     "__main__": ("cli",),
 }
 # The keys of `app[…]` name types of higher packages, for the type checker only.
@@ -58,11 +59,13 @@ PURE = {
         "gptutor.api.chat.surrogates",
         "gptutor.errors",
         "gptutor.money.pricing",
+        "gptutor.text",
     ),
-    "gptutor.http.json_body": ("gptutor.errors", "gptutor.money.amounts"),
+    "gptutor.http.json_body": ("gptutor.errors", "gptutor.money.amounts", "gptutor.text"),
     "gptutor.integrations.vk": (),
     "gptutor.api.chat.surrogates": (),
     "gptutor.errors": (),
+    "gptutor.text": (),
 }
 DOES_IO = {"aiohttp", "aiohttp_sse", "asyncio", "asyncpg", "logging", "os", "pathlib", "socket", "subprocess", "threading"}
 

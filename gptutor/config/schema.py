@@ -81,6 +81,8 @@ class LogSettings(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     retention_days: Count = 30
     stdout: bool = True
+    warnings_per_minute: Count = 20
+    refused_per_minute: Count = 100
 
 
 class MetricsSettings(Section, frozen=True):

@@ -126,7 +126,14 @@ class Worker(GunicornWorker):  # type: ignore[misc]
         async with self._notifying(), AsyncExitStack() as stack:
             logs = config.logs
             log = stack.enter_context(
-                logging_to(config.paths.logs, level=logs.level, retention_days=logs.retention_days, stdout=logs.stdout)
+                logging_to(
+                    config.paths.logs,
+                    level=logs.level,
+                    retention_days=logs.retention_days,
+                    stdout=logs.stdout,
+                    warnings_per_minute=logs.warnings_per_minute,
+                    refused_per_minute=logs.refused_per_minute,
+                )
             )
             app = build_app(config, log=log, secrets=secrets)
             await stack.enter_async_context(

@@ -55,6 +55,11 @@ INCONSISTENT_ACCOUNTS = Gauge(
     "Alert on any.",
 )
 CATALOGUE_AGE = Gauge("gptutor_catalogue_age_seconds", "Time since the model list was last read from OpenRouter.")
+LOG_LINES_LOST = Counter(
+    "gptutor_log_lines_lost",
+    "Log lines that could not be written, by destination: file (a full disk), stdout, stderr (a reader that does not read).",
+    ["destination"],
+)
 PAYMENT_NOTIFICATIONS = Counter(
     "gptutor_payment_notifications",
     "Notifications from the payment provider, by outcome: booked, nothing, unavailable, conflict.",

@@ -124,10 +124,12 @@ def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[st
 
 
 @asynccontextmanager
-async def gateway_on(config: schema.Config, database: pool.Database, simulator: Simulator) -> AsyncIterator[Gateway]:
+async def gateway_on(
+    config: schema.Config, database: pool.Database, simulator: Simulator, *, log: LoggerService | None = None
+) -> AsyncIterator[Gateway]:
     """A gateway with these settings, ready. Only one at a time may have a database whose OpenRouter is not the other's: recovery
     looks up whatever is due, and would ask the wrong one."""
-    app = build_app(config, log=LoggerService(), secrets=[SECRET])
+    app = build_app(config, log=log or LoggerService(), secrets=[SECRET])
     async with listening(app, config) as url, aiohttp.ClientSession(auto_decompress=False) as session:
         running = Gateway(url, app, simulator, database, session)
         await running.ready()

@@ -68,6 +68,8 @@ class Exchange:
         self._is_request_logged = False
         self._outcome = "internal_error"
         self._cause: str | None = None
+        self._refusal: str | None = None
+        """The code of the error, if nothing was held for the request."""
 
     async def run(self) -> None:
         hold_id = new_id()
@@ -120,14 +122,16 @@ class Exchange:
         try:
             hold = await self._services.ledger.hold_funds(request)
         except HoldRejected as error:
+            rejection = error_for_hold(error, self._services.rate_limit)
             if isinstance(error, UnknownKey):
                 verified_keys.discard(self._context.claim)
                 await hide_duration(self._started)
             else:
                 verified_keys.add(self._context.claim, is_fresh=False)
                 self._request[KEY_VERIFIED] = True
+                self._refusal = rejection.code
                 self._log_request()  # an unauthenticated request must not be logged under an account's id
-            raise error_for_hold(error, self._services.rate_limit) from None
+            raise rejection from None
         except DatabaseUnavailable as error:
             raise ApiError("database_unavailable", cause=str(error)) from error
         verified_keys.add(self._context.claim)
@@ -287,6 +291,7 @@ class Exchange:
             request_id=self._context.request_id,
             stream=self._parsed.stream,
             messages=self._parsed.message_count,
+            refusal=self._refusal,
         )
 
     def _log_response(self) -> None:
@@ -308,4 +313,5 @@ class Exchange:
             cost_usd=charge.cost_usd if charge else None,
             cost_rub=roubles(charge.amount) if charge else None,
             cause=self._cause,
+            refusal=self._refusal,
         )

@@ -18,6 +18,7 @@ from gptutor.api.chat.surrogates import mask, unmask
 from gptutor.errors import ApiError
 from gptutor.http.json_body import ERROR_PATH, MISSING_FIELD, reject_ambiguous_json
 from gptutor.money.pricing import RequestSize
+from gptutor.text import ONE_LINE
 
 MODEL_CHARACTERS_MAX = 200
 BRACKETS_MAX = 1_000_000
@@ -72,7 +73,7 @@ class ChatRequest(msgspec.Struct):
 
     messages: Annotated[list[Message], Meta(min_length=1, description="a non-empty array of messages")]
     model: Annotated[
-        Annotated[str, Meta(min_length=1, max_length=MODEL_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*$")] | None,
+        Annotated[str, Meta(min_length=1, max_length=MODEL_CHARACTERS_MAX, pattern=ONE_LINE)] | None,
         Meta(description=f"a string of 1 to {MODEL_CHARACTERS_MAX} printable characters"),
     ] = None
     models: Annotated[
