@@ -1,6 +1,7 @@
 """The pool of database connections: a waiter gets a released one, and none that may be dead is reused."""
 
 import asyncio
+from typing import cast
 
 import asyncpg
 import pytest
@@ -61,3 +62,38 @@ async def test_a_statement_that_ends_while_the_pool_closes_does_not_delay_the_cl
         asyncio.get_running_loop().call_later(
             0.1, lambda: asyncio.ensure_future(database._connections.release(connection, is_sound=True))
         )
+
+
+class PoolOfOthers:
+    """A pool in which other requests go on while a connection is released."""
+
+    def __init__(self) -> None:
+        self.released: list[object] = []
+
+    async def release(self, connection: object) -> None:
+        await asyncio.sleep(0)
+        self.released.append(connection)
+
+
+class FakeConnection:
+    is_terminated = False
+
+    def terminate(self) -> None:
+        self.is_terminated = True
+
+    def is_closed(self) -> bool:
+        return self.is_terminated
+
+
+async def test_a_connection_released_while_others_are_discarded_is_kept() -> None:
+    pool = PoolOfOthers()
+    connections = IdleConnectionCache(cast("asyncpg.Pool", pool), acquire_s=1)
+    idle, useless, running = FakeConnection(), FakeConnection(), FakeConnection()
+    await connections.release(idle, is_sound=True)
+    discarding = asyncio.ensure_future(connections.discard(useless))
+    await asyncio.sleep(0)
+    await connections.release(running, is_sound=True)
+    await discarding
+    assert pool.released == [useless, idle]
+    assert await connections.acquire() is running
+    assert not running.is_terminated

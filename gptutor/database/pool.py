@@ -60,11 +60,12 @@ class IdleConnectionCache:
 
     async def discard(self, connection: Any) -> None:
         """Closes a connection that is of no use any more, and with it all idle ones, which lead to the same server."""
-        for each in (connection, *(idle for idle, _ in self._idle)):
+        useless = [connection, *(idle for idle, _ in self._idle)]
+        self._idle.clear()  # before the first await: other requests acquire and release meanwhile
+        for each in useless:
             with contextlib.suppress(asyncpg.InterfaceError):  # it was closed, and the pool has taken it back
                 each.terminate()
                 await self._pool.release(each)
-        self._idle.clear()
 
     async def close(self) -> None:
         """Waits for the statements under way, but not for a silent server."""

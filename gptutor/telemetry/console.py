@@ -1,5 +1,6 @@
 """Standard output and standard error, written by a thread of its own: a reader that stops reading blocks nothing else."""
 
+import contextlib
 import os
 import select
 import sys
@@ -45,35 +46,38 @@ class ConsoleWriter:
         self._is_closing = True
         self._has_text.set()
         self._thread.join(CLOSE_S)
-        while self._queue:
-            _count_lost(*self._queue.popleft())
+        with contextlib.suppress(IndexError):  # the thread may go on at this moment
+            while True:
+                _count_lost(*self._queue.popleft())
 
     def _run(self) -> None:
         while self._queue or not self._is_closing:
             self._has_text.wait()
             if not self._is_closing:
                 self._has_text.clear()
-            while self._queue:
-                stream, text = self._queue.popleft()
-                try:
-                    _write(stream, text)
-                except (OSError, ValueError):  # its reader is gone
-                    _count_lost(stream, text)
-                with self._lock:
-                    self._queued_bytes -= len(text)
+            with contextlib.suppress(IndexError):  # `close` may empty the queue meanwhile
+                while True:
+                    self._write_next()
+
+    def _write_next(self) -> None:
+        """Raises IndexError if nothing is queued."""
+        stream, text = self._queue.popleft()
+        _write_or_count(stream, text)
+        with self._lock:
+            self._queued_bytes -= len(text)
 
 
 def print_notice(text: str) -> None:
     """Prints a line on standard output, and waits for it at most NOTICE_S: a stop must not hang on a reader."""
-    thread = threading.Thread(target=_write_quietly, args=("stdout", text.encode() + b"\n"), name="notice", daemon=True)
+    thread = threading.Thread(target=_write_or_count, args=("stdout", text.encode() + b"\n"), name="notice", daemon=True)
     thread.start()
     thread.join(NOTICE_S)
 
 
-def _write_quietly(stream: Stream, text: bytes) -> None:
+def _write_or_count(stream: Stream, text: bytes) -> None:
     try:
         _write(stream, text)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # its reader is gone
         _count_lost(stream, text)
 
 

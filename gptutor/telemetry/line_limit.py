@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 MINUTE_S = 60.0
+LOOK_S = 1.0
 KINDS_MAX = 2000
 """Kinds that are counted apart; further ones share one count."""
 
@@ -34,13 +35,16 @@ class LineLimit:
     def __init__(self) -> None:
         self._kinds: dict[Hashable, _Kind] = {}
         self._ended: list[Repeated] = []
+        self._next_look = float("-inf")
         self._lock = threading.Lock()
 
     def admits(self, kind: Hashable, per_minute: int, level: int, message: str, now: float) -> bool:
         """Whether a line of this kind is written. `message` stands for the others if they are not."""
         with self._lock:
             if kind not in self._kinds and len(self._kinds) >= KINDS_MAX:
-                self._drop_ended(now)
+                if now >= self._next_look:  # not for each line of a flood
+                    self._next_look = now + LOOK_S
+                    self._drop_ended(now)
                 kind = kind if len(self._kinds) < KINDS_MAX else None
             state = self._kinds.get(kind)
             if state is None or now >= state.ends:
