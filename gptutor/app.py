@@ -175,6 +175,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             balance_min=parse_roubles(f"{config.billing.balance_min_rub:f}"),
             verified_keys=VerifiedKeys(),
             refusals=RequestCounter(config.rate_limit.refused_per_minute),
+            free_models=RequestCounter(config.rate_limit.free_models_per_minute),
             default_model=config.openrouter.default_model,
             pseudonym_key=derived_key(secret, b"pseudonym"),
             stream_limits=_stream_limits(config.relay),

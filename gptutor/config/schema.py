@@ -197,6 +197,7 @@ class RateLimitSettings(Section, frozen=True):
     unauthenticated_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
     not_found_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
     refused_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
+    free_models_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 10
     account_pages_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
     notifications_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
 

@@ -1,6 +1,7 @@
 """A flood, in a process of its own: `python -m tests.abuse.flood KIND URL KEY SECONDS CONNECTIONS`.
 
-Each connection sends its next request as soon as the response has come. Prints how many responses had which status, as JSON. The
+Each connection sends its next request as soon as the response has come. Prints a line when it begins, and then how many responses had which
+status, as JSON. The
 client has one address, by X-Forwarded-For, which the service believes of 127.0.0.1.
 """
 
@@ -101,4 +102,5 @@ async def flood(kind: str, url: str, key: str, seconds: float, connections: int)
 
 if __name__ == "__main__":
     kind, url, key, seconds, connections = sys.argv[1:]
+    print("begin", flush=True)
     print(json.dumps(asyncio.run(flood(kind, url, key, float(seconds), int(connections)))))

@@ -97,6 +97,20 @@ async def test_a_rejected_key_takes_as_long_for_an_account_that_exists_as_for_an
             assert time.monotonic() - started >= 0.05
 
 
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"free_models_per_minute": 2}}])
+async def test_one_account_cannot_use_up_the_quota_of_the_free_models(gateway: Gateway, clock: None) -> None:
+    greedy, other = await gateway.client(), await gateway.client()
+    for client in (greedy, other):
+        assert (await send(gateway, client))[0] == 200  # from now on the keys are known to be the accounts'
+    free = {**ASK, "model": "openai/gpt-1-nano:free"}
+    assert [(await send(gateway, greedy, free))[0] for _ in range(3)] == [200, 200, 429]
+    assert (await send(gateway, greedy))[0] == 200
+    assert (await send(gateway, other, free))[0] == 200
+    assert (await send(gateway, other, {**ASK, "models": ["openai/gpt-1-nano:free"]}))[0] == 200
+    assert (await send(gateway, other, {**ASK, "models": ["openai/gpt-1-nano:free"]}))[0] == 429
+    await gateway.idle()
+
+
 # -- large bodies
 
 

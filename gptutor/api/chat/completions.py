@@ -25,6 +25,7 @@ from gptutor.money.keys import KeyClaim
 from gptutor.openrouter.service import FORWARDED_HEADERS
 from gptutor.telemetry.metrics import OFFLOADED_PARSES
 
+FREE = ":free"
 IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 
 
@@ -50,6 +51,8 @@ async def complete(request: web.Request) -> web.StreamResponse:
             # An error in the body must not tell an unauthenticated client that a key is valid: it gets 401 (contract B3).
             await admission.verify_key()
             raise
+        if any(model.endswith(FREE) for model in (parsed.model, *parsed.fallbacks)):
+            await services.free_models.require_room(admission.counted_as)
         del body  # what is needed of it is in `parsed`, until it is sent
     except BaseException:
         admission.share.release()

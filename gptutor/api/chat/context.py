@@ -66,6 +66,8 @@ class Services:
     verified_keys: VerifiedKeys
     refusals: RequestCounter
     """Requests, by `VerifiedKeys.counted_as`, whose hold is not placed."""
+    free_models: RequestCounter
+    """Requests of an account for free models, whose quota OpenRouter counts for all accounts together."""
     default_model: str
     pseudonym_key: bytes
     stream_limits: StreamLimits
