@@ -201,7 +201,7 @@ async def test_memory_stays_within_the_documented_bound(tmp_path: Path) -> None:
         rest = rig.memory
         assert rest <= REST_BYTES
         for name in PHASES:
-            growth = await most_memory_in(rig, name, 100, settle_s=1) - rest
+            growth = await most_memory_in(rig, name, 100, settle_s=0.5) - rest
             print(f"{name}: {growth / MB:+.0f} MB")
             assert growth <= bound(100, sum(budgets.values())), name
 
