@@ -58,8 +58,9 @@ audit: ## check the locked packages for known vulnerabilities; passes, and says 
 run: install ## the whole service: embedded PostgreSQL and the OpenRouter simulator where nothing else is configured
 	@exec $(BIN)/gptutor serve
 
-# Each process has a PostgreSQL of its own; a process without tests left takes some from the others.
-PARALLEL := --numprocesses=logical --dist=worksteal
+# Each process has a PostgreSQL of its own; a process without tests left takes some from the others. Most tests wait more than they
+# compute, so there are two processes for each core.
+PARALLEL = --numprocesses=$(shell $(PYTHON) -c 'import os; print(2 * os.cpu_count())') --dist=worksteal
 # Tests start Python a hundred times: the bytecode is kept, even where the environment says otherwise.
 test check test-pythons: export PYTHONDONTWRITEBYTECODE :=
 

@@ -125,7 +125,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
     config = app[CONFIG]
     journals = config.paths.data / JOURNALS
     async with AsyncExitStack() as stack:
-        app[JOURNAL], leftovers = stack.enter_context(journal.opened(journals, bytes_max=config.recovery.journal_bytes_max))
+        app[JOURNAL], abandoned = stack.enter_context(journal.opened(journals, bytes_max=config.recovery.journal_bytes_max))
 
         database = app[DATABASE] = await stack.enter_async_context(
             pool.open_database(
@@ -153,7 +153,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             rub_per_usd=config.billing.rub_per_usd,
             hold_ttl_s=config.openrouter.total_s + config.relay.disconnected_drain_s + HOLD_SLACK_S,
             chat_per_minute=config.rate_limit.chat_per_minute,
-            chat_at_once=config.rate_limit.chat_concurrent_max,
+            chat_concurrent_max=config.rate_limit.chat_concurrent_max,
         )
         in_flight = BackgroundTasks()
         IN_FLIGHT_REQUESTS.set_function(in_flight.__len__)
@@ -188,10 +188,10 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             journals,
             upstream.cost_of,
             poll_s=config.recovery.poll_s,
-            look_max_s=config.recovery.lookup_interval_max_s,
+            lookup_interval_max_s=config.recovery.lookup_interval_max_s,
             give_up_s=config.recovery.give_up_s,
         )
-        background = asyncio.create_task(_become_ready(app, recovery, leftovers), name="startup and recovery")
+        background = asyncio.create_task(_become_ready(app, recovery, abandoned), name="startup and recovery")
         yield
         cut_off = await in_flight.drain(config.server.drain_s)
         if cut_off:
@@ -202,7 +202,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
         app[JOURNAL].keep_when_empty = bool(cut_off or unreleased)
 
 
-async def _become_ready(app: web.Application, recovery: Recovery, leftovers: list[AbandonedJournal]) -> None:
+async def _become_ready(app: web.Application, recovery: Recovery, abandoned: list[AbandonedJournal]) -> None:
     """Waits for a migrated database, replays the journals of dead processes, sets READINESS, then runs recovery and auditor."""
     config, readiness = app[CONFIG], app[READINESS]
     unreplayed: list[AbandonedJournal] = []
@@ -210,7 +210,7 @@ async def _become_ready(app: web.Application, recovery: Recovery, leftovers: lis
         try:
             if pending := await migrations.pending_migrations(config.database.url):
                 raise migrations.MigrationError(f"The database lacks {', '.join(pending)}: gptutor migrate")
-            unreplayed = [leftover for leftover in leftovers if not await recovery.replay(leftover)]
+            unreplayed = [each for each in abandoned if not await recovery.replay(each)]
             readiness.obstacle = None
         except (DatabaseUnavailable, DatabaseRefused, migrations.MigrationError) as error:
             readiness.obstacle = str(error)

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import functools
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from gptutor.config.files import ENV_FILE
 from gptutor.database import pool
 from gptutor.openrouter import catalogue
 from gptutor.server.serve import simulated_openrouter
+from gptutor.simulator import model_library, server
 from gptutor.simulator.server import Simulator
 from tests.support.gateway import Gateway, config_for, gateway_on
 from tests.support.postgres import BINARIES, TestDatabase, running_postgres
 from tests.support.service import Service, start
+
+TEARDOWN_S = 60
+"""Longer than any cleanup of a test, the shutdown of a service included."""
 
 hypothesis_settings.register_profile("tests", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("tests")
@@ -37,6 +42,16 @@ def pytest_report_header() -> str:
     return f"PostgreSQL: {os.environ.get(BINARIES, 'embedded')}"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None]:
+    """pytest-timeout stops counting when a test fails, and what a failed test leaves open can keep its event loop from closing."""
+    faulthandler.dump_traceback_later(TEARDOWN_S, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The loop that the service runs on."""
     return {"uvloop": uvloop.new_event_loop}
@@ -44,8 +59,9 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
 
 @pytest.fixture(scope="session", autouse=True)
 def read_once() -> Iterator[None]:
-    """The simulator's model list is the same for every gateway: it is parsed once, and not a thousand times."""
+    """The simulator's models are the same for every gateway: they are made and parsed once, and not a thousand times."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "make_model_library", functools.cache(model_library.make_model_library))
         patch.setattr(catalogue, "parse_models", functools.lru_cache(maxsize=8)(catalogue.parse_models))
         yield
 

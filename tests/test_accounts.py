@@ -339,7 +339,7 @@ async def test_an_encrypted_copy_moved_to_another_row_is_not_shown(database: Dat
 @pytest.mark.parametrize(
     "spoiled",
     [
-        "UPDATE api_keys SET encrypted_key = NULL, secret_id = NULL",  # made by the version before
+        "UPDATE api_keys SET encrypted_key = NULL, secret_id = NULL",  # issued by the previous release
         "UPDATE api_keys SET expires_at = now() - interval '1 second'",
         "UPDATE api_keys SET revoked_at = now()",
         "UPDATE api_keys SET is_main = FALSE",

@@ -186,14 +186,14 @@ async def test_a_payment_is_credited_once_with_the_same_response(admin: Admin, d
     payment = {"vk_id": 494075, "amount": "99.90", "reference": "17", "provider": "bank"}
     answers = await asyncio.gather(*(admin.request("POST", "/admin/payments", payment) for _ in range(16)))
     assert all(answer == answers[0] for answer in answers)
-    status, told = answers[0]
-    assert (status, told["amount"], told["user_id"], told["reference"]) == (200, "99.9", user.account_id, "bank:17")
+    status, first = answers[0]
+    assert (status, first["amount"], first["user_id"], first["reference"]) == (200, "99.9", user.account_id, "bank:17")
     connection = await asyncpg.connect(database_url)
     await connection.execute("SET session_replication_role = replica")
     await connection.execute("UPDATE ledger SET created_at = created_at - interval '1 year'")
     await connection.close()
     status, later = await admin.request("POST", "/admin/payments", {**payment, "vk_id": None, "user_id": user.account_id})
-    assert (status, later["entry_id"]) == (200, told["entry_id"])
+    assert (status, later["entry_id"]) == (200, first["entry_id"])
     assert await admin.request("POST", "/admin/payments", {**payment, "amount": "1"}) == (409, "already_booked")
     other = await make_client(admin.database, "0")
     elsewhere = {**payment, "vk_id": None, "user_id": other.account_id}
@@ -422,9 +422,9 @@ async def test_no_path_of_it_is_on_the_public_listener(gateway: Gateway) -> None
 )
 def test_a_listener_without_a_sound_token_stops_the_start(environ: dict[str, str]) -> None:
     """Row operator-1: a sentence, and the token is not in it."""
-    with pytest.raises(ConfigError, match=r"admin\.|ADMIN") as told:
+    with pytest.raises(ConfigError, match=r"admin\.|ADMIN") as error:
         load({f"GPTUTOR_ADMIN__{name}": value for name, value in environ.items()})
-    assert not {TOKEN, ANNAS, "short", "x" * 31} & set(str(told.value).replace("'", " ").split())
+    assert not {TOKEN, ANNAS, "short", "x" * 31} & set(str(error.value).replace("'", " ").split())
 
 
 def test_it_is_off_by_default() -> None:

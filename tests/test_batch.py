@@ -445,7 +445,7 @@ async def test_each_of_a_mixed_batch_gets_its_own_outcome(database: Database, st
     ledger = ledger_of(database)
     await ledger.hold_funds(request(other, "1", key="k", body=b"x", name="the-first"))
 
-    asked: list[tuple[HoldRequest, str]] = [
+    items: list[tuple[HoldRequest, str]] = [
         (request(rich, "30"), "granted"),
         (request(poor, "6"), "granted"),
         (request(unauthenticated, "1"), "unknown_key"),
@@ -460,9 +460,9 @@ async def test_each_of_a_mixed_batch_gets_its_own_outcome(database: Database, st
         (request(rich, "68"), "granted"),
         (request(rich, "0.000000001"), "insufficient"),
     ]
-    rows = await ledger._settle_and_hold_batch([item for item, _ in asked])
-    assert [row["outcome"] for row in rows] == [expected for _, expected in asked]
-    assert [row["hold_id"] for row in rows] == [item.hold_id for item, _ in asked]
+    rows = await ledger._settle_and_hold_batch([item for item, _ in items])
+    assert [row["outcome"] for row in rows] == [expected for _, expected in items]
+    assert [row["hold_id"] for row in rows] == [item.hold_id for item, _ in items]
     assert rows[6]["earlier_request_id"] == "the-first"
     assert statements.count("settle_and_hold") == 2
     assert [await client.held() for client in (rich, poor, other)] == [100, 10, 1]
@@ -511,8 +511,8 @@ async def test_an_item_that_the_database_rejects_fails_alone(database: Database,
     client = await make_client(database, "10")
     ledger = ledger_of(database)
     statements.unblocked.clear()
-    asked = [request(client, "1"), request(client, "1"), request(client, "1", model="a\0b"), request(client, "1")]
-    tasks = [asyncio.create_task(ledger.hold_funds(item)) for item in asked]
+    items = [request(client, "1"), request(client, "1"), request(client, "1", model="a\0b"), request(client, "1")]
+    tasks = [asyncio.create_task(ledger.hold_funds(item)) for item in items]
     await run_pending()
     statements.unblocked.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)

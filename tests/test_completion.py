@@ -28,7 +28,7 @@ def balance(service: Service, user: int) -> Decimal:
     return Decimal(service.command("user", "show", str(user))["balance"])
 
 
-def ask(service: Service, key: str, **members: object) -> str:
+def complete(service: Service, key: str, **members: object) -> str:
     body = json.dumps({"messages": [{"role": "user", "content": "Привет!"}], **members})
     return curl(
         f"curl -N {service.url}/v1/chat/completions -H 'Content-Type: application/json' "
@@ -57,7 +57,7 @@ def test_the_balance_falls_by_exactly_the_cost_times_ninety(service: Service) ->
     user = service.command("user", "create", "--balance", "100")
     assert set(user) >= {"id", "apiKey", "balance"}
     assert Decimal(str(user["balance"])) == 100
-    cost = cost_of(ask(service, user["apiKey"])) + cost_of(ask(service, user["apiKey"], stream=True))
+    cost = cost_of(complete(service, user["apiKey"])) + cost_of(complete(service, user["apiKey"], stream=True))
     assert cost > 0
     assert balance(service, user["id"]) == 100 - cost * 90
     entries = service.command("user", "ledger", str(user["id"]))
@@ -67,7 +67,7 @@ def test_the_balance_falls_by_exactly_the_cost_times_ninety(service: Service) ->
 
 def test_each_request_has_its_two_lines_in_the_log(service: Service) -> None:
     user = service.command("user", "create", "--balance", "5")
-    cost = cost_of(ask(service, user["apiKey"], model="anthropic/claude-3-haiku", max_tokens=5))
+    cost = cost_of(complete(service, user["apiKey"], model="anthropic/claude-3-haiku", max_tokens=5))
     going_in, coming_out = service.lines_of(user["id"], 2)
     assert list(going_in) == ["timestamp", "level", "message", "type", "model", "userId", "requestId", "stream", "messagesCount"]
     assert going_in == going_in | {
@@ -88,9 +88,9 @@ def test_each_request_has_its_two_lines_in_the_log(service: Service) -> None:
 
 def test_no_key_and_no_message_is_ever_logged(service: Service) -> None:
     user = service.command("user", "create", "--balance", "0")
-    ask(service, user["apiKey"], messages=[{"role": "user", "content": "canary-7391"}])
-    ask(service, service.demo_key, messages=[{"role": "user", "content": "canary-7391 fault:cut=2"}], stream=True)
-    ask(service, service.demo_key + "x", messages="canary-7391")
+    complete(service, user["apiKey"], messages=[{"role": "user", "content": "canary-7391"}])
+    complete(service, service.demo_key, messages=[{"role": "user", "content": "canary-7391 fault:cut=2"}], stream=True)
+    complete(service, service.demo_key + "x", messages="canary-7391")
     service.lines_of(user["id"], 2)
     text = json.dumps(service.log())
     assert "insufficient_balance" in text

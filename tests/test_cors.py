@@ -17,8 +17,8 @@ SDK = (
 
 
 async def preflight(gateway: Gateway, *, origin: str = PAGE, method: str = "POST", headers: str = SDK) -> Any:
-    asked = {"Origin": origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
-    async with gateway.session.options(gateway.chat_url, headers=asked) as response:
+    preflight = {"Origin": origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
+    async with gateway.session.options(gateway.chat_url, headers=preflight) as response:
         return response
 
 

@@ -154,17 +154,17 @@ async def test_at_settlement_the_journal_holds_it_and_all_is_settled_after_the_r
         gateway.simulator.word_s = 0.01
         clients = [await make_client(database, "100") for _ in range(3)]
 
-        async def ask(index: int) -> int:
+        async def send_one(index: int) -> int:
             body = {**ASK, "stream": bool(index % 2)}
             async with gateway.session.post(gateway.chat_url, json=body, headers=clients[index % 3].headers) as response:
                 await response.read()
                 return response.status
 
-        asking = asyncio.gather(*(ask(index) for index in range(12)))
+        sending = asyncio.gather(*(send_one(index) for index in range(12)))
         while len(gateway.app[JOURNAL].open_holds) < 12:
             await asyncio.sleep(0.005)
         await door.shut()
-        assert await asking == [200] * 12  # the clients notice nothing
+        assert await sending == [200] * 12  # the clients notice nothing
         assert len(gateway.app[JOURNAL].open_holds) == 12
         assert all(record.charge is not None for record in gateway.app[JOURNAL].open_holds.values())
         assert sum([await client.held() for client in clients]) > 0

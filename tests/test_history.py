@@ -89,7 +89,7 @@ class History(RuleBasedStateMachine):
         self.journal = Journal(self.slot, 400, 1 << 20)  # segments so small that they change all the time
         self.ledger = Ledger(self.database, self.journal, rub_per_usd=RATE, hold_ttl_s=3600)
         self.recovery = Recovery(
-            self.database, self.ledger, self.slot.parent, self.cost_of, poll_s=1, look_max_s=600, give_up_s=86_400
+            self.database, self.ledger, self.slot.parent, self.cost_of, poll_s=1, lookup_interval_max_s=600, give_up_s=86_400
         )
 
     async def cost_of(self, name: str) -> Decimal | None:

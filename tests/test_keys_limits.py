@@ -210,7 +210,7 @@ async def test_a_cap_lifted_and_set_again_counts_from_then_on(owner: Client, dat
     await ledger.settle(settlement(free, "0.01"))
     assert await bot.counted() == (0, 0)
     held = await hold(database, bot, "3")
-    await bot.limit("4", "daily")  # another period: anew
+    await bot.limit("4", "daily")  # another period: counted from zero
     assert await bot.counted() == (0, 0)
     await ledger.settle(settlement(held, "0.01"))
     await ledger.settle(settlement(before[2], "0.01"))
@@ -232,13 +232,13 @@ async def test_a_cap_below_what_is_spent_stops_the_key(owner: Client, database: 
 
 
 async def test_limits_change_only_on_a_living_key_of_the_account(owner: Client, database: Database) -> None:
-    bot, stranger = await limited(owner, "10"), await make_client(database, "10")
+    bot, other = await limited(owner, "10"), await make_client(database, "10")
     await hold(database, bot, "5")
     keys = KeyRing(database, VAULT)
     with pytest.raises(NoSuchKey):
-        await keys.limit(stranger.account_id, bot.key_id, KeyLimits())
+        await keys.limit(other.account_id, bot.key_id, KeyLimits())
     with pytest.raises(NoSuchKey):
-        await keys.revoke(stranger.account_id, bot.key_id)
+        await keys.revoke(other.account_id, bot.key_id)
     await keys.revoke(bot.account_id, bot.key_id)
     for change in (keys.limit(bot.account_id, bot.key_id, KeyLimits()), keys.revoke(bot.account_id, bot.key_id)):
         with pytest.raises(NoSuchKey):
@@ -377,7 +377,7 @@ async def test_a_key_ends_at_its_time(owner: Client, database: Database) -> None
 def ledger_for(database: Database, directory: Path, at_once: int) -> Ledger:
     directory.mkdir()
     journal = Journal(directory, 1 << 20, 1 << 30)
-    return Ledger(database, journal, rub_per_usd=Decimal(90), hold_ttl_s=60, chat_at_once=at_once)
+    return Ledger(database, journal, rub_per_usd=Decimal(90), hold_ttl_s=60, chat_concurrent_max=at_once)
 
 
 async def test_no_account_has_more_requests_at_once_than_it_may(
@@ -386,13 +386,13 @@ async def test_no_account_has_more_requests_at_once_than_it_may(
     first, second = ledger_for(database, tmp_path / "a", 5), ledger_for(other_books, tmp_path / "b", 5)
     bot = await limited(owner, "100")
 
-    async def ask(number: int) -> Hold:
+    async def place(number: int) -> Hold:
         ceiling = Ceiling(hold_max=parse_roubles("1"), available_min=parse_roubles("1"))
         whose = claim(bot if number % 3 else owner)
         return await (first, second)[number % 2].hold_funds(HoldRequest(whose, new_id(), ceiling, "a/b", "r"))
 
     async def fill(expected: int) -> list[Hold]:
-        results = await asyncio.gather(*(ask(number) for number in range(20)), return_exceptions=True)
+        results = await asyncio.gather(*(place(number) for number in range(20)), return_exceptions=True)
         assert sum(isinstance(result, ConcurrencyLimitReached) for result in results) == 20 - expected
         assert await open_requests(raw, owner) == 5
         await assert_invariants_hold(database)

@@ -259,11 +259,11 @@ async def test_two_under_one_idempotency_key_in_one_batch_are_one(database: Data
     client = await make_client(database, "100")
     ledger, ceiling = ledger_of(database), Ceiling(hold_max=parse_roubles("5"), available_min=parse_roubles("5"))
 
-    def asked(request_id: str, body: bytes) -> HoldRequest:
+    def hold_request(request_id: str, body: bytes) -> HoldRequest:
         return HoldRequest(claim(client), new_id(), ceiling, "a/b", request_id, "once", hashlib.sha256(body).digest())
 
     first, again, other = await asyncio.gather(
-        *(ledger.hold_funds(asked(name, body)) for name, body in (("r-1", b"a"), ("r-2", b"a"), ("r-3", b"b"))),
+        *(ledger.hold_funds(hold_request(name, body)) for name, body in (("r-1", b"a"), ("r-2", b"a"), ("r-3", b"b"))),
         return_exceptions=True,
     )
     assert isinstance(first, Hold)

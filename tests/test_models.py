@@ -139,11 +139,11 @@ class Upstream:
 
     def __init__(self, answers: Iterable[bytes | Exception]) -> None:
         self.answers = list(answers)
-        self.asked = 0
+        self.request_count = 0
 
     async def models(self) -> bytes:
-        answer = self.answers[min(self.asked, len(self.answers) - 1)]
-        self.asked += 1
+        answer = self.answers[min(self.request_count, len(self.answers) - 1)]
+        self.request_count += 1
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -189,7 +189,7 @@ async def test_a_response_that_is_not_a_model_list_does_not_replace_the_list(tmp
     upstream = Upstream([listing({"id": "a/b"}), b"<html>", AWAY, b'{"data": []}'])
     async with refreshed(upstream, 0.01, tmp_path / "models.json") as catalogue:  # type: ignore[arg-type]
         async with asyncio.timeout(5):
-            while upstream.asked < 5:
+            while upstream.request_count < 5:
                 await asyncio.sleep(0.01)
         assert list(catalogue.models) == ["a/b"]
     assert (tmp_path / "models.json").read_bytes() == listing({"id": "a/b"})

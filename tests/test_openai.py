@@ -57,7 +57,7 @@ async def async_client(service: Service) -> Any:
 
 
 class Account:
-    """A user with fifty roubles, and a client of his own."""
+    """A user with fifty roubles, and their own client."""
 
     def __init__(self, service: Service, client: OpenAI) -> None:
         created = service.command("user", "create", "--balance", "50")
@@ -75,7 +75,7 @@ class Account:
         raise AssertionError(f"{shown['held']} roubles are still held")
 
     def outcomes(self, count: int) -> list[str]:
-        """How his requests ended, of which `count` are expected."""
+        """How the requests of the user ended, of which `count` are expected."""
         return [line["outcome"] for line in self._service.lines_of(self.user_id, 2 * count) if "outcome" in line]
 
 
@@ -188,8 +188,8 @@ def test_stream_helper_tells_words_and_their_probabilities(client: OpenAI) -> No
     (done,) = [event for event in events if event.type == "content.done"]
     assert text == done.content == final.choices[0].message.content
     assert "Привет" in text
-    (told,) = [event for event in events if event.type == "logprobs.content.done"]
-    assert "".join(word.token for word in told.content) == text
+    (logprobs,) = [event for event in events if event.type == "logprobs.content.done"]
+    assert "".join(word.token for word in logprobs.content) == text
     assert final.usage.model_extra["cost"] > 0
 
 
@@ -260,7 +260,7 @@ def test_extra_body_reaches_openrouter(client: OpenAI) -> None:
     assert completion.usage.completion_tokens_details.reasoning_tokens > 0
 
 
-# -- who leaves, who waits, who asks again
+# -- disconnects, timeouts and retries
 
 
 def test_a_stream_that_is_closed_early_is_paid_and_nothing_stays_held(account: Account) -> None:
@@ -331,10 +331,10 @@ def test_error_classes(client: OpenAI, change: dict[str, object], error: type[op
     assert caught.value.request_id
 
 
-def test_a_stranger_is_an_authentication_error(client: OpenAI) -> None:
-    with pytest.raises(openai.AuthenticationError) as stranger:
+def test_a_unauthenticated_is_an_authentication_error(client: OpenAI) -> None:
+    with pytest.raises(openai.AuthenticationError) as unauthenticated:
         client.with_options(api_key="sk-user-nobody").chat.completions.create(model=MODEL, messages=MESSAGES)
-    assert stranger.value.body == "Invalid API key or inactive user"
+    assert unauthenticated.value.body == "Invalid API key or inactive user"
 
 
 def test_an_unknown_model_is_not_found(client: OpenAI) -> None:

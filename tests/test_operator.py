@@ -45,26 +45,27 @@ KEY_REORDERED = re.compile(r"ALTER TABLE (\w+) DROP CONSTRAINT \1_pkey, ADD PRIM
 KEYS = {"holds": {"account_id", "hold_id"}, "ledger": {"account_id", "entry_id"}}
 
 
-def without_a_law_that_stays(change: re.Match[str]) -> str:
+def without_a_constraint_that_stays(change: re.Match[str]) -> str:
     return "" if set(change[2].split(", ")) == KEYS[change[1]] else change[0]
 
 
 def test_migrations_only_add() -> None:
-    """Row operator-3: what a process of the version before uses is never dropped, renamed or retyped. An index holds nothing that
-    is not in its table, and nobody names it, unless it is unique: then it is a law. A primary key in another order is the same law."""
+    """Row operator-3: what a process of the previous release uses is never dropped, renamed or retyped. An index may be
+    dropped: it holds nothing that its table lacks, and no statement names it. A unique index is a constraint, and stays. A primary
+    key may list the same columns in another order."""
     taking = re.compile(
         r"\b(DROP\s+(?!DEFAULT|INDEX)\w+|RENAME|ALTER COLUMN \w+ (?:SET DATA )?TYPE|SET NOT NULL|DELETE FROM)\b", re.IGNORECASE
     )
     codes = {migration.name: re.sub(r"--.*", "", migration.text) for migration in load_migrations()}
-    codes = {name: KEY_REORDERED.sub(without_a_law_that_stays, code) for name, code in codes.items()}
-    laws = re.findall(r"CREATE UNIQUE INDEX (\w+)", " ".join(codes.values()))
-    assert laws
+    codes = {name: KEY_REORDERED.sub(without_a_constraint_that_stays, code) for name, code in codes.items()}
+    constraints = re.findall(r"CREATE UNIQUE INDEX (\w+)", " ".join(codes.values()))
+    assert constraints
     for name, code in codes.items():
         assert not taking.search(code), name
-        assert not set(re.findall(r"DROP INDEX (\w+)", code)) & set(laws), name
+        assert not set(re.findall(r"DROP INDEX (\w+)", code)) & set(constraints), name
     assert taking.search("ALTER TABLE holds DROP COLUMN recovery_attempts")
     assert "DROP" in KEY_REORDERED.sub(
-        without_a_law_that_stays, "ALTER TABLE ledger DROP CONSTRAINT ledger_pkey, ADD PRIMARY KEY (entry_id, created_at)"
+        without_a_constraint_that_stays, "ALTER TABLE ledger DROP CONSTRAINT ledger_pkey, ADD PRIMARY KEY (entry_id, created_at)"
     )
 
 

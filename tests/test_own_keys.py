@@ -162,13 +162,13 @@ async def test_only_the_main_key_changes_keys(gateway: Gateway) -> None:
 
 
 async def test_another_accounts_key_is_404(gateway: Gateway) -> None:
-    owner, stranger = await gateway.client(), await gateway.client()
+    owner, other_client = await gateway.client(), await gateway.client()
     bot, key = await make(gateway, owner, limit=50)
     for key_id in (key["id"], 10**17, 987_654_321_012_345_678):
         for method, body in (("PATCH", {"limit": None}), ("DELETE", None)):
-            assert await send(gateway, method, key_id, stranger, body) == (404, "not_found", {"error": "API key not found"})
+            assert await send(gateway, method, key_id, other_client, body) == (404, "not_found", {"error": "API key not found"})
     assert await shown(gateway, owner, key["id"]) == key
-    assert [one["id"] for one in (await send(gateway, "GET", None, stranger))[2]["data"]] != [key["id"]]
+    assert [one["id"] for one in (await send(gateway, "GET", None, other_client))[2]["data"]] != [key["id"]]
     assert (await gateway.chat(bot))[0].status == 200
 
 

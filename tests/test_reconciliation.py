@@ -89,9 +89,9 @@ async def test_what_waits_for_evidence_and_what_was_given_up_is_named_with_the_m
         ("unresolved", parse_roubles("2.5"), None, client.account_id),
     ]
     assert found.waiting.at_most == parse_roubles("3.5")
-    told = json.loads(orjson.dumps(reconciliation_json(found)))
-    assert (told["waiting_count"], told["waiting_at_most"]) == (2, "3.5")
-    assert [(one["at_most"], one["model"], one["request_id"], one["generation_id"]) for one in told["waiting"]] == [
+    document = json.loads(orjson.dumps(reconciliation_json(found)))
+    assert (document["waiting_count"], document["waiting_at_most"]) == (2, "3.5")
+    assert [(one["at_most"], one["model"], one["request_id"], one["generation_id"]) for one in document["waiting"]] == [
         ("1", "a/b", "r", "gen-1"),
         ("2.5", "a/b", "r", None),
     ]

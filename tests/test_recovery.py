@@ -144,7 +144,7 @@ async def test_a_generation_id_recorded_by_a_dead_process_is_looked_up_and_settl
         survivor.generations.costs["gen-1"] = Decimal("0.01")
         await make_due(database)
         assert await survivor.recovery.process_due_holds() == 1
-    assert survivor.generations.asked == ["gen-1", "gen-1"]
+    assert survivor.generations.lookups == ["gen-1", "gen-1"]
     assert (await client.balance(), await client.held()) == (Decimal("99.1"), 0)
     await assert_invariants_hold(database)
 
@@ -168,7 +168,7 @@ async def test_a_sent_request_without_a_generation_id_waits(database: Database, 
     row = await row_of(database, held)
     assert (row["state"], row["is_handed_over"], row["recovery_attempts"]) == ("open", True, 2)
     assert (await client.balance(), await client.held()) == (100, 5)
-    assert survivor.generations.asked == []
+    assert survivor.generations.lookups == []
 
 
 async def test_a_hold_that_a_complete_journal_lacks_was_never_sent_and_is_released(database: Database, directory: Path) -> None:
@@ -246,7 +246,7 @@ async def test_each_hold_of_a_dead_process_is_closed_by_its_own_evidence(databas
         await survivor.recovery.process_due_holds()
     states = [(await row_of(database, one))["state"] for one in (billed, named, sent, never_sent, closed, alive)]
     assert states == ["settled", "open", "open", "released", "settled", "open"]
-    assert survivor.generations.asked == [f"gen-{named.hold_id}"]
+    assert survivor.generations.lookups == [f"gen-{named.hold_id}"]
     assert (await client.balance(), await client.held()) == (Decimal("98.2"), 15)
     await assert_invariants_hold(database)
 
@@ -302,7 +302,7 @@ async def test_recovery_continues_after_any_failure(
     with process(database, directory, generations=generations) as living, caplog.at_level(logging.WARNING, "gptutor.recovery"):
         await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, "gen-1"))
         running = asyncio.create_task(living.recovery.run())
-        await until(lambda: generations.asked != [])
+        await until(lambda: generations.lookups != [])
         await until_held(client, 0)
         await stopped(running)
     said = [record.getMessage() for record in caplog.records if record.name == "gptutor.recovery"]
@@ -369,9 +369,9 @@ async def test_the_oldest_holds_are_processed_first_and_at_most_fifty_at_a_time(
             await living.ledger.hand_over(HandOver(held.account_id, held.hold_id, f"gen-{number:02d}"))
         await change("UPDATE holds SET due_at = now() - interval '1 second' * right(generation_id, 2)::integer")
         assert await living.recovery.process_due_holds() == 50
-        assert sorted(living.generations.asked) == [f"gen-{number:02d}" for number in range(10, 60)]
+        assert sorted(living.generations.lookups) == [f"gen-{number:02d}" for number in range(10, 60)]
         assert await living.recovery.process_due_holds() == 10
-    assert len(set(living.generations.asked)) == 60
+    assert len(set(living.generations.lookups)) == 60
 
 
 async def test_two_recoveries_never_process_the_same_hold_at_once(database: Database, directory: Path) -> None:
@@ -383,8 +383,8 @@ async def test_two_recoveries_never_process_the_same_hold_at_once(database: Data
             await one.ledger.hand_over(HandOver(held.account_id, held.hold_id, f"gen-{number}"))
         processed = await asyncio.gather(*(which.recovery.process_due_holds() for which in (one, other, one, other)))
     assert sum(processed) == 40
-    asked = one.generations.asked + other.generations.asked
-    assert sorted(asked) == sorted(f"gen-{number}" for number in range(40))
+    lookups = one.generations.lookups + other.generations.lookups
+    assert sorted(lookups) == sorted(f"gen-{number}" for number in range(40))
 
 
 async def test_a_hold_that_another_recovery_is_claiming_is_skipped_without_waiting(
@@ -400,9 +400,9 @@ async def test_a_hold_that_another_recovery_is_claiming_is_skipped_without_waiti
         async with connection.transaction():
             await connection.execute("SELECT FROM holds WHERE hold_id = $1 FOR UPDATE", taken.hold_id)
             assert await living.recovery.process_due_holds() == 1
-        assert living.generations.asked == ["gen-free"]
+        assert living.generations.lookups == ["gen-free"]
         assert await living.recovery.process_due_holds() == 1
-        assert living.generations.asked == ["gen-free", "gen-taken"]
+        assert living.generations.lookups == ["gen-free", "gen-taken"]
     await connection.close()
 
 
@@ -418,7 +418,7 @@ async def test_the_hold_of_a_running_exchange_is_left_alone(
         await change(OLD)
         assert await living.recovery.process_due_holds() == 1
     assert (await row_of(database, held))["state"] == "open"
-    assert living.generations.asked == []
+    assert living.generations.lookups == []
     assert (await client.balance(), await client.held()) == (100, 5)
 
 
@@ -434,7 +434,7 @@ def record(journal: Journal, held: Hold, known: str) -> None:
 
 @pytest.mark.parametrize(
     # what the journal has → the hold's state, the balance, whether the generation id was looked up
-    ("known", "state", "balance", "asked"),
+    ("known", "state", "balance", "lookups"),
     [
         ("nothing", "released", "100", []),
         ("sent", "open", "100", []),
@@ -443,7 +443,7 @@ def record(journal: Journal, held: Hold, known: str) -> None:
     ],
 )
 async def test_the_hold_of_an_exchange_that_ended_abnormally_is_closed_by_the_journal(
-    database: Database, directory: Path, change: Change, known: str, state: str, balance: str, asked: list[str]
+    database: Database, directory: Path, change: Change, known: str, state: str, balance: str, lookups: list[str]
 ) -> None:
     """Contract C3, C6, C8; row process-12: the process is alive, its exchange is not."""
     client = await make_client(database, "100")
@@ -459,7 +459,7 @@ async def test_the_hold_of_an_exchange_that_ended_abnormally_is_closed_by_the_jo
         row = await row_of(database, held)
         assert (row["state"], row["is_unresolved"]) == (state, False)
         assert await client.balance() == Decimal(balance)
-        assert living.generations.asked == asked
+        assert living.generations.lookups == lookups
         assert living.journal.open_holds == {}
         assert await client.held() == (5 if state == "open" else 0)
     await assert_invariants_hold(database)
@@ -613,7 +613,7 @@ async def test_a_generation_id_is_looked_up_at_least_once_however_old_the_hold_i
     with process(database, directory, generations=Generations({"gen-1": Decimal("0.01")})) as survivor:
         await survivor.recovery.replay(*journals_in(directory))
         await survivor.recovery.process_due_holds()
-    assert survivor.generations.asked == ["gen-1"]
+    assert survivor.generations.lookups == ["gen-1"]
     assert await client.balance() == Decimal("99.1")
 
 
@@ -720,7 +720,7 @@ async def test_a_hand_over_of_a_closed_hold_changes_nothing(database: Database, 
 # -- Idempotency-Key
 
 
-async def ask(
+async def complete(
     gateway: Gateway, client: Client, key: str, text: str = "Hello", *, request_id: str | None = None, **members: Any
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
     """A request with an idempotency key: status, headers, decoded response."""
@@ -745,8 +745,8 @@ async def assert_bought(gateway: Gateway, client: Client, times: int) -> None:
 async def test_the_same_key_and_body_is_rejected_and_the_error_has_the_first_request_id(gateway: Gateway) -> None:
     """Contract C10, B8; row money-5."""
     client = await gateway.client()
-    first, _, _ = await ask(gateway, client, "order 66", request_id="the-first")
-    status, headers, answer = await ask(gateway, client, "order 66", request_id="the-second")
+    first, _, _ = await complete(gateway, client, "order 66", request_id="the-first")
+    status, headers, answer = await complete(gateway, client, "order 66", request_id="the-second")
     assert (first, status) == (200, 409)
     assert headers["X-Error-Code"] == "duplicate_request"
     assert headers["x-should-retry"] == "false"
@@ -759,8 +759,8 @@ async def test_the_same_key_and_body_is_rejected_and_the_error_has_the_first_req
 async def test_the_same_key_with_another_body_is_rejected_as_a_mistake(gateway: Gateway) -> None:
     """Contract C10, B8; row money-5."""
     client = await gateway.client()
-    await ask(gateway, client, "order 66", "Hello", request_id="the-first")
-    status, headers, answer = await ask(gateway, client, "order 66", "Something else")
+    await complete(gateway, client, "order 66", "Hello", request_id="the-first")
+    status, headers, answer = await complete(gateway, client, "order 66", "Something else")
     assert (status, headers["X-Error-Code"], headers["x-should-retry"]) == (422, "idempotency_mismatch", "false")
     assert answer == {"error": "This Idempotency-Key was used for a different request: the-first"}
     assert len(gateway.simulator.billing.records) == 1
@@ -771,7 +771,7 @@ async def test_two_at_once_under_one_key_are_one(gateway: Gateway) -> None:
     """Contract C10; row money-4."""
     client = await gateway.client()
     gateway.simulator.first_word_s = 0.1
-    replies = await asyncio.gather(*(ask(gateway, client, "order 66") for _ in range(2)))
+    replies = await asyncio.gather(*(complete(gateway, client, "order 66") for _ in range(2)))
     assert sorted(status for status, _, _ in replies) == [200, 409]
     assert len(gateway.simulator.billing.records) == 1
     await assert_bought(gateway, client, 1)
@@ -780,7 +780,7 @@ async def test_two_at_once_under_one_key_are_one(gateway: Gateway) -> None:
 async def test_ten_at_once_under_one_key_are_one(gateway: Gateway) -> None:
     """Contract C10; row money-4, in one batch."""
     client = await gateway.client()
-    replies = await asyncio.gather(*(ask(gateway, client, "order 66", f"text {number % 3}") for number in range(10)))
+    replies = await asyncio.gather(*(complete(gateway, client, "order 66", f"text {number % 3}") for number in range(10)))
     statuses = sorted(status for status, _, _ in replies)
     assert statuses[0] == 200
     assert set(statuses[1:]) <= {409, 422}
@@ -791,7 +791,7 @@ async def test_ten_at_once_under_one_key_are_one(gateway: Gateway) -> None:
 async def test_two_accounts_may_use_the_same_key(gateway: Gateway) -> None:
     """Contract C10, C2: a key belongs to its account."""
     one, other = await gateway.client(), await gateway.client()
-    replies = await asyncio.gather(ask(gateway, one, "order 66"), ask(gateway, other, "order 66"))
+    replies = await asyncio.gather(complete(gateway, one, "order 66"), complete(gateway, other, "order 66"))
     assert [status for status, _, _ in replies] == [200, 200]
     await assert_bought(gateway, one, 1)
     await assert_bought(gateway, other, 1)
@@ -800,21 +800,21 @@ async def test_two_accounts_may_use_the_same_key(gateway: Gateway) -> None:
 async def test_a_key_is_forgotten_after_a_day_and_not_before(gateway: Gateway, change: Change) -> None:
     """Contract C10: kept 24 h."""
     client = await gateway.client()
-    await ask(gateway, client, "order 66")
+    await complete(gateway, client, "order 66")
     await change("UPDATE holds SET created_at = created_at - interval '23 hours 59 minutes'")
-    assert (await ask(gateway, client, "order 66"))[0] == 409
+    assert (await complete(gateway, client, "order 66"))[0] == 409
     await change("UPDATE holds SET created_at = created_at - interval '2 minutes'")
-    assert (await ask(gateway, client, "order 66"))[0] == 200
-    assert (await ask(gateway, client, "order 66"))[0] == 409  # the key belongs to the new request now
+    assert (await complete(gateway, client, "order 66"))[0] == 200
+    assert (await complete(gateway, client, "order 66"))[0] == 409  # the key belongs to the new request now
     await assert_bought(gateway, client, 2)
 
 
 async def test_an_error_before_the_hold_does_not_use_the_key_up(gateway: Gateway) -> None:
     """Contract C8, C10: what was never begun may be begun."""
     client = await gateway.client("0")
-    assert (await ask(gateway, client, "order 66"))[0] == 402
+    assert (await complete(gateway, client, "order 66"))[0] == 402
     await Bookings(gateway.database).book(client.account_id, "topup", Nano(100 * 10**9))
-    assert (await ask(gateway, client, "order 66"))[0] == 200
+    assert (await complete(gateway, client, "order 66"))[0] == 200
     await assert_bought(gateway, client, 1)
 
 
@@ -822,9 +822,9 @@ async def test_an_error_before_the_hold_does_not_use_the_key_up(gateway: Gateway
 async def test_a_request_that_bought_nothing_is_still_not_bought_again_under_its_key(gateway: Gateway, stream: bool) -> None:
     """Contract C10: never bought twice means never sent twice; the client takes a new key."""
     client = await gateway.client()
-    assert (await ask(gateway, client, "order 66", "fault:status=400", stream=stream))[0] == 400
-    assert (await ask(gateway, client, "order 66", "fault:status=400", stream=stream))[0] == 409
-    assert (await ask(gateway, client, "order 67"))[0] == 200
+    assert (await complete(gateway, client, "order 66", "fault:status=400", stream=stream))[0] == 400
+    assert (await complete(gateway, client, "order 66", "fault:status=400", stream=stream))[0] == 409
+    assert (await complete(gateway, client, "order 67"))[0] == 200
     await assert_bought(gateway, client, 1)
 
 
@@ -844,22 +844,22 @@ async def test_a_request_that_bought_nothing_is_still_not_bought_again_under_its
 async def test_a_key_is_up_to_255_printable_characters(gateway: Gateway, key: str, status: int) -> None:
     """Contract C10, B2; row auth-6."""
     client = await gateway.client()
-    answered, headers, answer = await ask(gateway, client, key)
+    answered, headers, answer = await complete(gateway, client, key)
     assert answered == status
     if status == 400:
         assert headers["X-Error-Code"] == "invalid_request"
         assert answer == {"error": "Idempotency-Key must be 1 to 255 printable ASCII characters"}
     else:
-        assert (await ask(gateway, client, key))[0] == 409
+        assert (await complete(gateway, client, key))[0] == 409
     await assert_bought(gateway, client, int(status == 200))
 
 
 async def test_an_idempotency_key_reveals_nothing_to_a_revoked_api_key(gateway: Gateway) -> None:
     """Contract B3, C10, D6: a revoked key learns nothing of the requests that it made."""
     client = await gateway.client()
-    await ask(gateway, client, "order 66")
+    await complete(gateway, client, "order 66")
     await KeyRing(gateway.database, VAULT).renew(client.account_id)
-    status, headers, answer = await ask(gateway, client, "order 66")
+    status, headers, answer = await complete(gateway, client, "order 66")
     assert (status, headers["X-Error-Code"]) == (401, "invalid_key")
     assert "Idempotency" not in answer["error"]
 

@@ -28,7 +28,7 @@ def fields_of(answer: bytes) -> tuple[bytes, dict[str, str]]:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("version", "asked", "told"),
+    ("version", "requested", "answered"),
     [
         ("1.1", "", None),
         ("1.1", "Connection: close\r\n", "close"),
@@ -37,12 +37,12 @@ def fields_of(answer: bytes) -> tuple[bytes, dict[str, str]]:
     ],
 )
 async def test_the_connection_header_is_correct(
-    gateway: Gateway, version: str, asked: str, told: str | None, stream: bool
+    gateway: Gateway, version: str, requested: str, answered: str | None, stream: bool
 ) -> None:
     client = await gateway.client()
     parts = urlsplit(gateway.url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    writer.write(post(client, version=version, extra=asked, stream=stream))
+    writer.write(post(client, version=version, extra=requested, stream=stream))
     async with asyncio.timeout(10):
         first, fields = fields_of(head := await reader.readuntil(b"\r\n\r\n"))
         assert first == f"HTTP/{version} 200 OK".encode()
@@ -51,8 +51,8 @@ async def test_the_connection_header_is_correct(
         is_chunked = stream and version == "1.1"
         assert fields.get("transfer-encoding") == ("chunked" if is_chunked else None)
         assert ("content-length" in fields) is (not stream)
-        is_kept = (told == "keep-alive" or (version == "1.1" and told is None)) and (is_chunked or not stream)
-        assert fields.get("connection") == (told if is_kept or version == "1.1" else None)
+        is_kept = (answered == "keep-alive" or (version == "1.1" and answered is None)) and (is_chunked or not stream)
+        assert fields.get("connection") == (answered if is_kept or version == "1.1" else None)
         if is_chunked:
             await reader.readuntil(b"\r\n0\r\n\r\n")
         elif not stream:
@@ -69,9 +69,9 @@ async def test_the_connection_header_is_correct(
 async def test_a_streams_headers_leave_with_its_first_bytes() -> None:
     transport = Mock(spec=asyncio.Transport, **{"is_closing.return_value": False})
     connection = Mock(spec=ClientConnection, transport=transport, writing_paused=False)
-    patience = StreamLimits(heartbeat_s=1, buffer_bytes=1, write_timeout_s=1, disconnected_drain_s=1, disconnected_drain_bytes=1)
+    limits = StreamLimits(heartbeat_s=1, buffer_bytes=1, write_timeout_s=1, disconnected_drain_s=1, disconnected_drain_bytes=1)
     request = make_mocked_request("POST", "/", protocol=connection, transport=transport)
-    stream = EventStream(request, asyncio.get_running_loop().create_future(), {}, patience)
+    stream = EventStream(request, asyncio.get_running_loop().create_future(), {}, limits)
     await stream.start(Mock(spec=UpstreamConnection))
     assert not stream.has_started
     stream.write(b"data: 1\n\n")

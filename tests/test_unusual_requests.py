@@ -134,11 +134,11 @@ async def test_many_messages_and_a_long_one_are_served_or_rejected_and_block_no_
     many = b'{"messages":[%s]}' % b",".join([b'{"role":"user","content":"x"}'] * 120_000)
     long = b'{"messages":[{"role":"user","content":"%s"}]}' % (b"x" * 4_000_000)
     for body in (many, long):
-        asked = asyncio.create_task(send(gateway, client, body))
+        large = asyncio.create_task(send(gateway, client, body))
         answers = 0
-        while not asked.done():
+        while not large.done():
             async with gateway.session.get(f"{gateway.url}/health") as response:
                 answers += response.status == 200
-        assert asked.result() == 200
+        assert large.result() == 200
         assert answers > 5
     await assert_charges_match_bills(gateway, client, "10000")

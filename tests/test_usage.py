@@ -353,8 +353,14 @@ async def test_a_request_is_shown_in_every_state(gateway: Gateway, database_url:
         return await ledger.hold_funds(HoldRequest(claim(client), new_id(), ceiling, "a/b", name))
 
     async def state(name: str) -> tuple[Any, ...]:
-        told = await data(gateway, client, "/v1/generation", id=name)
-        return told["state"], told["charged"], told["held"], told["cost_usd"], told["closed_at"] is not None
+        generation = await data(gateway, client, "/v1/generation", id=name)
+        return (
+            generation["state"],
+            generation["charged"],
+            generation["held"],
+            generation["cost_usd"],
+            generation["closed_at"] is not None,
+        )
 
     await begin("running")
     assert await state("running") == ("open", None, "5", None, False)

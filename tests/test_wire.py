@@ -94,24 +94,24 @@ async def test_a_client_that_stops_reading_is_dropped_and_charged(gateway: Gatew
 @pytest.mark.parametrize("tuned", [{"relay": {"write_timeout_s": 12.5}}])
 async def test_the_kernel_drops_a_client_that_acknowledges_nothing(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row client-4, for every kind of response."""
-    told = []
+    timeouts = []
     connection_made = ClientConnection.connection_made
 
     def watched(connection: ClientConnection, transport: asyncio.Transport) -> None:
         connection_made(connection, transport)
         sock = transport.get_extra_info("socket")
-        told.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        timeouts.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
 
     monkeypatch.setattr(ClientConnection, "connection_made", watched)
     await gateway.session.get(f"{gateway.url}/nothing")
-    assert told == [12_500]
+    assert timeouts == [12_500]
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"write_timeout_s": 1}}])
 async def test_a_client_that_reads_no_error_responses_is_dropped(gateway: Gateway) -> None:
     """Row client-4: error responses need no key."""
     parts = urlsplit(gateway.url)
-    asked = b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n" * 200
+    requests = b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n" * 200
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         client.connect((parts.hostname, parts.port))
@@ -119,7 +119,7 @@ async def test_a_client_that_reads_no_error_responses_is_dropped(gateway: Gatewa
         async with asyncio.timeout(30):
             while True:
                 try:
-                    client.send(asked)
+                    client.send(requests)
                 except BlockingIOError:
                     await asyncio.sleep(0.05)
                 except ConnectionError:
@@ -130,10 +130,8 @@ async def test_a_client_that_does_not_read_the_last_bytes_is_dropped() -> None:
     """The end of the body is written together with them."""
     writer = SimpleNamespace(drain=asyncio.Event().wait)
     request = make_mocked_request("POST", "/", writer=writer)
-    patience = StreamLimits(
-        heartbeat_s=1, buffer_bytes=1, write_timeout_s=0.05, disconnected_drain_s=1, disconnected_drain_bytes=1
-    )
-    stream = EventStream(request, asyncio.get_running_loop().create_future(), {}, patience)
+    limits = StreamLimits(heartbeat_s=1, buffer_bytes=1, write_timeout_s=0.05, disconnected_drain_s=1, disconnected_drain_bytes=1)
+    stream = EventStream(request, asyncio.get_running_loop().create_future(), {}, limits)
     stream._connection = SimpleNamespace(writing_paused=True)  # type: ignore[assignment]
     async with asyncio.timeout(5):
         await stream.finish()

@@ -138,15 +138,15 @@ def completions_of(service: Service, number: int) -> float:
 
 def test_both_workers_serve_and_a_dead_one_is_replaced(workers: Service) -> None:
     user, key = new_key(workers)
-    counts, asked = [0.0], 0
+    counts, sent = [0.0], 0
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        while not all(counts) and asked < 600:  # the kernel chooses the worker that accepts a connection
+        while not all(counts) and sent < 600:  # the kernel chooses the worker that accepts a connection
             assert set(pool.map(lambda _: ask(workers, key), range(60))) == {200}
-            asked += 60
+            sent += 60
             time.sleep(0.5)
             counts = [completions_of(workers, number) for number in (0, 1)]
     assert all(counts)
-    assert sum(counts) == asked
+    assert sum(counts) == sent
     before = children(workers)
     assert len(before) == 2
     os.kill(min(before), signal.SIGKILL)
@@ -157,7 +157,7 @@ def test_both_workers_serve_and_a_dead_one_is_replaced(workers: Service) -> None
     else:
         raise AssertionError("the dead worker is not replaced")
     assert {ask(workers, key) for _ in range(10)} == {200}
-    assert len(workers.command("user", "ledger", str(user), "--limit", "1000")) == asked + 11
+    assert len(workers.command("user", "ledger", str(user), "--limit", "1000")) == sent + 11
 
 
 def test_workers_are_replaced_under_load_and_no_request_is_lost(workers: Service) -> None:

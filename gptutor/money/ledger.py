@@ -73,7 +73,7 @@ class Ledger:
         rub_per_usd: Decimal,
         hold_ttl_s: float,
         chat_per_minute: int = 0,
-        chat_at_once: int = 0,
+        chat_concurrent_max: int = 0,
     ) -> None:
         self.journal = journal
         self.active: set[HoldId] = set()
@@ -81,7 +81,7 @@ class Ledger:
         self._rub_per_usd = rub_per_usd
         self._hold_ttl_s = hold_ttl_s
         self._chat_per_minute = chat_per_minute
-        self._chat_at_once = chat_at_once
+        self._chat_concurrent_max = chat_concurrent_max
         self._background_releases = BackgroundTasks()
         self._holds_and_settlements: Batcher[HoldOrSettlement, Row] = Batcher(
             self._settle_and_hold_batch,
@@ -192,7 +192,7 @@ class Ledger:
             self._hold_ttl_s,
             self._rub_per_usd,
             self._chat_per_minute,
-            self._chat_at_once,
+            self._chat_concurrent_max,
             *_columns_of_holds(requests),
         )
         by_id = {row["hold_id"]: row for row in rows}

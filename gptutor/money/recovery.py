@@ -77,7 +77,7 @@ class Recovery:
         cost_of: Callable[[str], Awaitable[Decimal | None]],
         *,
         poll_s: float,
-        look_max_s: float,
+        lookup_interval_max_s: float,
         give_up_s: float,
     ) -> None:
         self._database = database
@@ -85,7 +85,7 @@ class Recovery:
         self._journals = journals
         self._cost_of = cost_of
         self._poll_s = poll_s
-        self._look_max_s = look_max_s
+        self._lookup_interval_max_s = lookup_interval_max_s
         self._give_up_s = give_up_s
         self._keys_cleared_until = 0.0
 
@@ -142,7 +142,7 @@ class Recovery:
         """
         own = self._ledger.journal.open_holds
         await self._settle_or_hand_over({hold_id: own[hold_id] for hold_id in own.keys() - self._ledger.active})
-        rows = await self._database.fetch("claim_due_holds", CLAIM_MAX, self._look_max_s)
+        rows = await self._database.fetch("claim_due_holds", CLAIM_MAX, self._lookup_interval_max_s)
         await _all_succeed(map(self._process_due_hold, rows))
         return len(rows)
 

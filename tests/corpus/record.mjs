@@ -183,12 +183,12 @@ function aiSdk(at, own) {
     ...Object.fromEntries(Object.entries(own).map(([name, providerOptions]) => [name, { providerOptions }])),
   };
   const input = (members) => ('messages' in members ? members : { prompt: 'Hello', ...members });
-  const ask = (name, members) => ({ model: at(name), maxRetries: 0, ...input(members) });
+  const options = (name, members) => ({ model: at(name), maxRetries: 0, ...input(members) });
   return {
-    ...Object.fromEntries(Object.entries(calls).map(([name, members]) => [name, () => generateText(ask(name, members))])),
-    stream: () => drained(streamText(ask('stream', {})).textStream),
-    'stream-tools': () => drained(streamText(ask('stream-tools', calls.tools)).textStream),
-    'stream-object': () => drained(streamText(ask('stream-object', calls.object)).textStream),
+    ...Object.fromEntries(Object.entries(calls).map(([name, members]) => [name, () => generateText(options(name, members))])),
+    stream: () => drained(streamText(options('stream', {})).textStream),
+    'stream-tools': () => drained(streamText(options('stream-tools', calls.tools)).textStream),
+    'stream-object': () => drained(streamText(options('stream-object', calls.object)).textStream),
   };
 }
 

@@ -31,7 +31,7 @@ MODEL = "google/gemini-2.5-flash-lite"
 
 @dataclass
 class Client:
-    """A user with a key, seen from both sides of the counter."""
+    """A user with a key: as a client sees them, and as the database does."""
 
     key: str
     account_id: AccountId
@@ -78,7 +78,7 @@ class Gateway:
         return await make_client(self.database, balance)
 
     async def chat(self, client: Client, text: str = "Hello", **members: Any) -> tuple[aiohttp.ClientResponse, bytes]:
-        """Asks, and waits until the money is closed too."""
+        """Sends a chat completion, and waits until its charge is settled."""
         body = {"messages": [{"role": "user", "content": text}], **members}
         async with self.session.post(self.chat_url, json=body, headers=client.headers) as response:
             document = await response.read()
@@ -86,7 +86,7 @@ class Gateway:
         return response, document
 
     async def idle(self) -> None:
-        """Waits until no request's money is under way."""
+        """Waits until every request is settled, released or handed over."""
         async with asyncio.timeout(20):
             while len(self.app[SERVICES].in_flight):
                 await asyncio.sleep(0.005)
@@ -108,7 +108,7 @@ class Gateway:
 
 
 def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[str, Any] | None = None) -> schema.Config:
-    """The settings of a gateway under test: all defaults, but for its ends, its patience at the end, and what a test tunes."""
+    """The settings of a gateway under test: all defaults, except the addresses at its ends, short timeouts at its stop, and what a test tunes."""
     changed = tuned or {}
     return schema.Config(
         server=schema.ServerSettings(**{"port": 0, "shutdown_s": 1, "drain_s": 5, **changed.get("server", {})}),
@@ -128,7 +128,7 @@ async def gateway_on(
     config: schema.Config, database: pool.Database, simulator: Simulator, *, log: LoggerService | None = None
 ) -> AsyncIterator[Gateway]:
     """A gateway with these settings, ready. Only one at a time may have a database whose OpenRouter is not the other's: recovery
-    looks up whatever is due, and would ask the wrong one."""
+    looks up whatever is due, and would send them to the wrong one."""
     app = build_app(config, log=log or LoggerService(), secrets=[SECRET])
     async with listening(app, config) as url, aiohttp.ClientSession(auto_decompress=False) as session:
         running = Gateway(url, app, simulator, database, session)

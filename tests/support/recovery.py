@@ -20,10 +20,10 @@ class Generations:
     """OpenRouter's `/generation`: the cost of each generation id, and the ids that were looked up."""
 
     costs: dict[str, Decimal | Exception | None] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
+    lookups: list[str] = field(default_factory=list)
 
     async def cost_of(self, generation_id: str) -> Decimal | None:
-        self.asked.append(generation_id)
+        self.lookups.append(generation_id)
         await asyncio.sleep(0)
         answer = self.costs.get(generation_id)
         if isinstance(answer, Exception):
@@ -50,7 +50,9 @@ def process(
     generations = generations or Generations()
     with journal.opened(directory) as (own, _):
         ledger = Ledger(database, own, rub_per_usd=rate, hold_ttl_s=60)
-        recovery = Recovery(database, ledger, directory, generations.cost_of, poll_s=poll_s, look_max_s=600, give_up_s=86_400)
+        recovery = Recovery(
+            database, ledger, directory, generations.cost_of, poll_s=poll_s, lookup_interval_max_s=600, give_up_s=86_400
+        )
         yield Process(ledger, recovery, generations)
 
 
