@@ -14,8 +14,10 @@ from aiohttp.typedefs import Middleware
 from gptutor.api.auth import VkSignIn, authenticate
 from gptutor.api.chat.context import Services
 from gptutor.api.chat.event_stream import StreamLimits
+from gptutor.api.chat.large_bodies import LargeBodies
 from gptutor.api.models import ModelList
 from gptutor.api.payments import PaymentService
+from gptutor.api.verified_keys import VerifiedKeys
 from gptutor.config.schema import BillingSettings, Config, OpenRouterSettings, RelaySettings, VkSettings, YookassaSettings
 from gptutor.database import migrations, pool
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
@@ -34,6 +36,7 @@ from gptutor.http.app_keys import (
     VK_SIGN_IN,
 )
 from gptutor.http.body import BodyLimits
+from gptutor.http.byte_budget import ByteBudget
 from gptutor.http.cors import add_cors_headers, cors
 from gptutor.http.errors import errors
 from gptutor.http.health import Readiness
@@ -110,6 +113,7 @@ def _address_limits(config: Config) -> Middleware:
             "notifications_per_minute": RequestCounter(limits.notifications_per_minute),
         },
         unauthenticated=RequestCounter(limits.unauthenticated_per_minute),
+        not_found=RequestCounter(limits.not_found_per_minute),
         trusted_proxies=parse_networks(config.server.trusted_proxies),
         not_counted=(ExpiredLaunch,),  # a page that was left open
     )
@@ -160,8 +164,18 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             catalogue=models,
             log=log,
             in_flight=in_flight,
-            parser_thread=stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="large bodies")),
+            large_bodies=LargeBodies(
+                stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="large bodies")),
+                config.server.large_bodies_per_account,
+            ),
             body_limits=BodyLimits(config.server.body_bytes_max, idle_s=config.server.body_idle_s, total_s=config.server.body_s),
+            body_budget=ByteBudget(config.server.bodies_bytes_max, account_bytes_min=config.server.body_bytes_max),
+            answer_bytes_max=config.openrouter.plain_bytes_max,
+            answer_budget=ByteBudget(config.openrouter.plain_bytes_total, account_bytes_min=config.openrouter.plain_bytes_max),
+            balance_min=parse_roubles(f"{config.billing.balance_min_rub:f}"),
+            verified_keys=VerifiedKeys(),
+            refusals=RequestCounter(config.rate_limit.refused_per_minute),
+            free_models=RequestCounter(config.rate_limit.free_models_per_minute),
             default_model=config.openrouter.default_model,
             pseudonym_key=derived_key(secret, b"pseudonym"),
             stream_limits=_stream_limits(config.relay),
@@ -212,7 +226,7 @@ async def _become_ready(app: web.Application, recovery: Recovery, abandoned: lis
 
 
 async def _stop_accepting(app: web.Application) -> None:
-    app[READINESS].obstacle = "the service is stopping"
+    app[READINESS].stop()
 
 
 # -- settings into objects

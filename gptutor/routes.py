@@ -8,7 +8,7 @@ from gptutor.http.routing import Route
 KEY_ID = "{key_id:[1-9][0-9]{0,17}}"
 
 ROUTES = (
-    Route("POST", "/v1/chat/completions", completions.complete, "api_key", "chat_per_minute"),
+    Route("POST", "/v1/chat/completions", completions.complete, "api_key", "chat_per_minute", "refused_per_minute"),
     Route("GET", "/v1/models", models.list_models, "public", "models_per_minute"),
     Route("GET", "/v1/models/{model_id:.+}", models.show_model, "public", "models_per_minute"),
     Route("GET", "/vk-test", sign_in.vk_test, "vk", "sign_ins_per_minute"),

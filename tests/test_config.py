@@ -313,3 +313,23 @@ def test_an_invalid_url_or_header_is_reported_without_its_secrets(environ: dict[
 
 def test_the_simulator_ignores_https_proxy() -> None:
     assert load({"HTTPS_PROXY": "socks5://h:1"}).openrouter.proxy == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("security:\n  secret_key: sk-or-v1-hidden: x\n", "line 2, column 30"),
+        ("openrouter:\n  api_key: 'sk-or-v1-hidden\n", "line 3, column 1"),
+        ("openrouter:\n  api_key: *sk-or-v1-hidden\n", "line 2, column 12"),
+        ("openrouter:\n  api_key: !sk-or-v1-hidden x\n  [", "line 3, column 3"),
+        ("openrouter:\n\tapi_key: sk-or-v1-hidden\n", "line 2, column 1"),
+        ("openrouter:\n  api_key: sk-or-v1-hidden\x07\n", ""),
+    ],
+)
+def test_a_syntax_error_tells_its_place_and_not_the_line(tmp_path: Path, text: str, place: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(written(tmp_path, text))
+    assert "is not valid YAML" in str(caught.value)
+    assert place in str(caught.value)
+    assert "hidden" not in str(caught.value)
+    assert caught.value.__cause__ is None

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import socket
+from typing import cast
 
 import asyncpg
 import pytest
@@ -65,12 +67,58 @@ async def test_a_statement_that_ends_while_the_pool_closes_does_not_delay_the_cl
         )
 
 
-async def test_the_pool_closes_although_a_server_process_does_not_respond(database_url: str) -> None:
+async def test_the_pool_closes_although_a_server_process_does_not_respond(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stop of the service ends, and without an error, if PostgreSQL hangs."""
+    monkeypatch.setattr("gptutor.database.pool.CLOSE_S", 0.5)
     stopped = []
     try:
-        async with asyncio.timeout(10), pool.open_database(database_url, statement_s=0.1) as database:
+        async with asyncio.timeout(10), pool.open_database(database_url) as database:
             stopped.append(await backend_pid(database._connections))
             os.kill(stopped[0], signal.SIGSTOP)
     finally:
         os.kill(stopped[0], signal.SIGCONT)
+
+
+async def test_the_pool_closes_although_the_server_is_gone(database_url: str) -> None:
+    async with pool.open_database(database_url) as database:
+        connection = await database._connections.acquire()
+        with socket.socket(fileno=os.dup(connection._transport.get_extra_info("socket").fileno())) as same:
+            same.shutdown(socket.SHUT_WR)  # the message that ends the session meets a broken pipe
+        await database._connections.release(connection, is_sound=True)
+
+
+class PoolOfOthers:
+    """A pool in which other requests go on while a connection is released."""
+
+    def __init__(self) -> None:
+        self.released: list[object] = []
+
+    async def release(self, connection: object) -> None:
+        await asyncio.sleep(0)
+        self.released.append(connection)
+
+
+class FakeConnection:
+    is_terminated = False
+
+    def terminate(self) -> None:
+        self.is_terminated = True
+
+    def is_closed(self) -> bool:
+        return self.is_terminated
+
+
+async def test_a_connection_released_while_others_are_discarded_is_kept() -> None:
+    pool = PoolOfOthers()
+    connections = IdleConnectionCache(cast("asyncpg.Pool", pool), acquire_s=1)
+    idle, useless, running = FakeConnection(), FakeConnection(), FakeConnection()
+    await connections.release(idle, is_sound=True)
+    discarding = asyncio.ensure_future(connections.discard(useless))
+    await asyncio.sleep(0)
+    await connections.release(running, is_sound=True)
+    await discarding
+    assert pool.released == [useless, idle]
+    assert await connections.acquire() is running
+    assert not running.is_terminated

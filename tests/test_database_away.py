@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -20,13 +21,15 @@ import pytest
 from gptutor.app import build_app
 from gptutor.config import schema
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable, RowsLocked, translate_errors
+from gptutor.database.migrations import migrate, pending_migrations
 from gptutor.database.pool import Database, open_database
 from gptutor.http.app_keys import JOURNAL, READINESS
 from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
+from gptutor.telemetry.log_writer import logging_to
 from gptutor.telemetry.logs import LoggerService
 from tests.support.accounting import assert_charges_match_bills
-from tests.support.gateway import SECRET, Gateway, config_for, make_client
+from tests.support.gateway import SECRET, Gateway, config_for, gateway_on, make_client
 from tests.support.service import environment
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -45,6 +48,8 @@ class Door:
         self._server: asyncio.Server | None = None
         self.port = 0
         self.swallow = 0
+        self.is_silent = False
+        """Accepts connections, and passes nothing: a firewall that drops packets."""
 
     @property
     def url(self) -> str:
@@ -76,6 +81,8 @@ class Door:
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, from_server: bool) -> None:
         while data := await reader.read(65_536):
+            if self.is_silent:
+                continue
             if from_server and self.swallow and b"C" in data and len(data) >= self.swallow:
                 self.swallow = 0
                 raise ConnectionResetError
@@ -298,7 +305,7 @@ def test_the_process_waits_for_the_database_and_dies_politely(tmp_path: Path) ->
 
 
 async def test_stopping_is_not_ready(gateway: Gateway) -> None:
-    gateway.app[READINESS].obstacle = "the service is stopping"
+    gateway.app[READINESS].stop()
     assert (await status_of(gateway, "/health"), await status_of(gateway, "/ready")) == (200, 503)
 
 
@@ -316,3 +323,136 @@ def test_what_asyncpg_says_is_told_in_our_words(error: Exception, meaning: type[
     with pytest.raises(Exception) as caught, translate_errors(migrating=True):  # noqa: PT011
         raise error
     assert type(caught.value) is meaning
+
+
+@asynccontextmanager
+async def a_database_of_its_own(postgres: str) -> AsyncIterator[tuple[str, "asyncpg.Connection[Any]"]]:
+    """The URL of a new migrated database, reached through the role `visitor`, and a connection of the server's owner."""
+    server = await asyncpg.connect(postgres)
+    await server.execute("DROP DATABASE IF EXISTS visited WITH (FORCE)")
+    await server.execute("DROP ROLE IF EXISTS visitor")
+    await server.execute("CREATE ROLE visitor LOGIN")
+    await server.execute("CREATE DATABASE visited OWNER visitor")
+    await server.execute("REVOKE CONNECT ON DATABASE visited FROM PUBLIC")
+    url = postgres.replace("/postgres?", "/visited?").replace("//postgres:", "//visitor:")
+    await migrate(url)
+    try:
+        yield url, server
+    finally:
+        await server.execute("DROP DATABASE IF EXISTS visited WITH (FORCE)")
+        await server.execute("DROP ROLE IF EXISTS visitor")
+        await server.close()
+
+
+@asynccontextmanager
+async def gateway_of(url: str, directory: Path) -> AsyncIterator[Gateway]:
+    """A gateway on the database, ready, with its log in `directory`."""
+    simulator = Simulator()
+    async with (
+        simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url,
+        open_database(url, connections_min=0) as database,
+    ):
+        config = config_for(url, base_url, directory)
+        with logging_to(config.paths.logs, level="info", retention_days=1, stdout=False) as log:
+            async with gateway_on(config, database, simulator, log=log) as running:
+                yield running
+
+
+def lines_of(directory: Path) -> list[dict[str, Any]]:
+    """What the gateway logged, but for the lines of requests."""
+    (path,) = (directory / "logs").glob("combined-*.log")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if line.get("type") not in ("http", "llm")]
+
+
+async def test_a_server_that_became_read_only_is_left_and_used_again_when_it_is_not(postgres: str, tmp_path: Path) -> None:
+    async with a_database_of_its_own(postgres) as (url, server), gateway_of(url, tmp_path) as gateway:
+        client = await gateway.client()
+        for read_only in ("on", "off"):
+            # Sessions that exist keep what they had, as those with a demoted server do: only new ones see the change.
+            await server.execute(f"ALTER DATABASE visited SET default_transaction_read_only = {read_only}")
+            if read_only == "on":
+                await server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'visited'")
+                statuses = [(await gateway.chat(client))[0] for _ in range(3)]
+                assert [(each.status, each.headers["Retry-After"]) for each in statuses] == [(503, "1")] * 3
+                assert await status_of(gateway, "/ready") == 503
+        assert await status_of(gateway, "/ready") == 200
+        assert (await gateway.chat(client))[0].status == 200
+
+
+async def test_ready_finds_a_read_only_server_by_itself(postgres: str, tmp_path: Path) -> None:
+    async with a_database_of_its_own(postgres) as (url, server), gateway_of(url, tmp_path) as gateway:
+        await server.execute("ALTER DATABASE visited SET default_transaction_read_only = on")
+        await server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'visited'")
+        assert [await status_of(gateway, "/ready") for _ in range(3)] == [503] * 3
+        await server.execute("ALTER DATABASE visited SET default_transaction_read_only = off")
+        assert await status_of(gateway, "/ready") == 200
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["ALTER ROLE visitor NOLOGIN"],
+        ["ALTER DATABASE visited ALLOW_CONNECTIONS false"],
+        ["ALTER DATABASE visited OWNER TO postgres"],  # the right to connect goes with it
+        ["DROP DATABASE visited WITH (FORCE)"],
+        ["DROP DATABASE visited WITH (FORCE)", "CREATE DATABASE visited OWNER visitor"],
+    ],
+    ids=["no login", "no connections", "no right to connect", "dropped", "empty"],
+)
+async def test_a_database_that_refuses_is_503_and_one_quiet_line(postgres: str, tmp_path: Path, statements: list[str]) -> None:
+    async with a_database_of_its_own(postgres) as (url, server), gateway_of(url, tmp_path) as gateway:
+        client = await gateway.client()
+        for statement in statements:
+            await server.execute(statement)
+        await server.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'visited'")
+        await asyncio.sleep(0.1)
+        for path in ("/v1/chat/completions", "/v1/credits", "/ready"):
+            for _ in range(3):
+                method = "POST" if "chat" in path else "GET"
+                async with gateway.session.request(method, gateway.url + path, json=ASK, headers=client.headers) as response:
+                    assert (response.status, response.headers["Retry-After"]) == (503, "1"), await response.text()
+        await asyncio.sleep(1)  # recovery looks twenty times
+    lines = lines_of(tmp_path)
+    assert not [line for line in lines if "exc_info" in line or "never retrieved" in line["message"]]
+    kinds = [line["message"] for line in lines if not line.get("repeated")]
+    assert kinds
+    assert len(kinds) == len(set(kinds)) <= 6, kinds
+
+
+async def test_while_the_database_is_away_at_the_start_a_stop_is_for_good(door: Door, tmp_path: Path, database: Database) -> None:
+    await door.shut()
+    async with gateway_behind(door, database, tmp_path) as gateway:
+        await gateway.app.shutdown()  # the first step of a stop
+        await door.open()
+        for _ in range(30):
+            assert await status_of(gateway, "/ready") == 503
+            await asyncio.sleep(0.1)
+
+
+async def test_a_host_that_falls_silent_is_left_within_seconds(door: Door, database: Database, tmp_path: Path) -> None:
+    async with gateway_behind(door, database, tmp_path) as gateway:
+        await gateway.ready()
+        client = await make_client(database, "100")
+        assert (await gateway.chat(client))[0].status == 200
+        door.is_silent = True
+        started = time.monotonic()
+        response, _ = await gateway.chat(client)
+        assert (response.status, response.headers["X-Error-Code"]) == (503, "database_unavailable")
+        assert time.monotonic() - started < 8
+        assert await status_of(gateway, "/ready") == 503
+        door.is_silent = False
+        started = time.monotonic()
+        assert await status_of(gateway, "/ready") == 200
+        assert (await gateway.chat(client))[0].status == 200
+        door.is_silent = True
+        started = time.monotonic()
+    assert time.monotonic() - started < 15  # the stop does not wait for it either
+
+
+async def test_at_the_start_a_silent_host_is_left_within_seconds(door: Door, database: Database, tmp_path: Path) -> None:
+    door.is_silent = True
+    started = time.monotonic()
+    with pytest.raises(DatabaseUnavailable):
+        await pending_migrations(door.url)
+    assert time.monotonic() - started < 12

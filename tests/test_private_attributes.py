@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 # file of ours, private name, class of theirs that has it
 PRIVATE: list[tuple[str, str, type]] = [
     ("gptutor/http/connection.py", "_messages", web.RequestHandler),  # parsed requests that wait for a handler, with their bodies
+    ("gptutor/http/connection.py", "_request_in_progress", web.RequestHandler),  # set in __init__: whether a handler runs
     ("gptutor/http/connection.py", "_request_count", web.RequestHandler),  # requests whose headers are complete
     ("gptutor/http/connection.py", "_waiter", web.RequestHandler),  # pending while the server waits for a request's headers
     ("gptutor/database/embedded.py", "_lock", PostgresServer),  # moved from a place that all users of the machine share
@@ -35,7 +36,10 @@ PRIVATE: list[tuple[str, str, type]] = [
 ]
 # public by their names, but in no documentation
 UNDOCUMENTED: list[tuple[Any, tuple[str, ...]]] = [
-    (web.RequestHandler, ("connection_lost", "connection_made", "data_received", "pause_writing", "resume_writing", "transport")),
+    (
+        web.RequestHandler,
+        ("connection_lost", "connection_made", "data_received", "pause_writing", "resume_reading", "resume_writing", "transport"),
+    ),
     (web.RequestHandler, ("close", "force_close", "handle_error", "shutdown", "writing_paused")),
     (web.StreamResponse, ("force_close", "keep_alive", "prepare", "write_eof")),
     (StreamReader, ("exception", "is_eof", "read_nowait", "readany")),
@@ -105,7 +109,9 @@ def test_the_undocumented_attribute_exists(owner: Any, name: str) -> None:
     assert hasattr(owner, name) or name in inspect.get_annotations(owner) or name in inspect.signature(owner).parameters
 
 
-@pytest.mark.parametrize("name", ["close", "connection_lost", "connection_made", "data_received", "handle_error", "shutdown"])
+@pytest.mark.parametrize(
+    "name", ["close", "connection_lost", "connection_made", "data_received", "handle_error", "resume_reading", "shutdown"]
+)
 def test_an_overridden_method_has_the_parameters_of_the_one_below(name: str) -> None:
     assert list(inspect.signature(getattr(ClientConnection, name)).parameters) == list(
         inspect.signature(getattr(web.RequestHandler, name)).parameters

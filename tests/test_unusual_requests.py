@@ -83,7 +83,7 @@ async def test_an_image_url_is_never_fetched_and_is_sent_upstream_unchanged(
     [
         {"n": 128},
         {"logprobs": True, "top_logprobs": 20},
-        {"models": ["anthropic/claude-3-haiku"] * 100},
+        {"models": ["anthropic/claude-3-haiku"] * 10},
         {"messages": [{"role": "user", "content": "fault:primary-down"}], "models": ["anthropic/claude-3-haiku"]},
         {"plugins": [{"id": "web"}]},
         {"plugins": [{"id": "web", "max_results": 5}, {"id": "file-parser", "pdf": {"engine": "mistral-ocr"}}]},

@@ -20,12 +20,12 @@ from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
 from gptutor.money.reconciliation import waiting_holds
 from gptutor.money.records import booking_json, csv_header, csv_lines, entry_json, user_json, waiting_hold_json
 from gptutor.money.usage import Cursor
+from gptutor.text import ONE_LINE
 
 LOGGER = logging.getLogger("gptutor.admin")
-LINE = r"^[^\x00-\x1f\x7f]*\Z"
 
-Reason = Annotated[str, msgspec.Meta(max_length=REASON_MAX, pattern=LINE)]
-Reference = Annotated[str, msgspec.Meta(min_length=1, max_length=REFERENCE_MAX, pattern=LINE)]
+Reason = Annotated[str, msgspec.Meta(max_length=REASON_MAX, pattern=ONE_LINE)]
+Reference = Annotated[str, msgspec.Meta(min_length=1, max_length=REFERENCE_MAX, pattern=ONE_LINE)]
 
 
 class NewBooking(msgspec.Struct, forbid_unknown_fields=True):

@@ -8,11 +8,11 @@ import time
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from gptutor.api.verified_keys import hide_duration
 from gptutor.errors import ApiError
 from gptutor.http.address_limits import RequestCounter
 from gptutor.http.app_keys import CLAIM, DATABASE, KEYRING, LAUNCH, MANAGES_KEYS, READINESS, USER, VK_SIGN_IN
 from gptutor.http.authorization import bearer_token
-from gptutor.http.rate_limit import RateLimit
 from gptutor.http.routing import route_of
 from gptutor.integrations.vk import InvalidLaunch, Launch, verify
 from gptutor.money.amounts import Nano
@@ -67,10 +67,7 @@ def authenticate(account_pages: RequestCounter) -> Middleware:
             request[CLAIM] = _claim(token, claims)
         elif route.access == "account":
             request[USER], request[MANAGES_KEYS] = await _account_owner(request, token)
-            account = str(request[USER].account_id)
-            if account_pages.is_used_up(account):
-                raise RateLimit(account_pages.per_minute).error()
-            account_pages.add(account)
+            await account_pages.require_room(str(request[USER].account_id))
         else:
             request.app[READINESS].require()
             users = UserRepository(request.app[DATABASE])
@@ -102,8 +99,12 @@ async def _account_owner(request: web.Request, token: str) -> tuple[User, bool]:
         user, _ = await request.app[VK_SIGN_IN].sign_in(users, token)
         return user, True
     claim = parse_key(token)
-    key = await request.app[KEYRING].opened_by(claim) if claim is not None else None
-    if claim is None or key is None:
+    if claim is None:
+        raise ApiError("invalid_key")
+    started = time.monotonic()
+    key = await request.app[KEYRING].opened_by(claim)
+    if key is None:
+        await hide_duration(started)
         raise ApiError("invalid_key")
     try:
         return await users.find(claim.account_id), key.is_main

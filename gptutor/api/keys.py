@@ -21,6 +21,7 @@ from gptutor.http.json_body import Amount, Body, must_be
 from gptutor.http.responses import json_response, timestamp
 from gptutor.money.amounts import NANO_MAX, NANO_PER_RUB, InvalidAmount, Nano, nano_of, roubles
 from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, Key, KeyLimits, LimitReset, NoSuchKey, TooManyKeys
+from gptutor.text import ONE_LINE
 
 BODY_LIMITS = dataclasses.replace(SMALL_BODY_LIMITS, bytes_max=16 * 1024)
 NAME_CHARACTERS_MAX = 100
@@ -50,7 +51,7 @@ class KeyLimitsPatch(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 class NewKey(KeyLimitsPatch, forbid_unknown_fields=True, kw_only=True):
     name: Annotated[
-        Annotated[str, Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*\Z")],
+        Annotated[str, Meta(min_length=1, max_length=NAME_CHARACTERS_MAX, pattern=ONE_LINE)],
         Meta(description=f"a string of 1 to {NAME_CHARACTERS_MAX} printable characters"),
     ]
 

@@ -25,6 +25,7 @@ from gptutor.money.vault import Vault, VaultWithoutSecret
 from gptutor.server.listener import StartError
 from gptutor.server.serve import resolved_database
 from gptutor.telemetry.log_writer import logging_to
+from gptutor.text import escaped, escaped_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 T = TypeVar("T")
@@ -109,10 +110,16 @@ def progress() -> Progress:
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.buffer.write(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
+    sys.stdout.buffer.write(escaped_json(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n"))
+
+
+def shown(text: str) -> str:
+    """A text from the database, for `out.print`: it can control neither the terminal nor the markup."""
+    return escape(escaped(text))
 
 
 def fail(sentence: str) -> NoReturn:
     """Prints an operator's error and exits with code 1."""
-    err.print(f"[bold red]gptutor:[/] {escape(sentence)}", highlight=False)
+    lines = "\n".join(shown(line) for line in sentence.split("\n"))
+    err.print(f"[bold red]gptutor:[/] {lines}", highlight=False)
     raise SystemExit(1)

@@ -3,15 +3,15 @@
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from gptutor.cli.console import Json, out, print_json, with_administration
+from gptutor.cli.console import Json, out, print_json, shown, with_administration
 from gptutor.cli.users import UserId, describe
 from gptutor.money.amounts import AccountId, parse_positive
 from gptutor.money.key_limits import NAME_MAX, InvalidLimit, KeyLimitChanges, changed_limits, parse_expiry
 from gptutor.money.keyring import NO_LIMITS, Key
 from gptutor.money.records import key_json
+from gptutor.text import is_one_line
 
 NONE = "none"
 
@@ -39,7 +39,7 @@ def user_keys(user_id: UserId, json: Json = False) -> None:
         return
     table = Table("id", "key", "name", "state and limits", "created")
     for key in keys:
-        table.add_row(str(key.key_id), f"{key.shown}…", escape(key.name), describe(key), f"{key.created_at:%Y-%m-%d %H:%M}")
+        table.add_row(str(key.key_id), f"{key.shown}…", shown(key.name), describe(key), f"{key.created_at:%Y-%m-%d %H:%M}")
     out.print(table if keys else "The user has no keys. `gptutor user issue-key` makes one.")
 
 
@@ -54,7 +54,7 @@ def user_issue_key(
     json: Json = False,
 ) -> None:
     """Make another key, with limits of its own. The key is shown once."""
-    if len(name) > NAME_MAX or not name.isprintable():
+    if len(name) > NAME_MAX or not is_one_line(name):
         raise InvalidLimit(f"--name must be one line of at most {NAME_MAX} characters")
     limits = changed_limits(NO_LIMITS, _changes(limit, limit_reset, requests_per_minute, expires_at))
     secret, key = with_administration(lambda administration: administration.issue_key(AccountId(user_id), name, limits))

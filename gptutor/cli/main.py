@@ -36,6 +36,7 @@ from gptutor.server.listener import StartError
 from gptutor.server.process import run_loop
 from gptutor.server.serve import resolved_database, serve, simulated_openrouter
 from gptutor.simulator.server import Simulator
+from gptutor.text import escaped
 
 app = typer.Typer(
     name="gptutor",
@@ -166,7 +167,11 @@ def verify() -> None:
             mark = "[red]BROKEN[/]" if finding.rows else "[green]ok[/]"
             out.print(f"{number:>3}/{total} {mark:<6} {finding.invariant.meaning}", highlight=False)
             for row in finding.rows:
-                out.print("        " + ", ".join(f"{name}={value}" for name, value in row.items()), highlight=False, markup=False)
+                out.print(
+                    "        " + ", ".join(f"{name}={escaped(str(value))}" for name, value in row.items()),
+                    highlight=False,
+                    markup=False,
+                )
             broken += bool(finding.rows)
         out.print(f"{broken} of {total} invariants are broken." if broken else f"All {total} invariants hold.")
         return 1 if broken else 0
@@ -238,7 +243,7 @@ def _print_waiting(waiting: WaitingHolds) -> None:
     for hold in waiting.oldest:
         out.print(
             f"  user {hold.account_id}  {hold.created_at:%Y-%m-%d %H:%M}  {hold.state}  at most {roubles(hold.amount)} roubles  "
-            f"{hold.model}  {hold.generation_id or 'no generation id'}  request {hold.request_id}",
+            f"{escaped(hold.model)}  {escaped(hold.generation_id or 'no generation id')}  request {escaped(hold.request_id)}",
             highlight=False,
             markup=False,
         )

@@ -4,17 +4,18 @@ import datetime
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from gptutor.cli.console import Json, out, print_json, with_administration, with_database
+from gptutor.cli.console import Json, out, print_json, shown, with_administration, with_database
 from gptutor.database.pool import Database
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.money.amounts import AccountId, Nano, parse_positive, parse_roubles, roubles
 from gptutor.money.bookings import Bookings, LedgerEntry
+from gptutor.money.key_limits import NAME_MAX
 from gptutor.money.keyring import Key
 from gptutor.money.records import entry_json, user_details_json, user_json
 from gptutor.money.users import User, UserRepository
+from gptutor.text import is_one_line
 
 user_app = typer.Typer(help="Users, their keys and their money. Amounts are roubles.", no_args_is_help=True)
 
@@ -36,7 +37,7 @@ def user_create(
     json: Json = False,
 ) -> None:
     """Create a user with an API key. The key is shown once."""
-    amount = parse_positive(balance, or_zero=True)
+    name, amount = _line(name, NAME_MAX), parse_positive(balance, or_zero=True)
     user, key = with_administration(lambda administration: administration.create_user(name, amount), may_create=True)
     if json:
         print_json(user_json(user) | {"apiKey": key})
@@ -63,7 +64,7 @@ def user_find(
 ) -> None:
     """Find users."""
     found = with_database(lambda database: UserRepository(database).search(query.strip()))
-    _print_users(found, json, f"No user matches {escape(query)}.")
+    _print_users(found, json, f"No user matches {shown(query)}.")
 
 
 @user_app.command("show")
@@ -75,9 +76,9 @@ def user_show(user_id: UserId, json: Json = False) -> None:
         return
     _print_user(details.user)
     for provider, subject in details.identities:
-        out.print(f"  {escape(provider)} {escape(subject)}", highlight=False)
+        out.print(f"  {shown(provider)} {shown(subject)}", highlight=False)
     for key in details.keys:
-        out.print(f"  key {key.key_id}  {key.shown}…  {escape(key.name)}  {describe(key)}", highlight=False)
+        out.print(f"  key {key.key_id}  {key.shown}…  {shown(key.name)}  {describe(key)}", highlight=False)
 
 
 @user_app.command("topup")
@@ -157,8 +158,8 @@ def user_ledger(
             roubles(entry.amount),
             "" if entry.cost_usd is None else f"{entry.cost_usd:f}",
             "" if entry.rub_per_usd is None else f"{entry.rub_per_usd:f}",
-            escape(entry.model or ""),
-            escape(entry.generation_id or entry.reason),
+            shown(entry.model or ""),
+            shown(entry.generation_id or entry.reason),
         )
     out.print(table)
 
@@ -179,7 +180,7 @@ def _book(user_id: int, kind: BookingKind, amount: Nano, reason: str, reference:
 
 
 def _line(text: str, most: int) -> str:
-    if len(text) > most or not text.isprintable():
+    if len(text) > most or not is_one_line(text):
         raise typer.BadParameter(f"the text must be one line of at most {most} characters")
     return text
 
@@ -211,7 +212,7 @@ def _print_users(users: list[User], json: bool, if_none: str) -> None:
     for user in users:
         table.add_row(
             str(user.account_id),
-            escape(user.name),
+            shown(user.name),
             roubles(user.balance),
             roubles(user.held),
             "yes" if user.is_active else "no",
@@ -230,4 +231,4 @@ def _show(user: User, json: bool) -> None:
 def _print_user(user: User) -> None:
     active = "active" if user.is_active else "inactive"
     held = f", {roubles(user.held)} of them held for requests under way" if user.held else ""
-    out.print(f"User {user.account_id} {escape(user.name)} ({active}): {roubles(user.balance)} roubles{held}.", highlight=False)
+    out.print(f"User {user.account_id} {shown(user.name)} ({active}): {roubles(user.balance)} roubles{held}.", highlight=False)

@@ -66,6 +66,12 @@ class _Loader(yaml.BaseLoader):
         return mapping
 
 
+def _place(error: yaml.YAMLError) -> str:
+    """Where the fault is, without what is there: the line may have a secret."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    return "" if mark is None else f": line {mark.line + 1}, column {mark.column + 1}"
+
+
 def read_settings(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Section → key → text; and for each `section` and `section.key`, where it is set, for messages. Raises ConfigError."""
     try:
@@ -79,7 +85,7 @@ def read_settings(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]
     except _DuplicateName as error:
         raise ConfigError(f"The settings file {path} names {error}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"The settings file {path} is not valid YAML: {error}") from error
+        raise ConfigError(f"The settings file {path} is not valid YAML{_place(error)}.") from None
     structure = "must consist of sections with `name: value` lines, as the shipped config.yaml does"
     if not isinstance(document, dict):
         raise ConfigError(f"The settings file {path} {structure}.")

@@ -40,6 +40,10 @@ class ServerSettings(Section, frozen=True):
     host: Name = "127.0.0.1"
     port: Port = 3001
     body_bytes_max: Count = 10 * 1024 * 1024
+    bodies_bytes_max: Count = 256 * 1024 * 1024
+    large_bodies_per_account: Count = 32
+    connections_max: Count = 4000
+    connections_per_address_max: Count = 500
     header_s: Seconds = 10
     body_idle_s: Seconds = 10
     body_s: Seconds = 60
@@ -77,6 +81,8 @@ class LogSettings(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     retention_days: Count = 30
     stdout: bool = True
+    warnings_per_minute: Count = 20
+    refused_per_minute: Count = 100
 
 
 class MetricsSettings(Section, frozen=True):
@@ -144,6 +150,8 @@ class OpenRouterSettings(Section, frozen=True):
     end_s: Seconds = 5
     connections_max: Count = 2000
     attempts_max: Annotated[int, msgspec.Meta(ge=1, le=10)] = 3
+    plain_bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 32 * 1024 * 1024
+    plain_bytes_total: Annotated[int, msgspec.Meta(ge=65_536)] = 256 * 1024 * 1024
     models_refresh_s: Seconds = 600
 
     def __post_init__(self) -> None:
@@ -187,6 +195,9 @@ class RateLimitSettings(Section, frozen=True):
     models_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
     sign_ins_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
     unauthenticated_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 60
+    not_found_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
+    refused_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
+    free_models_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 10
     account_pages_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
     notifications_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
 

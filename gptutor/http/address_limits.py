@@ -1,21 +1,25 @@
 """Rate limits per client address, in the memory of each process, for clients without an account (contract A8).
 
 They stop clients that guess keys, sign in over and over or poll the model list, before any SQL runs. A client with a key is
-limited by its account, exactly and across processes, by the hold statement (`sql/migrations`, `take_holds`).
+limited by its account, exactly and across processes, by the hold statement (`sql/functions`, `place_holds`); before that, the
+requests that are refused are counted here, by `api.auth`.
 
 The address is the connection's own, unless the connection comes from a trusted proxy: then the address is the last one in
 X-Forwarded-For that is not a trusted proxy's.
 """
 
+import asyncio
 import ipaddress
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from gptutor.errors import ApiError
+from gptutor.http.app_keys import KEY_VERIFIED
 from gptutor.http.authorization import credential_hash
 from gptutor.http.rate_limit import MINUTE_S, RateLimit
 from gptutor.http.routing import Limit, route_of
@@ -25,50 +29,77 @@ ADDRESSES_MAX = 100_000
 """Bounds the memory: above so many addresses in one minute, all further ones share one count."""
 IPV6_PREFIX_BITS = 64
 """An IPv6 client owns a whole network of addresses, which is counted as one address."""
+FLOOD_FACTOR = 2
+"""Above so many times the limit, errors are sent after FLOOD_DELAY_S, so that a client that repeats at once costs little."""
+FLOOD_DELAY_S = 1.0
 
 
 @dataclass(slots=True)
 class RequestCounter:
-    """Requests of this minute by key, such as an address. `per_minute` 0: no limit."""
+    """Requests of this minute by key: an address, or an account. `per_minute` 0: no limit."""
 
     per_minute: int
     _minute: int = 0
-    _counts: dict[str, int] = field(default_factory=dict)
+    _counts: dict[Hashable, int] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was counted in this minute. Mostly so, and then no address need be determined."""
         return not (self._counts and self._current_counts())
 
-    def is_used_up(self, key: str) -> bool:
+    def is_used_up(self, key: Hashable) -> bool:
         """The empty key, for an unknown address, is never limited."""
         return bool(self.per_minute and key) and self._current_counts().get(self._bounded(key), 0) >= self.per_minute
 
-    def add(self, key: str) -> None:
-        counts, key = self._current_counts(), self._bounded(key)
-        counts[key] = counts.get(key, 0) + 1
+    def add(self, key: Hashable, weight: int = 1) -> int:
+        """Returns the count."""
+        counts = self._current_counts()
+        if key not in counts:
+            key = self._bounded(key)
+        count = counts[key] = counts.get(key, 0) + weight
+        return count
 
-    def _current_counts(self) -> dict[str, int]:
+    async def require_room(self, key: Hashable, weight: int = 1) -> None:
+        """Counts a request, as `weight` ones. Raises ApiError above the limit; far above it, after a delay."""
+        if self.per_minute and key:
+            count = self.add(key, weight)
+            if count > self.per_minute:
+                await self.reject(count)
+
+    async def reject(self, count: int) -> NoReturn:
+        """Raises ApiError, after a delay if `count` is far above the limit."""
+        if count > FLOOD_FACTOR * self.per_minute:
+            await asyncio.sleep(FLOOD_DELAY_S)
+        raise RateLimit(self.per_minute).error()
+
+    def take_back(self, key: Hashable, weight: int = 1) -> None:
+        """The request is not to be counted after all. (If a new minute has begun, there may be nothing to take back.)"""
+        if key in self._counts:
+            self._counts[key] = max(0, self._counts[key] - weight)
+
+    def _current_counts(self) -> dict[Hashable, int]:
         minute = int(time.time()) // MINUTE_S
         if minute != self._minute:
             self._minute, self._counts = minute, {}
         return self._counts
 
-    def _bounded(self, key: str) -> str:
+    def _bounded(self, key: Hashable) -> Hashable:
         return key if len(self._counts) < ADDRESSES_MAX or key in self._counts else "others"
 
 
 def limit_by_address(
     counters: Mapping[Limit, RequestCounter],
     unauthenticated: RequestCounter,
+    not_found: RequestCounter,
     *,
     trusted_proxies: Sequence[Network],
     not_counted: tuple[type[Exception], ...] = (),
 ) -> Middleware:
     """Counts requests by the limit of their route, if it is one of `counters`, and failed authentication by `unauthenticated`.
 
-    Failures whose cause is one of `not_counted` are no attempts to guess a credential. Once an address has used up
-    `unauthenticated`, only credentials that were accepted recently pass.
+    Requests for paths and methods that do not exist are counted by `not_found`. Failures whose cause is one of `not_counted` are
+    no attempts to guess a credential. Once an address has used up `unauthenticated`, only credentials that were accepted recently
+    pass. A credential is accepted if the handler says so (KEY_VERIFIED), or makes no error.
     """
     accepted = RecentCredentials()
 
@@ -76,26 +107,27 @@ def limit_by_address(
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         route = route_of(request)
         if route is None:
+            await not_found.require_room(client_address(request, trusted_proxies))
             return await handler(request)
         if route.limit is not None and (counter := counters.get(route.limit)) is not None:
-            address = client_address(request, trusted_proxies)
-            if counter.is_used_up(address):
-                raise RateLimit(counter.per_minute).error()
-            counter.add(address)
+            await counter.require_room(client_address(request, trusted_proxies))
         if route.access == "public":
             return await handler(request)
         credential = credential_hash(request)
         if (
             not unauthenticated.is_empty
             and credential not in accepted
-            and unauthenticated.is_used_up(client_address(request, trusted_proxies))
+            and unauthenticated.is_used_up(address := client_address(request, trusted_proxies))
         ):
-            raise RateLimit(unauthenticated.per_minute).error()
+            await unauthenticated.reject(unauthenticated.add(address))
         try:
             response = await handler(request)
         except ApiError as error:
             if error.code == "invalid_key" and not isinstance(error.__cause__, not_counted):
                 unauthenticated.add(client_address(request, trusted_proxies))
+                accepted.discard(credential)
+            elif request.get(KEY_VERIFIED):
+                accepted.add(credential)
             raise
         accepted.add(credential)
         return response
@@ -120,6 +152,10 @@ class RecentCredentials:
             self._older, self._newer = self._newer, set()
         self._newer.add(credential)
 
+    def discard(self, credential: int) -> None:
+        self._newer.discard(credential)
+        self._older.discard(credential)
+
     def __contains__(self, credential: int) -> bool:
         return credential in self._newer or credential in self._older
 
@@ -132,12 +168,19 @@ def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> 
             parsed = ipaddress.ip_address(hop.strip())
         except ValueError:
             break  # no trusted proxy wrote this entry, so neither it nor the earlier ones can be believed
-        parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-        if not any(parsed in network for network in trusted_proxies):
-            if isinstance(parsed, ipaddress.IPv6Address):
-                return str(ipaddress.ip_network((parsed, IPV6_PREFIX_BITS), strict=False))
-            return str(parsed)
+        if address := network_of(parsed, trusted_proxies):
+            return address
     return ""
+
+
+def network_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address, trusted_proxies: Sequence[Network]) -> str:
+    """What is counted as one address; empty for a trusted proxy's."""
+    address = getattr(address, "ipv4_mapped", None) or address
+    if any(address in network for network in trusted_proxies):
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((address, IPV6_PREFIX_BITS), strict=False))
+    return str(address)
 
 
 def parse_networks(text: str) -> list[Network]:

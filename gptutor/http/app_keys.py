@@ -43,6 +43,8 @@ AWAITS_CONTINUE = web.RequestKey("awaits_continue", bool)
 CLAIM: "web.RequestKey[KeyClaim]" = web.RequestKey("claim")
 """The API key that the client presented, not yet verified; set on routes for `api_key`."""
 ERROR_CODE = web.RequestKey("error_code", str)
+KEY_VERIFIED = web.RequestKey("key_verified", bool)
+"""Present if the database has verified CLAIM."""
 LAUNCH: "web.RequestKey[Launch]" = web.RequestKey("launch")
 """The verified launch parameters; set on routes for `vk`."""
 LOGGED = web.RequestKey("logged", bool)

@@ -7,6 +7,7 @@ once its key has been accepted.
 
 import asyncio
 from dataclasses import dataclass
+from typing import Protocol
 
 from aiohttp import HttpVersion11, StreamReader, web
 
@@ -46,7 +47,14 @@ def require_json(request: web.Request) -> None:
         raise ApiError("unsupported_media_type")
 
 
-async def read_body(request: web.Request, limits: BodyLimits) -> bytes:
+class BodyObserver(Protocol):
+    """Learns of a body's bytes as they arrive."""
+
+    async def receive(self, size: int) -> None:
+        """So many more bytes of the body have arrived. Raises ApiError to reject the body."""
+
+
+async def read_body(request: web.Request, limits: BodyLimits, observer: BodyObserver | None = None) -> bytes:
     """The whole body. Raises ApiError."""
     if awaits_continue(request):
         request[AWAITS_CONTINUE] = False
@@ -56,9 +64,11 @@ async def read_body(request: web.Request, limits: BodyLimits) -> bytes:
     try:
         if content.is_eof():  # the body came with the headers, as nearly every body does
             body = content.read_nowait()
+            if observer is not None:
+                await observer.receive(len(body))
         else:
             async with asyncio.timeout(limits.total_s):
-                body = await _read_chunks(content, limits)
+                body = await _read_chunks(content, limits, observer)
     except TimeoutError:
         raise ApiError("body_too_slow") from None
     except web.RequestPayloadError as error:
@@ -68,7 +78,7 @@ async def read_body(request: web.Request, limits: BodyLimits) -> bytes:
     return body
 
 
-async def _read_chunks(content: StreamReader, limits: BodyLimits) -> bytes:
+async def _read_chunks(content: StreamReader, limits: BodyLimits, observer: BodyObserver | None) -> bytes:
     """The body, or somewhat more than `bytes_max` of it. Raises TimeoutError."""
     chunks, size = [], 0
     while size <= limits.bytes_max:
@@ -76,6 +86,8 @@ async def _read_chunks(content: StreamReader, limits: BodyLimits) -> bytes:
             chunk = await content.readany()
         if not chunk:
             break
+        if observer is not None:
+            await observer.receive(len(chunk))
         chunks.append(chunk)
         size += len(chunk)
     return b"".join(chunks)

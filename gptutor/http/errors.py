@@ -8,6 +8,7 @@ from aiohttp.typedefs import Handler
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import AWAITS_CONTINUE, ERROR_CODE, REQUEST_ID
+from gptutor.telemetry.logs import PATH_CHARACTERS_MAX
 from gptutor.telemetry.metrics import ERROR_RESPONSES
 
 LOGGER = logging.getLogger("gptutor.http")
@@ -32,12 +33,14 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPNotFound:
         return _respond(request, ApiError("not_found"))
     except DatabaseRefused as error:
-        LOGGER.error("%s", error, extra={"requestId": request[REQUEST_ID]})
+        LOGGER.error("%s", error)  # identical for all requests, so that one line per minute is written
         return _respond(request, ApiError("database_unavailable", cause=str(error)))
     except DatabaseUnavailable as error:
         return _respond(request, ApiError("database_unavailable", cause=str(error)))
     except Exception:
-        LOGGER.exception("Unexpected exception", extra={"requestId": request[REQUEST_ID], "path": request.path})
+        LOGGER.exception(
+            "Unexpected exception", extra={"requestId": request[REQUEST_ID], "path": request.path[:PATH_CHARACTERS_MAX]}
+        )
         return _respond(request, ApiError("internal_error"))
 
 

@@ -1,23 +1,27 @@
 """`GET /health`: the process is alive. `GET /ready`: it accepts requests. No key is needed for either."""
 
-from dataclasses import dataclass
-
 from aiohttp import web
 
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import DATABASE, READINESS
 
 
-@dataclass(slots=True)
 class Readiness:
     """`obstacle` says why requests that need the database are rejected; None: they are accepted."""
 
-    obstacle: str | None = "the database has not answered yet"
+    def __init__(self) -> None:
+        self.obstacle: str | None = "the database has not answered yet"
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """For good: a database that answers during the stop changes nothing."""
+        self._is_stopping = True
 
     def require(self) -> None:
         """Raises ApiError."""
-        if self.obstacle is not None:
-            raise ApiError("not_ready", cause=self.obstacle)
+        obstacle = "the service is stopping" if self._is_stopping else self.obstacle
+        if obstacle is not None:
+            raise ApiError("not_ready", cause=obstacle)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -27,5 +31,5 @@ async def health(request: web.Request) -> web.Response:
 async def ready(request: web.Request) -> web.Response:
     """Raises ApiError and DatabaseUnavailable; the `errors` middleware turns both into 503."""
     request.app[READINESS].require()
-    await request.app[DATABASE].fetchrow("ping")
+    await request.app[DATABASE].check()
     return web.json_response({"status": "ready"})

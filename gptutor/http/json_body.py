@@ -15,6 +15,7 @@ import msgspec
 
 from gptutor.errors import ApiError
 from gptutor.money.amounts import PLAIN_DECIMAL
+from gptutor.text import ONE_LINE
 
 NAME_CHARACTERS_SHOWN = 100
 NUMBER_CHARACTERS_MAX = 400
@@ -27,7 +28,7 @@ UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`", re.DOTALL)
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 # Control characters would forge log lines and tables, and PostgreSQL cannot store NUL.
-PrintableText = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z")]
+PrintableText = Annotated[str, msgspec.Meta(pattern=ONE_LINE)]
 
 
 class Amount(Decimal):

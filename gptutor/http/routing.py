@@ -28,7 +28,10 @@ Limit = Literal[
     "account_pages_per_minute",  # per account
 ]
 """The setting in `rate_limit` that says how often a route may be called. Failed authentication is counted on top of it, on all
-routes that are not public, by `unauthenticated_per_minute`."""
+routes that are not public, by `unauthenticated_per_minute`; paths that do not exist, by `not_found_per_minute`."""
+RefusalLimit = Literal["refused_per_minute"]
+"""The setting that says how many requests may be refused: each is counted per account, in memory, before its body is read, and is
+taken back when its hold is placed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class Route:
     handler: Handler
     access: Access
     limit: Limit | None
+    refusals: RefusalLimit | None = None
 
 
 class _ResourceRoute(web.ResourceRoute):

@@ -4,6 +4,7 @@ aiohttp writes a stream's headers in a packet of their own, and all headers thro
 are written in this way; all others are aiohttp's.
 """
 
+import asyncio
 import functools
 import time
 from email.utils import formatdate
@@ -14,6 +15,10 @@ from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import SERVER_SOFTWARE
 
+from gptutor.http.byte_budget import ResponseBytes
+
+RATE_MIN = 32 * 1024
+"""Bytes per second."""
 JOINED_BYTES_MAX = 64 * 1024
 """A larger body is written after the headers: joining them would copy it."""
 
@@ -53,18 +58,26 @@ class UnbufferedResponse(web.StreamResponse):
 
 
 class CompleteResponse(UnbufferedResponse):
-    """A response whose whole body is known."""
+    """A response whose whole body is known. `kept` is released when the client has taken it, or was given up.
 
-    def __init__(self, body: bytes, *, status: int, headers: dict[str, str]) -> None:
+    A client must take it within `write_timeout_s`, and a further second for each RATE_MIN bytes.
+    """
+
+    def __init__(
+        self, body: bytes, *, status: int, headers: dict[str, str], kept: ResponseBytes | None = None, write_timeout_s: float = 60
+    ) -> None:
         super().__init__(status=status, headers=headers)
         self._complete_body = body
+        self._kept = kept
+        self._write_timeout_s = write_timeout_s + len(body) / RATE_MIN
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        """Writes the whole response. Raises ConnectionError."""
+        """Writes the whole response, and waits until the client has taken nearly all of it. Raises ConnectionError."""
         transport, writer = request.transport, request.writer
         if self.is_written:
             return writer
-        headers, body = await self.serialize_headers(cast("web.Request", request), len(self._complete_body)), self._complete_body
+        body, self._complete_body = self._complete_body, b""
+        headers = await self.serialize_headers(cast("web.Request", request), len(body))
         if transport is None or transport.is_closing():
             raise ConnectionResetError
         self.is_written = True
@@ -74,7 +87,16 @@ class CompleteResponse(UnbufferedResponse):
         else:
             transport.write(headers)
             transport.write(body)
-        await writer.drain()
+        del body  # from here on only the transport has it
+        if request.protocol.writing_paused:
+            try:
+                async with asyncio.timeout(self._write_timeout_s):
+                    await writer.drain()
+            except TimeoutError:
+                transport.abort()
+                raise ConnectionResetError from None
+        if self._kept is not None:
+            self._kept.release()
         return writer
 
     async def write_eof(self, data: bytes = b"") -> None:

@@ -62,10 +62,11 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class LiveKey:
-    """A key that authenticates its account."""
+    """A key that authenticates its account, and what the account has available."""
 
     key_id: int
     is_main: bool
+    available: Nano
 
 
 class KeyRing:
@@ -180,7 +181,7 @@ class KeyRing:
     async def opened_by(self, claim: KeyClaim) -> LiveKey | None:
         """The key, if it exists and is not revoked or expired, and its account is active."""
         row = await self._database.fetchrow("find_live_key", claim.account_id, claim.key_hash)
-        return None if row is None else LiveKey(row["key_id"], row["is_main"])
+        return None if row is None else LiveKey(row["key_id"], row["is_main"], Nano(row["available_nano"]))
 
     async def find(self, account_id: AccountId, key_id: int) -> Key:
         """A key, revoked or not. Raises NoSuchKey."""

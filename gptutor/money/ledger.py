@@ -161,7 +161,14 @@ class Ledger:
     def _release_in_background(self, request: HoldRequest) -> None:
         """Releases a hold that may exist and that no exchange waits for: nothing was bought under it."""
         self.active.discard(request.hold_id)
-        self._background_releases.start(self.release(Release(request.claim.account_id, request.hold_id)))
+        self._background_releases.start(self._release_or_log(Release(request.claim.account_id, request.hold_id)))
+
+    async def _release_or_log(self, item: Release) -> None:
+        """A release that nobody waits for: its failure is logged, and recovery finds the hold."""
+        try:
+            await self.release(item)
+        except Exception as error:
+            LOGGER.error("A hold could not be released: %r", error)
 
     def _release_abandoned(self, item: HoldOrSettlement, row: Row) -> None:
         """Called when a hold was granted after the exchange that wanted it was cancelled."""

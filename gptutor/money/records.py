@@ -15,6 +15,7 @@ from gptutor.money.bookings import Booking, LedgerEntry
 from gptutor.money.keyring import Key, KeyLimits
 from gptutor.money.reconciliation import Reconciliation, WaitingHold, WaitingHolds
 from gptutor.money.users import User
+from gptutor.text import escaped
 
 if TYPE_CHECKING:
     from gptutor.money.administration import UserDetails
@@ -151,7 +152,8 @@ def csv_header() -> str:
 
 
 def csv_lines(entries: Iterable[tuple[AccountId, LedgerEntry]]) -> str:
-    """Clients choose model names, so a text that a spreadsheet would run as a formula gets an apostrophe in front."""
+    """Clients choose model names, so a text that a spreadsheet would run as a formula gets an apostrophe in front, and
+    characters that control a terminal are escaped."""
     return _csv_text(
         (
             account_id,
@@ -159,7 +161,7 @@ def csv_lines(entries: Iterable[tuple[AccountId, LedgerEntry]]) -> str:
             entry.entry_id,
             entry.kind,
             roubles(entry.amount),
-            *map(_no_formula, (entry.contra, entry.reason, entry.reference, entry.model, entry.generation_id)),
+            *map(_cell, (entry.contra, entry.reason, entry.reference, entry.model, entry.generation_id)),
             _plain(entry.cost_usd) or "",
             _plain(entry.rub_per_usd) or "",
         )
@@ -178,6 +180,6 @@ def _csv_text(rows: Iterable[Iterable[Any]]) -> str:
     return text.getvalue()
 
 
-def _no_formula(text: str | None) -> str:
-    text = text or ""
+def _cell(text: str | None) -> str:
+    text = escaped(text or "")
     return f"'{text}" if text.startswith(FORMULA_STARTS) else text

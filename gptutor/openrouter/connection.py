@@ -153,10 +153,16 @@ class UpstreamConnection(asyncio.Protocol):
         finally:
             self._consumer = _discard
 
-    async def read_body(self, timeout_s: float) -> bytes:
-        """The whole body. Raises UpstreamError."""
+    async def read_body(self, timeout_s: float, count: Callable[[int], None] | None = None) -> bytes:
+        """The whole body. `count` gets the size of each piece, and may raise to end the response. Raises UpstreamError."""
         pieces: list[bytes] = []
-        await self.stream_body(pieces.append, timeout_s)
+
+        def consume(piece: bytes) -> None:
+            if count is not None:
+                count(len(piece))
+            pieces.append(piece)
+
+        await self.stream_body(consume, timeout_s)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def pause_reading(self) -> None:

@@ -57,9 +57,9 @@ class UpstreamResponse:
         """Whether the connection was returned to the pool."""
         return self._release is None
 
-    async def read_body(self, timeout_s: float) -> bytes:
-        """The whole body. Raises UpstreamError."""
-        return await self.connection.read_body(timeout_s)
+    async def read_body(self, timeout_s: float, count: Callable[[int], None] | None = None) -> bytes:
+        """The whole body. `count` may raise to end the response. Raises UpstreamError."""
+        return await self.connection.read_body(timeout_s, count)
 
     async def read_error_body(self) -> bytes:
         """The beginning of an error's body: at most ERROR_BODY_BYTES_MAX, and what arrives within ERROR_BODY_TIMEOUT_S."""

@@ -7,7 +7,9 @@ from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
 from gptutor.config.schema import Config, ServerSettings
+from gptutor.http.address_limits import parse_networks
 from gptutor.http.connection import ClientConnection
+from gptutor.http.connection_limits import ConnectionLimits
 from gptutor.server.listener import ConnectionFactory, StartError
 from gptutor.telemetry.logs import HTTP_SERVER_LOGGER
 
@@ -30,13 +32,19 @@ def admin_runner(app: web.Application) -> web.AppRunner:
 
 
 def connection_factory(config: Config) -> ConnectionFactory:
-    """Makes clients' connections, with the limits of the settings."""
+    """Makes clients' connections, with the limits of the settings; to be called once for each listener."""
     server = config.server
+    limits = ConnectionLimits(
+        connections_max=server.connections_max,
+        per_address_max=server.connections_per_address_max,
+        trusted_proxies=parse_networks(server.trusted_proxies),
+    )
     return functools.partial(
         ClientConnection,
         loop=asyncio.get_running_loop(),
         header_s=server.header_s,
         silent_s=config.relay.write_timeout_s,
+        limits=limits,
         keepalive_timeout=server.keepalive_s,
         lingering_time=server.linger_s,
         max_line_size=LINE_BYTES_MAX,

@@ -19,7 +19,7 @@ from gptutor.app import build_app
 from gptutor.config.schema import Config, SimulatorSettings
 from gptutor.config.secrets import secret_keys
 from gptutor.database import migrations
-from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.money.vault import Vault
 from gptutor.server.banner import banner
 from gptutor.server.demo import demo_key
@@ -27,6 +27,7 @@ from gptutor.server.listener import StartError, listening_on, listening_on_unix_
 from gptutor.server.process import report_descriptor_exhaustion, tune_garbage_collection
 from gptutor.server.runners import admin_runner, connection_factory, public_runner, require_c_parser
 from gptutor.simulator.server import Simulator
+from gptutor.telemetry.console import print_notice
 from gptutor.telemetry.log_writer import logging_to
 from gptutor.telemetry.metrics import build_metrics
 
@@ -44,6 +45,8 @@ async def serve(config: Config) -> None:
             level=config.logs.level,
             retention_days=config.logs.retention_days,
             stdout=config.logs.stdout,
+            warnings_per_minute=config.logs.warnings_per_minute,
+            refused_per_minute=config.logs.refused_per_minute,
         ) as log,
         resolved_database(config) as resolved,
     ):
@@ -56,7 +59,9 @@ async def serve(config: Config) -> None:
             url = await stack.enter_async_context(listening(build_app(resolved, log=log, secrets=secrets), resolved))
             if config.metrics.port:
                 runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
-                metrics = listening_on(runner, config.metrics.host, config.metrics.port, setting="GPTUTOR_METRICS__PORT")
+                metrics = listening_on(
+                    runner, config.metrics.host, config.metrics.port, connection_factory(config), setting="GPTUTOR_METRICS__PORT"
+                )
                 await stack.enter_async_context(metrics)
             if config.admin.is_enabled:
                 admin = build_admin(resolved, log=log, secrets=secrets)
@@ -65,7 +70,7 @@ async def serve(config: Config) -> None:
             tune_garbage_collection()
             print(banner(config, url=url, demo_key=key), flush=True)
             await stop.wait()
-            print("Stopping: running requests are finished and their charges are settled …", flush=True)
+            print_notice("Stopping: running requests are finished and their charges are settled …")
 
 
 # -- the database and OpenRouter
@@ -97,6 +102,8 @@ async def prepare_database(config: Config, *, embedded: bool) -> None:
             await migrations.migrate(config.database.url)
         elif pending := await migrations.pending_migrations(config.database.url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
+    except DatabaseRefused:
+        raise
     except DatabaseUnavailable as error:
         if embedded:
             raise

@@ -126,7 +126,14 @@ class Worker(GunicornWorker):  # type: ignore[misc]
         async with self._notifying(), AsyncExitStack() as stack:
             logs = config.logs
             log = stack.enter_context(
-                logging_to(config.paths.logs, level=logs.level, retention_days=logs.retention_days, stdout=logs.stdout)
+                logging_to(
+                    config.paths.logs,
+                    level=logs.level,
+                    retention_days=logs.retention_days,
+                    stdout=logs.stdout,
+                    warnings_per_minute=logs.warnings_per_minute,
+                    refused_per_minute=logs.refused_per_minute,
+                )
             )
             app = build_app(config, log=log, secrets=secrets)
             await stack.enter_async_context(
@@ -137,7 +144,9 @@ class Worker(GunicornWorker):  # type: ignore[misc]
             if config.metrics.port:
                 runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
                 port = config.metrics.port + app[JOURNAL].slot_number
-                metrics = listening_on(runner, config.metrics.host, port, setting="GPTUTOR_METRICS__PORT")
+                metrics = listening_on(
+                    runner, config.metrics.host, port, connection_factory(config), setting="GPTUTOR_METRICS__PORT"
+                )
                 try:
                     await stack.enter_async_context(metrics)
                 except StartError as error:  # gunicorn stops the service if a worker fails to start; metrics are not worth that

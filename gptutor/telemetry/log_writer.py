@@ -2,7 +2,9 @@
 
 The lines of LoggerService are serialised at once, by the calling thread: building a LogRecord for another thread would cost more
 than serialising. Records of the standard `logging` are queued as they are. A writer thread serialises those, and writes all
-queued lines in batches, within BATCH_S.
+queued lines to the file in batches, within BATCH_S; `console.py` has another thread for standard output.
+
+Of repeated warnings and errors, and of refused requests, so many are written per minute and kind; the others are counted.
 """
 
 import contextlib
@@ -10,24 +12,34 @@ import datetime
 import functools
 import itertools
 import logging
+import math
 import operator
 import os
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
 
+from gptutor.telemetry.console import ConsoleWriter
+from gptutor.telemetry.line_limit import MINUTE_S, LineLimit, kinds_of, message_of
 from gptutor.telemetry.logs import AUDIT_LOGGER, LOGGER, LoggerService, write_line_by_logging
+from gptutor.telemetry.metrics import LOG_LINES_LOST
+from gptutor.text import escaped_json
 
 BATCH_S = 0.05
 """The longest time that a line waits in the queue before it is written."""
+QUEUED_LINES_MAX = 50_000
+"""Lines that wait for a disk that hangs; what comes beyond, audit lines excepted, is lost and counted."""
+CLOSE_S = 5.0
+LOOK_S = 1.0
+"""How often the writer looks for counts of repeated lines whose minute is over."""
+FILE_MODE = 0o640
 LEVELS = {level: logging.getLevelName(level).lower() for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)}
 
 
@@ -40,6 +52,8 @@ class DailyFile:
         self._retention = datetime.timedelta(days=retention_days)
         self._day = datetime.datetime.now(datetime.UTC).date()
         self._file = self._open()
+        self._is_torn = False
+        """Whether the file ends in a part of a line."""
         self._prune()
 
     def write(self, day: datetime.date, lines: bytes) -> None:
@@ -52,20 +66,23 @@ class DailyFile:
             except OSError:
                 self._day = previous_day  # the next call tries to open the new file again
                 raise
-            previous_file.close()
+            os.close(previous_file)
             self._prune()
-        self._file.write(lines)
-        self._file.flush()
+        rest = memoryview(b"\n" + lines if self._is_torn else lines)
+        while rest:
+            written = os.write(self._file, rest)
+            self._is_torn = written < len(rest)  # until the rest follows; on a full disk it does not
+            rest = rest[written:]
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> int:
         path = self._directory / f"combined-{self._day:%Y-%m-%d}.log"
-        file = path.open("ab")
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
         owner = self._directory.stat()
         if os.geteuid() == 0 != owner.st_uid:
-            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)  # the service must be able to append to a file created by root
+            os.fchown(file, owner.st_uid, owner.st_gid)  # the service must be able to append to a file created by root
         return file
 
     def _prune(self) -> None:
@@ -96,62 +113,99 @@ class LineFormatter(OrjsonFormatter):
 
 
 class LogWriter(logging.Handler):
-    """Queues lines and records without blocking; a writer thread writes them to the file and to standard output."""
+    """Queues lines and records without blocking; a writer thread writes them to the file and to standard output.
 
-    def __init__(self, file: DailyFile, *, stdout: bool) -> None:
+    Per minute it writes `warnings_per_minute` warnings and errors of one place in the code (identical ones once), and
+    `refused_per_minute` lines of each kind of refused request.
+    """
+
+    def __init__(self, file: DailyFile, *, stdout: bool, warnings_per_minute: int, refused_per_minute: int) -> None:
         super().__init__()
         self._file = file
         self._stdout = stdout
+        self._warnings_per_minute = warnings_per_minute
+        self._refused_per_minute = refused_per_minute
         self._formatter = LineFormatter()
+        self._limit = LineLimit()
+        self._console = ConsoleWriter()
         self._queue: deque[tuple[float, bytes | logging.LogRecord]] = deque()
         """Serialised lines and records, each with its Unix time."""
         self._has_lines = threading.Event()
         self._flush_now = threading.Event()
         self._is_closing = False
+        self._silent_until = 0.0
+        """Until then, further lost lines are not reported."""
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
-    def write_line(self, level: int, message: str, fields: dict[str, Any]) -> None:
+    def write_line(self, level: int, message: str, fields: dict[str, Any], kind: str | None = None) -> None:
         """Serialises and queues one line; see `logs.WriteLine`."""
         if not LOGGER.isEnabledFor(level):
             return
         now = time.time()
-        document = {"timestamp": _date_and_timestamp(int(now))[1], "level": LEVELS[level], "message": message, **fields}
+        if kind is not None and not self._limit.admits(kind, self._refused_per_minute, level, kind, time.monotonic()):
+            return
         try:
-            line = orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)
+            line = _serialised_line(now, level, message, fields)
         except orjson.JSONEncodeError:  # a lone surrogate, such as in a path; LineFormatter can write it
             write_line_by_logging(level, message, fields)
             return
-        self._queue.append((now, line))
-        if not self._has_lines.is_set():
-            self._has_lines.set()
+        self._enqueue(now, line)
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Queues a record of the standard `logging`. `deque.append` is thread-safe: the lock of Handler.handle is not needed."""
-        self._queue.append((record.created, record))
-        if record.levelno >= logging.ERROR or record.name == AUDIT_LOGGER.name:
+        is_audit = record.name == AUDIT_LOGGER.name
+        if record.levelno >= logging.WARNING and not is_audit and not self._admits(record):
+            return True
+        self._enqueue(record.created, record, always=is_audit)
+        if record.levelno >= logging.ERROR or is_audit:
             self._flush_now.set()  # errors and audit lines are written at once
-        if not self._has_lines.is_set():
-            self._has_lines.set()
         return True
 
     def close(self) -> None:
-        """Waits until all queued lines are written."""
+        """Waits until all queued lines are written, but not for a disk or a reader that hangs."""
         self._is_closing = True
         self._flush_now.set()
         self._has_lines.set()
-        self._thread.join()
-        self._file.close()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            LOG_LINES_LOST.labels("file").inc(len(self._queue))
+        else:
+            self._file.close()
+        self._console.close()
         super().close()
+
+    def _admits(self, record: logging.LogRecord) -> bool:
+        identical, alike = kinds_of(record)
+        message, now = message_of(record), time.monotonic()
+        return self._limit.admits(identical, 1, record.levelno, message, now) and self._limit.admits(
+            alike, self._warnings_per_minute, record.levelno, message, now
+        )
+
+    def _enqueue(self, created: float, line: bytes | logging.LogRecord, *, always: bool = False) -> None:
+        if len(self._queue) >= QUEUED_LINES_MAX and not always:
+            LOG_LINES_LOST.labels("file").inc()
+            return
+        self._queue.append((created, line))
+        if not self._has_lines.is_set():
+            self._has_lines.set()
 
     def _run(self) -> None:
         while not self._is_closing:
-            self._has_lines.wait()
-            self._flush_now.wait(BATCH_S)
+            if self._has_lines.wait(LOOK_S if self._limit.has_suppressed else None):
+                self._flush_now.wait(BATCH_S)
             self._has_lines.clear()
             self._flush_now.clear()
+            self._tell_repeated(time.monotonic())
             self._write_queue()
+        self._tell_repeated(math.inf)
         self._write_queue()
+
+    def _tell_repeated(self, now: float) -> None:
+        for repeated in self._limit.ended(now):
+            created = time.time()
+            line = _serialised_line(created, repeated.level, repeated.message, {"repeated": repeated.count})
+            self._queue.append((created, line))
 
     def _write_queue(self) -> None:
         dated: list[tuple[datetime.date, bytes]] = []
@@ -164,34 +218,50 @@ class LogWriter(logging.Handler):
             text = b"".join(line for _, line in lines)
             try:
                 self._file.write(day, text)
-            except (OSError, ValueError) as error:  # such as a full disk
-                _report_lost_lines(error)
+            except OSError as error:  # such as a full disk
+                self._report_lost_lines(text.count(b"\n"), error)
             if self._stdout:
-                try:
-                    sys.stdout.write(text.decode())
-                    sys.stdout.flush()
-                except (OSError, ValueError) as error:  # the reader of standard output is gone
-                    _report_lost_lines(error)
+                self._console.write("stdout", text)
 
     def _serialised(self, record: logging.LogRecord) -> bytes:
         try:
-            return self._formatter.format(record).encode() + b"\n"
-        except Exception:
-            self.handleError(record)  # reports the record on standard error; the other lines are still written
+            return escaped_json(self._formatter.format(record).encode() + b"\n")
+        except Exception as error:  # the other lines are still written
+            self._report_lost_lines(1, error)
             return b""
 
+    def _report_lost_lines(self, count: int, error: Exception) -> None:
+        """On standard error, once a minute; the metric counts all."""
+        LOG_LINES_LOST.labels("file").inc(count)
+        if time.monotonic() >= self._silent_until:
+            self._silent_until = time.monotonic() + MINUTE_S
+            self._console.write("stderr", f"gptutor: log lines were lost: {error}\n".encode())
 
-def _report_lost_lines(error: Exception) -> None:
-    """Reports on standard error; if that is closed as well, does nothing."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"gptutor: log lines were lost: {error}", file=sys.stderr)
+
+def _serialised_line(created: float, level: int, message: str, fields: dict[str, Any]) -> bytes:
+    """Raises orjson.JSONEncodeError."""
+    document = {"timestamp": _date_and_timestamp(int(created))[1], "level": LEVELS[level], "message": message, **fields}
+    return escaped_json(orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE))
 
 
 @contextmanager
-def logging_to(directory: Path, *, level: str, retention_days: int, stdout: bool) -> Iterator[LoggerService]:
+def logging_to(
+    directory: Path,
+    *,
+    level: str,
+    retention_days: int,
+    stdout: bool,
+    warnings_per_minute: int = 20,
+    refused_per_minute: int = 100,
+) -> Iterator[LoggerService]:
     """Sets up logging for the life of a process; when the context ends, all queued lines are written."""
     root = logging.getLogger()
-    writer = LogWriter(DailyFile(directory, retention_days), stdout=stdout)
+    writer = LogWriter(
+        DailyFile(directory, retention_days),
+        stdout=stdout,
+        warnings_per_minute=warnings_per_minute,
+        refused_per_minute=refused_per_minute,
+    )
     root.addHandler(writer)
     root.setLevel(logging.WARNING)
     LOGGER.setLevel(level.upper())

@@ -5,9 +5,8 @@ method has a parameter for them.
 """
 
 import logging
-from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
+from typing import Any, Protocol
 
 LOGGER = logging.getLogger("gptutor")
 HTTP_SERVER_LOGGER = logging.getLogger("gptutor.http_server")
@@ -27,11 +26,18 @@ AUDIT_LOGGER = logging.getLogger("gptutor.audit")
 AUDIT_LOGGER.setLevel(logging.INFO)
 
 
-WriteLine = Callable[[int, str, dict[str, Any]], None]
-"""Writes one log line: level, message, fields."""
+PATH_CHARACTERS_MAX = 200
+REFUSED = 400
+"""The lowest HTTP status of a refused request."""
 
 
-def write_line_by_logging(level: int, message: str, fields: dict[str, Any]) -> None:
+class WriteLine(Protocol):
+    """Writes one log line. Lines with a `kind`, those of refused requests, are limited per kind and minute."""
+
+    def __call__(self, level: int, message: str, fields: dict[str, Any], kind: str | None = None) -> None: ...
+
+
+def write_line_by_logging(level: int, message: str, fields: dict[str, Any], kind: str | None = None) -> None:
     """Passes the line to the handlers of the standard `logging`. `LogWriter.write_line` is a much cheaper equivalent."""
     LOGGER.log(level, message, extra=fields)
 
@@ -42,7 +48,10 @@ class LoggerService:
     def __init__(self, write_line: WriteLine = write_line_by_logging) -> None:
         self._write_line = write_line
 
-    def llm_request(self, *, model: str, user_id: int, request_id: str, stream: bool, messages: int) -> None:
+    def llm_request(
+        self, *, model: str, user_id: int, request_id: str, stream: bool, messages: int, refusal: str | None = None
+    ) -> None:
+        """`refusal` is the code of the error if nothing was held for the request: such lines are limited per minute."""
         self._write_line(
             logging.INFO,
             f"LLM Request: {model}",
@@ -54,6 +63,7 @@ class LoggerService:
                 "stream": stream,
                 "messagesCount": messages,
             },
+            None if refusal is None else f"LLM Request: {refusal}",
         )
 
     def llm_response(
@@ -71,8 +81,12 @@ class LoggerService:
         cost_usd: Decimal | None,
         cost_rub: str | None,
         cause: str | None,
+        refusal: str | None = None,
     ) -> None:
-        """`outcome` is `settled`, `released` or `awaiting_evidence`, or the code of the error that the client received."""
+        """`outcome` is `settled`, `released` or `awaiting_evidence`, or the code of the error that the client received.
+
+        `refusal`: see `llm_request`.
+        """
         self._write_line(
             logging.INFO if cause is None else logging.WARNING,
             f"LLM Response: {model}",
@@ -91,9 +105,13 @@ class LoggerService:
                 "costRub": cost_rub,
                 "cause": cause,
             },
+            None if refusal is None else f"LLM Response: {refusal}",
         )
 
     def http(self, *, method: str, path: str, status: int, request_id: str, duration_ms: int, code: str | None) -> None:
+        """A long path is cut: a client chooses it."""
+        if len(path) > PATH_CHARACTERS_MAX:
+            path = f"{path[:PATH_CHARACTERS_MAX]}…"
         self._write_line(
             logging.INFO,
             f"HTTP {method} {path} {status}",
@@ -106,6 +124,7 @@ class LoggerService:
                 "durationMs": duration_ms,
                 "code": code,
             },
+            f"HTTP {status} {code}" if status >= REFUSED else None,
         )
 
 

@@ -25,6 +25,11 @@ MALFORMED_REQUESTS = Counter("gptutor_malformed_requests", "Requests that could 
 HEADER_TIMEOUTS = Counter(
     "gptutor_header_timeouts", "Connections closed because the headers of a request did not arrive within the timeout."
 )
+REJECTED_CONNECTIONS = Counter(
+    "gptutor_rejected_connections",
+    "Connections closed at once, by reason: limit (too many in all or from one address), descriptors (hardly any are left).",
+    ["reason"],
+)
 OFFLOADED_PARSES = Counter(
     "gptutor_offloaded_parses", "Request bodies so large that they were parsed in a thread instead of the event loop."
 )
@@ -50,6 +55,11 @@ INCONSISTENT_ACCOUNTS = Gauge(
     "Alert on any.",
 )
 CATALOGUE_AGE = Gauge("gptutor_catalogue_age_seconds", "Time since the model list was last read from OpenRouter.")
+LOG_LINES_LOST = Counter(
+    "gptutor_log_lines_lost",
+    "Log lines that could not be written, by destination: file (a full disk), stdout, stderr (a reader that does not read).",
+    ["destination"],
+)
 PAYMENT_NOTIFICATIONS = Counter(
     "gptutor_payment_notifications",
     "Notifications from the payment provider, by outcome: booked, nothing, unavailable, conflict.",

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from gptutor.config.schema import Config
 from gptutor.server.listener import listening_on
+from gptutor.server.runners import connection_factory
 from gptutor.web.openapi import describe
 from gptutor.web.page import LANGUAGES, NAMES, load_pages, render
 
@@ -57,7 +58,8 @@ def build_site() -> web.Application:
 async def documentation(config: Config) -> AsyncIterator[str]:
     """Serves the site on `docs.host` and `docs.port`; yields its URL. Raises StartError."""
     runner = web.AppRunner(build_site(), access_log=None, shutdown_timeout=1)
-    async with listening_on(runner, config.docs.host, config.docs.port, setting="GPTUTOR_DOCS__PORT") as url:
+    connection = connection_factory(config)
+    async with listening_on(runner, config.docs.host, config.docs.port, connection, setting="GPTUTOR_DOCS__PORT") as url:
         yield url
 
 

@@ -122,7 +122,8 @@ RETURNING key_id;
 -- $1 account, $2 SHA-256 of the key. No row: the key is unknown, revoked or expired, or its account is inactive.
 SELECT
     api_keys.key_id,
-    api_keys.is_main
+    api_keys.is_main,
+    accounts.balance_nano - accounts.held_nano AS available_nano
 FROM api_keys
 INNER JOIN accounts ON api_keys.account_id = accounts.account_id
 WHERE

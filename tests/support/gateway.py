@@ -124,10 +124,12 @@ def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[st
 
 
 @asynccontextmanager
-async def gateway_on(config: schema.Config, database: pool.Database, simulator: Simulator) -> AsyncIterator[Gateway]:
+async def gateway_on(
+    config: schema.Config, database: pool.Database, simulator: Simulator, *, log: LoggerService | None = None
+) -> AsyncIterator[Gateway]:
     """A gateway with these settings, ready. Two gateways on one database need the same OpenRouter: the recovery of each
     looks up the due holds of both."""
-    app = build_app(config, log=LoggerService(), secrets=[SECRET])
+    app = build_app(config, log=log or LoggerService(), secrets=[SECRET])
     async with listening(app, config) as url, aiohttp.ClientSession(auto_decompress=False) as session:
         running = Gateway(url, app, simulator, database, session)
         await running.ready()

@@ -4,16 +4,19 @@ import functools
 import hashlib
 import hmac
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
 
 from gptutor.api.chat.event_stream import StreamLimits
+from gptutor.api.chat.large_bodies import LargeBodies
 from gptutor.api.chat.request import ParsedRequest
+from gptutor.api.verified_keys import VerifiedKeys
+from gptutor.http.address_limits import RequestCounter
 from gptutor.http.body import BodyLimits
+from gptutor.http.byte_budget import ByteBudget, ByteShare
 from gptutor.http.rate_limit import RateLimit
-from gptutor.money.amounts import AccountId
+from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.keys import KeyClaim
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
@@ -31,6 +34,11 @@ class RequestContext(msgspec.Struct, frozen=True):
     parsed: ParsedRequest
     forwarded_headers: Mapping[str, str]
     """The client's headers that are forwarded to OpenRouter, by `openrouter.service.FORWARDED_HEADERS`."""
+    body_share: ByteShare
+    """The bytes of the body, until it was sent."""
+    counted_as: str | bytes
+    """As what `Services.refusals` has counted the request, until its hold is placed; and as how many requests."""
+    weight: int
     idempotency_key: str | None = None
     body_hash: bytes | None = None
 
@@ -46,9 +54,20 @@ class Services:
     log: LoggerService
     in_flight: BackgroundTasks
     """One task for each exchange whose hold is not closed yet."""
-    parser_thread: ThreadPoolExecutor
-    """Parses large bodies, one at a time."""
+    large_bodies: LargeBodies
     body_limits: BodyLimits
+    body_budget: ByteBudget
+    """Request bodies that are in memory: while they are read, and until they were sent."""
+    answer_budget: ByteBudget
+    """Plain responses that are in memory: while they are read, and until the client has taken them."""
+    answer_bytes_max: int
+    balance_min: Nano
+    """With less available, no large body is read."""
+    verified_keys: VerifiedKeys
+    refusals: RequestCounter
+    """Requests, by `VerifiedKeys.counted_as`, whose hold is not placed."""
+    free_models: RequestCounter
+    """Requests of an account for free models, whose quota OpenRouter counts for all accounts together."""
     default_model: str
     pseudonym_key: bytes
     stream_limits: StreamLimits

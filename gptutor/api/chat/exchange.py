@@ -19,9 +19,11 @@ from gptutor.api.chat.context import RequestContext, Services
 from gptutor.api.chat.errors import error_for_hold, error_for_upstream
 from gptutor.api.chat.event_stream import EventStream
 from gptutor.api.chat.purchase import Purchase
+from gptutor.api.verified_keys import hide_duration
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
-from gptutor.http.app_keys import LOGGED
+from gptutor.http.app_keys import KEY_VERIFIED, LOGGED
+from gptutor.http.byte_budget import BudgetExceeded, ResponseBytes, TooLarge
 from gptutor.http.unbuffered_response import CompleteResponse
 from gptutor.money.amounts import roubles
 from gptutor.money.holds import Hold, HoldId, HoldRejected, HoldRequest, UnknownKey, new_id
@@ -66,6 +68,8 @@ class Exchange:
         self._is_request_logged = False
         self._outcome = "internal_error"
         self._cause: str | None = None
+        self._refusal: str | None = None
+        """The code of the error, if nothing was held for the request."""
 
     async def run(self) -> None:
         hold_id = new_id()
@@ -73,6 +77,8 @@ class Exchange:
             await self._hold_buy_and_settle(hold_id)
         finally:
             self._services.ledger.deactivate(hold_id)
+            self._parsed.members.clear()
+            self._context.body_share.release()
             if not self.response.done():  # this task is being cancelled
                 headers = DO_NOT_RETRY if self._is_sent else None
                 self._respond_with_error(ApiError("not_ready", cause="cancelled when the service stopped", headers=headers))
@@ -112,14 +118,24 @@ class Exchange:
             idempotency_key=self._context.idempotency_key,
             body_hash=self._context.body_hash,
         )
+        verified_keys = self._services.verified_keys
         try:
             hold = await self._services.ledger.hold_funds(request)
         except HoldRejected as error:
-            if not isinstance(error, UnknownKey):  # an unauthenticated request must not be logged under an account's id
-                self._log_request()
-            raise error_for_hold(error, self._services.rate_limit) from None
+            rejection = error_for_hold(error, self._services.rate_limit)
+            if isinstance(error, UnknownKey):
+                verified_keys.discard(self._context.claim)
+                await hide_duration(self._started)
+            else:
+                verified_keys.add(self._context.claim, is_fresh=False)
+                self._request[KEY_VERIFIED] = True
+                self._refusal = rejection.code
+                self._log_request()  # an unauthenticated request must not be logged under an account's id
+            raise rejection from None
         except DatabaseUnavailable as error:
             raise ApiError("database_unavailable", cause=str(error)) from error
+        verified_keys.add(self._context.claim)
+        self._services.refusals.take_back(self._context.counted_as, self._context.weight)
         self._log_request()
         return hold
 
@@ -127,20 +143,24 @@ class Exchange:
 
     async def _buy(self, hold: Hold, purchase: Purchase, ceiling: Ceiling) -> None:
         """Requests a completion and relays it, recording the evidence of the purchase."""
-        body = self._parsed.upstream_body(
-            user=self._services.pseudonym(hold.account_id), output_limit=ceiling.output_limit(hold.available_before)
-        )
         if self.response.cancelled():
             return
+        body = [
+            self._parsed.upstream_body(
+                user=self._services.pseudonym(hold.account_id), output_limit=ceiling.output_limit(hold.available_before)
+            )
+        ]
+        self._parsed.members.clear()  # the body is in memory once from here on, and not twice
         try:
             upstream, left_s = await self._services.upstream.complete(
-                body,
+                body.pop(),  # no variable here keeps it while the response is read
                 self._context.forwarded_headers,
                 stream=self._parsed.stream,
                 is_wanted=lambda: not self.response.cancelled(),
                 before_attempt=purchase.mark_sent,
                 nothing_bought=purchase.mark_not_sent,
             )
+            self._context.body_share.release()
             try:
                 if not upstream.connection.is_finished:  # a finished response states its bill in the next moment
                     purchase.record_generation_id(upstream.generation_id)
@@ -158,8 +178,14 @@ class Exchange:
             raise error_for_upstream(error) from error
 
     async def _relay_document(self, hold: Hold, purchase: Purchase, upstream: UpstreamResponse, left_s: float) -> None:
-        """Raises UpstreamError."""
-        document = await upstream.read_body(left_s)
+        """Raises UpstreamError, and ApiError if the response cannot be kept in memory."""
+        services = self._services
+        kept = ResponseBytes(services.answer_budget, hold.account_id, services.answer_bytes_max)
+        try:
+            document = await upstream.read_body(left_s, kept.count)
+        except (TooLarge, BudgetExceeded) as error:
+            purchase.record_generation_id(upstream.generation_id)
+            raise ApiError("upstream_outcome_unknown", cause=f"the response is not kept: {type(error).__name__}") from None
         report = read_usage_report(document)
         if report.bill is not None:
             purchase.record_bill(report.bill, upstream.generation_id)
@@ -167,7 +193,15 @@ class Exchange:
             purchase.record_generation_id(upstream.generation_id or report.generation_id)
         if not self.response.done():
             headers = self._client_headers(hold, upstream)
-            self.response.set_result(CompleteResponse(document, status=upstream.status, headers=headers))
+            self.response.set_result(
+                CompleteResponse(
+                    document,
+                    status=upstream.status,
+                    headers=headers,
+                    kept=kept,
+                    write_timeout_s=services.stream_limits.write_timeout_s,
+                )
+            )
 
     async def _relay_stream(self, hold: Hold, purchase: Purchase, upstream: UpstreamResponse) -> None:
         """Raises UpstreamError if nothing has been written to the client yet."""
@@ -234,6 +268,8 @@ class Exchange:
     def _respond_with_error(self, error: ApiError) -> None:
         self._outcome = error.code
         self._cause = error.cause or error.code
+        # Its tracebacks refer to this exchange, which refers to the error: the body would wait for the garbage collector.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
         if self.response.done():
             return
         if self._downstream is not None and self._downstream.has_started:
@@ -255,6 +291,7 @@ class Exchange:
             request_id=self._context.request_id,
             stream=self._parsed.stream,
             messages=self._parsed.message_count,
+            refusal=self._refusal,
         )
 
     def _log_response(self) -> None:
@@ -276,4 +313,5 @@ class Exchange:
             cost_usd=charge.cost_usd if charge else None,
             cost_rub=roubles(charge.amount) if charge else None,
             cause=self._cause,
+            refusal=self._refusal,
         )

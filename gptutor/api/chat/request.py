@@ -18,10 +18,18 @@ from gptutor.api.chat.surrogates import mask, unmask
 from gptutor.errors import ApiError
 from gptutor.http.json_body import ERROR_PATH, MISSING_FIELD, reject_ambiguous_json
 from gptutor.money.pricing import RequestSize
+from gptutor.text import ONE_LINE
 
 MODEL_CHARACTERS_MAX = 200
 BRACKETS_MAX = 1_000_000
 """Parsing more would block the event loop, and no sensible request has more."""
+MEMBERS_MAX = 200
+"""At the top level; OpenRouter documents about forty."""
+MODELS_MAX = 10
+STOP_MAX = 16
+"""OpenRouter takes four."""
+TOO_LONG = "Expected `array` of length <="
+"""In msgspec's error texts."""
 ESCAPE = b"\\u00"
 ESCAPED_LETTER = re.compile(rb"\\u00(?:5f|6[0-9a-f]|7[0-9a])", re.IGNORECASE)
 """An underscore or a lower-case letter written as an escape, which is done only on purpose: the escaped text is not decoded."""
@@ -65,10 +73,12 @@ class ChatRequest(msgspec.Struct):
 
     messages: Annotated[list[Message], Meta(min_length=1, description="a non-empty array of messages")]
     model: Annotated[
-        Annotated[str, Meta(min_length=1, max_length=MODEL_CHARACTERS_MAX, pattern=r"^[^\x00-\x1f\x7f]*$")] | None,
+        Annotated[str, Meta(min_length=1, max_length=MODEL_CHARACTERS_MAX, pattern=ONE_LINE)] | None,
         Meta(description=f"a string of 1 to {MODEL_CHARACTERS_MAX} printable characters"),
     ] = None
-    models: Annotated[list[str] | None, Meta(description="an array of strings")] = None
+    models: Annotated[
+        Annotated[list[str], Meta(max_length=MODELS_MAX)] | None, Meta(description=f"an array of at most {MODELS_MAX} strings")
+    ] = None
     stream: Annotated[bool | None, Meta(description="a boolean")] = None
     max_tokens: Annotated[Annotated[int, Meta(ge=1, le=2**31 - 1)] | None, Meta(description="a positive integer")] = None
     max_completion_tokens: Annotated[Annotated[int, Meta(ge=1, le=2**31 - 1)] | None, Meta(description="a positive integer")] = (
@@ -78,7 +88,10 @@ class ChatRequest(msgspec.Struct):
     top_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="a number from 0 to 1")] = None
     frequency_penalty: Annotated[Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="a number from -2 to 2")] = None
     presence_penalty: Annotated[Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="a number from -2 to 2")] = None
-    stop: Annotated[str | list[str] | None, Meta(description="a string or an array of strings")] = None
+    stop: Annotated[
+        str | Annotated[list[str], Meta(max_length=STOP_MAX)] | None,
+        Meta(description=f"a string or an array of at most {STOP_MAX} strings"),
+    ] = None
     n: Annotated[Annotated[int, Meta(ge=1, le=128)] | None, Meta(description="an integer from 1 to 128")] = None
     usage: Annotated[dict[str, Raw] | None, Meta(description="an object")] = None
     stream_options: Annotated[dict[str, Raw] | None, Meta(description="an object")] = None
@@ -121,7 +134,7 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     stream: bool
     message_count: int
     size: RequestSize
-    members: Mapping[str, Raw]
+    members: dict[str, Raw]
     masked: bool = False
     """Whether lone surrogates are masked in `members`."""
 
@@ -149,12 +162,16 @@ def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
     if body.count(b"[") + body.count(b"{") > BRACKETS_MAX:
         raise ApiError("invalid_request", f"Request body must not have more than {BRACKETS_MAX} objects and arrays")
     try:
-        reject_ambiguous_json(body.decode())
         request, members, masked = _parse(body)
+        if len(members) > MEMBERS_MAX:
+            raise ApiError("invalid_request", f"Request body must not have more than {MEMBERS_MAX} members")
     except msgspec.ValidationError as error:
+        if TOO_LONG not in str(error):  # otherwise the body is not worth the work
+            _reject_ambiguous(body)
         raise _validation_error(str(error)) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ApiError("invalid_json", cause=type(error).__name__) from error
+    _reject_ambiguous(body)
 
     images, image_bytes, files = 0, 0, 0
     for index, message in enumerate(request.messages):
@@ -183,6 +200,14 @@ def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
         members=members,
         masked=masked,
     )
+
+
+def _reject_ambiguous(body: bytes) -> None:
+    """The slowest check, so it is made last. Raises ApiError."""
+    try:
+        reject_ambiguous_json(body.decode())
+    except (ValueError, RecursionError) as error:
+        raise ApiError("invalid_json", cause=type(error).__name__) from error
 
 
 def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
@@ -274,4 +299,10 @@ def _with_member(raw: Raw | None, key: bytes) -> bytes:
 
 
 def _encode_object(members: Mapping[str, bytes | Raw]) -> bytes:
-    return b"{%b}" % b",".join([b"%b:%b" % (msgspec.json.encode(name), value) for name, value in members.items()])
+    """Values may be large: each is copied once."""
+    pieces: list[bytes | Raw] = []
+    for name, value in members.items():
+        pieces += (b",", msgspec.json.encode(name), b":", value)
+    pieces[:1] = (b"{",)
+    pieces.append(b"}")
+    return b"".join(pieces)

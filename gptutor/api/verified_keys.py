@@ -1,0 +1,48 @@
+"""Keys that the database verified lately, in the memory of this process.
+
+Being in here lets nobody in: the hold statement verifies the key of each completion. It says in whose name a request is counted
+before the hold, and saves a look-up where a key was verified a moment ago.
+"""
+
+import asyncio
+import time
+
+from gptutor.http.address_limits import ADDRESSES_MAX
+from gptutor.money.keys import KeyClaim
+
+FRESH_S = 2.0
+"""For so long a verified key is not looked up again before its body is read."""
+
+REJECTION_S = 0.05
+"""A key that the database does not know is rejected so long after the look-up began, whatever the look-up took: it takes longer
+for an account that exists, because its row is locked."""
+
+
+async def hide_duration(started: float) -> None:
+    """To be awaited before a key is rejected. `started`: when the look-up began, by `time.monotonic`."""
+    await asyncio.sleep(max(0.0, started + REJECTION_S - time.monotonic()))
+
+
+class VerifiedKeys:
+    def __init__(self) -> None:
+        self._verified_at: dict[bytes, float] = {}
+
+    def add(self, claim: KeyClaim, *, is_fresh: bool = True) -> None:
+        """`is_fresh` False: its next large body needs a look-up all the same, because the account may lack money."""
+        if claim.key_hash not in self._verified_at and len(self._verified_at) >= ADDRESSES_MAX:
+            self._verified_at.clear()
+        self._verified_at[claim.key_hash] = time.monotonic() if is_fresh else float("-inf")
+
+    def discard(self, claim: KeyClaim) -> None:
+        """The database does not know the key, or not any more."""
+        self._verified_at.pop(claim.key_hash, None)
+
+    def is_fresh(self, claim: KeyClaim) -> bool:
+        return time.monotonic() - self._verified_at.get(claim.key_hash, float("-inf")) < FRESH_S
+
+    def counted_as(self, claim: KeyClaim) -> str | bytes:
+        """In whose name requests with this key are counted: the account's, if the key is known to be its, else the key's own.
+
+        Otherwise a made-up key could use up the limit of the account that it names.
+        """
+        return str(claim.account_id) if claim.key_hash in self._verified_at else claim.key_hash
