@@ -715,6 +715,21 @@ async def test_a_failure_that_is_not_an_outage_is_not_retried(database: Database
     assert await client.held() == 1
 
 
+async def test_a_background_release_that_fails_is_logged(
+    database: Database, statements: Statements, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for it; recovery finds the hold."""
+    client = await make_client(database, "10")
+    ledger = ledger_of(database)
+    statements.lost_responses += ["settle_and_hold"]
+    statements.rejected += ["release_holds"]
+    with pytest.raises(DatabaseUnavailable):
+        await ledger.hold_funds(request(client, "1"))
+    await ledger.drain(5)
+    assert any(record.getMessage().startswith("A hold could not be released: ") for record in caplog.records)
+    assert await client.held() == 1
+
+
 async def test_draining_waits_for_background_releases_but_not_forever(database: Database, statements: Statements) -> None:
     """Rows process-7, db-4: recovery will find the rest."""
     client = await make_client(database, "10")

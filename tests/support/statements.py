@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.errors import ConstraintViolated, DatabaseUnavailable
 from gptutor.database.pool import Database
 
 OF_RECOVERY = frozenset({"claim_due_holds", "clear_idempotency_keys"})
@@ -21,6 +21,7 @@ class Statements:
         self.unblocked.set()
         self.lost_requests: list[str] = []
         self.lost_responses: list[str] = []
+        self.rejected: list[str] = []
         self._fetch = database.fetch
         monkeypatch.setattr(database, "fetch", self.fetch)
 
@@ -29,6 +30,9 @@ class Statements:
         if statement in self.lost_requests:
             self.lost_requests.remove(statement)
             raise DatabaseUnavailable("the request was lost")
+        if statement in self.rejected:
+            self.rejected.remove(statement)
+            raise ConstraintViolated("a_constraint")
         if statement == "settle_and_hold":
             await self.unblocked.wait()
         rows = await self._fetch(statement, *arguments)
