@@ -1,7 +1,7 @@
 """Keys that the database verified lately, in the memory of this process.
 
-Being in here lets nobody in: the hold statement verifies the key of each completion. It says in whose name a request is counted
-before the hold, and saves a look-up where a key was verified a moment ago.
+The list authenticates nobody: the hold statement verifies the key of each completion. The list decides whether a request counts
+for its account or for its key before the hold is placed, and saves a look-up where a key was verified a moment ago.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ FRESH_S = 2.0
 """For so long a verified key is not looked up again before its body is read."""
 
 REJECTION_S = 0.05
-"""A key that the database does not know is rejected so long after the look-up began, whatever the look-up took: it takes longer
-for an account that exists, because its row is locked."""
+"""An unknown key is rejected this long after its look-up began, however long the look-up took: the look-up takes longer for an
+account that exists, because the account's row is locked."""
 
 
 async def hide_duration(started: float) -> None:
@@ -41,7 +41,7 @@ class VerifiedKeys:
         return time.monotonic() - self._verified_at.get(claim.key_hash, float("-inf")) < FRESH_S
 
     def counted_as(self, claim: KeyClaim) -> str | bytes:
-        """In whose name requests with this key are counted: the account's, if the key is known to be its, else the key's own.
+        """What requests with this key are counted for: the account, if the key is known to be the account's, else the key alone.
 
         Otherwise a made-up key could use up the limit of the account that it names.
         """

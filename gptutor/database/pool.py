@@ -17,7 +17,7 @@ ATTEMPTS_MAX = 8
 PAGE_ROWS = 1000
 IDLE_MAX_S = 60.0
 CLOSE_S = 5.0
-"""The longest wait for statements under way and for the server's goodbye when the pool closes."""
+"""The longest wait for statements under way and for the server to end its sessions when the pool closes."""
 
 Row = asyncpg.Record
 

@@ -30,7 +30,7 @@ ADDRESSES_MAX = 100_000
 IPV6_PREFIX_BITS = 64
 """An IPv6 client owns a whole network of addresses, which is counted as one address."""
 FLOOD_FACTOR = 2
-"""Above so many times the limit, errors are sent after FLOOD_DELAY_S, so that a client that repeats at once costs little."""
+"""Above this multiple of the limit, errors are sent after FLOOD_DELAY_S, so that a client that repeats at once costs little."""
 FLOOD_DELAY_S = 1.0
 
 

@@ -51,7 +51,7 @@ class ClientConnection(web.RequestHandler):
     """`header_s`: seconds for all headers of a request, from its first byte; of the first request, from the connection's start.
 
     `silent_s`: seconds after which the kernel drops a peer that acknowledges nothing of what is sent to it. A connection that
-    `limits` do not admit is closed at once; one that has a reserved descriptor is told whether the process is alive, then closed.
+    `limits` do not admit is closed at once; one that has a reserved descriptor gets a fixed answer, then it is closed.
     """
 
     __slots__ = (

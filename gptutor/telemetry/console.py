@@ -25,9 +25,8 @@ class ConsoleWriter:
         self._lock = threading.Lock()
         self._has_text = threading.Event()
         self._is_closing = False
-        self._thread = threading.Thread(
-            target=self._run, name="console", daemon=True
-        )  # one that is blocked must not delay the exit
+        # A daemon: a blocked thread must not delay the exit.
+        self._thread = threading.Thread(target=self._run, name="console", daemon=True)
         self._thread.start()
 
     def write(self, stream: Stream, text: bytes) -> None:

@@ -1,4 +1,4 @@
-"""So many log lines of one kind per minute; the others are counted, and told in one line when the minute is over."""
+"""A limit of log lines per kind and minute. Further lines are counted, and one line reports the count when the minute is over."""
 
 import logging
 import threading

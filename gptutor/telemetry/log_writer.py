@@ -4,7 +4,7 @@ The lines of LoggerService are serialised at once, by the calling thread: buildi
 than serialising. Records of the standard `logging` are queued as they are. A writer thread serialises those, and writes all
 queued lines to the file in batches, within BATCH_S; `console.py` has another thread for standard output.
 
-Of repeated warnings and errors, and of refused requests, so many are written per minute and kind; the others are counted.
+Repeated warnings and errors, and refused requests, are written up to a limit per kind and minute; the others are counted.
 """
 
 import contextlib
@@ -196,12 +196,12 @@ class LogWriter(logging.Handler):
                 self._flush_now.wait(BATCH_S)
             self._has_lines.clear()
             self._flush_now.clear()
-            self._tell_repeated(time.monotonic())
+            self._report_repeated(time.monotonic())
             self._write_queue()
-        self._tell_repeated(math.inf)
+        self._report_repeated(math.inf)
         self._write_queue()
 
-    def _tell_repeated(self, now: float) -> None:
+    def _report_repeated(self, now: float) -> None:
         for repeated in self._limit.ended(now):
             created = time.time()
             line = _serialised_line(created, repeated.level, repeated.message, {"repeated": repeated.count})
