@@ -57,7 +57,7 @@ ERRORS: dict[str, ErrorKind] = {
     "upstream_unreachable": ErrorKind(500, "Internal server error"),
     "upstream_account": ErrorKind(500, "Internal server error", DO_NOT_RETRY),
     "upstream_outcome_unknown": ErrorKind(500, "Internal server error", DO_NOT_RETRY),
-    "upstream_timeout": ErrorKind(504, "OpenRouter did not answer in time", DO_NOT_RETRY),
+    "upstream_timeout": ErrorKind(504, "OpenRouter did not answer in time"),
     "database_unavailable": ErrorKind(503, "Service temporarily unavailable", RETRY_SOON),
     "overloaded": ErrorKind(503, "The service has too many bytes in memory, try again in a moment", RETRY_SOON),
     "not_ready": ErrorKind(503, "Service is starting or stopping", RETRY_SOON),

@@ -119,6 +119,18 @@ async def test_invalid_requests_are_rejected_and_not_billed(upstream: aiohttp.Cl
     assert simulator.billing.total_usd() == 0
 
 
+@pytest.mark.parametrize("status", [400, 402, 429, 503])
+async def test_a_refusal_has_a_generation_id_that_nobody_knows(upstream: aiohttp.ClientSession, status: int) -> None:
+    response, _ = await chat(upstream, f"fault:status={status}")
+    generation_id = response.headers["X-Generation-Id"]
+    async with upstream.get("generation", params={"id": generation_id}, headers=AUTHORIZED) as found:
+        assert found.status == 404
+    other, _ = await chat(upstream, f"fault:status={status}")
+    assert other.headers["X-Generation-Id"] != generation_id
+    for edge in ("html=503", "status=502"):
+        assert "X-Generation-Id" not in (await chat(upstream, f"fault:{edge}"))[0].headers
+
+
 async def test_faults_are_requested_by_header_or_in_the_message(upstream: aiohttp.ClientSession) -> None:
     response, document = await chat(upstream, headers={**AUTHORIZED, "X-Simulator-Fault": "status=529:3"})
     assert (response.status, response.headers["Retry-After"]) == (529, "3")

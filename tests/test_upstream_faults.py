@@ -1,6 +1,7 @@
 """Whatever OpenRouter does, the client gets a true response and the invariants hold (contract A3, B6, B7, C5 to C8; rows money-9 to -11,
-upstream-2, -6, -9 to -18)."""
+upstream-2, -6, -9 to -18, sum-5)."""
 
+import asyncio
 import gzip
 import json
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from aiohttp import web
 
 from gptutor.api.chat.exchange import TRUNCATED_EVENT
+from gptutor.http.app_keys import JOURNAL
+from gptutor.openrouter.errors import REFUSALS
 from tests.support.accounting import assert_charges_match_bills
 from tests.support.gateway import Gateway
 
@@ -112,11 +115,76 @@ async def test_openrouters_error_message_reaches_the_client_in_either_form(scrip
     assert await client.balance() == 100
 
 
-def answering(status: int, body: bytes) -> Any:
+def answering(status: int, body: bytes, **headers: str) -> Any:
     async def play(request: web.Request) -> web.Response:
-        return web.Response(status=status, body=body, content_type="application/json")
+        return web.Response(status=status, body=body, content_type="application/json", headers=headers)
 
     return play
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tuned", [{"openrouter": {"attempts_max": 2}}])
+async def test_a_refusal_with_a_generation_id_bought_nothing(gateway: Gateway, stream: bool) -> None:
+    """Row sum-5: the hold is released at once, and the client may try again, unless our own account is the trouble."""
+    client = await gateway.client()
+    for status in sorted(REFUSALS):
+        response, _ = await gateway.chat(client, f"fault:status={status}:0", stream=stream)
+        assert response.status >= 400
+        assert await client.held() == 0
+        assert ("x-should-retry" in response.headers) is (response.headers["X-Error-Code"] == "upstream_account")
+    assert await client.balance() == 100
+    assert await gateway.database.fetch("list_waiting_holds", 1000) == []
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"attempts_max": 3}}])
+async def test_a_refusal_with_a_generation_id_is_retried(scripted: Any) -> None:
+    plays, gateway = scripted
+    statuses = iter([429, 503, 200])
+    bought = b'{"id":"gen-3","choices":[],"usage":{"cost":0.001}}'
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        status = next(statuses)
+        body = b'{"error":{"code":%d,"message":"later"}}' % status if status != 200 else bought
+        headers = {"X-Generation-Id": f"gen-{status}", "Retry-After": "0"}
+        return web.Response(status=status, body=body, content_type="application/json", headers=headers)
+
+    plays.append(play)
+    client = await gateway.client()
+    response, document = await gateway.chat(client)
+    assert (response.status, document) == (200, bought)
+    assert await client.held() == 0
+    assert str(await client.balance()) == "99.91"
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"attempts_max": 2, "total_s": 30}}])
+async def test_while_a_refused_request_waits_for_its_retry_the_journal_says_that_nothing_was_bought(scripted: Any) -> None:
+    """Row sum-5: if the process dies then, recovery releases the hold, and looks nothing up."""
+    plays, gateway = scripted
+    refusal = b'{"error":{"code":429,"message":"later"}}'
+    plays.append(answering(429, refusal, **{"X-Generation-Id": "gen-1", "Retry-After": "1"}))
+    client = await gateway.client()
+    waiting = asyncio.create_task(gateway.chat(client))
+    journal, seen = gateway.app[JOURNAL], set()
+    while not waiting.done():
+        seen.add(tuple(record.generation_id for record in journal.open_holds.values()))
+        await asyncio.sleep(0.01)
+    assert (await waiting)[0].status == 429
+    assert () in seen
+    assert ("gen-1",) not in seen
+    assert await client.held() == 0
+
+
+@pytest.mark.parametrize("status", [400, 429, 503])
+@pytest.mark.parametrize("body", [b"<html>", b'{"error":"text"}', b"{}"])
+async def test_an_error_in_another_form_with_a_generation_id_may_have_bought_something(
+    scripted: Any, status: int, body: bytes
+) -> None:
+    plays, gateway = scripted
+    plays.append(answering(status, body, **{"X-Generation-Id": "gen-1"}))
+    client = await gateway.client()
+    response, _ = await gateway.chat(client)
+    assert response.headers["x-should-retry"] == "false"
+    assert await client.held() > 0
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"", b"{}", b'{"message":"edge"}', b'{"error":null}'])

@@ -8,6 +8,9 @@ import msgspec
 from gptutor.openrouter.bill import valid_generation_id
 from gptutor.openrouter.retry import Failure
 
+REFUSALS = frozenset({400, 401, 402, 403, 404, 408, 413, 422, 429, 503})
+"""Statuses of OpenRouter's own errors that prove that nothing was bought. They have a generation id too, but only of the refusal
+itself: `/generation` never knows it."""
 MESSAGE_CHARACTERS_MAX = 1000
 API_KEY = re.compile(r"sk-[A-Za-z0-9_-]+")
 """An error message about our key may quote the key; it must reach neither the log nor a client."""
@@ -31,14 +34,15 @@ class PoolExhausted(UpstreamError):
 
 def error_from_response(status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:
     """The error for an error status, with OpenRouter's message if the body has one."""
-    is_from_openrouter, message = _read_error(body)
+    error = _read_error(body)
+    is_refusal = status in REFUSALS and isinstance(error, _Error)
     failure = Failure(
-        "broken" if status >= 500 and not is_from_openrouter else "status",  # an error page of the edge
+        "broken" if status >= 500 and error is None else "status",  # without an error of OpenRouter's: a page of its edge
         status=status,
         retry_after_s=_seconds(headers.get("retry-after")),
-        generation_id=valid_generation_id(headers.get("x-generation-id")),
+        generation_id=None if is_refusal else valid_generation_id(headers.get("x-generation-id")),
     )
-    return UpstreamError(failure, message)
+    return UpstreamError(failure, _message(error))
 
 
 def _seconds(text: str | None) -> float | None:
@@ -54,11 +58,14 @@ class _ErrorBody(msgspec.Struct):
     error: _Error | str | None = None
 
 
-def _read_error(body: bytes) -> tuple[bool, str | None]:
-    """Whether the body is an error of OpenRouter's, and not a page of its edge; and its message, if it has one."""
+def _read_error(body: bytes) -> _Error | str | None:
+    """The error that the body states; None if it is not an error of OpenRouter's, such as a page of its edge."""
     try:
-        error = msgspec.json.decode(body, type=_ErrorBody).error
+        return msgspec.json.decode(body, type=_ErrorBody).error
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return False, None
+        return None
+
+
+def _message(error: _Error | str | None) -> str | None:
     message = error.message if isinstance(error, _Error) else error
-    return error is not None, API_KEY.sub("sk-…", message)[:MESSAGE_CHARACTERS_MAX] if message else None
+    return API_KEY.sub("sk-…", message)[:MESSAGE_CHARACTERS_MAX] if message else None

@@ -1,6 +1,7 @@
 """Whether and when to retry a request to OpenRouter (contract F3): a pure decision about one failed attempt.
 
-Only failures that prove that nothing was bought are retried. A generation id in the response means that something may have been.
+Only failures that prove that nothing was bought are retried. A generation id means that something may have been; a refusal of
+OpenRouter's own has none here, whatever its headers say (`errors.REFUSALS`).
 """
 
 import random

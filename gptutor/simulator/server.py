@@ -5,6 +5,7 @@ import datetime
 import itertools
 import json
 import time
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -18,6 +19,7 @@ from gptutor.simulator.response_content import NoEndpoint
 from gptutor.simulator.response_script import Script, error_response, plain_response, streamed_response
 
 BODY_BYTES_MAX = 64 * 1024 * 1024
+REFUSALS = frozenset({400, 401, 402, 403, 404, 408, 413, 422, 429, 503})
 
 
 class Simulator:
@@ -54,34 +56,43 @@ class Simulator:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         if not request.headers.get("Authorization", "").startswith("Bearer "):
-            return _send_at_once(error_response(401, "No auth credentials found"))
+            return self._refuse(error_response(401, "No auth credentials found"))
         try:
             document = json.loads(body)
             stream = bool(document.get("stream"))
             model_ids = [document.get("model") or document["models"][0], *(document.get("models") or [])]
             models = [find_model(self._library, model_id) for model_id in model_ids]
             if None in models:
-                return _send_at_once(error_response(400, f"{model_ids[models.index(None)]} is not a valid model ID"))
+                return self._refuse(error_response(400, f"{model_ids[models.index(None)]} is not a valid model ID"))
             faults = f"{_fault_header(request)} {last_text(document['messages'])}"
             generation, script = self._respond(document, [model for model in models if model is not None], faults, stream=stream)
         except FaultError as error:
-            return _send_at_once(error_response(400, str(error)))
+            return self._refuse(error_response(400, str(error)))
         except NoEndpoint as error:
-            return _send_at_once(error_response(404, str(error)))
+            return self._refuse(error_response(404, str(error)))
         except (ValueError, KeyError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
-            return _send_at_once(error_response(400, "Invalid request"))
+            return self._refuse(error_response(400, "Invalid request"))
         if script.billed_deltas is None:
-            return _send_at_once(script)
+            return self._refuse(script)
         record = BillingRecord(generation.generation_id, generation.model.id, stream, body, dict(request.headers), time.time())
         self.billing.add(record)
         return await self._send(request, script, generation, record)
+
+    def _refuse(self, script: Script) -> web.Response:
+        """Refusals of OpenRouter's own have a generation id too, of which there is no record."""
+        if script.status in REFUSALS and script.content_type == "application/json":
+            script = replace(script, headers={"X-Generation-Id": self._new_generation_id(), **script.headers})
+        return _send_at_once(script)
+
+    def _new_generation_id(self) -> str:
+        return f"gen-{self._epoch}-{next(self._numbers):08d}"
 
     def _respond(
         self, document: dict[str, Any], models: list[SimulatedModel], faults: str, *, stream: bool
     ) -> tuple[Generation, Script]:
         """The response of the first model, with the faults named in `faults`. Raises FaultError and what `generate` raises."""
         model, *others = models
-        generation_id = f"gen-{self._epoch}-{next(self._numbers):08d}"
+        generation_id = self._new_generation_id()
         fallbacks = [other for other in others if other is not model]
         generation = apply_generation_faults(generate(generation_id, document, model, int(time.time()), fallbacks), faults)
         if (tokens := generation.input.prompt_tokens) > generation.model.context:

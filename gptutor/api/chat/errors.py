@@ -64,17 +64,15 @@ def error_for_hold(error: HoldRejected, rate_limit: RateLimit) -> ApiError:
 def error_for_upstream(error: UpstreamError) -> ApiError:
     failure = error.failure
     cause = f"upstream: {error}"
+    headers = {} if failure.bought_nothing else dict(DO_NOT_RETRY)
     if failure.kind != "status":
-        return ApiError(BY_UPSTREAM_FAILURE[failure.kind], cause=cause)
+        return ApiError(BY_UPSTREAM_FAILURE[failure.kind], headers=headers, cause=cause)
     code, shows_message = BY_UPSTREAM_STATUS.get(failure.status, ("upstream_error", False))
     if failure.status == 403 and any(word in (error.message or "").lower() for word in KEY_LIMIT_WORDS):
         code, shows_message = "upstream_account", False
     if code == "upstream_account":
         UPSTREAM_ACCOUNT_ERRORS.labels(failure.status).inc()
         LOGGER.error("OpenRouter rejects our account: %d %s", failure.status, error.message)
-    headers = {}
     if code == "rate_limited_upstream" and failure.retry_after_s is not None:
         headers["Retry-After"] = f"{failure.retry_after_s:.0f}"
-    if not failure.bought_nothing:
-        headers.update(DO_NOT_RETRY)
     return ApiError(code, error.message if shows_message else None, headers=headers, cause=cause)
