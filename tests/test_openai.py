@@ -95,7 +95,8 @@ def test_stream(client: OpenAI) -> None:
     with client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True) as stream:
         chunks = list(stream)
     assert "Привет" in "".join(chunk.choices[0].delta.content for chunk in chunks if chunk.choices)
-    assert chunks[-1].choices == []
+    assert chunks[-1].choices[0].delta.content == ""
+    assert chunks[-1].choices[0].finish_reason == chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage.model_extra["cost"] > 0
 
 

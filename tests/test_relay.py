@@ -38,7 +38,7 @@ async def test_a_stream_arrives_and_is_charged_exactly(gateway: Gateway) -> None
     assert stream.startswith(b": OPENROUTER PROCESSING\n\n")
     assert events[-1] == b"[DONE]"
     last = json.loads(events[-2])
-    assert last["choices"] == []
+    assert [(choice["delta"]["content"], choice["finish_reason"]) for choice in last["choices"]] == [("", "stop")]
     assert Decimal(str(last["usage"]["cost"])) == await charged_usd(gateway, client)
     await assert_charges_match_bills(gateway, client)
 

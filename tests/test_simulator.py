@@ -275,7 +275,7 @@ async def test_logprobs_are_returned_only_on_request(upstream: aiohttp.ClientSes
     assert (await completion(upstream))["choices"][0]["logprobs"] is None
     _, stream = await chat(upstream, logprobs=True, max_tokens=3, stream=True)
     streamed = [event["choices"][0]["logprobs"] for event in events(stream) if event["choices"]]
-    assert [len(each["content"]) if each else None for each in streamed] == [None, 1, 1, 1, None]
+    assert [len(each["content"]) if each else None for each in streamed] == [None, 1, 1, 1, None, None]
 
 
 async def test_models_with_image_or_audio_output_return_it(upstream: aiohttp.ClientSession) -> None:
@@ -377,10 +377,11 @@ async def test_usage_generation_key_and_bill_state_the_same_cost(
 ) -> None:
     completed = await completion(upstream, **members)
     usage = completed["usage"]
-    provider = Decimal(str(usage["cost_details"]["upstream_inference_cost"] or 0))
+    provider = Decimal(str(usage["cost_details"]["upstream_inference_cost"])) if usage["is_byok"] else Decimal(0)
     assert abs(Decimal(str(usage["cost"])) + provider - expected(usage)) < Decimal("1e-15")
     assert Decimal(str(usage["cost"])) + provider == simulator.billing.total_usd()
-    assert usage["is_byok"] is bool(provider)
+    assert usage["is_byok"] is ("byok" in members.get("text", ""))
+    assert usage["is_byok"] or usage["cost_details"]["upstream_inference_cost"] == usage["cost"]
     async with upstream.get("generation", params={"id": completed["id"]}) as found:
         record = (await found.json())["data"]
     async with upstream.get("key") as found:
@@ -415,7 +416,7 @@ def costs(stream: bytes) -> list[float]:
 
 @pytest.mark.parametrize(
     ("fault", "stated"),
-    [("", 1), ("usage-twice", 2), ("usage-early", 1), ("usage-in-finish", 1), ("no-usage", 0), ("injected", 1),
+    [("", 1), ("usage-twice", 2), ("usage-early", 1), ("usage-in-finish", 1), ("usage-alone", 1), ("no-usage", 0), ("injected", 1),
      ("drip=200", 1), ("big-line=100000", 1), ("comments=5", 1), ("odd-headers", 1), ("byok", 1)],
 )  # fmt: skip
 async def test_how_often_a_stream_states_its_cost(
@@ -428,13 +429,29 @@ async def test_how_often_a_stream_states_its_cost(
     assert stated < 2 or costs(stream)[0] < costs(stream)[1]
 
 
+async def test_a_response_has_the_fields_of_the_live_service(upstream: aiohttp.ClientSession) -> None:
+    plain = await completion(upstream)
+    assert plain["system_fingerprint"]
+    assert plain["service_tier"] == "default"
+    assert set(plain["usage"]["prompt_tokens_details"]) == {"cached_tokens", "cache_write_tokens", "audio_tokens", "video_tokens"}
+    assert set(plain["usage"]["completion_tokens_details"]) == {"reasoning_tokens", "image_tokens", "audio_tokens"}
+    *_, finish, last = events((await chat(upstream, stream=True))[1])
+    assert [(choice["delta"]["content"], choice["finish_reason"]) for choice in last["choices"]] == [("", "stop")]
+    assert finish["choices"][0]["finish_reason"] == "stop"
+    async with upstream.get("models") as response:
+        models = await response.json()
+    assert models["total_count"] == len(models["data"])
+    assert {"links", "default_parameters", "supported_voices"} <= set(models["data"][0])
+
+
 async def test_where_a_stream_states_its_cost(upstream: aiohttp.ClientSession) -> None:
     async def position(fault: str) -> tuple[float, int]:
         stream_events = events((await chat(upstream, fault, stream=True))[1])
         ((number, event),) = [(number, event) for number, event in enumerate(stream_events) if "usage" in event]
         return (number + 1) / len(stream_events), len(event["choices"])
 
-    assert await position("Hello") == (1, 0)
+    assert await position("Hello") == (1, 1)
+    assert await position("fault:usage-alone") == (1, 0)
     assert await position("fault:usage-in-finish") == (1, 1)
     part, choices = await position("fault:usage-early")
     assert (0.4 < part < 0.6, choices) == (True, 0)

@@ -24,6 +24,7 @@ WHOLE = b"data: [DONE]\n\n"
         ("usage-twice", WHOLE),
         ("usage-early", WHOLE),
         ("usage-in-finish", WHOLE),
+        ("usage-alone", WHOLE),
         ("injected", WHOLE),
         ("comments=3", WHOLE),
         ("big-line=20000000", WHOLE),

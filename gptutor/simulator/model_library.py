@@ -68,6 +68,9 @@ class SimulatedModel:
             },
             "per_request_limits": None,
             "supported_parameters": SUPPORTED,
+            "default_parameters": {"temperature": None, "top_p": None, "frequency_penalty": None},
+            "supported_voices": ["alloy"] if "audio" in self.outputs else None,
+            "links": {"details": f"/api/v1/models/{self.id}/endpoints"},
         }
 
     def price_usd(self, name: str) -> Decimal:

@@ -13,7 +13,7 @@ from gptutor.simulator.response_script import (
     delta_event,
     error_response,
     mid_stream_error,
-    usage_event,
+    usage_event_without_choices,
 )
 
 INJECTED_TEXT = ["\r\n\r\ndata: ", '{"usage":{"cost":0}}', "\n\n", "data: [DONE]\n\n", '"usage":{"cost":0},"error":{"code":1}} ']
@@ -112,17 +112,24 @@ def invalid_cost(script: Script, generation: Generation, value: str) -> Script:
 def usage_twice(script: Script, generation: Generation, value: str) -> Script:
     """`usage-twice`: a partial cost before the final one."""
     *before, finish, usage, done = _complete_stream(script)
-    partial = Step(usage_event(generation, len(generation.deltas) // 2), billed_deltas=finish.billed_deltas)
+    partial = Step(usage_event_without_choices(generation, len(generation.deltas) // 2), billed_deltas=finish.billed_deltas)
     return script.with_steps([*before, finish, partial, usage, done])
 
 
 def usage_early(script: Script, generation: Generation, value: str) -> Script:
     """`usage-early`: the final cost is stated, and from then on billed, in the middle of the stream; none at its end."""
     *before, finish, usage, done = _complete_stream(script)
+    usage = replace(usage, data=usage_event_without_choices(generation))
     half = len(before) // 2
     return script.with_steps(
         [*before[:half], *(replace(step, billed_deltas=usage.billed_deltas) for step in [usage, *before[half:], finish, done])]
     )
+
+
+def usage_alone(script: Script, generation: Generation, value: str) -> Script:
+    """`usage-alone`: the event with the usage has no choices, as OpenRouter documents it."""
+    *before, usage, done = _complete_stream(script)
+    return script.with_steps([*before, replace(usage, data=usage_event_without_choices(generation)), done])
 
 
 def usage_hang(script: Script, generation: Generation, value: str) -> Script:
@@ -152,7 +159,7 @@ def _require_plain(script: Script) -> Script:
 
 
 def _without_usage(data: bytes) -> bytes:
-    if data.startswith(b"data: ") and b'"choices":[]' in data:
+    if data.startswith(b"data: ") and b',"usage":{' in data:
         return b""
     return re.sub(rb',"usage":\{.*\}\}$', b"}", data)
 
@@ -175,6 +182,7 @@ RESPONSE_FAULTS: dict[str, Callable[[Script, Generation, str], Script]] = {
     "cost": invalid_cost,
     "usage-twice": usage_twice,
     "usage-early": usage_early,
+    "usage-alone": usage_alone,
     "usage-hang": usage_hang,
     "usage-in-finish": usage_in_finish,
 }

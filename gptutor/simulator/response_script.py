@@ -10,6 +10,7 @@ from gptutor.simulator.response_content import Delta
 PROCESSING = b": OPENROUTER PROCESSING\n\n"
 DONE = b"data: [DONE]\n\n"
 STALL_S = 3600.0
+FINGERPRINT = "fp_simulator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ def plain_response(generation: Generation, first_word_s: float, word_s: float) -
         "native_finish_reason": generation.finish_reason,
     }
     choices = [{**choice, "index": index, "message": generation.message()} for index in range(generation.choices)]
-    body = dumps({**_common_fields(generation, "chat.completion"), "choices": choices, "usage": generation.usage()})
+    common = {**_common_fields(generation, "chat.completion"), "system_fingerprint": FINGERPRINT}
+    body = dumps({**common, "choices": choices, "usage": generation.usage()})
     count = len(generation.deltas)
     step = Step(body, pause_s=first_word_s + word_s * count, billed_deltas=count)
     return Script(200, [step], headers={"X-Generation-Id": generation.generation_id}, billed_deltas=count)
@@ -102,20 +104,32 @@ def delta_event(
     return _event({**_common_fields(generation), "choices": choices, **({"usage": usage} if usage else {})})
 
 
-def usage_event(generation: Generation, delta_count: int | None = None) -> bytes:
-    """The event with the usage, and so the cost, of the first `delta_count` deltas (all, if None)."""
+def usage_event(generation: Generation) -> bytes:
+    """The event with the usage, and so the cost. Its one choice has an empty delta, and repeats the finish reason."""
+    reason = generation.finish_reason
+    choice = {
+        "index": 0,
+        "delta": {"role": "assistant", "content": ""},
+        "finish_reason": reason,
+        "native_finish_reason": reason,
+        "logprobs": None,
+    }
+    return _event({**_common_fields(generation), "choices": [choice], "usage": generation.usage()})
+
+
+def usage_event_without_choices(generation: Generation, delta_count: int | None = None) -> bytes:
+    """The same in the form that OpenRouter documents; the usage is that of the first `delta_count` deltas (all, if None)."""
     return _event({**_common_fields(generation), "choices": [], "usage": generation.usage(delta_count)})
 
 
 def _common_fields(generation: Generation, kind: str = "chat.completion.chunk") -> dict[str, Any]:
-    tier = generation.input.tier
     return {
         "id": generation.generation_id,
         "provider": "Simulator",
         "model": generation.model.id,
         "object": kind,
         "created": generation.created,
-        **({"service_tier": tier} if tier else {}),
+        "service_tier": generation.input.tier or "default",
     }
 
 

@@ -6,7 +6,6 @@ import itertools
 import json
 import time
 from dataclasses import replace
-from decimal import Decimal
 from typing import Any
 
 from aiohttp import web
@@ -35,7 +34,8 @@ class Simulator:
         self.first_word_s = first_word_s
         self.generation_delay_s = generation_delay_s
         self._library = make_model_library()
-        self.model_list = dumps({"data": [model.listing() for model in self._library.values()]})
+        listings = [model.listing() for model in self._library.values()]
+        self.model_list = dumps({"data": listings, "total_count": len(listings), "links": {"next": None}})
         self._numbers = itertools.count(1)
         self._epoch = int(time.time())
 
@@ -144,7 +144,8 @@ class Simulator:
         record.is_byok = generation.is_byok
         if delta_count:  # without any output, OpenRouter does not charge for the prompt either
             record.fee_usd = as_billed(usage["cost"])
-            record.provider_usd = as_billed(usage["cost_details"]["upstream_inference_cost"] or Decimal(0))
+            if generation.is_byok:
+                record.provider_usd = as_billed(usage["cost_details"]["upstream_inference_cost"])
         record.finished = True
         record.available_at = asyncio.get_running_loop().time() + self.generation_delay_s
 

@@ -86,16 +86,19 @@ def usage(model: SimulatedModel, request: Input, response: Output, *, is_byok: b
         "is_byok": is_byok,
         "prompt_tokens_details": {
             "cached_tokens": 0,
-            **_nonzero(cache_write_tokens=request.cache_write_tokens, audio_tokens=request.audio_tokens),
+            "cache_write_tokens": request.cache_write_tokens,
+            "audio_tokens": request.audio_tokens,
+            "video_tokens": 0,
         },
         "cost_details": {
-            "upstream_inference_cost": cost if is_byok else None,
+            "upstream_inference_cost": cost,
             "upstream_inference_prompt_cost": prompt_usd,
             "upstream_inference_completions_cost": completion_usd,
         },
         "completion_tokens_details": {
             "reasoning_tokens": response.reasoning_tokens,
-            **_nonzero(image_tokens=response.image_tokens, audio_tokens=response.audio_tokens),
+            "image_tokens": response.image_tokens,
+            "audio_tokens": response.audio_tokens,
         },
         **({"server_tool_use": {"web_search_requests": request.web_searches}} if request.web_searches else {}),
     }
@@ -164,10 +167,6 @@ def _ocr_usd(request: dict[str, Any]) -> Decimal:
     ]
     files = sum(1 for _ in _parts(request["messages"], "file"))
     return files * OCR_PAGE_USD if "mistral-ocr" in engines else Decimal(0)
-
-
-def _nonzero(**counts: int) -> dict[str, int]:
-    return {name: count for name, count in counts.items() if count}
 
 
 def _json(value: Any) -> bytes:
