@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from decimal import Decimal
 
 import pytest
@@ -132,6 +133,48 @@ def test_the_scanner_sees_whether_openrouter_ended_the_response(stream: bytes, e
                 scanner.feed(chunk)
             scanner.finish()
             assert scanner.has_seen_end is ended
+
+
+FINISH = b'data: {"choices":[{"delta":{"content":""},"finish_reason":"stop"}]}\n\n'
+RECORDED = b'data: {"choices":[{"index":0,"delta":{"content":""},"finish_reason":"stop"}],"usage":{"cost":1}}\n\n'
+TEXT = b'data: {"choices":[{"delta":{"content":"x"},"finish_reason":null,"logprobs":null}]}\n\n'
+
+
+@pytest.mark.parametrize("generation_id", ["gen-1", None])
+@pytest.mark.parametrize("size", [1, 7, 1000, "event"])
+@pytest.mark.parametrize(
+    ("stream", "complete"),
+    [
+        (TEXT + FINISH + FINAL + b"\n\n", True),
+        (TEXT + RECORDED, True),
+        (TEXT + FINISH + RECORDED, True),
+        (TEXT + FINISH + b": comment\n\n" + FINAL + b"\n\n: comment\n\n", True),
+        (FINAL + b"\n\n" + TEXT + FINISH, True),  # the bill precedes the last text
+        (TEXT + FINISH.replace(b'":"stop', b'": "stop') + RECORDED.replace(b'":"stop', b'": "stop'), True),
+        (TEXT + FINAL + b"\n\n", False),
+        (TEXT + FINISH, False),
+        (TEXT + FINISH + FINAL, False),  # the end of the last event is missing
+        (TEXT + RECORDED + b"data: {", False),
+        (TEXT, False),
+        (b'data: {"choices":[{"delta":{"content":"\\"finish_reason\\":\\"stop\\""}}]}\n\n' + FINAL + b"\n\n", False),
+        (b': "finish_reason":"stop"\n\n' + FINAL + b"\n\n", False),
+        (b"", False),
+    ],
+)
+def test_a_stream_with_a_finish_reason_and_a_bill_is_complete_however_it_is_split(
+    stream: bytes, complete: bool, size: int | str, generation_id: str | None
+) -> None:
+    chunks = [stream[start : start + size] for start in range(0, len(stream), size)] if isinstance(size, int) else events(stream)
+    scanner = BillScanner(generation_id)
+    for chunk in chunks:
+        scanner.feed(chunk)
+    scanner.finish()
+    assert scanner.is_complete is complete
+    assert not scanner.has_seen_end
+
+
+def events(stream: bytes) -> list[bytes]:
+    return [event for event in re.split(rb"(?<=\n\n)", stream) if event]
 
 
 @pytest.mark.parametrize("identity", ["gen-1", "", "a b", "x" * 201, 5, None])

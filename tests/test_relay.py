@@ -3,6 +3,7 @@ C4 to C8, F3; rows money-7 to -11, upstream-1, -6, -9 to -13, -15, client-2, cli
 
 import asyncio
 import json
+import logging
 import re
 from decimal import Decimal
 from typing import Any
@@ -71,8 +72,51 @@ async def test_a_broken_stream_ends_in_an_error_event_and_is_charged_by_generati
     assert response.status == 200
     event = json.loads(stream.rstrip(b"\n").rpartition(b"\n\n")[2].removeprefix(b"data: "))
     assert event["error"]["code"] == 502
-    assert event["choices"][0]["finish_reason"] == "error"
     assert b"[DONE]" not in stream
+    await assert_charges_match_bills(gateway, client)
+
+
+def test_our_error_event_has_the_form_that_every_client_reports() -> None:
+    """Contract B7. Tried in November 2026, with the event `{"error": {"code", "message"}}` alone, and with `choices` beside it:
+
+    client                                                          alone     with `choices`
+    openai-python, openai-node                                      raises    raises
+    langchain-openai, llm, LiteLLM                                  raises    raises
+    AI SDK: @ai-sdk/openai                                          raises    swallowed: finishReason "other"
+    AI SDK: openai-compatible, openrouter                           raises    raises
+    @openrouter/sdk, openrouter-py, langchain-openrouter            raises    fails validation: no `id`, `object`, `created`, `model`
+    Open WebUI                                                      reports   swallowed: a cut answer is stored as whole
+    opencode, Continue, pydantic-ai, instructor                     raises    raises
+    """
+    assert TRUNCATED_EVENT.startswith(b"data: ")
+    assert TRUNCATED_EVENT.endswith(b"\n\n")
+    event = json.loads(TRUNCATED_EVENT[6:])
+    assert list(event) == ["error"]
+    assert event["error"] == {"code": 502, "message": "The upstream connection was lost before the response was complete"}
+
+
+@pytest.mark.parametrize("fault", ["no-done", "usage-alone fault:no-done", "usage-in-finish fault:no-done"])
+@pytest.mark.parametrize("chunks", ["", " fault:one-write", " fault:chunks=7"])
+async def test_a_complete_stream_without_done_is_complete(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, fault: str, chunks: str
+) -> None:
+    """Contract B7: no error event, and no cause in the log."""
+    client = await gateway.client()
+    with caplog.at_level(logging.INFO, "gptutor"):
+        _, stream = await gateway.chat(client, f"fault:{fault}{chunks}", stream=True)
+    assert b'"usage":{' in stream.rpartition(b"data: ")[2]
+    assert b"[DONE]" not in stream
+    assert b'"error"' not in stream
+    (line,) = [record for record in caplog.records if record.message.startswith("LLM Response")]
+    assert (line.outcome, getattr(line, "cause", None)) == ("settled", None)  # type: ignore[attr-defined]
+    await assert_charges_match_bills(gateway, client)
+
+
+@pytest.mark.parametrize("fault", ["no-usage fault:no-done", "usage-early fault:cut=20", "usage-alone fault:cut=20"])
+async def test_a_stream_without_done_that_lacks_something_is_not_complete(gateway: Gateway, fault: str) -> None:
+    client = await gateway.client()
+    _, stream = await gateway.chat(client, f"fault:{fault}", stream=True)
+    assert stream.endswith(TRUNCATED_EVENT)
     await assert_charges_match_bills(gateway, client)
 
 

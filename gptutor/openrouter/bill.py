@@ -1,7 +1,7 @@
 """Finds the bill in a response of OpenRouter: a scanner for event streams, a reader for plain JSON. No I/O.
 
-Beside the bill, both find the two things that matter without one: the generation id, and whether OpenRouter itself ended the
-response.
+Beside the bill, both find what matters without one: the generation id, and whether OpenRouter itself ended the response. The
+scanner also sees whether the response is complete without such an end.
 
 OpenRouter states a request's cost once, as the `usage` object at the top level of one JSON value: the plain response itself, or
 the data of one server-sent event, usually the last before `[DONE]`. The scanner is fed the chunks of the stream, and finds the
@@ -30,6 +30,10 @@ EVENT_BYTES_MAX = 1024 * 1024
 USAGE_MARK = b'"usag'
 DONE_MARK = b"[DONE"
 ERROR_MARK = b'"erro'
+FINISH_MARK = b'on":"'
+"""In `"finish_reason":"stop"`, and not in `"finish_reason":null`, which every event has."""
+FINISH_REASON = re.compile(rb'"finish_reason" ?: ?"')
+"""Never in a model's text, whose quotation marks are escaped."""
 DATA_FIELD = b"data:"
 EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")
 EVENT_END = re.compile(b"|".join(EVENT_ENDS))
@@ -128,15 +132,16 @@ class BillScanner:
     """Scans an event stream: `feed` it every chunk, and call `finish` at the end.
 
     `bill` is the last one stated. `generation_id` is that of the headers, else the first in an event. `has_seen_end`: OpenRouter
-    itself ended the response, by `[DONE]` or by an error event; a stream that stops without either was cut off.
+    itself ended the response, by `[DONE]` or by an error event. `has_finish_reason`: an event stated why the model stopped.
     """
 
-    __slots__ = ("_ends_with_bill", "_partial", "_skipping", "bill", "generation_id", "has_seen_end")
+    __slots__ = ("_ends_with_bill", "_partial", "_skipping", "bill", "generation_id", "has_finish_reason", "has_seen_end")
 
     def __init__(self, generation_id: str | None = None) -> None:
         self.bill: Bill | None = None
         self.generation_id = generation_id
         self.has_seen_end = False
+        self.has_finish_reason = False
         self._partial = bytearray()  # the beginning of an event whose end has not arrived
         self._skipping = False  # inside an event longer than EVENT_BYTES_MAX
         self._ends_with_bill = False  # no event with data has followed the bill
@@ -145,7 +150,13 @@ class BillScanner:
         partial = self._partial
         if not partial and not self._skipping and chunk.endswith(EVENT_ENDS):
             # Whole events without a mark: nearly every chunk of every stream, so the check is inlined.
-            if USAGE_MARK in chunk or DONE_MARK in chunk or ERROR_MARK in chunk or self.generation_id is None:
+            if (
+                USAGE_MARK in chunk
+                or DONE_MARK in chunk
+                or ERROR_MARK in chunk
+                or (FINISH_MARK in chunk and not self.has_finish_reason)
+                or self.generation_id is None
+            ):
                 self._read(chunk)
             elif self._ends_with_bill:
                 self._skip(chunk)
@@ -177,8 +188,17 @@ class BillScanner:
         """Whether only the end of the stream is expected: OpenRouter ended the response, or its last event was the bill."""
         return self.has_seen_end or self._ends_with_bill
 
-    def _has_no_mark(self, event: bytes) -> bool:
-        return USAGE_MARK not in event and DONE_MARK not in event and ERROR_MARK not in event and self.generation_id is not None
+    @property
+    def is_complete(self) -> bool:
+        """Whether a stream that ends here, without `[DONE]`, lacks nothing else: it has a finish reason and the bill."""
+        return self.has_finish_reason and self.bill is not None and self.at_event_boundary
+
+    def _marks(self, block: bytes) -> list[int]:
+        """Where each mark is found first."""
+        marks = (
+            (USAGE_MARK, DONE_MARK, ERROR_MARK) if self.has_finish_reason else (USAGE_MARK, DONE_MARK, ERROR_MARK, FINISH_MARK)
+        )
+        return [at for at in map(block.find, marks) if at >= 0]
 
     def _skip(self, block: bytes, until: int | None = None) -> None:
         """Passes over events without a mark, as far as `until`."""
@@ -187,22 +207,24 @@ class BillScanner:
     def _read(self, block: bytes) -> None:
         """Reads a block of whole events."""
         if self.generation_id is not None and not self._skipping:
-            marked = [at for at in (block.find(USAGE_MARK), block.find(DONE_MARK), block.find(ERROR_MARK)) if at >= 0]
-            if not marked:
+            marks = self._marks(block)
+            if not marks:
                 self._skip(block)
                 return
             # Mostly it is the last of many events that has a mark: those before it are skipped at once.
-            if cut := _last_event_end(block, until=min(marked)):
+            if cut := _last_event_end(block, until=min(marks)):
                 self._skip(block, until=cut)
                 block = block[cut:]
         for event in EVENT_END.split(block)[self._skipping :]:
-            if DATA_FIELD not in event or self._has_no_mark(event) or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
+            has_no_news = self.generation_id is not None and not self._marks(event)
+            if DATA_FIELD not in event or has_no_news or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
                 self._skip(event)
                 continue
             data = b"\n".join(line[5:] for line in LINE_END.split(event) if line.startswith(b"data:"))
             if data.strip() == b"[DONE]":
                 self.has_seen_end = True
                 continue
+            self.has_finish_reason = self.has_finish_reason or FINISH_REASON.search(data) is not None
             report = read_usage_report(data)
             self._ends_with_bill = report.bill is not None
             self.bill = report.bill or self.bill

@@ -132,6 +132,12 @@ def usage_alone(script: Script, generation: Generation, value: str) -> Script:
     return script.with_steps([*before, replace(usage, data=usage_event_without_choices(generation)), done])
 
 
+def no_done(script: Script, generation: Generation, value: str) -> Script:
+    """`no-done`: the stream ends without `[DONE]`."""
+    *before, _ = _complete_stream(script)
+    return script.with_steps(before)
+
+
 def usage_hang(script: Script, generation: Generation, value: str) -> Script:
     """`usage-hang`: the stream stalls before `[DONE]`."""
     *before, done = _complete_stream(script)
@@ -183,6 +189,7 @@ RESPONSE_FAULTS: dict[str, Callable[[Script, Generation, str], Script]] = {
     "usage-twice": usage_twice,
     "usage-early": usage_early,
     "usage-alone": usage_alone,
+    "no-done": no_done,
     "usage-hang": usage_hang,
     "usage-in-finish": usage_in_finish,
 }

@@ -39,11 +39,10 @@ LOGGER = logging.getLogger("gptutor.exchange")
 
 outcome_counter = functools.cache(COMPLETIONS.labels)
 
-# In the form of OpenRouter's own errors in the middle of a stream.
 TRUNCATED_EVENT = (
-    b'data: {"error":{"code":502,"message":"The upstream connection was lost before the response was complete"},'
-    b'"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}]}\n\n'
+    b'data: {"error":{"code":502,"message":"The upstream connection was lost before the response was complete"}}\n\n'
 )
+"""Without `choices`: with them, several clients take the event for the regular end of a response."""
 
 
 def start_exchange(services: Services, request: web.Request, context: RequestContext) -> asyncio.Future[web.StreamResponse]:
@@ -224,10 +223,11 @@ class Exchange:
             upstream.close()  # other requests may use the connection while the client takes the rest
             if error is not None and not downstream.has_started:
                 raise error
+            is_complete = scanner.has_seen_end or (error is None and scanner.is_complete)
             if upstream.is_encoded and error is not None:
                 self._cause = f"upstream, in mid-stream: {error}"
                 downstream.abort()
-            elif not (upstream.is_encoded or scanner.has_seen_end or self.response.cancelled()):
+            elif not (upstream.is_encoded or is_complete or self.response.cancelled()):
                 self._cause = f"upstream, in mid-stream: {error or 'the stream ended too early'}"
                 downstream.write(TRUNCATED_EVENT if scanner.at_event_boundary else b"\n\n" + TRUNCATED_EVENT)
             await downstream.finish()
