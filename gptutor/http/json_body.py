@@ -18,6 +18,8 @@ from gptutor.money.amounts import PLAIN_DECIMAL
 from gptutor.text import ONE_LINE
 
 NAME_CHARACTERS_SHOWN = 100
+BOM = b"\xef\xbb\xbf"
+"""Some editors on Windows put it before a text in UTF-8. It is skipped."""
 NUMBER_CHARACTERS_MAX = 400
 """No meaningful number is longer; the largest double has 309 digits."""
 
@@ -66,6 +68,7 @@ outside the range of a double is infinite for one parser and an error for anothe
 
 def parse_json_body(body: bytes, struct: type[Body]) -> Body:
     """Raises ApiError, whose text names the field, its fault and what is allowed. Unknown fields are rejected by `struct`."""
+    body = body.removeprefix(BOM)
     try:
         reject_ambiguous_json(body.decode())
         decoded: Body = _decoder(struct).decode(body)
@@ -73,7 +76,17 @@ def parse_json_body(body: bytes, struct: type[Body]) -> Body:
     except msgspec.ValidationError as error:
         raise ApiError("invalid_request", _error_text(str(error), struct)) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise ApiError("invalid_json", cause=type(error).__name__) from error
+        raise not_json(body, error) from error
+
+
+def not_json(body: bytes, error: Exception) -> ApiError:
+    """For a body that cannot be parsed because of `error`: the text tells a wrong encoding, such as a Windows console's."""
+    cause = type(error).__name__
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return ApiError("invalid_json", "Request body must be in UTF-8", cause=cause)
+    return ApiError("invalid_json", cause=cause)
 
 
 @functools.cache
