@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import re
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
@@ -91,7 +91,15 @@ def not_json(body: bytes, error: Exception) -> ApiError:
 
 @functools.cache
 def _decoder(struct: Any) -> "msgspec.json.Decoder[Any]":
-    return msgspec.json.Decoder(struct, dec_hook=_decode_amount, float_hook=Decimal)
+    return msgspec.json.Decoder(struct, dec_hook=_decode_amount, float_hook=_decode_decimal)
+
+
+def _decode_decimal(text: str) -> Decimal:
+    """msgspec's hook for a number with a point or an exponent. Raises ValueError."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # an exponent of more than 18 digits
+        raise ValueError("Expected a number such as 100 or 99.50") from None
 
 
 def _decode_amount(_: type, value: Any) -> Amount:
@@ -101,6 +109,11 @@ def _decode_amount(_: type, value: Any) -> Amount:
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
         raise ValueError("Expected a number or a string such as 99.50")
     return Amount(value)
+
+
+def whole(number: float | None) -> int | None:
+    """A field that may be `5.0`, for which its type requires a whole number."""
+    return None if number is None else int(number)
 
 
 def must_be(struct: type[msgspec.Struct], field: str) -> str:
