@@ -54,7 +54,7 @@ from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.money.recovery import Recovery, connection_name
 from gptutor.money.vault import Vault
 from gptutor.openrouter import catalogue, service
-from gptutor.openrouter.service import FORWARDED_HEADERS
+from gptutor.openrouter.headers import FORWARDED_HEADERS, RETURNED_HEADERS
 from gptutor.routes import METHODS, ROUTES
 from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.logs import LoggerService
@@ -88,7 +88,7 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             authenticate(RequestCounter(config.rate_limit.account_pages_per_minute)),
         ],
     )
-    app.on_response_prepare.extend([middlewares.add_request_id, add_cors_headers(origins)])
+    app.on_response_prepare.extend([middlewares.add_request_id, add_cors_headers(origins, RETURNED_HEADERS)])
     app[CONFIG] = config
     app[READINESS] = Readiness()
     app[VAULT] = Vault(secrets)

@@ -327,6 +327,24 @@ async def test_holds_of_unknown_cost_are_listed(admin: Admin) -> None:
         ),
         (
             "POST",
+            "ID/keys",
+            {"limit": "0.5"},
+            "limit must be from 1, which each request needs, to 1000000000 roubles, not 0.5",
+        ),
+        (
+            "POST",
+            "ID/keys",
+            {"requests_per_minute": 2e6},
+            "requests_per_minute must be a whole number from 1 to 1000000, or null",
+        ),
+        (
+            "POST",
+            "/admin/payments",
+            {"amount": 1, "reference": "1", "provider": "x", "user_id": 10**18},
+            "user_id must be a user's id, from 1 to 999999999999999999",
+        ),
+        (
+            "POST",
             "/admin/payments",
             {"amount": 1, "reference": "1", "provider": "x", "vk_id": "x"},
             "vk_id must be the user's VK id",
@@ -372,7 +390,7 @@ async def test_unknown_users_keys_and_paths_are_404(admin: Admin, method: str, p
 
 @pytest.mark.parametrize(
     "body",
-    [{"limit": "-1"}, {"limit": -1}, {"limit": "x"}, {"limit": True}, {"limit_reset": "daily"}, {"limit": "1", "limit_reset": "weekly"},
+    [{"limit": "-1"}, {"limit": -1}, {"limit": 0.5}, {"limit": 1e-99}, {"limit": "x"}, {"limit": True}, {"limit_reset": "daily"}, {"limit": "1", "limit_reset": "weekly"},
      {"expires_at": "2020-01-01"}, {"expires_at": "soon"}, {"expires_at": "2999-01-01T00:00:00"}, {"requests_per_minute": 0},
      {"requests_per_minute": "5"}, {"cap": 5}, {"name": "x" * 101}, {"name": "a\nb"}],
 )  # fmt: skip

@@ -126,6 +126,7 @@ def test_people_are_found(service: Service) -> None:
         (("topup", "ID", "5", "--reason", "x" * 501), "at most 500 characters"),
         (("topup", "ID", "5", "--reference", "a\nb"), "one line"),
         (("issue-key", "ID", "--limit", "-5"), "must be zero or more"),
+        (("issue-key", "ID", "--limit", "0.5"), "limit must be from 1, which each request needs, to 1000000000 roubles, not 0.5"),
         (("issue-key", "ID", "--limit-reset", "daily"), "limit_reset needs a limit"),
         (("issue-key", "ID", "--expires-at", "2020-01-01"), "must be in the future"),
         (("issue-key", "ID", "--expires-at", "31.12.2026"), "must be a day such as"),
@@ -248,10 +249,15 @@ def test_audit_lines_are_written_at_every_level(tmp_path: Path) -> None:
 
 def test_limits_are_changed_one_by_one() -> None:
     whole = KeyLimits(parse_expiry("2999-12-31"), parse_roubles("5"), "daily", 7)
-    assert changed_limits(whole, {}) == whole
-    assert changed_limits(whole, {"limit": None}) == KeyLimits(whole.expires_at, None, None, 7)
-    assert changed_limits(whole, {"limit_reset": None}) == KeyLimits(whole.expires_at, whole.limit, None, 7)
-    assert changed_limits(KeyLimits(), {"limit": Nano(0)}) == KeyLimits(limit=Nano(0))
+    least = parse_roubles("1")
+    assert changed_limits(whole, {}, least) == whole
+    assert changed_limits(whole, {"limit": None}, least) == KeyLimits(whole.expires_at, None, None, 7)
+    assert changed_limits(whole, {"limit_reset": None}, least) == KeyLimits(whole.expires_at, whole.limit, None, 7)
+    assert changed_limits(KeyLimits(), {"limit": least}, least) == KeyLimits(limit=least)
+    assert changed_limits(KeyLimits(limit=Nano(5)), {"requests_per_minute": 9}, least) == KeyLimits(None, Nano(5), None, 9)
+    for limit in (0, least - 1, 10**18 + 1):
+        with pytest.raises(InvalidLimit, match="limit must be from 1, which each request needs, to 1000000000 roubles"):
+            changed_limits(KeyLimits(), {"limit": Nano(limit)}, least)
     assert parse_expiry("2999-12-31T18:00:00+03:00") == datetime.datetime(2999, 12, 31, 15, tzinfo=datetime.UTC)
     for text in ("", "9999-12-31", "2999-13-01", "2999-12-31T18:00:00", "tomorrow"):
         with pytest.raises(InvalidLimit):

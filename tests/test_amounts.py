@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptutor.money.amounts import NANO_MAX, InvalidAmount, nano_ceiling, nano_half_up, parse_positive, parse_roubles, roubles
+from gptutor.money.amounts import (
+    NANO_MAX,
+    InvalidAmount,
+    decimal_text,
+    nano_ceiling,
+    nano_half_up,
+    nano_of,
+    parse_positive,
+    parse_roubles,
+    roubles,
+)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +76,20 @@ def test_an_amount_to_give_or_take_is_positive(text: str, or_zero: bool) -> None
         parse_positive(text, or_zero=or_zero)
     assert parse_positive("0", or_zero=True) == 0
     assert parse_positive("0.5") == 500_000_000
+
+
+@pytest.mark.parametrize("number", ["1e-999", "1e999", "1e-999999999", "1e999999999", "NaN", "0e-999", "1e-10", "1e10"])
+def test_a_json_number_that_is_no_amount_is_quoted_as_it_is_and_never_expanded(number: str) -> None:
+    with pytest.raises(InvalidAmount) as caught:
+        nano_of(Decimal(number))
+    assert len(str(caught.value)) < 100
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [("9e-8", "0.00000009"), ("1E+2", "100"), ("0", "0"), ("1.2300", "1.2300"), ("1e-999", "1E-999"), ("-2e-999999", "-2E-999999"),
+     ("1e999999999", "1E+999999999")],
+)  # fmt: skip
+def test_a_decimal_is_shown_in_full_unless_that_would_be_long(number: str, text: str) -> None:
+    assert decimal_text(Decimal(number)) == text
+    assert Decimal(text) == Decimal(number)

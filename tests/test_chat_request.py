@@ -39,12 +39,16 @@ def test_messages_are_required_with_the_exact_error_text(body: bytes) -> None:
         ('"top_p": 1.01', "top_p must be a number from 0 to 1"),
         ('"frequency_penalty": -2.5', "frequency_penalty must be a number from -2 to 2"),
         ('"presence_penalty": [1]', "presence_penalty must be a number from -2 to 2"),
-        ('"max_tokens": 0', "max_tokens must be a positive integer"),
-        ('"max_tokens": -1', "max_tokens must be a positive integer"),
-        ('"max_tokens": 1.5', "max_tokens must be a positive integer"),
-        ('"max_tokens": "9"', "max_tokens must be a positive integer"),
-        ('"max_tokens": 9223372036854775808', "max_tokens must be a positive integer"),
-        ('"max_completion_tokens": 0', "max_completion_tokens must be a positive integer"),
+        ('"max_tokens": 0', "max_tokens must be an integer from 1 to 2147483647"),
+        ('"max_tokens": -1', "max_tokens must be an integer from 1 to 2147483647"),
+        ('"max_tokens": 1.5', "max_tokens must be an integer from 1 to 2147483647"),
+        ('"max_tokens": "9"', "max_tokens must be an integer from 1 to 2147483647"),
+        ('"max_tokens": 9223372036854775808', "max_tokens must be an integer from 1 to 2147483647"),
+        ('"max_completion_tokens": 0', "max_completion_tokens must be an integer from 1 to 2147483647"),
+        ('"max_tokens": 2147483648', "max_tokens must be an integer from 1 to 2147483647"),
+        ('"max_tokens": 1e10', "max_tokens must be an integer from 1 to 2147483647"),
+        ('"max_tokens": 1e-999', "max_tokens must be an integer from 1 to 2147483647"),
+        ('"n": 129.0', "n must be an integer from 1 to 128"),
         ('"stop": [1]', "stop[0] must be a string"),
         ('"stop": 5', "stop must be a string or an array of at most 16 strings"),
         ('"stream": "true"', "stream must be a boolean"),
@@ -102,13 +106,46 @@ def test_an_invalid_message_is_named_by_its_path(messages: str, text: str) -> No
         b'{"messages": [{"role": "user", "content": "x"}], "x": %s}' % (b"[" * 100_000 + b"]" * 100_000),
         b'{"messages": [{"role": "user", "content": "x"}], "x": %s0%s}' % (b'{"a":' * 100_000, b"}" * 100_000),
         b'{"messages": [{"role": "user", "content": "x\ny"}]}',
-        b'{"messages": [{"role": "user", "content": "x"}], "x": "\xff"}',
-        b'{"messages": [{"role": "user", "content": "\xc3("}]}',
         b'{"messages": [{"role": "user", "content": "x"}]} {}',
     ],
 )
 def test_a_body_that_is_not_json_has_an_error_of_its_own(body: bytes) -> None:
     assert error_of(body) == (400, "invalid_json", "Request body is not valid JSON")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"messages": [{"role": "user", "content": "Привет"}]}'.encode("cp1251"),
+        '{"messages": [{"role": "user", "content": "Привет"}]}'.encode("cp866"),
+        '{"messages": [{"role": "user", "content": "x"}]}'.encode("utf-16"),
+        b'{"messages": [{"role": "user", "content": "x"}], "x": "\xff"}',
+        b'{"messages": [{"role": "user", "content": "\xc3("}]}',
+        b'\xff{"messages": [',
+    ],
+)
+def test_a_body_in_another_encoding_is_told_so(body: bytes) -> None:
+    assert error_of(body) == (400, "invalid_json", "Request body must be in UTF-8")
+
+
+def test_a_byte_order_mark_is_skipped() -> None:
+    body = b'{"messages":[{"role":"user","content":"x"}]}'
+    read = parse_request(b"\xef\xbb\xbf" + body, default_model="m")
+    assert read == parse_request(body, default_model="m")
+    assert error_of(b"\xef\xbb\xbf") == (400, "invalid_json", "Request body is not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("5.0", 5), ("1e3", 1000), ("1E+3", 1000), ("0.5e1", 5), ("2147483647.0", 2**31 - 1)]
+)
+def test_an_integer_may_be_written_with_a_point_or_an_exponent(text: str, number: int) -> None:
+    body = b'{"messages":[{"role":"user","content":"x"}],"max_tokens":%s}' % text.encode()
+    read = parse_request(body, default_model="m")
+    assert read.size.output_tokens == number
+    assert type(read.size.output_tokens) is int
+    assert read.upstream_body(user="u", output_limit=None).startswith(body[:-1])  # as it was written
+    assert json.loads(read.upstream_body(user="u", output_limit=4))["max_tokens"] == 4
+    assert parsed(n=3.0, max_completion_tokens=7.0).size.choices == 3
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b'"x"', b"5"])
@@ -246,9 +283,18 @@ def test_member_names_with_a_lone_surrogate_pass_unchanged() -> None:
     assert parse_request(body, default_model="m").upstream_body(user="u", output_limit=None).startswith(body[:-1])
 
 
-@pytest.mark.parametrize("body", [rb'"\ufdd0 \ud83d"', rb'"\uFDD0\ud83d"', '"\ufdd0 \\ud83d"'.encode()])
-def test_a_lone_surrogate_that_cannot_be_passed_safely_is_rejected(body: bytes) -> None:
-    assert error_of(b'{"messages":[{"role":"user","content":%s}]}' % body)[1] == "invalid_json"
+@pytest.mark.parametrize(
+    "content", [rb'"\ufdd0 \ud83d"', rb'"\uFDD0\ud83d"', '"\ufdd0 \\ud83d"'.encode(), rb'"\\ufdd0ud83d\ud83d"']
+)
+def test_a_lone_surrogate_beside_a_noncharacter_passes_unchanged(content: bytes) -> None:
+    body = rb'{"\ud83d":1,"messages":[{"role":"user","content":%s}]}' % content
+    assert parse_request(body, default_model="m").upstream_body(user="u", output_limit=None).startswith(body[:-1])
+
+
+def test_a_lone_surrogate_beside_all_noncharacters_is_rejected() -> None:
+    text = "".join(map(chr, range(0xFDD0, 0xFDF0))).encode()
+    body = rb'{"messages":[{"role":"user","content":"%s\ud83d"}]}' % text
+    assert error_of(body)[1] == "invalid_json"
 
 
 def test_our_members_replace_the_clients() -> None:

@@ -74,6 +74,11 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_defaults(tmp_p
         ({"GPTUTOR_BILLING__RUB_PER_USD": "0"}, ["GPTUTOR_BILLING__RUB_PER_USD", "0.0001", "100000"]),
         ({"GPTUTOR_BILLING__RUB_PER_USD": "-90"}, ["GPTUTOR_BILLING__RUB_PER_USD", "0.0001"]),
         ({"GPTUTOR_BILLING__RUB_PER_USD": "NaN"}, ["GPTUTOR_BILLING__RUB_PER_USD"]),
+        (
+            {"GPTUTOR_BILLING__BALANCE_MIN_RUB": "1e-999"},
+            ["GPTUTOR_BILLING__BALANCE_MIN_RUB", "at most 9 decimal places, not 999"],
+        ),
+        ({"GPTUTOR_VK__BONUS_RUB": "0.0000000001"}, ["GPTUTOR_VK__BONUS_RUB", "at most 9 decimal places"]),
         ({"GPTUTOR_BILLING__MARGIN": "0.5"}, ["GPTUTOR_BILLING__MARGIN", "from 1 to 10"]),
         ({"GPTUTOR_BILLING__RESERVE": "most"}, ["GPTUTOR_BILLING__RESERVE", "most"]),
         ({"GPTUTOR_RELAY__WRITE_TIMEOUT_S": "0"}, ["GPTUTOR_RELAY__WRITE_TIMEOUT_S", "0"]),

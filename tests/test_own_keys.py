@@ -106,10 +106,10 @@ async def test_limits_are_changed_one_by_one(gateway: Gateway) -> None:
     assert [key[name] for name in names] == ["10", "daily", 30, "2030-01-31T12:00:00.000Z"]
     for change, after in [
         ({}, ["10", "daily", 30, "2030-01-31T12:00:00.000Z"]),
-        ({"limit": "0.000000001"}, ["0.000000001", "daily", 30, "2030-01-31T12:00:00.000Z"]),
-        ({"requests_per_minute": None}, ["0.000000001", "daily", None, "2030-01-31T12:00:00.000Z"]),
-        ({"limit_reset": None}, ["0.000000001", None, None, "2030-01-31T12:00:00.000Z"]),
-        ({"expires_at": None, "requests_per_minute": 1}, ["0.000000001", None, 1, None]),
+        ({"limit": "1.000000001"}, ["1.000000001", "daily", 30, "2030-01-31T12:00:00.000Z"]),
+        ({"requests_per_minute": None}, ["1.000000001", "daily", None, "2030-01-31T12:00:00.000Z"]),
+        ({"limit_reset": None}, ["1.000000001", None, None, "2030-01-31T12:00:00.000Z"]),
+        ({"expires_at": None, "requests_per_minute": 1}, ["1.000000001", None, 1, None]),
         ({"limit": None}, [None, None, 1, None]),
         ({"limit": 7, "limit_reset": "daily"}, ["7", "daily", 1, None]),
     ]:
@@ -206,7 +206,11 @@ async def test_of_concurrent_first_keys_one_is_the_main_key(database: Database) 
 
 # -- what is rejected
 
-AMOUNT = "limit must be an amount in roubles from 0 to 1000000000 with at most nine decimal places, or null"
+AMOUNT = "limit must be an amount from the minimum balance to 1000000000 roubles with at most nine decimal places, or null"
+RANGE = (
+    "limit must be from 1, which each request needs, to 1000000000 roubles, not %s; "
+    "without a limit the key may spend the whole balance"
+)
 RESET = 'limit_reset must be "daily" if the key has a limit, or null'
 END = "expires_at must be a future time before the year 3000, such as 2030-01-31T12:00:00Z, or null"
 PER_MINUTE = "requests_per_minute must be an integer from 1 to 1000000, or null"
@@ -219,7 +223,7 @@ NAME = "name must be a string of 1 to 100 printable characters"
         ("", "invalid_json", None),
         ("{", "invalid_json", None),
         ("[" * 5000, "invalid_json", None),
-        (b'{"name": "\xff"}', "invalid_json", None),
+        (b'{"name": "\xff"}', "invalid_json", "Request body must be in UTF-8"),
         (r'{"name": "\ud800"}', "invalid_json", None),
         ('{"name": "x", "limit": NaN}', "invalid_json", None),
         ("[]", "invalid_request", "Request body must be a JSON object"),
@@ -230,7 +234,12 @@ NAME = "name must be a string of 1 to 100 printable characters"
         ('{"name": null}', "invalid_request", NAME),
         (r'{"name": "a\u0000b"}', "invalid_request", NAME),
         ('{"name": "%s"}' % ("x" * 101), "invalid_request", NAME),
-        ('{"name": "x", "limit": -1}', "invalid_request", AMOUNT),
+        ('{"name": "x", "limit": -1}', "invalid_request", RANGE % "-1"),
+        ('{"name": "x", "limit": 0}', "invalid_request", RANGE % "0"),
+        ('{"name": "x", "limit": "0.999999999"}', "invalid_request", RANGE % "0.999999999"),
+        ('{"name": "x", "limit": 1e-999}', "invalid_request", AMOUNT),
+        ('{"name": "x", "limit": 1e-99999999999999999999}', "invalid_request", AMOUNT),
+        ('{"name": "x", "limit": 1e999}', "invalid_request", "Numbers must be finite, and at most 400 characters long"),
         ('{"name": "x", "limit": 1000000000.000000001}', "invalid_request", AMOUNT),
         ('{"name": "x", "limit": 0.0000000001}', "invalid_request", AMOUNT),
         ('{"name": "x", "limit": 1e300}', "invalid_request", AMOUNT),
@@ -306,17 +315,18 @@ async def test_the_body_must_be_small_json(gateway: Gateway) -> None:
         (KeyLimits(limit=parse_roubles("5"), limit_reset="daily"), {"limit": 6}, KeyLimits(limit=parse_roubles("6"), limit_reset="daily")),
         (KeyLimits(limit=parse_roubles("5"), limit_reset="daily"), {"limit_reset": None}, KeyLimits(limit=parse_roubles("5"))),
         (KeyLimits(limit=parse_roubles("5"), limit_reset="daily"), {"limit": None}, NO_LIMITS),
-        (KeyLimits(NOON, requests_per_minute=4), {"limit": 0}, KeyLimits(NOON, parse_roubles("0"), None, 4)),
+        (KeyLimits(NOON, requests_per_minute=4), {"limit": 1}, KeyLimits(NOON, parse_roubles("1"), None, 4)),
+        (NO_LIMITS, {"limit": 1e0, "requests_per_minute": 5.0}, KeyLimits(limit=parse_roubles("1"), requests_per_minute=5)),
         (KeyLimits(NOON, requests_per_minute=4), {"expires_at": None, "requests_per_minute": None}, NO_LIMITS),
     ],
 )  # fmt: skip
 def test_limits_after_a_patch(before: KeyLimits, form: dict[str, Any], after: KeyLimits) -> None:
-    assert limits_after(parse_json_body(json.dumps(form).encode(), KeyLimitsPatch), before) == after
+    assert limits_after(parse_json_body(json.dumps(form).encode(), KeyLimitsPatch), before, parse_roubles("1")) == after
 
 
 def test_limit_reset_needs_a_limit_in_a_patch_too() -> None:
     with pytest.raises(ApiError, match="limit_reset must be"):
-        limits_after(KeyLimitsPatch(limit_reset="daily"), NO_LIMITS)
+        limits_after(KeyLimitsPatch(limit_reset="daily"), NO_LIMITS, parse_roubles("1"))
 
 
 def test_described_bodies_are_accepted() -> None:

@@ -24,8 +24,12 @@ from gptutor.text import ONE_LINE
 
 LOGGER = logging.getLogger("gptutor.admin")
 
+EXACT_FLOAT_MAX = 2**53
 Reason = Annotated[str, msgspec.Meta(max_length=REASON_MAX, pattern=ONE_LINE)]
 Reference = Annotated[str, msgspec.Meta(min_length=1, max_length=REFERENCE_MAX, pattern=ONE_LINE)]
+
+# `5.0` is an integer in JSON; above EXACT_FLOAT_MAX a double may be another one.
+Id = Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | Annotated[float, msgspec.Meta(ge=1, le=EXACT_FLOAT_MAX, multiple_of=1)]
 
 
 class NewBooking(msgspec.Struct, forbid_unknown_fields=True):
@@ -43,9 +47,9 @@ class NewPayment(msgspec.Struct, forbid_unknown_fields=True):
     amount: Annotated[Amount, msgspec.Meta(description=AN_AMOUNT)]
     reference: Reference
     provider: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,32}\Z")]
-    user_id: Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | None = None
+    user_id: Annotated[Id | None, msgspec.Meta(description="a user's id, from 1 to 999999999999999999")] = None
     vk_id: Annotated[
-        Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,17}\Z")] | None,
+        Id | Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,17}\Z")] | None,
         msgspec.Meta(description="the user's VK id, such as 494075"),
     ] = None
 
@@ -66,9 +70,9 @@ async def pay(request: web.Request) -> web.Response:
         raise ApiError("invalid_request", "A payment needs user_id or vk_id, and not both")
     administration = administration_of(request)
     if body.user_id is None:
-        account_id = (await administration.users.find_person("vk", str(body.vk_id))).account_id
+        account_id = (await administration.users.find_person("vk", str(int(body.vk_id or 0)))).account_id
     else:
-        account_id = AccountId(body.user_id)
+        account_id = AccountId(int(body.user_id))
     reference = f"{body.provider}:{body.reference}"
     if (amount := nano_of(body.amount)) <= 0:
         raise InvalidAmount("A payment must be more than zero")

@@ -8,11 +8,12 @@ from msgspec import UNSET, UnsetType
 
 from gptutor.admin.auth import administration_of
 from gptutor.admin.responses import data_response
+from gptutor.http.app_keys import CONFIG
 from gptutor.http.body import read_json_body
-from gptutor.http.json_body import Amount, PrintableText
+from gptutor.http.json_body import Amount, PrintableText, whole
 from gptutor.http.query import Query
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, nano_of
-from gptutor.money.key_limits import NAME_MAX, KeyLimitChanges, changed_limits, parse_expiry
+from gptutor.money.key_limits import NAME_MAX, REQUESTS_PER_MINUTE_MAX, KeyLimitChanges, changed_limits, parse_expiry
 from gptutor.money.keyring import NO_LIMITS
 from gptutor.money.records import key_json, user_details_json, user_json
 
@@ -34,7 +35,13 @@ class KeyLimitsBody(msgspec.Struct, forbid_unknown_fields=True):
 
     limit: Annotated[Amount | UnsetType | None, msgspec.Meta(description=f"{AN_AMOUNT}, or null")] = UNSET
     limit_reset: Annotated[Literal["daily"] | UnsetType | None, msgspec.Meta(description='"daily", or null for never')] = UNSET
-    requests_per_minute: Annotated[int | UnsetType | None, msgspec.Meta(description="a whole number, or null")] = UNSET
+    requests_per_minute: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=REQUESTS_PER_MINUTE_MAX)]
+        | Annotated[float, msgspec.Meta(ge=1, le=REQUESTS_PER_MINUTE_MAX, multiple_of=1)]
+        | UnsetType
+        | None,
+        msgspec.Meta(description=f"a whole number from 1 to {REQUESTS_PER_MINUTE_MAX}, or null"),
+    ] = UNSET
     expires_at: Annotated[
         str | UnsetType | None,
         msgspec.Meta(description="a day such as 2026-12-31, a time such as 2026-12-31T18:00:00Z, or null"),
@@ -48,7 +55,7 @@ class KeyLimitsBody(msgspec.Struct, forbid_unknown_fields=True):
         if self.limit_reset is not UNSET:
             changes["limit_reset"] = self.limit_reset
         if self.requests_per_minute is not UNSET:
-            changes["requests_per_minute"] = self.requests_per_minute
+            changes["requests_per_minute"] = whole(self.requests_per_minute)
         if self.expires_at is not UNSET:
             changes["expires_at"] = None if self.expires_at is None else parse_expiry(self.expires_at)
         return changes
@@ -98,7 +105,7 @@ async def list_keys(request: web.Request) -> web.Response:
 
 async def issue_key(request: web.Request) -> web.Response:
     body = await read_json_body(request, NewKey)
-    limits = changed_limits(NO_LIMITS, body.changes())
+    limits = changed_limits(NO_LIMITS, body.changes(), _limit_min(request))
     secret, key = await administration_of(request).issue_key(account_id_of(request), body.name, limits)
     return data_response(key_json(key) | {"apiKey": secret}, 201)
 
@@ -106,7 +113,7 @@ async def issue_key(request: web.Request) -> web.Response:
 async def limit_key(request: web.Request) -> web.Response:
     body = await read_json_body(request, KeyLimitsBody)
     key_id = int(request.match_info["key_id"])
-    key = await administration_of(request).limit_key(account_id_of(request), key_id, body.changes())
+    key = await administration_of(request).limit_key(account_id_of(request), key_id, body.changes(), _limit_min(request))
     return data_response(key_json(key))
 
 
@@ -118,6 +125,11 @@ async def revoke_key(request: web.Request) -> web.Response:
 def account_id_of(request: web.Request) -> AccountId:
     """The user in the request's path."""
     return AccountId(int(request.match_info["user_id"]))
+
+
+def _limit_min(request: web.Request) -> Nano:
+    """The least that a key's limit may be."""
+    return nano_of(request.app[CONFIG].billing.balance_min_rub)
 
 
 def not_negative(amount: Amount) -> Nano:

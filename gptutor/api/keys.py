@@ -6,7 +6,6 @@ a limited key could lift its limit, or create a key without one.
 
 import dataclasses
 import datetime
-import functools
 from decimal import Decimal
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -15,11 +14,12 @@ from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
 from gptutor.errors import ApiError
-from gptutor.http.app_keys import KEYRING, MANAGES_KEYS, USER
+from gptutor.http.app_keys import CONFIG, KEYRING, MANAGES_KEYS, USER
 from gptutor.http.body import SMALL_BODY_LIMITS, read_json_body
-from gptutor.http.json_body import Amount, Body, must_be
+from gptutor.http.json_body import Amount, Body, must_be, whole
 from gptutor.http.responses import json_response, timestamp
 from gptutor.money.amounts import NANO_MAX, NANO_PER_RUB, InvalidAmount, Nano, nano_of, roubles
+from gptutor.money.key_limits import InvalidLimit, require_usable
 from gptutor.money.keyring import KEYS_MAX, NO_LIMITS, Key, KeyLimits, LimitReset, NoSuchKey, TooManyKeys
 from gptutor.text import ONE_LINE
 
@@ -28,13 +28,15 @@ NAME_CHARACTERS_MAX = 100
 EXPIRES_BEFORE = datetime.datetime(3000, 1, 1, tzinfo=datetime.UTC)
 REQUESTS_PER_MINUTE_MAX = 1_000_000
 
+LIMIT_MAX = NANO_MAX // NANO_PER_RUB
+
 
 class KeyLimitsPatch(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Changes of a key's limits; absent fields stay as they are. Descriptions complete the sentence "<field> must be …"."""
 
     limit: Annotated[
         Amount | UnsetType | None,
-        Meta(description=f"an amount in roubles from 0 to {NANO_MAX // NANO_PER_RUB} with at most nine decimal places, or null"),
+        Meta(description=f"an amount from the minimum balance to {LIMIT_MAX} roubles with at most nine decimal places, or null"),
     ] = UNSET
     limit_reset: Annotated[Literal["daily"] | UnsetType | None, Meta(description='"daily" if the key has a limit, or null')] = (
         UNSET
@@ -44,7 +46,10 @@ class KeyLimitsPatch(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         Meta(description="a future time before the year 3000, such as 2030-01-31T12:00:00Z, or null"),
     ] = UNSET
     requests_per_minute: Annotated[
-        Annotated[int, Meta(ge=1, le=REQUESTS_PER_MINUTE_MAX)] | UnsetType | None,
+        Annotated[int, Meta(ge=1, le=REQUESTS_PER_MINUTE_MAX)]
+        | Annotated[float, Meta(ge=1, le=REQUESTS_PER_MINUTE_MAX, multiple_of=1)]
+        | UnsetType
+        | None,
         Meta(description=f"an integer from 1 to {REQUESTS_PER_MINUTE_MAX}, or null"),
     ] = UNSET
 
@@ -65,7 +70,7 @@ async def list_keys(request: web.Request) -> web.Response:
 async def create_key(request: web.Request) -> web.Response:
     """The only response that contains the new key."""
     new_key = await _read_body(request, NewKey)
-    limits = limits_after(new_key, NO_LIMITS)
+    limits = limits_after(new_key, NO_LIMITS, _limit_min(request))
     try:
         secret, key = await request.app[KEYRING].issue(request[USER].account_id, new_key.name, limits, beside=True)
     except TooManyKeys:
@@ -76,8 +81,9 @@ async def create_key(request: web.Request) -> web.Response:
 async def limit_key(request: web.Request) -> web.Response:
     patch = await _read_body(request, KeyLimitsPatch)
     keyring, account_id, key_id = request.app[KEYRING], request[USER].account_id, int(request.match_info["key_id"])
+    limit_min = _limit_min(request)
     try:
-        key = await keyring.change(account_id, key_id, functools.partial(limits_after, patch))
+        key = await keyring.change(account_id, key_id, lambda limits: limits_after(patch, limits, limit_min))
     except NoSuchKey:
         _raise_not_found()
     return json_response({"data": key_json(key)})
@@ -92,9 +98,9 @@ async def revoke_key(request: web.Request) -> web.Response:
     return json_response({"deleted": True})
 
 
-def limits_after(patch: KeyLimitsPatch, before: KeyLimits) -> KeyLimits:
-    """The limits of a key once the patch is applied. Raises ApiError."""
-    limit = before.limit if isinstance(patch.limit, UnsetType) else _limit_nano(patch.limit)
+def limits_after(patch: KeyLimitsPatch, before: KeyLimits, limit_min: Nano) -> KeyLimits:
+    """The limits of a key once the patch is applied. `limit_min` is the minimum balance. Raises ApiError."""
+    limit = before.limit if isinstance(patch.limit, UnsetType) else _limit_nano(patch.limit, limit_min)
     if limit is None:
         limit_reset: LimitReset | None = None
         if patch.limit_reset == "daily":
@@ -112,7 +118,7 @@ def limits_after(patch: KeyLimitsPatch, before: KeyLimits) -> KeyLimits:
         limit_reset=limit_reset,
         requests_per_minute=before.requests_per_minute
         if isinstance(patch.requests_per_minute, UnsetType)
-        else patch.requests_per_minute,
+        else whole(patch.requests_per_minute),
     )
 
 
@@ -136,15 +142,22 @@ def key_json(key: Key) -> dict[str, Any]:
     }
 
 
-def _limit_nano(limit: Decimal | None) -> Nano | None:
+def _limit_nano(limit: Decimal | None, limit_min: Nano) -> Nano | None:
     """Raises ApiError."""
+    if limit is None:
+        return None
     try:
-        nano = None if limit is None else nano_of(limit)
+        nano = nano_of(limit)
+        require_usable(nano, limit_min)
     except InvalidAmount:
-        nano = Nano(-1)
-    if nano is not None and nano < 0:
-        raise ApiError("invalid_request", must_be(KeyLimitsPatch, "limit"))
+        raise ApiError("invalid_request", must_be(KeyLimitsPatch, "limit")) from None
+    except InvalidLimit as error:
+        raise ApiError("invalid_request", str(error)) from None
     return nano
+
+
+def _limit_min(request: web.Request) -> Nano:
+    return nano_of(request.app[CONFIG].billing.balance_min_rub)
 
 
 async def _read_body(request: web.Request, struct: type[Body]) -> Body:

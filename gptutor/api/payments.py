@@ -23,7 +23,7 @@ from gptutor.http.body import read_json_body
 from gptutor.http.json_body import Amount
 from gptutor.integrations.yookassa import ID_PATTERN, YooKassa, YooKassaUnavailable
 from gptutor.money.administration import Bookkeeper
-from gptutor.money.amounts import AccountId, InvalidAmount, Nano, parse_roubles
+from gptutor.money.amounts import AccountId, InvalidAmount, Nano, nano_of
 from gptutor.money.bookings import AlreadyBooked, Booking
 from gptutor.money.users import NoSuchUser
 from gptutor.telemetry.metrics import PAYMENT_NOTIFICATIONS
@@ -177,7 +177,7 @@ async def _book(
 ) -> Outcome:
     """A booking that fails now would fail each time: the operator gets an error log, and YooKassa need not repeat."""
     try:
-        await book(account_id, parse_roubles(f"{amount_rub:f}"), reference, reason)
+        await book(account_id, nano_of(amount_rub), reference, reason)
     except (NoSuchUser, AlreadyBooked, InvalidAmount) as error:
         LOGGER.error("The payment %s cannot be booked: %s", reference, type(error).__name__)
         return "conflict"

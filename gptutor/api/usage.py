@@ -14,7 +14,7 @@ from gptutor.errors import ApiError
 from gptutor.http.app_keys import DATABASE, USER
 from gptutor.http.query import Query, encode_cursor
 from gptutor.http.responses import json_response, timestamp
-from gptutor.money.amounts import roubles
+from gptutor.money.amounts import decimal_text, roubles
 from gptutor.money.usage import Cursor, NoSuchRequest, RequestRecord, Total, Usage, UsageEntry
 
 PAGE = 100
@@ -127,5 +127,4 @@ def request_json(request: RequestRecord) -> dict[str, Any]:
 
 
 def decimal_string(number: Decimal | None) -> str | None:
-    """Exact, and never in exponent form."""
-    return None if number is None else f"{number:f}"
+    return None if number is None else decimal_text(number)

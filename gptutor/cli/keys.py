@@ -7,7 +7,8 @@ from rich.table import Table
 
 from gptutor.cli.console import Json, out, print_json, shown, with_administration
 from gptutor.cli.users import UserId, describe
-from gptutor.money.amounts import AccountId, parse_positive
+from gptutor.config.load import load
+from gptutor.money.amounts import AccountId, Nano, nano_of, parse_positive
 from gptutor.money.key_limits import NAME_MAX, InvalidLimit, KeyLimitChanges, changed_limits, parse_expiry
 from gptutor.money.keyring import NO_LIMITS, Key
 from gptutor.money.records import key_json
@@ -56,7 +57,7 @@ def user_issue_key(
     """Make another key, with limits of its own. The key is shown once."""
     if len(name) > NAME_MAX or not is_one_line(name):
         raise InvalidLimit(f"--name must be one line of at most {NAME_MAX} characters")
-    limits = changed_limits(NO_LIMITS, _changes(limit, limit_reset, requests_per_minute, expires_at))
+    limits = changed_limits(NO_LIMITS, _changes(limit, limit_reset, requests_per_minute, expires_at), _limit_min())
     secret, key = with_administration(lambda administration: administration.issue_key(AccountId(user_id), name, limits))
     if json:
         print_json(key_json(key) | {"apiKey": secret})
@@ -76,7 +77,9 @@ def user_limit_key(
 ) -> None:
     """Change limits of a key; those that are not given stay as they are."""
     changes = _changes(limit, limit_reset, requests_per_minute, expires_at)
-    _show(with_administration(lambda administration: administration.limit_key(AccountId(user_id), key_id, changes)), json)
+    limit_min = _limit_min()
+    key = with_administration(lambda administration: administration.limit_key(AccountId(user_id), key_id, changes, limit_min))
+    _show(key, json)
 
 
 @keys_app.command("revoke-key")
@@ -102,6 +105,11 @@ def _changes(
     if expires_at is not None:
         changes["expires_at"] = None if expires_at == NONE else parse_expiry(expires_at)
     return changes
+
+
+def _limit_min() -> Nano:
+    """The least that a key's limit may be: the minimum balance. Raises ConfigError."""
+    return nano_of(load().billing.balance_min_rub)
 
 
 def _whole_number(text: str) -> int:

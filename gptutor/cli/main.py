@@ -21,7 +21,7 @@ from gptutor.database import migrations
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.database.pool import Database
 from gptutor.money.administration import Administration, ReasonMissing
-from gptutor.money.amounts import InvalidAmount, roubles
+from gptutor.money.amounts import InvalidAmount, decimal_text, roubles
 from gptutor.money.bookings import AlreadyBooked, Uncovered
 from gptutor.money.invariants import check, load_invariants
 from gptutor.money.journal import JournalError
@@ -196,7 +196,8 @@ def reconcile_command(json: Json = False) -> None:
         print_json(reconciliation_json(found))
         return
     for day in found.days:
-        out.print(f"{day.day}  ours {day.ours_usd:f}  OpenRouter {day.theirs_usd:f}  difference {day.difference_usd:f} dollars")
+        usd = [decimal_text(number) for number in (day.ours_usd, day.theirs_usd, day.difference_usd)]
+        out.print(f"{day.day}  ours {usd[0]}  OpenRouter {usd[1]}  difference {usd[2]} dollars")
     _print_waiting(found.waiting)
 
 

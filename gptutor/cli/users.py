@@ -9,7 +9,7 @@ from rich.table import Table
 from gptutor.cli.console import Json, out, print_json, shown, with_administration, with_database
 from gptutor.database.pool import Database
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
-from gptutor.money.amounts import AccountId, Nano, parse_positive, parse_roubles, roubles
+from gptutor.money.amounts import AccountId, Nano, decimal_text, parse_positive, parse_roubles, roubles
 from gptutor.money.bookings import Bookings, LedgerEntry
 from gptutor.money.key_limits import NAME_MAX
 from gptutor.money.keyring import Key
@@ -156,8 +156,8 @@ def user_ledger(
             f"{entry.created_at:%Y-%m-%d %H:%M:%S}",
             entry.kind,
             roubles(entry.amount),
-            "" if entry.cost_usd is None else f"{entry.cost_usd:f}",
-            "" if entry.rub_per_usd is None else f"{entry.rub_per_usd:f}",
+            "" if entry.cost_usd is None else decimal_text(entry.cost_usd),
+            "" if entry.rub_per_usd is None else decimal_text(entry.rub_per_usd),
             shown(entry.model or ""),
             shown(entry.generation_id or entry.reason),
         )

@@ -24,6 +24,7 @@ HeaderText = Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z", description="prin
 BaseUrl = Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z", description="an address such as https://host/path")]
 ReturnUrl = Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z", description="an address such as https://example.com/paid")]
 
+ROUBLE_PLACES = 9
 ADMIN_CREDENTIAL = r"(?:(?P<name>[a-z][a-z0-9_-]{0,31}):)?(?P<secret>[!-9;-~]{32,256})"
 
 
@@ -163,6 +164,14 @@ class OpenRouterSettings(Section, frozen=True):
 def _check_decimal(name: str, value: Decimal, least: Decimal, most: Decimal) -> None:
     if not (value.is_finite() and least <= value <= most):
         raise ValueError(f"billing.{name} must be a number from {least} to {most}, not {value}")
+    if name.endswith("_rub"):
+        _check_places(f"billing.{name}", value)
+
+
+def _check_places(name: str, roubles: Decimal) -> None:
+    places = -int(roubles.as_tuple().exponent)
+    if places > ROUBLE_PLACES:
+        raise ValueError(f"{name} must be a number with at most {ROUBLE_PLACES} decimal places, not {places}")
 
 
 class BillingSettings(Section, frozen=True):
@@ -234,6 +243,7 @@ class VkSettings(Section, frozen=True):
             raise ValueError("vk.app_id and vk.secret_key must be set together: VK_APP_ID and VK_SECRET_KEY, or neither")
         if not (self.bonus_rub.is_finite() and 0 <= self.bonus_rub <= 1_000_000):
             raise ValueError(f"vk.bonus_rub must be a number from 0 to 1000000, not {self.bonus_rub}")
+        _check_places("vk.bonus_rub", self.bonus_rub)
 
 
 class YookassaSettings(Section, frozen=True):

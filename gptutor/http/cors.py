@@ -11,11 +11,11 @@ from aiohttp.typedefs import Handler, Middleware
 
 REQUEST_HEADERS = frozenset(
     {"accept", "authorization", "content-type", "http-referer", "idempotency-key", "user-agent", "x-request-id", "x-title"}
+    | {"traceparent", "tracestate", "x-api-key"}  # OpenRouter allows them too, so clients send them
 )
 REQUEST_HEADER_PREFIXES = ("x-stainless-", "openai-", "x-openrouter-")  # what the SDKs say about themselves
 RESPONSE_HEADERS = (
-    "Retry-After, X-Error-Code, X-Generation-Id, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-ID, "
-    "x-should-retry"
+    "Retry-After, X-Error-Code, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-ID, x-should-retry"
 )
 PREFLIGHT_MAX_AGE_S = "7200"  # the most that browsers accept
 ANY = "*"
@@ -46,8 +46,14 @@ def cors(origins: frozenset[str], *, methods: Iterable[str], request_headers: It
     return middleware
 
 
-def add_cors_headers(origins: frozenset[str]) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
-    """Signal: lets the page read the response. A middleware would come too late, because a stream's headers leave earlier."""
+def add_cors_headers(
+    origins: frozenset[str], response_headers: Iterable[str]
+) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """Signal: lets the page read the response, with RESPONSE_HEADERS and `response_headers`.
+
+    A middleware would come too late, because a stream's headers leave earlier.
+    """
+    exposed = ", ".join([RESPONSE_HEADERS, *response_headers])
 
     async def signal(request: web.Request, response: web.StreamResponse) -> None:
         if "Origin" not in request.headers:
@@ -56,7 +62,7 @@ def add_cors_headers(origins: frozenset[str]) -> Callable[[web.Request, web.Stre
             response.headers["Vary"] = "Origin"
         if _is_allowed(request, origins):
             response.headers["Access-Control-Allow-Origin"] = ANY if ANY in origins else request.headers["Origin"]
-            response.headers["Access-Control-Expose-Headers"] = RESPONSE_HEADERS
+            response.headers["Access-Control-Expose-Headers"] = exposed
 
     return signal
 

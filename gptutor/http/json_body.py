@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import re
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
@@ -18,6 +18,8 @@ from gptutor.money.amounts import PLAIN_DECIMAL
 from gptutor.text import ONE_LINE
 
 NAME_CHARACTERS_SHOWN = 100
+BOM = b"\xef\xbb\xbf"
+"""Some editors on Windows put it before a text in UTF-8. It is skipped."""
 NUMBER_CHARACTERS_MAX = 400
 """No meaningful number is longer; the largest double has 309 digits."""
 
@@ -66,6 +68,7 @@ outside the range of a double is infinite for one parser and an error for anothe
 
 def parse_json_body(body: bytes, struct: type[Body]) -> Body:
     """Raises ApiError, whose text names the field, its fault and what is allowed. Unknown fields are rejected by `struct`."""
+    body = body.removeprefix(BOM)
     try:
         reject_ambiguous_json(body.decode())
         decoded: Body = _decoder(struct).decode(body)
@@ -73,12 +76,30 @@ def parse_json_body(body: bytes, struct: type[Body]) -> Body:
     except msgspec.ValidationError as error:
         raise ApiError("invalid_request", _error_text(str(error), struct)) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise ApiError("invalid_json", cause=type(error).__name__) from error
+        raise not_json(body, error) from error
+
+
+def not_json(body: bytes, error: Exception) -> ApiError:
+    """For a body that cannot be parsed because of `error`: the text tells a wrong encoding, such as a Windows console's."""
+    cause = type(error).__name__
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return ApiError("invalid_json", "Request body must be in UTF-8", cause=cause)
+    return ApiError("invalid_json", cause=cause)
 
 
 @functools.cache
 def _decoder(struct: Any) -> "msgspec.json.Decoder[Any]":
-    return msgspec.json.Decoder(struct, dec_hook=_decode_amount, float_hook=Decimal)
+    return msgspec.json.Decoder(struct, dec_hook=_decode_amount, float_hook=_decode_decimal)
+
+
+def _decode_decimal(text: str) -> Decimal:
+    """msgspec's hook for a number with a point or an exponent. Raises ValueError."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # an exponent of more than 18 digits
+        raise ValueError("Expected a number such as 100 or 99.50") from None
 
 
 def _decode_amount(_: type, value: Any) -> Amount:
@@ -88,6 +109,11 @@ def _decode_amount(_: type, value: Any) -> Amount:
     if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
         raise ValueError("Expected a number or a string such as 99.50")
     return Amount(value)
+
+
+def whole(number: float | None) -> int | None:
+    """A field that may be `5.0`, for which its type requires a whole number."""
+    return None if number is None else int(number)
 
 
 def must_be(struct: type[msgspec.Struct], field: str) -> str:

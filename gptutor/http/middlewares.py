@@ -16,6 +16,7 @@ from gptutor.telemetry.logs import LoggerService
 
 API_KEY = re.compile(r"sk-[A-Za-z0-9_-]+")
 """A client may put a key into the path by mistake; the log must not have it."""
+NO_ENCODING = ("", "identity")
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -83,8 +84,7 @@ def body_limit(bytes_max: int) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if (request.content_length or 0) > bytes_max:
             raise ApiError("body_too_large", text)
-        encoding = request.headers.get("Content-Encoding")
-        if encoding is not None and encoding.lower() != "identity":
+        if any(value.strip().lower() not in NO_ENCODING for value in request.headers.getall("Content-Encoding", ())):
             raise ApiError("unsupported_encoding")
         return await handler(request)
 

@@ -125,9 +125,9 @@ class Administration(Bookkeeper):
         """Raises NoSuchKey."""
         return await self._keys.find(account_id, key_id)
 
-    async def limit_key(self, account_id: AccountId, key_id: int, changes: KeyLimitChanges) -> Key:
-        """Raises NoSuchKey, InvalidLimit."""
-        key = await self._keys.change(account_id, key_id, lambda limits: changed_limits(limits, changes))
+    async def limit_key(self, account_id: AccountId, key_id: int, changes: KeyLimitChanges, limit_min: Nano) -> Key:
+        """`limit_min` is the minimum balance. Raises NoSuchKey, InvalidLimit."""
+        key = await self._keys.change(account_id, key_id, lambda limits: changed_limits(limits, changes, limit_min))
         audit(self._who, "limit key", user_id=account_id, key_id=key.key_id, limits=key_limits_json(key.limits))
         return key
 

@@ -18,6 +18,10 @@ EXACT = Context(prec=200, traps=[InvalidOperation])
 PLAIN_DECIMAL = re.compile(r"[+-]?[0-9]{1,13}(?:\.[0-9]{1,20})?")
 
 
+PLAIN_PLACES_MAX = 60
+"""Of a decimal that is shown without an exponent; OpenRouter's costs have about twenty."""
+
+
 class InvalidAmount(ValueError):
     """The text is not a valid amount in roubles; the message says why."""
 
@@ -57,6 +61,11 @@ def roubles(nano: int) -> str:
     sign = "-" if nano < 0 else ""
     whole, fraction = divmod(abs(nano), NANO_PER_RUB)
     return f"{sign}{whole}.{fraction:09d}".rstrip("0").rstrip(".")
+
+
+def decimal_text(number: Decimal) -> str:
+    """Exact: `0.00000009`, or `1E-999` where the plain form would have more than PLAIN_PLACES_MAX places."""
+    return f"{number:f}" if abs(number.adjusted()) <= PLAIN_PLACES_MAX else str(number)
 
 
 def nano_half_up(roubles_exact: Decimal) -> Nano:

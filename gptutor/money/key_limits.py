@@ -3,7 +3,7 @@
 import datetime
 from typing import TypedDict
 
-from gptutor.money.amounts import Nano
+from gptutor.money.amounts import NANO_MAX, Nano, roubles
 from gptutor.money.keyring import KeyLimits, LimitReset
 
 NAME_MAX = 100
@@ -24,8 +24,9 @@ class KeyLimitChanges(TypedDict, total=False):
     expires_at: datetime.datetime | None
 
 
-def changed_limits(limits: KeyLimits, changes: KeyLimitChanges) -> KeyLimits:
+def changed_limits(limits: KeyLimits, changes: KeyLimitChanges, limit_min: Nano) -> KeyLimits:
     """The limits after the changes. Lifting `limit` lifts `limit_reset` with it. Raises InvalidLimit."""
+    require_usable(changes.get("limit"), limit_min)
     limit = changes.get("limit", limits.limit)
     limit_reset = changes.get("limit_reset", limits.limit_reset)
     if limit is None:
@@ -36,6 +37,15 @@ def changed_limits(limits: KeyLimits, changes: KeyLimitChanges) -> KeyLimits:
     if requests_per_minute is not None and not 1 <= requests_per_minute <= REQUESTS_PER_MINUTE_MAX:
         raise InvalidLimit(f"requests_per_minute must be from 1 to {REQUESTS_PER_MINUTE_MAX}, not {requests_per_minute}")
     return KeyLimits(changes.get("expires_at", limits.expires_at), limit, limit_reset, requests_per_minute)
+
+
+def require_usable(limit: Nano | None, limit_min: Nano) -> None:
+    """Raises InvalidLimit for a limit that no request fits into: each needs `limit_min`, the minimum balance."""
+    if limit is not None and not limit_min <= limit <= NANO_MAX:
+        raise InvalidLimit(
+            f"limit must be from {roubles(limit_min)}, which each request needs, to {roubles(NANO_MAX)} roubles, "
+            f"not {roubles(limit)}; without a limit the key may spend the whole balance"
+        )
 
 
 def parse_expiry(text: str) -> datetime.datetime:

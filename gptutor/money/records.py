@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from gptutor.money.amounts import AccountId, roubles
+from gptutor.money.amounts import AccountId, decimal_text, roubles
 from gptutor.money.bookings import Booking, LedgerEntry
 from gptutor.money.keyring import Key, KeyLimits
 from gptutor.money.reconciliation import Reconciliation, WaitingHold, WaitingHolds
@@ -170,8 +170,7 @@ def csv_lines(entries: Iterable[tuple[AccountId, LedgerEntry]]) -> str:
 
 
 def _plain(number: Decimal | None) -> str | None:
-    """Never in exponent form."""
-    return None if number is None else f"{number:f}"
+    return None if number is None else decimal_text(number)
 
 
 def _csv_text(rows: Iterable[Iterable[Any]]) -> str:

@@ -9,11 +9,10 @@ from http import HTTPStatus
 from gptutor.openrouter.bill import valid_generation_id
 from gptutor.openrouter.connection import UpstreamConnection
 from gptutor.openrouter.errors import UpstreamError
+from gptutor.openrouter.headers import RETURNED_HEADERS
 from gptutor.openrouter.retry import Failure
 
-# The only headers of a response that reach the client: hop-by-hop headers and cookies least of all. OpenRouter is told not to
-# compress, but if it does, the bytes are passed as they are, and the client must know.
-CLIENT_HEADERS = {"content-type": "Content-Type", "content-encoding": "Content-Encoding", "x-generation-id": "X-Generation-Id"}
+CLIENT_HEADERS = {name.lower(): name for name in RETURNED_HEADERS}
 ERROR_BODY_BYTES_MAX = 64 * 1024
 ERROR_BODY_TIMEOUT_S = 5.0
 CHECK_INTERVAL_S = 1.0

@@ -8,9 +8,11 @@ from typing import Any
 
 import httptools
 
+from gptutor.openrouter.headers import RETURNED_HEADERS
+
 HEADERS_BYTES_MAX = 64 * 1024
-HEADERS_READ = frozenset(
-    b"content-type content-encoding content-length transfer-encoding x-generation-id retry-after date".split()
+HEADERS_READ = frozenset(b"content-length transfer-encoding retry-after date".split()).union(
+    name.lower().encode() for name in RETURNED_HEADERS
 )
 """Of the twenty or so that OpenRouter sends; the others are not decoded."""
 

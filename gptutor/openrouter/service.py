@@ -28,9 +28,6 @@ from gptutor.telemetry.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RE
 
 LOGGER = logging.getLogger("gptutor.openrouter")
 
-# The only headers of a client's request that are forwarded to OpenRouter: they change the response, and say nothing about the
-# client. Cookies, addresses and hop-by-hop headers are not forwarded.
-FORWARDED_HEADERS = ("X-OpenRouter-Metadata", "x-anthropic-beta")
 GET_TIMEOUT_S = 30.0
 OLD_KEY_STATUSES = frozenset({401, 403, 404})
 """OpenRouter's statuses for a generation that was made with an old API key."""

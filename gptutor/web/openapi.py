@@ -43,6 +43,8 @@ def request_schemas() -> dict[str, Any]:
         for field in schema["properties"].values():
             if "default" in field and field["default"] is None:
                 del field["default"]  # null means absent, so it is not worth describing
+            if "anyOf" in field:  # for JSON Schema, 5.0 is an integer as it is
+                field["anyOf"] = [kind for kind in field["anyOf"] if kind.get("multipleOf") != 1]
     return schemas
 
 

@@ -22,7 +22,7 @@ from gptutor.http.app_keys import CLAIM, KEY_VERIFIED, KEYRING, READINESS, REQUE
 from gptutor.http.body import awaits_continue, read_body, require_json
 from gptutor.http.byte_budget import BudgetExceeded, ByteShare
 from gptutor.money.keys import KeyClaim
-from gptutor.openrouter.service import FORWARDED_HEADERS
+from gptutor.openrouter.headers import FORWARDED_HEADERS
 from gptutor.telemetry.metrics import OFFLOADED_PARSES
 
 FREE = ":free"

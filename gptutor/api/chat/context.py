@@ -33,7 +33,7 @@ class RequestContext(msgspec.Struct, frozen=True):
     claim: KeyClaim
     parsed: ParsedRequest
     forwarded_headers: Mapping[str, str]
-    """The client's headers that are forwarded to OpenRouter, by `openrouter.service.FORWARDED_HEADERS`."""
+    """The client's headers that are forwarded to OpenRouter, by `openrouter.headers.FORWARDED_HEADERS`."""
     body_share: ByteShare
     """The bytes of the body, until it was sent."""
     counted_as: str | bytes

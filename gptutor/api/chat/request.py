@@ -16,7 +16,7 @@ from msgspec import Meta, Raw
 
 from gptutor.api.chat.surrogates import mask, unmask
 from gptutor.errors import ApiError
-from gptutor.http.json_body import ERROR_PATH, MISSING_FIELD, reject_ambiguous_json
+from gptutor.http.json_body import BOM, ERROR_PATH, MISSING_FIELD, not_json, reject_ambiguous_json
 from gptutor.money.pricing import RequestSize
 from gptutor.text import ONE_LINE
 
@@ -42,6 +42,11 @@ RESULTS_DEFAULT = 5
 """How many results a search returns, and costs, unless the request sets `max_results`."""
 ONLY_TEXT = frozenset({"text"})
 STANDARD_TIERS = (None, "auto", "default", "flex")
+TOKENS_MAX = 2**31 - 1
+CHOICES_MAX = 128
+# `5.0` and `1e3` are integers in JSON.
+Tokens = Annotated[int, Meta(ge=1, le=TOKENS_MAX)] | Annotated[float, Meta(ge=1, le=TOKENS_MAX, multiple_of=1)]
+Choices = Annotated[int, Meta(ge=1, le=CHOICES_MAX)] | Annotated[float, Meta(ge=1, le=CHOICES_MAX, multiple_of=1)]
 
 
 class Message(msgspec.Struct):
@@ -80,10 +85,8 @@ class ChatRequest(msgspec.Struct):
         Annotated[list[str], Meta(max_length=MODELS_MAX)] | None, Meta(description=f"an array of at most {MODELS_MAX} strings")
     ] = None
     stream: Annotated[bool | None, Meta(description="a boolean")] = None
-    max_tokens: Annotated[Annotated[int, Meta(ge=1, le=2**31 - 1)] | None, Meta(description="a positive integer")] = None
-    max_completion_tokens: Annotated[Annotated[int, Meta(ge=1, le=2**31 - 1)] | None, Meta(description="a positive integer")] = (
-        None
-    )
+    max_tokens: Annotated[Tokens | None, Meta(description=f"an integer from 1 to {TOKENS_MAX}")] = None
+    max_completion_tokens: Annotated[Tokens | None, Meta(description=f"an integer from 1 to {TOKENS_MAX}")] = None
     temperature: Annotated[Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="a number from 0 to 2")] = None
     top_p: Annotated[Annotated[float, Meta(ge=0, le=1)] | None, Meta(description="a number from 0 to 1")] = None
     frequency_penalty: Annotated[Annotated[float, Meta(ge=-2, le=2)] | None, Meta(description="a number from -2 to 2")] = None
@@ -92,7 +95,7 @@ class ChatRequest(msgspec.Struct):
         str | Annotated[list[str], Meta(max_length=STOP_MAX)] | None,
         Meta(description=f"a string or an array of at most {STOP_MAX} strings"),
     ] = None
-    n: Annotated[Annotated[int, Meta(ge=1, le=128)] | None, Meta(description="an integer from 1 to 128")] = None
+    n: Annotated[Choices | None, Meta(description=f"an integer from 1 to {CHOICES_MAX}")] = None
     usage: Annotated[dict[str, Raw] | None, Meta(description="an object")] = None
     stream_options: Annotated[dict[str, Raw] | None, Meta(description="an object")] = None
     tools: Annotated[list[Tool] | None, Meta(description="an array of objects")] = None
@@ -135,8 +138,8 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     message_count: int
     size: RequestSize
     members: dict[str, Raw]
-    masked: bool = False
-    """Whether lone surrogates are masked in `members`."""
+    mask: str | None = None
+    """What masks lone surrogates in `members`."""
 
     def upstream_body(self, *, user: str, output_limit: int | None) -> bytes:
         """The body for OpenRouter: the client's, with our own members.
@@ -154,15 +157,16 @@ class ParsedRequest(msgspec.Struct, frozen=True):
         if output_limit is not None:
             own_members["max_tokens"] = b"%d" % output_limit
         body = _encode_object({**self.members, **own_members})
-        return unmask(body) if self.masked else body
+        return body if self.mask is None else unmask(body, self.mask)
 
 
 def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
     """Validates a request body. Raises ApiError, whose text names the field and what is allowed."""
+    body = body.removeprefix(BOM)
     if body.count(b"[") + body.count(b"{") > BRACKETS_MAX:
         raise ApiError("invalid_request", f"Request body must not have more than {BRACKETS_MAX} objects and arrays")
     try:
-        request, members, masked = _parse(body)
+        request, members, used_mask = _parse(body)
         if len(members) > MEMBERS_MAX:
             raise ApiError("invalid_request", f"Request body must not have more than {MEMBERS_MAX} members")
     except msgspec.ValidationError as error:
@@ -170,7 +174,7 @@ def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
             _reject_ambiguous(body)
         raise _validation_error(str(error)) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise ApiError("invalid_json", cause=type(error).__name__) from error
+        raise not_json(body, error) from error
     _reject_ambiguous(body)
 
     images, image_bytes, files = 0, 0, 0
@@ -190,15 +194,15 @@ def parse_request(body: bytes, *, default_model: str) -> ParsedRequest:
             prompt_bytes=sum([len(memoryview(member)) for member in members.values()]) - image_bytes,
             images=images,
             has_files=files > 0,
-            choices=request.n or 1,
-            output_tokens=max(limits) or None,
+            choices=int(request.n or 1),
+            output_tokens=int(max(limits)) or None,
             paid_tools=_paid_tools(request, files),
             writes_prompt_cache=b'"cache_control"' in body or (ESCAPE in body and ESCAPED_LETTER.search(body) is not None),
             multimodal_output=not ONLY_TEXT.issuperset(request.modalities or ()),
             priority_tier=request.service_tier not in STANDARD_TIERS,
         ),
         members=members,
-        masked=masked,
+        mask=used_mask,
     )
 
 
@@ -207,20 +211,21 @@ def _reject_ambiguous(body: bytes) -> None:
     try:
         reject_ambiguous_json(body.decode())
     except (ValueError, RecursionError) as error:
-        raise ApiError("invalid_json", cause=type(error).__name__) from error
+        raise not_json(body, error) from error
 
 
-def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], bool]:
-    """The request's known fields, its members, and whether lone surrogates were masked. Raises msgspec's errors."""
+def _parse(body: bytes) -> tuple[ChatRequest, dict[str, Raw], str | None]:
+    """The request's known fields, its members, and what masks lone surrogates in them. Raises msgspec's errors."""
     try:
-        return _decode_request(body), _decode_members(body), False
+        return _decode_request(body), _decode_members(body), None
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError:
-        masked = mask(body)
-        if masked is None:
+        found = mask(body)
+        if found is None:
             raise
-        return _decode_request(masked), _decode_members(masked), True
+        masked, used_mask = found
+        return _decode_request(masked), _decode_members(masked), used_mask
 
 
 def _paid_tools(request: ChatRequest, files: int) -> int:
