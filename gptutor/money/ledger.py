@@ -55,6 +55,8 @@ REPEATS_REJECTED_S = 180.0
 MARK_S = 1.0
 """How long a client waits for its error, which it gets only after the mark."""
 RETRY_PAUSES_S = (0.05, 0.2, 1.0, 5.0)
+RELEASES_S = 6.0
+"""How long a request waits for releases that may free its idempotency key: longer than the longest of these pauses."""
 
 REJECTIONS: dict[str, type[Exception]] = {
     "unknown_key": UnknownKey,
@@ -126,6 +128,9 @@ class Ledger:
         self.active.add(request.hold_id)
         try:
             row = await self._submit(request)
+            if row["outcome"] in ("repeated", "mismatched") and len(self._background_releases):
+                await self._background_releases.wait(RELEASES_S)  # one of them may free the idempotency key
+                row = await self._submit(request)
         except (Exception, asyncio.CancelledError):
             self._release_in_background(request)
             raise
