@@ -4,7 +4,7 @@ buying; after a failure that bought nothing it is carried out, also with the sam
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -106,6 +106,13 @@ async def bought(gateway: Gateway, client: Client) -> int:
     return int(times)
 
 
+@pytest.fixture
+async def connection(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(database_url)
+    yield connection
+    await connection.close()
+
+
 # -- the outcome of the first request is unknown
 
 
@@ -185,17 +192,15 @@ async def test_a_new_idempotency_key_says_that_the_request_is_meant_to_be_bought
 
 
 @pytest.mark.parametrize("tuned", [SHORT])
-async def test_after_three_minutes_the_request_is_a_new_one(scripted: Any, database_url: str) -> None:
+async def test_after_three_minutes_the_request_is_a_new_one(scripted: Any, connection: asyncpg.Connection) -> None:
     plays, gateway = scripted
     plays.append(OpenRouter(disconnect, completion))
     client = await gateway.client()
     await ask(gateway, client)
-    connection = await asyncpg.connect(database_url)
     until = await connection.fetchval("SELECT repeats_rejected_until - now() FROM holds")
     assert until.total_seconds() == pytest.approx(180, abs=10)
     await connection.execute("UPDATE holds SET repeats_rejected_until = now()")
     assert (await ask(gateway, client)).status == 200
-    await connection.close()
 
 
 @pytest.mark.parametrize("tuned", [SHORT])
@@ -290,7 +295,7 @@ async def test_an_sdk_that_repeats_by_itself_buys_once(scripted: Any, monkeypatc
 
 
 @pytest.mark.parametrize("tuned", [SHORT])
-@pytest.mark.parametrize("status", [400, 401, 402, 403, 404, 408, 413, 422, 429, 500, 502, 503])
+@pytest.mark.parametrize("status", [400, 402, 403, 429, 500, 503])
 async def test_the_repeat_of_a_refused_request_is_carried_out_once_under_its_idempotency_key(scripted: Any, status: int) -> None:
     plays, gateway = scripted
     openrouter = OpenRouter(refusal(status), completion)
