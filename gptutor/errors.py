@@ -42,6 +42,9 @@ ERRORS: dict[str, ErrorKind] = {
     "main_key_required": ErrorKind(403, "Only the main API key or a sign-in may change keys"),
     "duplicate_request": ErrorKind(409, "A request with this Idempotency-Key was already made", DO_NOT_RETRY),
     "idempotency_mismatch": ErrorKind(422, "This Idempotency-Key was used for a different request", DO_NOT_RETRY),
+    "outcome_unknown": ErrorKind(
+        422, "The same request has just failed here, and may have been bought; a new Idempotency-Key buys it again", DO_NOT_RETRY
+    ),
     "already_booked": ErrorKind(409, "This reference was already booked", DO_NOT_RETRY),
     "moderated": ErrorKind(403, "OpenRouter's moderation refused the request"),
     "rate_limited": ErrorKind(429, "Too Many Requests"),

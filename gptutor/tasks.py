@@ -23,14 +23,19 @@ class BackgroundTasks:
         """How many tasks have not ended."""
         return len(self._tasks)
 
+    async def wait(self, within_s: float | None) -> set[asyncio.Task[Any]]:
+        """Waits for all tasks, for `within_s` seconds at most (None: without limit). Returns those that have not ended."""
+        if not self._tasks:
+            return set()
+        _, late = await asyncio.wait(self._tasks, timeout=within_s)
+        return late
+
     async def drain(self, within_s: float | None) -> int:
         """Waits for all tasks, for `within_s` seconds at most (None: without limit), then cancels the rest.
 
         Returns how many were cancelled.
         """
-        if not self._tasks:
-            return 0
-        _, late = await asyncio.wait(self._tasks, timeout=within_s)
+        late = await self.wait(within_s)
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)

@@ -325,7 +325,13 @@ BEGIN
         SELECT i.*, accounts.balance_nano - accounts.held_nano AS available_nano, accounts.open_requests,
             CASE WHEN accounts.minute = this_minute THEN accounts.minute_requests ELSE 0 END AS minute_requests,
             accounts.is_active AND api_keys.account_id IS NOT NULL AS is_known,
-            api_keys.key_id, api_keys.limit_nano IS NOT NULL OR api_keys.requests_per_minute IS NOT NULL AS is_limited
+            api_keys.key_id, api_keys.limit_nano IS NOT NULL OR api_keys.requests_per_minute IS NOT NULL AS is_limited,
+            (
+                SELECT marked.request_id FROM holds AS marked
+                WHERE marked.account_id = i.account_id AND marked.body_hash = i.body_hash AND i.idempotency_key IS NULL
+                    AND marked.repeats_rejected_until > now() AND marked.key_id = api_keys.key_id
+                LIMIT 1
+            ) AS unknown_request_id
         FROM unnest(account_ids, key_hashes, hold_ids, ceilings_nano, minimums_nano, idempotency_keys, body_hashes)
             WITH ORDINALITY AS i (
                 account_id, key_hash, hold_id, ceiling_nano, minimum_nano, idempotency_key, body_hash, position
@@ -356,6 +362,13 @@ BEGIN
         END IF;
         IF item.is_known IS NOT TRUE THEN
             outcome := 'unknown_key';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+
+        IF item.unknown_request_id IS NOT NULL THEN
+            outcome := 'outcome_unknown';
+            earlier_request_id := item.unknown_request_id;
             RETURN NEXT;
             CONTINUE;
         END IF;
@@ -431,7 +444,8 @@ BEGIN
                 key_id, counts_against_key_limit
             )
             SELECT account_id, hold_ids[position], owner, amount_nano, rub_per_usd, models[position], request_ids[position],
-                now() + make_interval(secs => hold_ttl_s), idempotency_keys[position], body_hashes[position],
+                now() + make_interval(secs => hold_ttl_s), idempotency_keys[position],
+                CASE WHEN idempotency_keys[position] IS NOT NULL THEN body_hashes[position] END,
                 key_id, counts_against_key_limit
             FROM granted
         )
@@ -463,7 +477,10 @@ BEGIN
 
     RETURN QUERY
     WITH released AS (
-        UPDATE holds SET state = 'released', closed_at = clock_timestamp(), is_unresolved = item.unresolved
+        UPDATE holds SET state = 'released', closed_at = clock_timestamp(), is_unresolved = item.unresolved,
+            idempotency_key = CASE WHEN item.unresolved THEN holds.idempotency_key END,
+            body_hash = CASE WHEN item.unresolved THEN holds.body_hash END,
+            repeats_rejected_until = CASE WHEN item.unresolved THEN holds.repeats_rejected_until END
         FROM unnest(account_ids, hold_ids, unresolved) AS item (account_id, hold_id, unresolved)
         WHERE holds.account_id = item.account_id AND holds.hold_id = item.hold_id AND holds.state = 'open'
             AND (item.unresolved OR NOT holds.is_handed_over) -- one that was handed over meanwhile may have bought something
@@ -677,6 +694,7 @@ CREATE TABLE public.holds (
     closed_at timestamp with time zone,
     due_at timestamp with time zone NOT NULL,
     recovery_attempts integer DEFAULT 0 NOT NULL,
+    repeats_rejected_until timestamp with time zone,
     CONSTRAINT charge_is_not_negative CHECK ((charge_nano >= 0)),
     CONSTRAINT closed_holds_have_a_time CHECK (((state = 'open'::public.hold_state) = (closed_at IS NULL))),
     CONSTRAINT cost_is_a_price CHECK (((cost_usd >= (0)::numeric) AND (cost_usd < (100000)::numeric))),
@@ -712,13 +730,15 @@ COMMENT ON COLUMN public.holds.request_id IS 'X-Request-ID: ours, or the client'
 
 COMMENT ON COLUMN public.holds.idempotency_key IS 'Idempotency-Key of the request; cleared after 24 hours.';
 
-COMMENT ON COLUMN public.holds.body_hash IS 'SHA-256 of the request''s body; kept with idempotency_key, and cleared with it.';
+COMMENT ON COLUMN public.holds.body_hash IS 'SHA-256 of the request''s body; kept with idempotency_key and repeats_rejected_until, and cleared with them.';
 
 COMMENT ON COLUMN public.holds.generation_id IS 'OpenRouter''s id of what was bought.';
 
 COMMENT ON COLUMN public.holds.due_at IS 'When recovery looks for evidence (again). An open hold is never dropped.';
 
 COMMENT ON COLUMN public.holds.recovery_attempts IS 'How often recovery has looked.';
+
+COMMENT ON COLUMN public.holds.repeats_rejected_until IS 'The request may have bought something that the client did not get: until then, one with the same body is rejected.';
 
 CREATE TABLE public.identities (
     provider text NOT NULL,
@@ -888,6 +908,8 @@ CREATE INDEX holds_counted_by_key ON public.holds USING btree (account_id, key_i
 CREATE INDEX holds_idempotency_key_by_time ON public.holds USING btree (created_at) WHERE (idempotency_key IS NOT NULL);
 
 CREATE UNIQUE INDEX holds_idempotency_key_is_used_once ON public.holds USING btree (account_id, idempotency_key) WHERE (idempotency_key IS NOT NULL);
+
+CREATE INDEX holds_marked ON public.holds USING btree (account_id, body_hash) WHERE (repeats_rejected_until IS NOT NULL);
 
 CREATE INDEX holds_open_by_due_at ON public.holds USING btree (due_at) WHERE (state = 'open'::public.hold_state);
 

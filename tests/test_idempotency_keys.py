@@ -13,7 +13,7 @@ from gptutor.money.amounts import parse_roubles
 from gptutor.money.holds import HoldRequest, new_id
 from gptutor.money.pricing import Ceiling
 from tests.support.gateway import make_client
-from tests.support.ledger import assert_invariants_hold, claim, release
+from tests.support.ledger import assert_invariants_hold, claim, settlement
 from tests.support.recovery import process
 
 
@@ -26,7 +26,7 @@ async def keys(database: Database, database_url: str, tmp_path: Path) -> asyncpg
         for number in range(5):
             key, body = f"order {number}", hashlib.sha256(b"body").digest()
             held = await other.ledger.hold_funds(HoldRequest(claim(client), new_id(), ceiling, "a/b", f"r-{number}", key, body))
-            await other.ledger.release(release(held))
+            await other.ledger.settle(settlement(held, "0.01"))
     connection = await asyncpg.connect(database_url)
     await connection.execute(
         "UPDATE holds SET created_at = created_at - interval '24 hours 1 second' WHERE idempotency_key < 'order 3'"

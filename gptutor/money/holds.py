@@ -52,8 +52,16 @@ class RepeatedRequest(HoldRejected):
         self.same_body = same_body
 
 
+class OutcomeUnknown(HoldRejected):
+    """The request `request_id` had the same body, came with the same API key moments ago, and may have bought something."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(request_id)
+        self.request_id = request_id
+
+
 class HoldRequest(msgspec.Struct, frozen=True):
-    """A request for a hold. `body_hash` is the SHA-256 of the request body, given together with an idempotency key."""
+    """A request for a hold. `body_hash` is the SHA-256 of the request body."""
 
     claim: KeyClaim
     hold_id: HoldId
@@ -101,6 +109,14 @@ class HandOver(msgspec.Struct, frozen=True):
     account_id: AccountId
     hold_id: HoldId
     generation_id: str | None
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """Has requests with the same body rejected for a while: this one may have bought something that its client does not get."""
+
+    account_id: AccountId
+    hold_id: HoldId
+    body_hash: bytes
 
 
 def new_id() -> HoldId:

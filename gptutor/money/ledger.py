@@ -33,6 +33,8 @@ from gptutor.money.holds import (
     HoldRequest,
     InsufficientFunds,
     KeyLimitReached,
+    Mark,
+    OutcomeUnknown,
     RateLimited,
     Release,
     RepeatedRequest,
@@ -48,7 +50,13 @@ CONCURRENT_STATEMENTS_MAX = 3
 LOCKED_ACCOUNTS_MAX = 4
 """For how many locked account rows statements may wait at a time; items of further locked accounts are queued."""
 BATCH_MAX = 200
+REPEATS_REJECTED_S = 180.0
+"""How long a client's repeat is recognised. Clients that repeat do so within seconds."""
+MARK_S = 1.0
+"""How long a client waits for its error, which it gets only after the mark."""
 RETRY_PAUSES_S = (0.05, 0.2, 1.0, 5.0)
+RELEASES_S = 6.0
+"""How long a request waits for releases that may free its idempotency key: longer than the longest of these pauses."""
 
 REJECTIONS: dict[str, type[Exception]] = {
     "unknown_key": UnknownKey,
@@ -107,15 +115,22 @@ class Ledger:
             self._hand_over_batch, lambda item: item.account_id, concurrent_max=1, batch_max=BATCH_MAX
         )
 
+        self._marks: Batcher[Mark, None] = Batcher(
+            self._mark_batch, lambda item: item.account_id, concurrent_max=CONCURRENT_STATEMENTS_MAX, batch_max=BATCH_MAX
+        )
+
     async def hold_funds(self, request: HoldRequest) -> Hold:
         """Authenticates the key and holds the ceiling.
 
-        Raises UnknownKey, RateLimited, ConcurrencyLimitReached, InsufficientFunds, KeyLimitReached, RepeatedRequest and
-        DatabaseUnavailable.
+        Raises UnknownKey, RateLimited, ConcurrencyLimitReached, InsufficientFunds, KeyLimitReached, RepeatedRequest,
+        OutcomeUnknown and DatabaseUnavailable.
         """
         self.active.add(request.hold_id)
         try:
             row = await self._submit(request)
+            if row["outcome"] in ("repeated", "mismatched") and len(self._background_releases):
+                await self._background_releases.wait(RELEASES_S)  # one of them may free the idempotency key
+                row = await self._submit(request)
         except (Exception, asyncio.CancelledError):
             self._release_in_background(request)
             raise
@@ -132,6 +147,8 @@ class Ledger:
             raise RateLimited(of_key=not self._chat_per_minute or row["minute_requests"] < self._chat_per_minute)
         if rejection := REJECTIONS.get(row["outcome"]):
             raise rejection
+        if row["outcome"] == "outcome_unknown":
+            raise OutcomeUnknown(row["earlier_request_id"])
         raise RepeatedRequest(row["earlier_request_id"], same_body=row["outcome"] == "repeated")
 
     async def settle(self, settlement: Settlement) -> Outcome:
@@ -149,6 +166,14 @@ class Ledger:
     async def hand_over(self, item: HandOver) -> None:
         """Leaves the hold to recovery."""
         await _retry_until_done(self._hand_overs.submit, item)
+
+    async def mark_outcome_unknown(self, mark: Mark) -> None:
+        """To be awaited before the client learns that its request has failed: then its repeat finds the mark. Never raises."""
+        try:
+            async with asyncio.timeout(MARK_S):
+                await self._marks.submit(mark)
+        except Exception as error:
+            LOGGER.warning("A repeat of a request whose outcome is unknown would not be recognised: %r", error)
 
     def deactivate(self, hold_id: HoldId) -> None:
         """To be called when the exchange has ended: if its hold is still open, recovery may close it."""
@@ -218,6 +243,16 @@ class Ledger:
         )
         self.journal.record_closed(item.hold_id for item in items)
         return [None] * len(items)
+
+    async def _mark_batch(self, marks: list[Mark]) -> Sequence[None]:
+        await self._database.fetch(
+            "mark_outcomes_unknown",
+            [mark.account_id for mark in marks],
+            [mark.hold_id for mark in marks],
+            [mark.body_hash for mark in marks],
+            REPEATS_REJECTED_S,
+        )
+        return [None] * len(marks)
 
 
 def _columns_of_charges(settlements: Sequence[Settlement]) -> Sequence[list[Any]]:

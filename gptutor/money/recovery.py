@@ -147,11 +147,12 @@ class Recovery:
         return len(rows)
 
     async def clear_idempotency_keys(self) -> None:
-        """Clears keys that are older than 24 hours, at most once a minute. Raises DatabaseUnavailable."""
+        """Clears keys that are older than 24 hours, and ended marks, at most once a minute. Raises DatabaseUnavailable."""
         if time.monotonic() < self._keys_cleared_until:
             return
-        rows = await self._database.fetch("clear_idempotency_keys", CLEARED_KEYS_MAX)
-        if len(rows) < CLEARED_KEYS_MAX:  # otherwise there are more, and the next poll clears them
+        keys = await self._database.fetch("clear_idempotency_keys", CLEARED_KEYS_MAX)
+        marks = await self._database.fetch("clear_marks", CLEARED_KEYS_MAX)
+        if max(len(keys), len(marks)) < CLEARED_KEYS_MAX:  # otherwise there are more, and the next poll clears them
             self._keys_cleared_until = time.monotonic() + CLEAR_KEYS_EVERY_S
 
     async def _settle_or_hand_over(self, records: Mapping[HoldId, HoldRecord]) -> bool:

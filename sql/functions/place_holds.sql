@@ -7,12 +7,13 @@
 --   key_limit_reached    less than the minimum is left of the key's limit
 --   repeated             the idempotency key was used within 24 hours, with the same body, by earlier_request_id
 --   mismatched           … with another body
+--   outcome_unknown      the same body was just sent with this API key, by earlier_request_id, and may have bought something
 --   locked               another transaction has locked the account's row
 -- available_nano: what was available to this key before the hold. minute_requests: the account's requests in this minute.
 --
 -- Of each hold: ceilings_nano is the most that the request can cost, minimums_nano what must be available; between them, what is
 -- available is held. account_requests_per_minute and account_concurrency_limit: 0 is no limit. hold_ttl_s: when recovery looks at
--- the hold.
+-- the hold. body_hashes are compared with marked requests, unless the client says by an idempotency key that this one is new.
 CREATE OR REPLACE FUNCTION place_holds(
     locked_account_ids bigint[],
     owner uuid, hold_ttl_s double precision, rub_per_usd numeric,
@@ -50,7 +51,13 @@ BEGIN
         SELECT i.*, accounts.balance_nano - accounts.held_nano AS available_nano, accounts.open_requests,
             CASE WHEN accounts.minute = this_minute THEN accounts.minute_requests ELSE 0 END AS minute_requests,
             accounts.is_active AND api_keys.account_id IS NOT NULL AS is_known,
-            api_keys.key_id, api_keys.limit_nano IS NOT NULL OR api_keys.requests_per_minute IS NOT NULL AS is_limited
+            api_keys.key_id, api_keys.limit_nano IS NOT NULL OR api_keys.requests_per_minute IS NOT NULL AS is_limited,
+            (
+                SELECT marked.request_id FROM holds AS marked
+                WHERE marked.account_id = i.account_id AND marked.body_hash = i.body_hash AND i.idempotency_key IS NULL
+                    AND marked.repeats_rejected_until > now() AND marked.key_id = api_keys.key_id
+                LIMIT 1
+            ) AS unknown_request_id
         FROM unnest(account_ids, key_hashes, hold_ids, ceilings_nano, minimums_nano, idempotency_keys, body_hashes)
             WITH ORDINALITY AS i (
                 account_id, key_hash, hold_id, ceiling_nano, minimum_nano, idempotency_key, body_hash, position
@@ -81,6 +88,13 @@ BEGIN
         END IF;
         IF item.is_known IS NOT TRUE THEN
             outcome := 'unknown_key';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+
+        IF item.unknown_request_id IS NOT NULL THEN
+            outcome := 'outcome_unknown';
+            earlier_request_id := item.unknown_request_id;
             RETURN NEXT;
             CONTINUE;
         END IF;
@@ -156,7 +170,8 @@ BEGIN
                 key_id, counts_against_key_limit
             )
             SELECT account_id, hold_ids[position], owner, amount_nano, rub_per_usd, models[position], request_ids[position],
-                now() + make_interval(secs => hold_ttl_s), idempotency_keys[position], body_hashes[position],
+                now() + make_interval(secs => hold_ttl_s), idempotency_keys[position],
+                CASE WHEN idempotency_keys[position] IS NOT NULL THEN body_hashes[position] END,
                 key_id, counts_against_key_limit
             FROM granted
         )

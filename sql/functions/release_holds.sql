@@ -1,4 +1,5 @@
 -- Frees holds that bought nothing, or (unresolved) of which nothing was ever learnt. One row for each hold that was open.
+-- A request that bought nothing may be repeated: its idempotency key is free again, and no mark rejects its repeat.
 -- Waits for all its accounts at once, and has locked some while it waits for others: not for long, and the service repeats it.
 CREATE OR REPLACE FUNCTION release_holds(account_ids bigint[], hold_ids uuid[], unresolved boolean[])
 RETURNS TABLE (hold_id uuid)
@@ -11,7 +12,10 @@ BEGIN
 
     RETURN QUERY
     WITH released AS (
-        UPDATE holds SET state = 'released', closed_at = clock_timestamp(), is_unresolved = item.unresolved
+        UPDATE holds SET state = 'released', closed_at = clock_timestamp(), is_unresolved = item.unresolved,
+            idempotency_key = CASE WHEN item.unresolved THEN holds.idempotency_key END,
+            body_hash = CASE WHEN item.unresolved THEN holds.body_hash END,
+            repeats_rejected_until = CASE WHEN item.unresolved THEN holds.repeats_rejected_until END
         FROM unnest(account_ids, hold_ids, unresolved) AS item (account_id, hold_id, unresolved)
         WHERE holds.account_id = item.account_id AND holds.hold_id = item.hold_id AND holds.state = 'open'
             AND (item.unresolved OR NOT holds.is_handed_over) -- one that was handed over meanwhile may have bought something

@@ -5,7 +5,7 @@
 -- Of the new holds: $9 the owner (a run of a process), $10 seconds until recovery looks at one, $11 roubles per dollar, $12
 -- requests per minute and $13 concurrent requests of an account (0: no limit); arrays: $14 accounts, $15 SHA-256 of the keys, $16
 -- holds, $17 ceilings and $18 minimums in nano-roubles, $19 models, $20 request ids, $21 idempotency keys or NULL, $22 SHA-256 of
--- the bodies or NULL.
+-- the bodies.
 -- One row for each settlement and each new hold: for the outcomes see book_charges and place_holds.
 SELECT
     hold_id,
@@ -48,6 +48,35 @@ FROM release_holds(account_ids => $1::bigint[], hold_ids => $2::uuid[], unresolv
 -- Hands open holds over to recovery. Arrays: $1 accounts, $2 holds, $3 generation ids or NULL. One row for each that was open.
 SELECT hold_id
 FROM hand_over_holds(account_ids => $1::bigint[], hold_ids => $2::uuid[], generation_ids => $3::text[]);
+
+-- name: mark_outcomes_unknown
+-- Marks requests that may have bought something their clients did not get: for $4 seconds, a request with the same body is
+-- rejected. Arrays: $1 accounts, $2 holds, $3 SHA-256 of the bodies. One row for each.
+UPDATE holds
+SET
+    body_hash = item.body_hash,
+    repeats_rejected_until = now() + make_interval(secs => $4::double precision)
+FROM unnest($1::bigint[], $2::uuid[], $3::bytea[]) AS item (account_id, hold_id, body_hash)
+WHERE holds.account_id = item.account_id AND holds.hold_id = item.hold_id
+RETURNING holds.hold_id;
+
+-- name: clear_marks
+-- Clears the marks of mark_outcomes_unknown that have ended, at most $1. One row for each.
+UPDATE holds
+SET
+    repeats_rejected_until = NULL,
+    body_hash = CASE WHEN idempotency_key IS NOT NULL THEN body_hash END
+WHERE (hold_id, account_id) IN (
+    SELECT
+        ended.hold_id,
+        ended.account_id
+    FROM holds AS ended
+    WHERE ended.repeats_rejected_until <= now()
+    ORDER BY ended.account_id, ended.body_hash
+    LIMIT $1::integer
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+RETURNING hold_id;
 
 -- name: claim_due_holds
 -- Open holds that are due, at most $1, each for one claimant: the next look comes after 1, 2, 4 … $2 seconds. A hold that was not

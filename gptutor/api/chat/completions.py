@@ -44,7 +44,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
             await admission.admit_large_body()
         key = request.headers.get("Idempotency-Key")
         try:
-            parsed, body_hash = await _parse(services, admission, body, needs_hash=key is not None)
+            parsed, body_hash = await _parse(services, admission, body)
             if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
                 raise ApiError("invalid_request", "Idempotency-Key must be 1 to 255 printable ASCII characters")
         except ApiError:
@@ -70,8 +70,8 @@ async def complete(request: web.Request) -> web.StreamResponse:
         body_share=admission.share,
         counted_as=admission.counted_as,
         weight=admission.weight,
-        idempotency_key=key,
         body_hash=body_hash,
+        idempotency_key=key,
     )
     return await start_exchange(services, request, context)
 
@@ -136,11 +136,9 @@ class Admission:
         self._is_verified = self._request[KEY_VERIFIED] = True
 
 
-async def _parse(
-    services: Services, admission: Admission, body: bytes, *, needs_hash: bool
-) -> tuple[ParsedRequest, bytes | None]:
+async def _parse(services: Services, admission: Admission, body: bytes) -> tuple[ParsedRequest, bytes]:
     """The request, and the SHA-256 of its body. Raises ApiError for an invalid body, and for a model that OpenRouter lacks."""
-    work = functools.partial(_parse_and_hash, body, services.default_model, needs_hash=needs_hash)
+    work = functools.partial(_parse_and_hash, body, services.default_model)
     if admission.place is None:
         parsed, body_hash = work()
     else:
@@ -152,10 +150,9 @@ async def _parse(
     return parsed, body_hash
 
 
-def _parse_and_hash(body: bytes, default_model: str, *, needs_hash: bool) -> tuple[ParsedRequest, bytes | None]:
+def _parse_and_hash(body: bytes, default_model: str) -> tuple[ParsedRequest, bytes]:
     """Raises ApiError."""
-    parsed = parse_request(body, default_model=default_model)
-    return parsed, hashlib.sha256(body).digest() if needs_hash else None
+    return parse_request(body, default_model=default_model), hashlib.sha256(body).digest()
 
 
 def _error_for_budget(error: BudgetExceeded) -> ApiError:

@@ -27,7 +27,7 @@ from gptutor.telemetry.logs import LoggerService
 
 
 class RequestContext(msgspec.Struct, frozen=True):
-    """One request, and the key that it claims. `body_hash` is the SHA-256 of the body, given with an idempotency key."""
+    """One request, and the key that it claims. `body_hash` is the SHA-256 of its body."""
 
     request_id: str
     claim: KeyClaim
@@ -39,8 +39,8 @@ class RequestContext(msgspec.Struct, frozen=True):
     counted_as: str | bytes
     """As what `Services.refusals` has counted the request, until its hold is placed; and as how many requests."""
     weight: int
+    body_hash: bytes
     idempotency_key: str | None = None
-    body_hash: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from gptutor.money.holds import (
     HoldRejected,
     InsufficientFunds,
     KeyLimitReached,
+    OutcomeUnknown,
     RateLimited,
     RepeatedRequest,
     UnknownKey,
@@ -57,6 +58,9 @@ def error_for_hold(error: HoldRejected, rate_limit: RateLimit) -> ApiError:
         return (UNDISCLOSED if error.of_key else rate_limit).error()
     if isinstance(error, RepeatedRequest):
         code = "duplicate_request" if error.same_body else "idempotency_mismatch"
+        return ApiError(code, f"{ApiError(code).text}: {error.request_id}")
+    if isinstance(error, OutcomeUnknown):
+        code = "outcome_unknown"
         return ApiError(code, f"{ApiError(code).text}: {error.request_id}")
     return ApiError(BY_HOLD_ERROR[type(error)])
 

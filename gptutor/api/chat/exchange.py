@@ -91,8 +91,10 @@ class Exchange:
             self._purchase = Purchase(self._services.ledger, self._services.evaluate, hold)
             await self._buy(hold, self._purchase, ceiling)
         except ApiError as error:
+            await self._prepare_for_repeat()
             self._respond_with_error(error)
         except Exception as error:
+            await self._prepare_for_repeat()
             self._respond_with_internal_error(error)
         if self._purchase is not None:
             try:
@@ -264,6 +266,13 @@ class Exchange:
             self._cause = self._cause or "the response states no cost"
         if not self.response.done() or self.response.cancelled() or self.response.exception() is None:
             self._outcome = outcome
+
+    async def _prepare_for_repeat(self) -> None:
+        """A client that has the beginning of a stream, or has gone, is not one that repeats the request by itself."""
+        has_started = self._downstream is not None and self._downstream.has_started
+        if self._purchase is not None and not has_started and not self.response.done():
+            has_key = self._context.idempotency_key is not None
+            await self._purchase.prepare_for_repeat(self._context.body_hash, has_idempotency_key=has_key)
 
     def _respond_with_error(self, error: ApiError) -> None:
         self._outcome = error.code

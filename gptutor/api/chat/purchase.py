@@ -4,10 +4,16 @@ Every piece of evidence is written to the journal before it is recorded here. So
 exception, a cancellation or the death of the process, the hold can be closed by what is known.
 """
 
-from gptutor.money.holds import HandOver, Hold, Release, Settlement
+import asyncio
+import contextlib
+
+from gptutor.money.holds import HandOver, Hold, Mark, Release, Settlement
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Charge, LLMCostEvaluate
 from gptutor.openrouter.bill import Bill
+
+RELEASE_S = 1.0
+"""How long a client with an idempotency key waits for its error, so that the key is free when it repeats the request."""
 
 
 class Purchase:
@@ -19,6 +25,7 @@ class Purchase:
         self._ledger = ledger
         self._evaluate = evaluate
         self._hold = hold
+        self._outcome: str | None = None
 
     def mark_sent(self) -> None:
         """From here on something may be bought. Raises JournalError."""
@@ -29,6 +36,18 @@ class Purchase:
         """The attempt bought nothing: if the process dies before the next one, recovery must find no purchase."""
         self._ledger.journal.record_closed([self._hold.hold_id])
         self.is_sent = False
+
+    async def prepare_for_repeat(self, body_hash: bytes, *, has_idempotency_key: bool) -> None:
+        """To be awaited before the client learns that its request has failed: it may repeat the request at once.
+
+        If something may have been bought, the repeat will be rejected; otherwise its idempotency key is free for it.
+        """
+        if self.is_sent:
+            await self._ledger.mark_outcome_unknown(Mark(self._hold.account_id, self._hold.hold_id, body_hash))
+        elif has_idempotency_key:
+            with contextlib.suppress(Exception):  # the exchange closes the hold again, and reports what fails
+                async with asyncio.timeout(RELEASE_S):
+                    await self.close()
 
     def record_generation_id(self, generation_id: str | None) -> None:
         """The first generation id wins; None is ignored."""
@@ -45,8 +64,13 @@ class Purchase:
     async def close(self) -> str:
         """Closes the hold by evidence: settles a known charge, releases if nothing was bought, else hands over to recovery.
 
-        Returns the outcome: settled, released, awaiting_evidence.
+        Returns the outcome: settled, released, awaiting_evidence. A hold that is closed stays as it is.
         """
+        if self._outcome is None:
+            self._outcome = await self._close()
+        return self._outcome
+
+    async def _close(self) -> str:
         account_id, hold_id = self._hold.account_id, self._hold.hold_id
         if self.charge is not None:
             await self._ledger.settle(Settlement(account_id, hold_id, self.charge, self.generation_id))
