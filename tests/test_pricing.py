@@ -22,6 +22,13 @@ class Price:
     cache_write_usd: Decimal = Decimal(0)
     rich_completion_usd: Decimal = Decimal("0.000004")
     search_usd: Decimal = Decimal(0)
+    base_prompt_usd: Decimal = Decimal("0.000001")
+    base_completion_usd: Decimal = Decimal("0.000002")
+    outputs_media: bool = False
+    has_unlisted_prices: bool = False
+    reads_documents: bool = False
+    searches: bool = False
+    researches: bool = False
     context_tokens: int | None = 100_000
     output_tokens_max: int | None = 10_000
 
@@ -31,14 +38,20 @@ def evaluate(**changes: Any) -> LLMCostEvaluate:
         "rub_per_usd": Decimal(90),
         "balance_min_rub": Decimal(1),
         "margin": Decimal(1),
-        "output_tokens_typical": 4096,
         "output_tokens_min": 16,
-        "reserve": "typical",
+        "output_media_tokens": 1000,
         "hold_default_rub": Decimal(10),
         "image_tokens": 8192,
         "paid_tool_usd": Decimal("0.05"),
+        "tool_prompt_tokens": 1000,
+        "server_tool_steps": 2,
+        "research_searches": 10,
+        "ocr_document_usd": Decimal(2),
         "cache_write_factor": Decimal(2),
         "priority_tier_factor": Decimal(3),
+        "provider_price_factor": Decimal(3),
+        "unlisted_prompt_usd": Decimal(5),
+        "unlisted_completion_usd": Decimal(25),
     }
     return LLMCostEvaluate(**{**policy, **changes})
 
