@@ -130,7 +130,9 @@ BEGIN
             CONTINUE;
         END IF;
 
-        amount_nano := least(item.ceiling_nano, item.hold_min_nano + (key_available - item.hold_min_nano) / 8);
+        amount_nano := least(
+            item.ceiling_nano, item.hold_min_nano + (key_available - item.hold_min_nano) / 8, key_available
+        );
         IF item.is_limited THEN
             UPDATE api_keys SET held_nano = held_nano + CASE WHEN key_has_limit THEN amount_nano ELSE 0 END,
                 minute = this_minute, minute_requests = key_requests + 1
