@@ -294,14 +294,20 @@ def _cost_evaluation(settings: BillingSettings) -> LLMCostEvaluate:
         rub_per_usd=settings.rub_per_usd,
         balance_min_rub=settings.balance_min_rub,
         margin=settings.margin,
-        output_tokens_typical=settings.output_tokens_typical,
         output_tokens_min=settings.output_tokens_min,
-        reserve=settings.reserve,
+        output_media_tokens=settings.output_media_tokens,
         hold_default_rub=settings.hold_default_rub,
         image_tokens=settings.image_tokens,
         paid_tool_usd=settings.paid_tool_usd,
+        tool_prompt_tokens=settings.tool_prompt_tokens,
+        server_tool_steps=settings.server_tool_steps,
+        ocr_document_usd=settings.ocr_document_usd,
+        research_searches=settings.research_searches,
         cache_write_factor=settings.cache_write_factor,
         priority_tier_factor=settings.priority_tier_factor,
+        provider_price_factor=settings.provider_price_factor,
+        unlisted_prompt_usd=settings.unlisted_prompt_usd,
+        unlisted_completion_usd=settings.unlisted_completion_usd,
     )
 
 

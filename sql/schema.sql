@@ -295,7 +295,7 @@ BEGIN
     SELECT hold_id FROM handed_over;
 END $$;
 
-CREATE FUNCTION public.place_holds(locked_account_ids bigint[], owner uuid, hold_ttl_s double precision, rub_per_usd numeric, account_requests_per_minute integer, account_concurrency_limit integer, account_ids bigint[], key_hashes bytea[], hold_ids uuid[], ceilings_nano bigint[], minimums_nano bigint[], models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]) RETURNS TABLE(hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text, minute_requests integer)
+CREATE FUNCTION public.place_holds(locked_account_ids bigint[], owner uuid, hold_ttl_s double precision, rub_per_usd numeric, account_requests_per_minute integer, account_concurrency_limit integer, account_ids bigint[], key_hashes bytea[], hold_ids uuid[], ceilings_nano bigint[], holds_min_nano bigint[], minimums_nano bigint[], models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]) RETURNS TABLE(hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text, minute_requests integer)
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -332,9 +332,11 @@ BEGIN
                     AND marked.repeats_rejected_until > now() AND marked.key_id = api_keys.key_id
                 LIMIT 1
             ) AS unknown_request_id
-        FROM unnest(account_ids, key_hashes, hold_ids, ceilings_nano, minimums_nano, idempotency_keys, body_hashes)
+        FROM unnest(
+                account_ids, key_hashes, hold_ids, ceilings_nano, holds_min_nano, minimums_nano, idempotency_keys, body_hashes
+            )
             WITH ORDINALITY AS i (
-                account_id, key_hash, hold_id, ceiling_nano, minimum_nano, idempotency_key, body_hash, position
+                account_id, key_hash, hold_id, ceiling_nano, hold_min_nano, minimum_nano, idempotency_key, body_hash, position
             )
         LEFT JOIN accounts ON i.account_id = accounts.account_id
         LEFT JOIN api_keys
@@ -415,7 +417,9 @@ BEGIN
             CONTINUE;
         END IF;
 
-        amount_nano := least(item.ceiling_nano, key_available);
+        amount_nano := least(
+            item.ceiling_nano, item.hold_min_nano + (key_available - item.hold_min_nano) / 8, key_available
+        );
         IF item.is_limited THEN
             UPDATE api_keys SET held_nano = held_nano + CASE WHEN key_has_limit THEN amount_nano ELSE 0 END,
                 minute = this_minute, minute_requests = key_requests + 1
@@ -556,7 +560,7 @@ BEGIN
     RETURN 'done';
 END $$;
 
-CREATE FUNCTION public.settle_and_hold(wait_for_locks boolean, settled_account_ids bigint[], settled_hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[], prompt_tokens bigint[], completion_tokens bigint[], owner uuid, hold_ttl_s double precision, rub_per_usd numeric, account_requests_per_minute integer, account_concurrency_limit integer, account_ids bigint[], key_hashes bytea[], hold_ids uuid[], ceilings_nano bigint[], minimums_nano bigint[], models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]) RETURNS TABLE(hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text, minute_requests integer)
+CREATE FUNCTION public.settle_and_hold(wait_for_locks boolean, settled_account_ids bigint[], settled_hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[], prompt_tokens bigint[], completion_tokens bigint[], owner uuid, hold_ttl_s double precision, rub_per_usd numeric, account_requests_per_minute integer, account_concurrency_limit integer, account_ids bigint[], key_hashes bytea[], hold_ids uuid[], ceilings_nano bigint[], holds_min_nano bigint[], minimums_nano bigint[], models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]) RETURNS TABLE(hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text, minute_requests integer)
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_generic_plan'
     SET enable_seqscan TO 'off'
@@ -609,6 +613,7 @@ BEGIN
             key_hashes => key_hashes,
             hold_ids => hold_ids,
             ceilings_nano => ceilings_nano,
+            holds_min_nano => holds_min_nano,
             minimums_nano => minimums_nano,
             models => models,
             request_ids => request_ids,

@@ -2,6 +2,7 @@
 
 import json
 import time
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from gptutor.api.chat.request import ParsedRequest, parse_request
 from gptutor.errors import ApiError
+from gptutor.money.pricing import PriceCap
 
 MESSAGES = [{"role": "user", "content": "Привет"}]
 
@@ -67,6 +69,13 @@ def test_messages_are_required_with_the_exact_error_text(body: bytes) -> None:
         ('"web_search_options": true', "web_search_options must be an object"),
         ('"modalities": [null]', "modalities[0] must be a string"),
         ('"service_tier": 1', "service_tier must be a string"),
+        ('"provider": []', "provider must be an object"),
+        ('"preset": {}', "preset must be a string"),
+        ('"reasoning": true', "reasoning must be an object"),
+        ('"prediction": "x"', "prediction must be an object"),
+        ('"stop_server_tools_when": {}', "stop_server_tools_when must be an array of objects"),
+        ('"stop_server_tools_when": [1]', "stop_server_tools_when[0] must be an object"),
+        ('"max_tool_calls": 0', "max_tool_calls must be a positive integer"),
     ],
 )
 def test_an_error_names_the_field_and_what_is_allowed(member: str, text: str) -> None:
@@ -218,15 +227,14 @@ def test_the_size_has_what_the_price_depends_on() -> None:
     [
         ({}, 0),
         ({"tools": [{"type": "function", "function": {"name": "f"}}, {"function": {"name": "g"}}, {"type": "custom"}]}, 0),
-        ({"tools": [{"type": "openrouter:web_search"}, {"type": 5}], "plugins": [{"id": "web"}]}, 3),
+        ({"tools": [{"type": "openrouter:web_search"}, {"type": 5}], "plugins": [{"id": "web"}]}, 1),
+        ({"plugins": [{"id": "file-parser"}, {"id": "response-healing"}]}, 0),
+        ({"plugins": [{"id": "something-new"}, {}, {"id": 5}]}, 3),
         ({"plugins": [{"id": "web", "max_results": 50}]}, 11),
         ({"plugins": [{"id": "web", "max_results": 50.0}]}, 11),
         ({"plugins": [{"id": "web", "max_results": -1e300}]}, 1),
         ({"plugins": [{"id": "web", "max_results": 1e300}]}, 201),
         ({"plugins": [{"id": "web", "max_results": "50"}]}, 1),
-        ({"tools": [{"type": "openrouter:web_search", "parameters": {"max_results": 50}}]}, 11),
-        ({"tools": [{"type": "openrouter:web_search", "parameters": 5}]}, 1),
-        ({"messages": [{"role": "user", "content": [{"type": "file"}, {"type": "file"}, {"type": "text"}]}]}, 2),
         ({"web_search_options": {}}, 1),
         ({"model": "a/b:online"}, 1),
         ({"models": ["a/b", "c/d:online"]}, 1),
@@ -234,6 +242,136 @@ def test_the_size_has_what_the_price_depends_on() -> None:
 )
 def test_separately_priced_tools_are_counted(members: dict[str, Any], paid: int) -> None:
     assert parsed(**members).size.paid_tools == paid
+
+
+@pytest.mark.parametrize(
+    ("kinds", "count"),
+    [
+        (["function", "custom", "namespace", "computer_20250124", "bash_20250124", "text_editor_20250728"], 0),
+        (["openrouter:web_search", 5, None, "web_search_20250305", "something_new"], 5),
+    ],
+)
+def test_tools_that_the_client_does_not_run_are_counted(kinds: list[Any], count: int) -> None:
+    assert parsed(tools=[{"type": kind} for kind in kinds]).size.server_tools == count
+
+
+@pytest.mark.parametrize(("parameters", "count"), [({"max_results": 50}, 11), ({"max_results": 4.5}, 2), (5, 1), ({}, 1)])
+def test_a_server_tool_counts_by_its_results(parameters: Any, count: int) -> None:
+    tools = [{"type": "openrouter:web_search", "parameters": parameters}]
+    assert parsed(tools=tools).size.server_tools == count
+
+
+@pytest.mark.parametrize(
+    ("members", "steps"),
+    [
+        ({}, None),
+        ({"max_tool_calls": 3}, 3),
+        ({"max_tool_calls": 3, "stop_server_tools_when": [{"type": "max_cost", "max_cost_in_dollars": 1}]}, None),
+        ({"stop_server_tools_when": [{"type": "step_count_is", "step_count": 7}, {"type": "step_count_is", "step_count": 2}]}, 2),
+        ({"stop_server_tools_when": [{"type": "step_count_is", "step_count": 0}]}, 1),
+        ({"stop_server_tools_when": [{"type": "step_count_is", "step_count": 1e300}]}, 1000),
+        ({"stop_server_tools_when": [{"type": "step_count_is", "step_count": "x"}]}, 1),
+        ({"stop_server_tools_when": [{"type": 5}]}, None),
+    ],
+)
+def test_the_clients_own_limit_of_tool_steps_is_read(members: dict[str, Any], steps: int | None) -> None:
+    assert parsed(**members).size.tool_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("plugins", "paid"),
+    [
+        (None, None),
+        ([{"id": "web"}], None),
+        ([{"id": "file-parser"}], None),
+        ([{"id": "file-parser", "pdf": {"engine": "native"}}], None),
+        ([{"id": "file-parser", "pdf": {"engine": None}}], None),
+        ([{"id": "file-parser", "pdf": 5}], None),
+        ([{"id": "file-parser", "pdf": {"engine": "pdf-text"}}], False),
+        ([{"id": "file-parser", "pdf": {"engine": "cloudflare-ai"}}, {"id": "file-parser", "pdf": {"engine": "x"}}], True),
+        ([{"id": "file-parser", "pdf": {"engine": "mistral-ocr"}}], True),
+    ],
+)
+def test_ocr_is_paid_where_its_engine_is(plugins: Any, paid: bool | None) -> None:
+    content = [{"type": "file"}, {"type": "file"}, {"type": "input_audio"}, {"type": "text"}]
+    size = parsed(messages=[{"role": "user", "content": content}], plugins=plugins).size
+    assert (size.documents, size.has_files, size.has_paid_ocr) == (2, True, paid)
+
+
+@pytest.mark.parametrize(
+    ("members", "chosen"),
+    [
+        ({}, False),
+        ({"model": "a/b:free"}, False),
+        ({"models": ["a/b:online", "a/b:floor", "a/b:thinking"]}, False),
+        ({"model": "a/b:nitro"}, True),
+        ({"models": ["a/b", "a/b:online:nitro"]}, True),
+        ({"provider": None}, False),
+        ({"provider": {"order": None, "max_price": {"prompt": 1}, "allow_fallbacks": False}}, False),
+        ({"provider": {"order": ["azure"]}}, True),
+        ({"provider": {"ignore": ["azure"]}}, True),
+        ({"provider": {"sort": "throughput"}}, True),
+        ({"provider": {"something_new": 0}}, True),
+        ({"preset": "mine"}, True),
+    ],
+)
+def test_the_choice_of_a_provider_is_detected(members: dict[str, Any], chosen: bool) -> None:
+    assert parsed(**members).size.chooses_provider is chosen
+
+
+def test_what_is_billed_beside_the_output_is_measured() -> None:
+    size = parsed(reasoning={"max_tokens": 500}, prediction={"type": "content", "content": "x" * 100}, plugins=[{"id": "x"}]).size
+    assert (size.reasoning_tokens, size.has_unlisted_prices) == (500, True)
+    assert 100 < size.prediction_bytes < 150
+    plain = parsed(reasoning={"effort": "high"}, plugins=[{"id": "web"}, {"id": "moderation"}]).size
+    assert (plain.reasoning_tokens, plain.prediction_bytes, plain.has_unlisted_prices) == (0, 0, False)
+    assert parsed(reasoning={"max_tokens": "many"}).size.reasoning_tokens == 0
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert parsed(tools=tools).size.prompt_bytes > parsed(other=tools).size.prompt_bytes + 400
+
+
+CAP = PriceCap(Decimal("0.0000015"), Decimal("0.00001"), Decimal(0))
+
+
+@pytest.mark.parametrize(
+    ("provider", "sent"),
+    [
+        ("", b'{"max_price":{"prompt":1.5,"completion":10,"request":0}}'),
+        ('"provider": null,', b'{"max_price":{"prompt":1.5,"completion":10,"request":0}}'),
+        (
+            '"provider": {"sort" : "price", "max_price": {"completion": 9.90, "image" : 1e0, "prompt": 2}, "order":["a" ]},',
+            b'{"sort":"price","max_price":{"completion":9.90,"image":1e0,"prompt":1.5,"request":0},"order":["a" ]}',
+        ),
+        (
+            '"provider": {"max_price": {"completion": "11", "prompt": "1.5", "request": "NaN"}},',
+            b'{"max_price":{"completion":10,"prompt":"1.5","request":0}}',
+        ),
+        ('"provider": {"max_price": [-1]},', b'{"max_price":{"prompt":1.5,"completion":10,"request":0}}'),
+        (
+            '"provider": {"max_price": {"completion": -1, "prompt": null}},',
+            b'{"max_price":{"completion":10,"prompt":1.5,"request":0}}',
+        ),
+    ],
+)
+def test_a_price_cap_is_added_or_lowered_and_all_else_stays(provider: str, sent: bytes) -> None:
+    body = b'{%s "messages":[{"role":"user","content":"x"}],"x":[1.50 ]}' % provider.encode()
+    read = parse_request(body, default_model="m")
+    with_cap = read.upstream_body(user="u", output_limit=None, price_cap=CAP)
+    assert json.loads(with_cap)["provider"] == json.loads(sent)
+    assert sent in with_cap
+    assert with_cap.replace(b'"provider":' + sent, b"").replace(b",,", b",").replace(b"{,", b"{").replace(b",}", b"}") == (
+        b'{"messages":[{"role":"user","content":"x"}],"x":[1.50 ],"user":"u","usage":{"include":true},"model":"m"}'
+    )
+
+
+def test_the_limit_of_tool_steps_is_one_more_condition() -> None:
+    limit = b'{"type":"step_count_is","step_count":4}'
+    assert b'"stop_server_tools_when":[%b]' % limit in parsed().upstream_body(user="u", output_limit=None, tool_steps=4)
+    body = (
+        b'{"messages":[{"role":"user","content":"x"}],"stop_server_tools_when":[ {"type": "max_cost","max_cost_in_dollars":1.0}]}'
+    )
+    sent = parse_request(body, default_model="m").upstream_body(user="u", output_limit=None, tool_steps=4)
+    assert b'"stop_server_tools_when":[{"type": "max_cost","max_cost_in_dollars":1.0},%b]' % limit in sent
 
 
 def test_what_makes_tokens_more_expensive_is_detected() -> None:

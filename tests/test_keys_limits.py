@@ -121,10 +121,11 @@ async def test_twenty_at_once_on_a_cap_for_three_hold_exactly_three(
     await assert_invariants_hold(database)
 
 
-async def test_a_hold_takes_what_is_left_of_the_cap_down_to_the_least(owner: Client, database: Database) -> None:
+async def test_a_hold_takes_a_share_of_what_is_left_of_the_cap(owner: Client, database: Database) -> None:
     bot = await limited(owner, "10")
-    held = await hold(database, bot, hold_max="30", available_min="10")
-    assert (roubles(held.amount), roubles(held.available_before)) == ("10", "10")
+    held = await hold(database, bot, hold_max="30", available_min="2")
+    assert (roubles(held.amount), roubles(held.available_before)) == ("3", "10")  # 2 + (10 - 2) / 8
+    await hold(database, bot, "7")
     with pytest.raises(KeyLimitReached):
         await hold(database, bot, hold_max="1", available_min="0.000000001")
 
@@ -132,9 +133,9 @@ async def test_a_hold_takes_what_is_left_of_the_cap_down_to_the_least(owner: Cli
 async def test_a_cap_above_the_balance_lends_nothing(database: Database) -> None:
     bot = await limited(await make_client(database, "5"), "1000")
     held = await hold(database, bot, hold_max="30", available_min="1")
-    assert (roubles(held.amount), roubles(held.available_before)) == ("5", "5")
+    assert (roubles(held.amount), roubles(held.available_before)) == ("1.5", "5")  # 1 + (5 - 1) / 8
     with pytest.raises(InsufficientFunds):
-        await hold(database, bot, "1")
+        await hold(database, bot, "4")
 
 
 async def test_a_cap_of_nothing_is_a_cap(owner: Client, database: Database) -> None:
@@ -482,7 +483,7 @@ async def test_two_gateways_together_never_overspend_a_cap(gateway: Gateway, oth
 
 
 async def test_what_the_cap_leaves_is_sent_as_max_tokens(gateway: Gateway) -> None:
-    """A day's rest below the whole answer: the balance would cover it all, the cap does not."""
+    """A share of a day's rest is below the whole answer: the balance would cover it all, the cap does not."""
     client = await gateway.client("100000")
     bot = await limited(client, "3", "daily")
     for who in (client, bot):
@@ -490,7 +491,7 @@ async def test_what_the_cap_leaves_is_sent_as_max_tokens(gateway: Gateway) -> No
         assert response.status == 200
     free, narrow = (json.loads(record.body) for record in gateway.simulator.billing.records.values())
     assert "max_tokens" not in free
-    assert 1300 < narrow["max_tokens"] < 3 / 90 / 0.0000225  # its price for a long prompt
+    assert 160 < narrow["max_tokens"] < 3 / 8 / 90 / 0.0000225 + 50  # its price for a long prompt, and the smallest hold
     await assert_charges_match_bills(gateway, client, "100000")
 
 

@@ -42,12 +42,23 @@ async def test_a_hold_sets_money_aside_and_a_settlement_charges(database: Databa
     await assert_invariants_hold(database)
 
 
-async def test_the_hold_takes_all_that_is_available_down_to_available_min(database: Database) -> None:
+async def test_a_hold_that_may_be_smaller_takes_an_eighth_of_what_is_left(database: Database) -> None:
     client = await make_client(database, "10")
-    held = await hold(database, client, hold_max="30", available_min="10")
-    assert (roubles(held.amount), roubles(held.available_before)) == ("10", "10")
+    held = [await hold(database, client, hold_max="30", available_min="2") for _ in range(4)]
+    assert [roubles(each.amount) for each in held] == ["3", "2.625", "2.296875", "2.009765625"]  # 2 + (10 - 2) / 8, …
     with pytest.raises(InsufficientFunds):
-        await hold(database, client, hold_max="1", available_min="0.000000001")
+        await hold(database, client, hold_max="30", available_min="2")
+    small = await hold(database, client, hold_max="0.01", available_min="0.000000001")
+    assert roubles(small.amount) == "0.008544922"  # (10 - 9.931640625) / 8
+    assert (await hold(database, client, hold_max="0.007", available_min="0.000000001")).amount == 7 * 10**6
+    await assert_invariants_hold(database)
+
+
+async def test_a_hold_is_never_larger_than_what_is_available(database: Database) -> None:
+    client = await make_client(database, "10")
+    ceiling = Ceiling(hold_max=parse_roubles("30"), available_min=parse_roubles("10"))
+    held = await ledger_of(database).hold_funds(HoldRequest(claim(client), new_id(), ceiling, "a/b", "r"))
+    assert roubles(held.amount) == "10"
 
 
 @pytest.mark.parametrize(

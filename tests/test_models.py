@@ -12,7 +12,7 @@ import pytest
 
 from gptutor.api.models import ModelList
 from gptutor.http.app_keys import SERVICES
-from gptutor.openrouter.catalogue import Catalogue, ModelPrice, refreshed
+from gptutor.openrouter.catalogue import Catalogue, ModelPrice, parse_models, refreshed
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.retry import Failure
 from tests.support.gateway import Gateway
@@ -105,7 +105,53 @@ def test_the_highest_price_of_each_kind_bounds_the_cost() -> None:
             "overrides": [{"min_prompt_tokens": 200000, "prompt": "10", "completion": "20"}, {"prompt": "0.5"}],
         }
     )  # fmt: skip
-    assert price == ModelPrice(*map(Decimal, (10, 20, 4, 5, 6, 7, 20, 9)), None, None)  # type: ignore[arg-type, call-arg]
+    assert price is not None
+    found = (
+        price.prompt_usd, price.completion_usd, price.request_usd, price.image_usd, price.media_usd, price.cache_write_usd,
+        price.rich_completion_usd, price.search_usd, price.base_prompt_usd, price.base_completion_usd,
+    )  # fmt: skip
+    assert found == (10, 20, 4, 5, 6, 7, 20, 9, 1, 2)
+
+
+FILES = {"input_modalities": ["text", "file"], "output_modalities": ["text"]}
+TOOLS = ["tools", "max_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        ({"pricing": {"prompt": "1", "completion": "2"}}, set()),
+        ({"pricing": {"prompt": "1", "completion": "2"}, "architecture": FILES}, {"reads_documents"}),
+        ({"pricing": {"prompt": "0", "completion": "0"}}, {"has_unlisted_prices"}),
+        ({"id": "a/b:free", "pricing": {"prompt": "0", "completion": "0"}}, set()),
+        ({"pricing": {"prompt": "0", "completion": "0", "image_output": "3"}}, {"outputs_media", "has_unlisted_prices"}),
+        ({"pricing": {"prompt": "1", "completion": "2", "image_output": "3"}}, {"outputs_media"}),
+        ({"pricing": {"prompt": "1", "completion": "2", "audio_output": "3"}, "architecture": FILES}, {"reads_documents"}),
+        (
+            {"pricing": {"prompt": "1", "completion": "2"}, "architecture": {"output_modalities": ["text", "image"]}},
+            {"outputs_media", "has_unlisted_prices"},
+        ),
+        (
+            {
+                "pricing": {"prompt": "1", "completion": "2", "audio_output": "3"},
+                "architecture": {"output_modalities": ["audio"]},
+            },
+            {"outputs_media"},
+        ),
+        ({"pricing": {"prompt": "1", "completion": "2", "web_search": "3"}}, {"searches"}),
+        ({"pricing": {"prompt": "1", "completion": "2", "web_search": "3"}, "supported_parameters": TOOLS}, set()),
+        (
+            {"id": "a/b-search", "pricing": {"prompt": "1", "completion": "2", "web_search": "3"}, "supported_parameters": TOOLS},
+            {"searches"},
+        ),
+        ({"id": "a/b-deep-research", "pricing": {"prompt": "1", "completion": "2"}}, {"searches", "researches"}),
+    ],
+)
+def test_what_a_model_does_at_a_price_of_its_own_is_read_from_the_list(model: dict[str, Any], found: set[str]) -> None:
+    """Prices that are missing are unknown, not zero; only the suffix `:free` means that nothing is charged."""
+    (read,) = parse_models(listing({"id": "a/b", **model}))
+    names = ("outputs_media", "has_unlisted_prices", "reads_documents", "searches", "researches")
+    assert {name for name in names if getattr(read.price, name)} == found
 
 
 def test_a_model_is_found_by_its_variants_and_its_permanent_slug() -> None:

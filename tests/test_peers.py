@@ -370,12 +370,12 @@ async def test_a_list_price_of_minus_one_is_not_a_credit(gateway: Gateway, strea
     async with asyncio.timeout(5):
         while not gateway.simulator.billing.records:
             await asyncio.sleep(0.005)
-    assert await client.held() == schema.BillingSettings().hold_default_rub
+    assert await client.held() > schema.BillingSettings().hold_default_rub
     response, _ = await waiting
     assert response.status == 200
     assert [charge > 0 for charge in await charges(client)] == [True]
     await assert_charges_match_bills(gateway, client)
-    poor = await gateway.client("9.99")
+    poor = await gateway.client("24.99")
     assert (await gateway.chat(poor, model=ROUTER))[0].status == 402
 
 

@@ -206,11 +206,11 @@ async def test_sixty_concurrent_requests_with_a_balance_for_ten_never_overdraw(g
 
 
 async def test_where_the_balance_limits_the_output_max_tokens_is_sent_upstream(gateway: Gateway) -> None:
-    client = await gateway.client("1.1")
+    client = await gateway.client("8")
     await gateway.chat(client)
     (record,) = gateway.simulator.billing.records.values()
-    # 1.1 roubles / (0.0000004 dollars × 90 × 1.1) ≈ 27 777 tokens, less the prompt; the model could write 65 535
-    assert 27_000 < json.loads(record.body)["max_tokens"] < 27_777
+    # 8 roubles / 8 / (0.0000004 dollars × 90 × 1.1) ≈ 25 252 tokens, and some for the smallest hold; the model could write 65 535
+    assert 25_252 < json.loads(record.body)["max_tokens"] < 28_000
     await gateway.chat(await gateway.client("100"))
     assert "max_tokens" not in json.loads(list(gateway.simulator.billing.records.values())[1].body)
 

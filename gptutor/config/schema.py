@@ -178,24 +178,36 @@ class BillingSettings(Section, frozen=True):
     rub_per_usd: Decimal = Decimal(90)
     balance_min_rub: Decimal = Decimal(1)
     margin: Decimal = Decimal("1.1")
-    output_tokens_typical: Count = 4096
+    overdraft_max_rub: Decimal = Decimal(1)
     output_tokens_min: Count = 16
-    reserve: Literal["typical", "worst_case"] = "typical"
-    hold_default_rub: Decimal = Decimal(10)
+    output_media_tokens: Count = 8192
+    hold_default_rub: Decimal = Decimal(25)
     image_tokens: Count = 8192
     paid_tool_usd: Decimal = Decimal("0.05")
+    tool_prompt_tokens: Count = 20_000
+    server_tool_steps: Annotated[int, msgspec.Meta(ge=1, le=30)] = 5
+    research_searches: Count = 50
+    ocr_document_usd: Decimal = Decimal(2)
     cache_write_factor: Decimal = Decimal(2)
     priority_tier_factor: Decimal = Decimal(2)
+    provider_price_factor: Decimal = Decimal(3)
+    unlisted_prompt_usd: Decimal = Decimal(5)
+    unlisted_completion_usd: Decimal = Decimal(25)
 
     def __post_init__(self) -> None:
         # msgspec has no ranges for Decimal.
         _check_decimal("rub_per_usd", self.rub_per_usd, Decimal("0.0001"), Decimal(100_000))
         _check_decimal("balance_min_rub", self.balance_min_rub, Decimal(0), Decimal(1_000_000))
         _check_decimal("margin", self.margin, Decimal(1), Decimal(10))
+        _check_decimal("overdraft_max_rub", self.overdraft_max_rub, Decimal(0), Decimal(1_000_000))
         _check_decimal("hold_default_rub", self.hold_default_rub, Decimal("0.01"), Decimal(1_000_000))
         _check_decimal("paid_tool_usd", self.paid_tool_usd, Decimal(0), Decimal(1000))
+        _check_decimal("ocr_document_usd", self.ocr_document_usd, Decimal(0), Decimal(1000))
         _check_decimal("cache_write_factor", self.cache_write_factor, Decimal(1), Decimal(10))
         _check_decimal("priority_tier_factor", self.priority_tier_factor, Decimal(1), Decimal(10))
+        _check_decimal("provider_price_factor", self.provider_price_factor, Decimal(1), Decimal(100))
+        _check_decimal("unlisted_prompt_usd", self.unlisted_prompt_usd, Decimal("0.001"), Decimal(10_000))
+        _check_decimal("unlisted_completion_usd", self.unlisted_completion_usd, Decimal("0.001"), Decimal(10_000))
 
 
 class RateLimitSettings(Section, frozen=True):

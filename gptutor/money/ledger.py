@@ -273,12 +273,13 @@ def _columns_of_charges(settlements: Sequence[Settlement]) -> Sequence[list[Any]
 def _columns_of_holds(requests: Sequence[HoldRequest]) -> Sequence[list[Any]]:
     """In the order of the parameters of `settle_and_hold`."""
     if not requests:
-        return [[]] * 9
+        return [[]] * 10
     return [
         [request.claim.account_id for request in requests],
         [request.claim.key_hash for request in requests],
         [request.hold_id for request in requests],
         [request.ceiling.hold_max for request in requests],
+        [ceiling.hold_max if (ceiling := request.ceiling).hold_min is None else ceiling.hold_min for request in requests],
         [request.ceiling.available_min for request in requests],
         [request.model for request in requests],
         [request.request_id for request in requests],

@@ -1,8 +1,8 @@
 """OpenRouter's models: which exist, their prices, their output limits.
 
 Prices are strings of dollars per token; some are `"-1"` (a router's price, known only afterwards) or absent. A price that is not
-a finite number from zero up never enters arithmetic: such a model has `price None`, and the hold is of a configured default
-amount.
+a finite number from zero up never enters arithmetic: such a model has `price None`. A price that is not listed is unknown, not
+zero: only a model whose id ends in `:free` costs nothing.
 """
 
 import asyncio
@@ -40,6 +40,11 @@ PRICES = (
     *MEDIA_OUTPUT_PRICES,
 )
 """Names of the prices that a request may have to pay. If one is listed, but invalid, the model has `price None`."""
+MEDIA_PRICES_OUT = {"image": ("image_output", "image_token"), "audio": ("audio_output",)}
+"""By what a model may output beside text: the prices of which one must be listed."""
+FREE = ":free"
+RESEARCH = "deep-research"
+"""In the ids of models that search many times, and reason about what they found."""
 RETRY_S = 5.0
 DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 FRESH_REFRESHES = 3
@@ -52,7 +57,8 @@ class CatalogueError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelPrice:
-    """US dollars per token, per request, per image and per search, each the highest that is listed; limits in tokens."""
+    """US dollars per token, per request, per image and per search, each the highest that is listed but for the two base prices;
+    what the model may do at a price without being asked to (see `money.pricing.ModelPrices`); limits in tokens."""
 
     prompt_usd: Decimal
     completion_usd: Decimal
@@ -62,6 +68,13 @@ class ModelPrice:
     cache_write_usd: Decimal
     rich_completion_usd: Decimal
     search_usd: Decimal
+    base_prompt_usd: Decimal
+    base_completion_usd: Decimal
+    outputs_media: bool
+    has_unlisted_prices: bool
+    reads_documents: bool
+    searches: bool
+    researches: bool
     context_tokens: int | None
     output_tokens_max: int | None
 
@@ -128,9 +141,16 @@ class _TopProvider(msgspec.Struct):
     context_length: int | None = None
 
 
+class _Architecture(msgspec.Struct):
+    input_modalities: list[str] | None = None
+    output_modalities: list[str] | None = None
+
+
 class _ListedModel(msgspec.Struct):
     id: str
     canonical_slug: str | None = None
+    architecture: _Architecture | None = None
+    supported_parameters: list[str] | None = None
     pricing: dict[str, msgspec.Raw] = msgspec.field(default_factory=dict)
     context_length: int | None = None
     top_provider: _TopProvider | None = None
@@ -188,7 +208,9 @@ def _price(listed: _ListedModel, pricing: Mapping[str, Decimal]) -> ModelPrice |
     def highest_of(*names: str) -> Decimal:
         return max(highest.get(name, Decimal(0)) for name in names)
 
-    top = listed.top_provider or _TopProvider()
+    top, architecture = listed.top_provider or _TopProvider(), listed.architecture or _Architecture()
+    media = _media_outputs(architecture, highest)
+    researches = RESEARCH in listed.id
     return ModelPrice(
         prompt_usd=highest["prompt"],
         completion_usd=highest_of("completion", "internal_reasoning"),
@@ -198,9 +220,29 @@ def _price(listed: _ListedModel, pricing: Mapping[str, Decimal]) -> ModelPrice |
         cache_write_usd=highest_of("input_cache_write"),
         rich_completion_usd=highest_of("completion", "internal_reasoning", *MEDIA_OUTPUT_PRICES),
         search_usd=highest_of("web_search"),
+        base_prompt_usd=pricing["prompt"],
+        base_completion_usd=pricing["completion"],
+        outputs_media=bool(media),
+        has_unlisted_prices=not listed.id.endswith(FREE)
+        and (not (pricing["prompt"] or pricing["completion"]) or any(not highest_of(*MEDIA_PRICES_OUT[kind]) for kind in media)),
+        reads_documents="file" in (architecture.input_modalities or ()),
+        searches=researches or (highest_of("web_search") > 0 and _searches(listed)),
+        researches=researches,
         context_tokens=max(filter(None, (listed.context_length, top.context_length)), default=None),
         output_tokens_max=top.max_completion_tokens,
     )
+
+
+def _media_outputs(architecture: _Architecture, prices: Mapping[str, Decimal]) -> set[str]:
+    """What the model may output beside text, images and audio; by the listed prices if its modalities are not listed."""
+    if architecture.output_modalities is None:
+        return {kind for kind, names in MEDIA_PRICES_OUT.items() if any(prices.get(name) for name in names)}
+    return {*architecture.output_modalities} & {*MEDIA_PRICES_OUT}
+
+
+def _searches(listed: _ListedModel) -> bool:
+    """Whether a model with a price for searches makes them by itself: others, which call tools, search if they are asked to."""
+    return "search" in listed.id or "perplexity/" in listed.id or "tools" not in (listed.supported_parameters or ())
 
 
 def _overrides(pricing: Mapping[str, msgspec.Raw]) -> list[dict[str, msgspec.Raw]]:

@@ -11,14 +11,15 @@
 --   locked               another transaction has locked the account's row
 -- available_nano: what was available to this key before the hold. minute_requests: the account's requests in this minute.
 --
--- Of each hold: ceilings_nano is the most that the request can cost, minimums_nano what must be available; between them, what is
--- available is held. account_requests_per_minute and account_concurrency_limit: 0 is no limit. hold_ttl_s: when recovery looks at
--- the hold. body_hashes are compared with marked requests, unless the client says by an idempotency key that this one is new.
+-- Of each hold: minimums_nano is what must be available. ceilings_nano is the most that the request can cost, and is held; or, if
+-- that is less, holds_min_nano and an eighth of what is available beyond it: the request's output is then limited to what is held.
+-- account_requests_per_minute and account_concurrency_limit: 0 is no limit. hold_ttl_s: when recovery looks at the hold.
+-- body_hashes are compared with marked requests, unless the client says by an idempotency key that this one is new.
 CREATE OR REPLACE FUNCTION place_holds(
     locked_account_ids bigint[],
     owner uuid, hold_ttl_s double precision, rub_per_usd numeric,
     account_requests_per_minute integer, account_concurrency_limit integer,
-    account_ids bigint[], key_hashes bytea[], hold_ids uuid[], ceilings_nano bigint[], minimums_nano bigint[],
+    account_ids bigint[], key_hashes bytea[], hold_ids uuid[], ceilings_nano bigint[], holds_min_nano bigint[], minimums_nano bigint[],
     models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]
 ) RETURNS TABLE (
     hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text, minute_requests integer
@@ -58,9 +59,11 @@ BEGIN
                     AND marked.repeats_rejected_until > now() AND marked.key_id = api_keys.key_id
                 LIMIT 1
             ) AS unknown_request_id
-        FROM unnest(account_ids, key_hashes, hold_ids, ceilings_nano, minimums_nano, idempotency_keys, body_hashes)
+        FROM unnest(
+                account_ids, key_hashes, hold_ids, ceilings_nano, holds_min_nano, minimums_nano, idempotency_keys, body_hashes
+            )
             WITH ORDINALITY AS i (
-                account_id, key_hash, hold_id, ceiling_nano, minimum_nano, idempotency_key, body_hash, position
+                account_id, key_hash, hold_id, ceiling_nano, hold_min_nano, minimum_nano, idempotency_key, body_hash, position
             )
         LEFT JOIN accounts ON i.account_id = accounts.account_id
         LEFT JOIN api_keys
@@ -141,7 +144,9 @@ BEGIN
             CONTINUE;
         END IF;
 
-        amount_nano := least(item.ceiling_nano, key_available);
+        amount_nano := least(
+            item.ceiling_nano, item.hold_min_nano + (key_available - item.hold_min_nano) / 8, key_available
+        );
         IF item.is_limited THEN
             UPDATE api_keys SET held_nano = held_nano + CASE WHEN key_has_limit THEN amount_nano ELSE 0 END,
                 minute = this_minute, minute_requests = key_requests + 1

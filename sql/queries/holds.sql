@@ -4,8 +4,8 @@
 -- $7 prompt and $8 completion tokens or NULL.
 -- Of the new holds: $9 the owner (a run of a process), $10 seconds until recovery looks at one, $11 roubles per dollar, $12
 -- requests per minute and $13 concurrent requests of an account (0: no limit); arrays: $14 accounts, $15 SHA-256 of the keys, $16
--- holds, $17 ceilings and $18 minimums in nano-roubles, $19 models, $20 request ids, $21 idempotency keys or NULL, $22 SHA-256 of
--- the bodies.
+-- holds, $17 ceilings, $18 smallest holds and $19 least available amounts in nano-roubles, $20 models, $21 request ids, $22
+-- idempotency keys or NULL, $23 SHA-256 of the bodies.
 -- One row for each settlement and each new hold: for the outcomes see book_charges and place_holds.
 SELECT
     hold_id,
@@ -32,11 +32,12 @@ FROM settle_and_hold(
     key_hashes => $15::bytea[],
     hold_ids => $16::uuid[],
     ceilings_nano => $17::bigint[],
-    minimums_nano => $18::bigint[],
-    models => $19::text[],
-    request_ids => $20::text[],
-    idempotency_keys => $21::text[],
-    body_hashes => $22::bytea[]
+    holds_min_nano => $18::bigint[],
+    minimums_nano => $19::bigint[],
+    models => $20::text[],
+    request_ids => $21::text[],
+    idempotency_keys => $22::text[],
+    body_hashes => $23::bytea[]
 );
 
 -- name: release_holds

@@ -31,7 +31,9 @@ def ledger_of(database: Database, journal: Journal | None = None) -> Ledger:
 async def hold(
     database: Database, client: Client, hold_max: str, available_min: str | None = None, ledger: Ledger | None = None
 ) -> Hold:
-    ceiling = Ceiling(hold_max=parse_roubles(hold_max), available_min=parse_roubles(available_min or hold_max))
+    """With `available_min`, the hold may be so small."""
+    least = parse_roubles(available_min or hold_max)
+    ceiling = Ceiling(hold_max=parse_roubles(hold_max), available_min=least, hold_min=least)
     return await (ledger or ledger_of(database)).hold_funds(HoldRequest(claim(client), new_id(), ceiling, "a/b", "r"))
 
 

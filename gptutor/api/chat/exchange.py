@@ -148,7 +148,10 @@ class Exchange:
             return
         body = [
             self._parsed.upstream_body(
-                user=self._services.pseudonym(hold.account_id), output_limit=ceiling.output_limit(hold.available_before)
+                user=self._services.pseudonym(hold.account_id),
+                output_limit=ceiling.output_limit(hold.amount),
+                price_cap=ceiling.price_cap,
+                tool_steps=ceiling.tool_steps,
             )
         ]
         self._parsed.members.clear()  # the body is in memory once from here on, and not twice
