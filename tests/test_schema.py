@@ -131,7 +131,7 @@ async def test_functions_that_are_replaced_in_the_midst_of_settlements_lose_none
                 STATEMENTS["settle_and_hold"], True,
                 accounts[:count], charged, [9 * 10**8] * count, [Decimal("0.01")] * count, [str(hold) for hold in charged],
                 [None] * count, [None] * count, uuid.uuid4(), 60.0, Decimal(90), 0, 0,
-                accounts, [hashlib.sha256(b"key").digest()] * 6, holds, [10**9] * 6, [10**9] * 6, ["a/b"] * 6,
+                accounts, [hashlib.sha256(b"key").digest()] * 6, holds, [10**9] * 6, [10**9] * 6, [10**9] * 6, ["a/b"] * 6,
                 [str(hold) for hold in holds], [None] * 6, [None] * 6,
             )  # fmt: skip
             assert {row["outcome"] for row in rows} <= {"settled", "granted"}
@@ -266,8 +266,9 @@ def converted(table: str, row: dict[str, Any]) -> dict[str, Any]:
     new = {RENAMED.get(table, {}).get(column, column): value for column, value in row.items()}
     if table == "api_keys":
         new["limit_reset"] = {"day": "daily"}.get(new["limit_reset"])
-    if table == "holds" and new["key_id"] is None:
-        new["key_id"] = 0
+    if table == "holds":
+        new["key_id"] = new["key_id"] or 0
+        new["repeats_rejected_until"] = None
     if table == "accounts" and new["account_id"] == 3:
         new["open_requests"] += 1  # the hold without a key's id was not counted
     return new
@@ -304,7 +305,7 @@ async def test_a_database_of_0_1_is_converted_with_every_row(postgres: str, tmp_
         for account in (1, 3):
             assert await database.fetch("clear_idempotency_keys", 10) == []
             (held, *_) = [row for row in after["holds"] if row["account_id"] == account and row["state"] == "open"]
-            none: list[list[object]] = [[]] * 9
+            none: list[list[object]] = [[]] * 10
             (row,) = await database.fetch(
                 "settle_and_hold", False, [account], [held["hold_id"]], [1], [Decimal(0)], [None], [None], [None],
                 uuid.uuid4(), 60.0, Decimal(90), 0, 0, *none,
