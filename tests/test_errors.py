@@ -143,6 +143,29 @@ async def test_a_compressed_body_is_rejected_without_decompressing_it(gateway: G
 
 
 @pytest.mark.parametrize(
+    ("encodings", "status"),
+    [([""], 200), (["identity"], 200), ([" Identity "], 200), (["", "gzip"], 415), (["identity, gzip"], 415)],
+)
+async def test_an_empty_content_encoding_is_none(gateway: Gateway, encodings: list[str], status: int) -> None:
+    client = await gateway.client()
+    headers = [*client.headers.items(), ("Content-Type", "application/json"), *(("Content-Encoding", each) for each in encodings)]
+    assert (await send(gateway, data=json.dumps(BODY).encode(), headers=headers))[0] == status
+
+
+async def test_a_body_of_a_windows_console_is_told_its_encoding(gateway: Gateway) -> None:
+    client = await gateway.client()
+    headers = {**client.headers, "Content-Type": "application/json"}
+    text = '{"messages":[{"role":"user","content":"Привет"}]}'
+    assert await send(gateway, data=text.encode("cp1251"), headers=headers) == (
+        400,
+        "invalid_json",
+        "Request body must be in UTF-8",
+    )
+    assert (await send(gateway, data=b"\xef\xbb\xbf" + text.encode(), headers=headers))[0] == 200
+    await gateway.idle()
+
+
+@pytest.mark.parametrize(
     ("content_type", "status"),
     [
         ("application/json", 200),

@@ -1,5 +1,8 @@
 """Verification of VK launch parameters (contract D2; rows auth-9 to -12)."""
 
+import base64
+import hashlib
+import hmac
 from urllib.parse import urlencode
 
 import pytest
@@ -25,6 +28,14 @@ def token(*, sign: str | None = None, secret: str = SECRET, unsigned: str = "", 
     return urlencode(signed) + unsigned + f"&sign={signature(signed, secret) if sign is None else sign}"
 
 
+def by_keys(keys: str) -> str:
+    """Signed as `sign_keys` says."""
+    given = {"vk_user_id": "494075", "vk_app_id": "6736218", "vk_ts": str(NOW - 60), "mine": "1"}
+    signed = urlencode([(key, given[key]) for key in keys.split(",")])
+    digest = hmac.new(SECRET.encode(), signed.encode(), hashlib.sha256).digest()
+    return urlencode({**given, "sign_keys": keys, "sign": base64.urlsafe_b64encode(digest).decode().rstrip("=")})
+
+
 def user_of(text: str, *, app_id: int = 6736218, now: float = NOW) -> int:
     return verify(text, app_id=app_id, secret=SECRET, now=now, age_s_max=3600).user_id
 
@@ -44,6 +55,21 @@ def test_the_published_example_verifies() -> None:
         token(vk_access_token_settings=""),
         token(vk_new_parameter="", vk_ref="other"),
         "&".join(reversed(token().split("&"))),
+        "https://example.com/?debug&" + token(),
+        token() + "&",
+        "&&" + token().replace("&", "&&"),
+        token() + "&hash",
+        token() + "&=1",
+        token(unsigned="&back=/page?tab=1"),
+        "https://example.com/?back=/page?tab=1&" + token(),
+        "https://example.com/index.html?lang=ru?" + token(),
+        "https://example.com/?" + token() + "&back=https://example.com/?vk_user_id=1",
+        "example.com/app?" + token(),
+        token(unsigned="&x=%FF&y=%zz&%FF=1&z=%"),
+        token(unsigned="&a=1&a=2"),
+        token(unsigned="&sign_keys=mine"),
+        by_keys("vk_user_id,vk_app_id,vk_ts"),
+        "https://example.com/?debug&" + by_keys("vk_ts,vk_app_id,vk_user_id,mine") + "&vk_ref=unsigned",
         token(vk_ts=str(NOW + 59)),
         token(vk_ts=str(NOW - 3600)),
     ],
@@ -76,9 +102,18 @@ def test_parameters_signed_by_vk_are_accepted(text: str) -> None:
         token(vk_ts=str(NOW + 61)),
         token() + "&vk_user_id=1",
         token() + "&sign=x",
-        token(unsigned="&a=1&a=2"),
+        token() + "&vk_language=ru",
+        token() + "&vk_ref",
         token().replace("vk_user_id", "vk_user_id%5B%5D"),
-        token(unsigned="&x=%FF"),
+        token(vk_ref="x").replace("vk_ref=x", "vk_ref=%FF"),
+        token() + "&a=1" * 60,
+        by_keys("vk_user_id,vk_ts"),
+        by_keys("vk_app_id,vk_ts"),
+        by_keys("vk_user_id,vk_app_id"),
+        by_keys("vk_user_id,vk_app_id,vk_ts").replace("sign_keys=vk_user_id%2Cvk_app_id", "sign_keys=vk_app_id%2Cvk_user_id"),
+        by_keys("vk_user_id,vk_app_id,vk_ts").replace("494075", "494076"),
+        by_keys("vk_user_id,vk_app_id,vk_ts") + "&sign_keys=vk_ts",
+        by_keys("vk_user_id,vk_app_id,vk_ts").replace("&mine=1", "").replace("vk_ts&", "vk_ts%2Cmine&"),
         token(unsigned="&x=" + "y" * 5000),
         token() + "&ключ=1",
     ],
@@ -102,3 +137,10 @@ def test_no_single_character_can_be_changed(index: int, character: str) -> None:
         return
     with pytest.raises(InvalidLaunch):
         user_of(changed)
+
+
+def test_only_signed_vk_parameters_are_returned() -> None:
+    launch = verify(
+        by_keys("vk_user_id,vk_app_id,vk_ts,mine") + "&vk_role=admin", app_id=6736218, secret=SECRET, now=NOW, age_s_max=99
+    )
+    assert set(launch.parameters) == {"vk_user_id", "vk_app_id", "vk_ts"}

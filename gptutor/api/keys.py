@@ -27,7 +27,6 @@ BODY_LIMITS = dataclasses.replace(SMALL_BODY_LIMITS, bytes_max=16 * 1024)
 NAME_CHARACTERS_MAX = 100
 EXPIRES_BEFORE = datetime.datetime(3000, 1, 1, tzinfo=datetime.UTC)
 REQUESTS_PER_MINUTE_MAX = 1_000_000
-
 LIMIT_MAX = NANO_MAX // NANO_PER_RUB
 
 

@@ -10,6 +10,7 @@ X-Forwarded-For that is not a trusted proxy's.
 
 import asyncio
 import ipaddress
+import re
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from gptutor.http.routing import Limit, route_of
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 ADDRESSES_MAX = 100_000
 """Bounds the memory: above so many addresses in one minute, all further ones share one count."""
+ADDRESS_WITH_PORT = re.compile(r"([0-9.]+):[0-9]{1,5}|\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?")
 IPV6_PREFIX_BITS = 64
 """An IPv6 client owns a whole network of addresses, which is counted as one address."""
 FLOOD_FACTOR = 2
@@ -165,12 +167,18 @@ def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> 
     hops = [request.remote or "", *reversed(",".join(request.headers.getall("X-Forwarded-For", [])).split(","))]
     for hop in hops:
         try:
-            parsed = ipaddress.ip_address(hop.strip())
+            parsed = ipaddress.ip_address(_without_port(hop.strip()))
         except ValueError:
             break  # no trusted proxy wrote this entry, so neither it nor the earlier ones can be believed
         if address := network_of(parsed, trusted_proxies):
             return address
     return ""
+
+
+def _without_port(hop: str) -> str:
+    """`192.0.2.1:5678` → `192.0.2.1`, `[2001:db8::1]:80` → `2001:db8::1`: some proxies write the port as well."""
+    found = ADDRESS_WITH_PORT.fullmatch(hop)
+    return found[1] or found[2] if found else hop
 
 
 def network_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address, trusted_proxies: Sequence[Network]) -> str:

@@ -1,0 +1,59 @@
+"""The listeners beside the public one: of what they receive, no bytes reach the log (contract F1)."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import pytest
+from aiohttp import web
+
+from gptutor.config.schema import Config, DocsSettings
+from gptutor.server.listener import listening_on
+from gptutor.server.runners import connection_factory
+from gptutor.telemetry.metrics import build_metrics
+from gptutor.web.site import documentation
+
+SECRET = b"sk-user-1-secret"
+
+
+@asynccontextmanager
+async def metrics() -> AsyncIterator[str]:
+    async with listening_on(web.AppRunner(build_metrics(), access_log=None), "127.0.0.1", 0, connection_factory(Config())) as url:
+        yield url
+
+
+LISTENERS = {
+    "docs": lambda: documentation(Config(docs=DocsSettings(port=0))),
+    "metrics": metrics,
+}
+
+
+@pytest.mark.parametrize("listener", LISTENERS)
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + SECRET + b"\x00\r\n\r\n",
+        SECRET + b"\r\n\r\n",
+        b"GET /" + SECRET + b"\x01 HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01" + SECRET + b"\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + SECRET + b"\r\n",
+        b"GET /?key=" + SECRET + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    ],
+)
+async def test_malformed_bytes_are_not_logged(listener: str, request_bytes: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with LISTENERS[listener]() as url:
+        address = urlsplit(url)
+        reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
+        try:
+            writer.write(request_bytes)
+            async with asyncio.timeout(5):
+                answer = await reader.read(65_536)
+        finally:
+            writer.close()
+        assert answer.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4", b"HTTP/1.1 302")) or not answer
+        assert b"secret" not in answer.partition(b"\r\n\r\n")[2]
+    assert "secret" not in caplog.text
+    assert "secret" not in "".join(str(record.__dict__) for record in caplog.records)
