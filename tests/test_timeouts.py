@@ -384,6 +384,28 @@ async def test_a_stream_that_the_stop_ends_is_read_on_for_its_bill(gateway: Gate
     await assert_charges_match_bills(gateway, client)
 
 
+async def test_nothing_is_added_to_a_stream_that_has_ended_when_the_stop_does(scripted: Any) -> None:
+    plays, gateway = scripted
+    whole = b'data: {"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n'
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(whole)
+        await asyncio.sleep(60)  # the end of the body is missing
+        return response
+
+    plays.append(play)
+    client = await gateway.client()
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
+        received = await response.content.readexactly(len(whole))
+        end_responses(gateway)
+        assert received + await response.read() == whole
+    await gateway.idle()
+    assert await client.held() == 0
+
+
 # -- heartbeats and the end of a stream
 
 

@@ -104,7 +104,8 @@ class Exchange:
             downstream.abort()  # nothing can be added to compressed bytes
             self.response.cancel()
         else:
-            downstream.end(STOPPED_EVENT if scanner.at_event_boundary else b"\n\n" + STOPPED_EVENT)
+            event = STOPPED_EVENT if scanner.at_event_boundary else b"\n\n" + STOPPED_EVENT
+            downstream.end(b"" if scanner.has_seen_end else event)
             self.response.set_result(downstream.response)
 
     async def _hold_buy_and_settle(self, hold_id: HoldId) -> None:
