@@ -65,6 +65,8 @@ HOLD_SLACK_S = 60
 """Added to a request's own timeouts for settling it; after that recovery takes its hold over."""
 DATABASE_RETRY_S = 1.0
 LEDGER_DRAIN_S = 5.0
+LAST_RESPONSES_S = 1.0
+"""So long before the end of `server.shutdown_s`, requests that are still running get their response."""
 JOURNALS = "journal"
 MODELS_FILE = "models.json"
 
@@ -226,7 +228,15 @@ async def _become_ready(app: web.Application, recovery: Recovery, abandoned: lis
 
 
 async def _stop_accepting(app: web.Application) -> None:
+    """The runner waits for running requests, and breaks the connections of those that are left: they get their end before."""
     app[READINESS].stop()
+    shutdown_s = app[CONFIG].server.shutdown_s
+    asyncio.get_running_loop().call_later(shutdown_s - min(LAST_RESPONSES_S, shutdown_s / 4), _end_responses, app[SERVICES])
+
+
+def _end_responses(services: Services) -> None:
+    for exchange in list(services.exchanges):
+        exchange.end_response()
 
 
 # -- settings into objects

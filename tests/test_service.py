@@ -1,5 +1,7 @@
 """Starting, stopping, dying and being packed (contract F8, F9; rows process-2, process-7, operator-1, operator-2)."""
 
+import contextlib
+import http.client
 import json
 import os
 import pwd
@@ -14,11 +16,13 @@ import time
 import urllib.request
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
 
 from gptutor import __version__
+from gptutor.api.chat.exchange import STOPPED_EVENT
 from gptutor.config import schema
 from gptutor.server.listener import StartError, listening_on
 from gptutor.server.serve import admin_listening, simulated_openrouter
@@ -61,6 +65,49 @@ def test_a_stop_finishes_running_requests_and_settles_their_charges(tmp_path: Pa
     shown = json.loads(run(running.environ, "user", "show", "1", "--json").stdout)
     assert shown["held"] == "0"
     assert shown["balance"] != "100"
+
+
+@pytest.mark.parametrize("text", ["Hello", "fault:blanks=100"])
+def test_at_the_end_of_a_stop_a_plain_request_gets_an_error_that_is_not_repeated(tmp_path: Path, text: str) -> None:
+    """Contract B8: an empty reply would be requested again by every SDK, and bought twice. The charge follows."""
+    running = start(tmp_path, GPTUTOR_SIMULATOR__FIRST_WORD_S="3", GPTUTOR_SERVER__SHUTDOWN_S="1")
+    (status, headers, document) = answer_during_stop(running, text, stream=False)
+    assert (status, headers["X-Error-Code"], headers["x-should-retry"]) == (504, "upstream_timeout", "false")
+    assert "Retry-After" not in headers
+    assert list(json.loads(document)) == ["error"]
+    (line,) = [line for line in running.log() if line["message"].startswith("LLM Response")]
+    assert (line["outcome"], "costUsd" in line) == ("upstream_timeout", True)
+    assert json.loads(run(running.environ, "user", "show", "1", "--json").stdout)["held"] == "0"
+
+
+def test_at_the_end_of_a_stop_a_stream_gets_an_error_event_and_is_charged(tmp_path: Path) -> None:
+    """Contract B7: it must not look complete, nor break without a word."""
+    running = start(tmp_path, GPTUTOR_SIMULATOR__WORD_S="0.1", GPTUTOR_SERVER__SHUTDOWN_S="1")
+    status, _, document = answer_during_stop(running, "Hello", stream=True)
+    assert status == 200
+    assert document.endswith(STOPPED_EVENT)
+    assert b"[DONE]" not in document
+    (line,) = [line for line in running.log() if line["message"].startswith("LLM Response")]
+    assert (line["outcome"], line["cause"]) == ("settled", "the service stopped before the response was complete")
+    assert json.loads(run(running.environ, "user", "show", "1", "--json").stdout)["held"] == "0"
+
+
+def answer_during_stop(service: Service, text: str, *, stream: bool) -> tuple[int, Any, bytes]:
+    """Sends a request, stops the service while it runs, and returns the response's status, headers and body."""
+    body = json.dumps({"messages": [{"role": "user", "content": text}], "stream": stream}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {service.demo_key}"}
+    host, _, port = service.url.removeprefix("http://").partition(":")
+    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=30)) as connection:
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        while not any(line["message"].startswith("LLM Request") for line in service.log()):
+            time.sleep(0.02)
+        time.sleep(0.3)  # the request is upstream by now
+        stopping = threading.Thread(target=service.stop)
+        stopping.start()
+        response = connection.getresponse()
+        answer = (response.status, response.headers, response.read())
+        stopping.join()
+    return answer
 
 
 def test_after_a_kill_the_service_has_its_database_its_user_and_its_key(tmp_path: Path) -> None:

@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from gptutor.api.chat import completions
-from gptutor.api.chat.exchange import TRUNCATED_EVENT
+from gptutor.api.chat.exchange import STOPPED_EVENT, TRUNCATED_EVENT
 from gptutor.api.chat.request import ParsedRequest, parse_request
 from gptutor.config import schema
 from gptutor.database.pool import Database
+from gptutor.http.app_keys import SERVICES
 from gptutor.money.amounts import AccountId
+from gptutor.money.holds import Hold, HoldRequest
 from gptutor.money.keys import make_key
 from gptutor.openrouter.relay import HEARTBEAT
 from gptutor.server.serve import simulated_openrouter
@@ -266,6 +269,144 @@ async def test_the_first_byte_and_the_gaps_between_bytes_have_timeouts_of_their_
     assert stream.startswith(b": hello\n\n")
     assert stream.endswith(TRUNCATED_EVENT)
     assert 1.0 < time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"total_s": 0.4}}])
+async def test_a_plain_response_that_our_timeout_cuts_off_is_looked_up_and_charged(gateway: Gateway) -> None:
+    """Contract C6: OpenRouter's headers, with the generation id, precede a plain body that takes long; and it bills all of it."""
+    gateway.simulator.first_word_s = 2
+    client = await gateway.client()
+    response, _ = await gateway.chat(client, "fault:blanks=20")
+    assert (response.status, response.headers["X-Error-Code"]) == (504, "upstream_timeout")
+    assert response.headers["x-should-retry"] == "false"
+    assert gateway.billed_usd() > 0
+    await assert_charges_match_bills(gateway, client)
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"total_s": 0.4}, "recovery": {"give_up_s": 1}}])
+async def test_without_headers_a_hold_waits_until_recovery_gives_up(gateway: Gateway) -> None:
+    """Contract C6: there is no generation id to look up; the hold is released and listed for the operator, and nothing is guessed."""
+    gateway.simulator.first_word_s = 2
+    client = await gateway.client()
+    response, _ = await gateway.chat(client)
+    assert (response.status, response.headers["x-should-retry"]) == (504, "false")
+    (waiting,) = await gateway.database.fetch("list_waiting_holds", 1000)
+    assert (waiting["state"], waiting["generation_id"]) == ("awaiting_evidence", None)
+    assert await client.held() > 0
+    await gateway.recovered(client)
+    (waiting,) = await gateway.database.fetch("list_waiting_holds", 1000)
+    assert waiting["state"] == "unresolved"
+    assert await client.balance() == 100
+
+
+async def test_a_plain_response_after_blank_lines_passes_unchanged_and_is_charged(gateway: Gateway) -> None:
+    client = await gateway.client()
+    _, document = await gateway.chat(client, "fault:blanks=3")
+    assert document.startswith(b"\n\n\n{")
+    await assert_charges_match_bills(gateway, client)
+
+
+# -- the end of a stop
+
+
+def end_responses(gateway: Gateway) -> None:
+    """As at the end of `server.shutdown_s`."""
+    for exchange in list(gateway.app[SERVICES].exchanges):
+        exchange.end_response()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_not_sent_at_the_end_of_a_stop_is_not_bought(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    client = await gateway.client()
+    ledger = gateway.app[SERVICES].ledger
+    hold_funds, is_held = ledger.hold_funds, asyncio.Event()
+
+    async def slow_hold(request: HoldRequest) -> Hold:
+        hold = await hold_funds(request)
+        is_held.set()
+        await asyncio.sleep(0.3)
+        return hold
+
+    monkeypatch.setattr(ledger, "hold_funds", slow_hold)
+    answer = asyncio.create_task(gateway.chat(client, stream=stream))
+    await is_held.wait()
+    end_responses(gateway)
+    response, _ = await answer
+    assert (response.status, response.headers["X-Error-Code"]) == (503, "not_ready")
+    assert "x-should-retry" not in response.headers
+    await gateway.idle()
+    assert not gateway.simulator.billing.records
+    assert await client.held() == 0
+
+
+@pytest.mark.parametrize("tuned", [{"openrouter": {"attempts_max": 5}}])
+async def test_nothing_is_retried_after_the_end_of_a_stop(scripted: Any) -> None:
+    plays, gateway = scripted
+    attempts = asyncio.Queue[None]()
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        attempts.put_nowait(None)
+        return web.json_response({"error": {"code": 429, "message": "later"}}, status=429, headers={"Retry-After": "1"})
+
+    plays.append(play)
+    client = await gateway.client()
+    answer = asyncio.create_task(gateway.chat(client))
+    await attempts.get()
+    await asyncio.sleep(0.2)
+    end_responses(gateway)
+    response, _ = await answer
+    assert (response.status, response.headers["X-Error-Code"]) == (503, "not_ready")
+    await gateway.idle()
+    assert attempts.empty()
+    assert await client.held() == 0
+
+
+@pytest.mark.parametrize("tuned", [{"relay": {"disconnected_drain_s": 0.5}}])
+@pytest.mark.parametrize(("text", "is_compressed"), [("Hello", False), ("fault:drip=9", False), ("fault:gzip", True)])
+async def test_a_stream_that_the_stop_ends_is_read_on_for_its_bill(gateway: Gateway, text: str, is_compressed: bool) -> None:
+    """Contract B7, C7: the client gets an error event, or a broken connection if the stream is compressed."""
+    gateway.simulator.word_s = 0.02
+    client = await gateway.client()
+    body = {"messages": [{"role": "user", "content": text}], "stream": True}
+    async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
+        received = await response.content.readany()
+        while b"delta" not in received and not is_compressed:
+            received += await response.content.readany()
+        end_responses(gateway)
+        if is_compressed:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await response.read()
+        else:
+            received += await response.read()
+            assert received.endswith(STOPPED_EVENT)
+    await assert_charges_match_bills(gateway, client)
+
+
+async def test_nothing_is_added_to_a_stream_that_has_ended_when_the_stop_does(scripted: Any) -> None:
+    plays, gateway = scripted
+    whole = b'data: {"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n'
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(whole)
+        await asyncio.sleep(60)  # the end of the body is missing
+        return response
+
+    plays.append(play)
+    client = await gateway.client()
+    body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True}
+    async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:
+        received = await response.content.readexactly(len(whole))
+        end_responses(gateway)
+        assert received + await response.read() == whole
+    await gateway.idle()
+    assert await client.held() == 0
+
+
+# -- heartbeats and the end of a stream
 
 
 @pytest.mark.parametrize("tuned", [{"relay": {"heartbeat_s": 0.1}}])

@@ -12,6 +12,7 @@ from aiohttp import web
 from gptutor.api.chat.exchange import TRUNCATED_EVENT
 from gptutor.http.app_keys import JOURNAL
 from gptutor.openrouter.errors import REFUSALS
+from gptutor.simulator.response_script import OPERATOR
 from tests.support.accounting import assert_charges_match_bills
 from tests.support.gateway import Gateway
 
@@ -126,11 +127,13 @@ def answering(status: int, body: bytes, **headers: str) -> Any:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("tuned", [{"openrouter": {"attempts_max": 2}}])
 async def test_a_refusal_with_a_generation_id_bought_nothing(gateway: Gateway, stream: bool) -> None:
-    """Row sum-5: the hold is released at once, and the client may try again, unless our own account is the trouble."""
+    """Row sum-5: the hold is released at once, and the client may try again, unless our own account is the trouble; the operator's
+    id at OpenRouter is not passed on."""
     client = await gateway.client()
     for status in sorted(REFUSALS):
-        response, _ = await gateway.chat(client, f"fault:status={status}:0", stream=stream)
+        response, document = await gateway.chat(client, f"fault:status={status}:0", stream=stream)
         assert response.status >= 400
+        assert OPERATOR.encode() not in document
         assert await client.held() == 0
         assert ("x-should-retry" in response.headers) is (response.headers["X-Error-Code"] == "upstream_account")
     assert await client.balance() == 100

@@ -39,6 +39,7 @@ class BillingRecord:
         """The record as `GET /generation` returns it."""
         return {
             "id": self.generation_id,
+            "api_type": "completions",
             "model": self.model,
             "streamed": self.stream,
             "cancelled": self.cancelled,

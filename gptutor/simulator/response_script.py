@@ -11,6 +11,7 @@ PROCESSING = b": OPENROUTER PROCESSING\n\n"
 DONE = b"data: [DONE]\n\n"
 STALL_S = 3600.0
 FINGERPRINT = "fp_simulator"
+OPERATOR = "user_simulator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,9 @@ def streamed_response(generation: Generation, first_word_s: float, word_s: float
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Script:
-    return Script(status, [Step(dumps({"error": {"code": status, "message": message}}))], headers=headers or {})
+    """As OpenRouter's, it names the user of OpenRouter whose API key was used."""
+    body = dumps({"error": {"code": status, "message": message}, "user_id": OPERATOR})
+    return Script(status, [Step(body)], headers=headers or {})
 
 
 def mid_stream_error(generation: Generation, code: int | str = 502) -> bytes:

@@ -27,6 +27,16 @@ def slow(script: Script, generation: Generation, value: str) -> Script:
     return script.with_steps([replace(first, pause_s=first.pause_s + float(value or 2)), *others])
 
 
+def blanks(script: Script, generation: Generation, value: str) -> Script:
+    """`blanks=3`: a plain response whose headers and 3 blank lines are sent while the model works."""
+    if script.is_stream:
+        raise FaultError("this fault needs a plain response")
+    (whole,) = script.steps
+    count = int(value or 3)
+    pause_s = whole.pause_s / count
+    return script.with_steps([Step(), *[Step(b"\n", pause_s)] * count, replace(whole, pause_s=0.0)])
+
+
 def cut(script: Script, generation: Generation, value: str) -> Script:
     """`cut=3`: the connection is reset after 3 steps; the provider has finished, and the whole response is billed."""
     return script.with_steps([*script.steps[: int(value or 3)], Step(action="reset")])
@@ -141,6 +151,7 @@ def _require_stream(script: Script) -> Script:
 
 TRANSPORT_FAULTS: dict[str, Callable[[Script, Generation, str], Script]] = {
     "slow": slow,
+    "blanks": blanks,
     "cut": cut,
     "cut-inside": cut_inside,
     "stall": stall,

@@ -4,7 +4,8 @@ import functools
 import hashlib
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,6 +25,9 @@ from gptutor.openrouter.catalogue import Catalogue
 from gptutor.openrouter.service import OpenRouterService
 from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.logs import LoggerService
+
+if TYPE_CHECKING:
+    from gptutor.api.chat.exchange import Exchange
 
 
 class RequestContext(msgspec.Struct, frozen=True):
@@ -72,6 +76,8 @@ class Services:
     pseudonym_key: bytes
     stream_limits: StreamLimits
     rate_limit: RateLimit
+    exchanges: set["Exchange"] = field(default_factory=set)
+    """Those that have not ended."""
 
     def pseudonym(self, account_id: AccountId) -> str:
         """The stable id of the account upstream, which does not reveal the account."""

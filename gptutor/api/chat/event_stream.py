@@ -72,7 +72,7 @@ class EventStream:
 
     async def start(self, upstream: UpstreamConnection) -> None:
         """Encodes the headers; they go out with the first bytes. From here on a slow client pauses `upstream`."""
-        if self._transport is not None or self._is_disconnected or self._awaited_response.cancelled():
+        if self._transport is not None or self._is_disconnected or self._awaited_response.done():
             return
         connection = self._request.protocol
         if not isinstance(connection, ClientConnection) or connection.transport is None:
@@ -84,9 +84,11 @@ class EventStream:
         connection.set_write_listener(self)
 
     def write(self, chunk: bytes, *, is_last: bool = False) -> bool:
-        """Writes bytes to the client. False: the client has disconnected, and enough more has been read to look for the bill."""
+        """Writes bytes to the client. False: the response has ended or the client has disconnected, and enough more has been read
+        to look for the bill.
+        """
         transport = self._transport
-        if transport is None or self._is_disconnected or self._awaited_response.cancelled() or transport.is_closing():
+        if transport is None or self._is_disconnected or self._awaited_response.done() or transport.is_closing():
             self._undelivered_bytes += len(chunk)
             return self._undelivered_bytes <= self._limits.disconnected_drain_bytes
         if self._is_finished:
@@ -122,6 +124,12 @@ class EventStream:
     def detach_upstream(self) -> None:
         """The response has been read: the client no longer pauses the connection, which returns to the pool."""
         self._upstream = None
+
+    def end(self, event: bytes) -> None:
+        """Ends the response with `event`, before upstream ends. What still comes is only read for the bill."""
+        self.write(event, is_last=True)
+        self.resume()
+        self.detach_upstream()
 
     async def finish(self) -> None:
         """Writes the end of the body, and waits until the client has taken nearly all of it."""

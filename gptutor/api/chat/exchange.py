@@ -39,10 +39,11 @@ LOGGER = logging.getLogger("gptutor.exchange")
 
 outcome_counter = functools.cache(COMPLETIONS.labels)
 
+# Without `choices`: with them, several clients take the event for the regular end of a response.
 TRUNCATED_EVENT = (
     b'data: {"error":{"code":502,"message":"The upstream connection was lost before the response was complete"}}\n\n'
 )
-"""Without `choices`: with them, several clients take the event for the regular end of a response."""
+STOPPED_EVENT = b'data: {"error":{"code":503,"message":"The service stopped before the response was complete"}}\n\n'
 
 
 def start_exchange(services: Services, request: web.Request, context: RequestContext) -> asyncio.Future[web.StreamResponse]:
@@ -61,6 +62,7 @@ class Exchange:
         self._parsed = context.parsed
         self._started = time.monotonic()
         self._downstream: EventStream | None = None
+        self._scanner: BillScanner | None = None
         self._purchase: Purchase | None = None
         self._drain_timer: asyncio.TimerHandle | None = None
         # for the log
@@ -72,17 +74,39 @@ class Exchange:
 
     async def run(self) -> None:
         hold_id = new_id()
+        self._services.exchanges.add(self)
         try:
             await self._hold_buy_and_settle(hold_id)
         finally:
+            self._services.exchanges.discard(self)
             self._services.ledger.deactivate(hold_id)
             self._parsed.members.clear()
             self._context.body_share.release()
-            if not self.response.done():  # this task is being cancelled
-                headers = DO_NOT_RETRY if self._is_sent else None
-                self._respond_with_error(ApiError("not_ready", cause="cancelled when the service stopped", headers=headers))
+            self.end_response()  # nothing is left to do if it has ended; otherwise this task is being cancelled
             if self._is_request_logged:
                 self._log_response()
+
+    def end_response(self) -> None:
+        """Ends the response now, because the service stops: an empty one would be requested again, and bought twice.
+
+        The purchase goes on as after a disconnect. What is not sent upstream yet is not sent any more.
+        """
+        if self.response.done():
+            return
+        cause = "the service stopped before the response was complete"
+        downstream, scanner = self._downstream, self._scanner
+        if downstream is None or scanner is None or not downstream.has_started:
+            code, headers = ("upstream_timeout", DO_NOT_RETRY) if self._is_sent else ("not_ready", None)
+            self._respond_with_error(ApiError(code, cause=cause, headers=headers))
+            return
+        self._outcome, self._cause = "awaiting_evidence", cause
+        if "Content-Encoding" in downstream.response.headers:
+            downstream.abort()  # nothing can be added to compressed bytes
+            self.response.cancel()
+        else:
+            event = STOPPED_EVENT if scanner.at_event_boundary else b"\n\n" + STOPPED_EVENT
+            downstream.end(b"" if scanner.has_seen_end else event)
+            self.response.set_result(downstream.response)
 
     async def _hold_buy_and_settle(self, hold_id: HoldId) -> None:
         try:
@@ -144,7 +168,7 @@ class Exchange:
 
     async def _buy(self, hold: Hold, purchase: Purchase, ceiling: Ceiling) -> None:
         """Requests a completion and relays it, recording the evidence of the purchase."""
-        if self.response.cancelled():
+        if self.response.done():
             return
         body = [
             self._parsed.upstream_body(
@@ -160,7 +184,7 @@ class Exchange:
                 body.pop(),  # no variable here keeps it while the response is read
                 self._context.forwarded_headers,
                 stream=self._parsed.stream,
-                is_wanted=lambda: not self.response.cancelled(),
+                is_wanted=lambda: not self.response.done(),
                 before_attempt=purchase.mark_sent,
                 nothing_bought=purchase.mark_not_sent,
             )
@@ -210,7 +234,7 @@ class Exchange:
     async def _relay_stream(self, hold: Hold, purchase: Purchase, upstream: UpstreamResponse) -> None:
         """Raises UpstreamError if nothing has been written to the client yet."""
         limits = self._services.stream_limits
-        scanner = BillScanner(upstream.generation_id)
+        scanner = self._scanner = BillScanner(upstream.generation_id)
         downstream = self._downstream = EventStream(self._request, self.response, self._client_headers(hold, upstream), limits)
         self.response.add_done_callback(lambda _: self._limit_drain(upstream))
         try:
@@ -232,7 +256,7 @@ class Exchange:
             if upstream.is_encoded and error is not None:
                 self._cause = f"upstream, in mid-stream: {error}"
                 downstream.abort()
-            elif not (upstream.is_encoded or is_complete or self.response.cancelled()):
+            elif not (upstream.is_encoded or is_complete or self.response.done()):
                 self._cause = f"upstream, in mid-stream: {error or 'the stream ended too early'}"
                 downstream.write(TRUNCATED_EVENT if scanner.at_event_boundary else b"\n\n" + TRUNCATED_EVENT)
             await downstream.finish()
@@ -247,14 +271,14 @@ class Exchange:
         return {**upstream.client_headers, **self._services.rate_limit.headers(hold.minute_requests)}
 
     def _limit_drain(self, upstream: UpstreamResponse) -> None:
-        """After the client disconnected, the rest of the stream is read for its bill, for a bounded time."""
-        if self.response.cancelled() and not upstream.is_closed:
+        """If the response ended before upstream did, the rest of the stream is read for its bill, for a bounded time."""
+        if not upstream.is_closed:
             limit_s = self._services.stream_limits.disconnected_drain_s
             self._drain_timer = self.response.get_loop().call_later(limit_s, self._stop_drain, upstream)
 
     def _stop_drain(self, upstream: UpstreamResponse) -> None:
         limit_s = self._services.stream_limits.disconnected_drain_s
-        self._cause = f"the client disconnected, and upstream went on for more than {limit_s} s"
+        self._cause = self._cause or f"the client disconnected, and upstream went on for more than {limit_s} s"
         upstream.finish_early()
 
     # -- errors, the outcome, the log
