@@ -266,8 +266,9 @@ def converted(table: str, row: dict[str, Any]) -> dict[str, Any]:
     new = {RENAMED.get(table, {}).get(column, column): value for column, value in row.items()}
     if table == "api_keys":
         new["limit_reset"] = {"day": "daily"}.get(new["limit_reset"])
-    if table == "holds" and new["key_id"] is None:
-        new["key_id"] = 0
+    if table == "holds":
+        new["key_id"] = new["key_id"] or 0
+        new["repeats_rejected_until"] = None
     if table == "accounts" and new["account_id"] == 3:
         new["open_requests"] += 1  # the hold without a key's id was not counted
     return new
