@@ -103,7 +103,7 @@ STATEMENTS_OF_GROWTH: dict[str, tuple[str, tuple[Any, ...], int, int]] = {
     "entries in the middle": ("list_entries", (1, MIDDLE, NIL, 20), 20, 35),
     "a key of an account with many": ("find_key", (1, 200), 1, 5),
     "a page of old idempotency keys": ("clear_idempotency_keys", (20,), 20, 900),
-    "ended marks": ("clear_marks", (20,), 20, 300),
+    "ended marks": ("clear_marks", (20,), 20, 900),
     "a mark": ("mark_outcomes_unknown", ([1], [NIL], [b"x" * 32], 180.0), 0, 20),
     "due holds": ("claim_due_holds", (20, 600.0), 20, 900),
     "open holds of a dead process": ("list_open_holds_of", (NIL,), 0, 200),
