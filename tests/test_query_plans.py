@@ -28,12 +28,13 @@ INSERT INTO api_keys (account_id, key_hash, prefix, revoked_at)
 SELECT 1 + i % {ACCOUNTS}, sha256(i::text::bytea), 'sk-user-' || i, CASE WHEN i > {ACCOUNTS} THEN now() END
 FROM generate_series(1, {ACCOUNTS * 30}) AS i;
 INSERT INTO holds (account_id, hold_id, owner, key_id, amount_nano, rub_per_usd, model, request_id, due_at, created_at, closed_at,
-    state, charge_nano, cost_usd, generation_id, is_unresolved, idempotency_key, body_hash)
+    state, charge_nano, cost_usd, generation_id, is_unresolved, idempotency_key, body_hash, repeats_rejected_until)
 SELECT 1 + i * 7919 % {ACCOUNTS}, (lpad(to_hex(i), 12, '0') || '7' || substr(md5(i::text), 14))::uuid, gen_random_uuid(), 1, 5, 90,
     'vendor/model-' || i % 5, 'r-' || i, at, at, CASE kind WHEN 1 THEN NULL ELSE at END,
     (CASE kind WHEN 0 THEN 'settled' WHEN 1 THEN 'open' ELSE 'released' END)::hold_state,
     CASE kind WHEN 0 THEN 9 END, CASE kind WHEN 0 THEN 0.0000001 END, 'gen-' || i, kind = 2,
-    CASE i % 100 WHEN 3 THEN 'key-' || i END, CASE i % 100 WHEN 3 THEN sha256('') END
+    CASE i % 100 WHEN 3 THEN 'key-' || i END, CASE WHEN i % 100 = 3 OR i % 1000 = 5 THEN sha256('') END,
+    CASE i % 1000 WHEN 5 THEN at END
 FROM generate_series(1, {HOLDS}) AS i,
     LATERAL (SELECT now() - interval '{DAYS} days' * (1 - i / {HOLDS}.0), CASE i % 1000 WHEN 1 THEN 1 WHEN 2 THEN 2 ELSE 0 END)
         AS of (at, kind);
@@ -102,6 +103,8 @@ STATEMENTS_OF_GROWTH: dict[str, tuple[str, tuple[Any, ...], int, int]] = {
     "entries in the middle": ("list_entries", (1, MIDDLE, NIL, 20), 20, 35),
     "a key of an account with many": ("find_key", (1, 200), 1, 5),
     "a page of old idempotency keys": ("clear_idempotency_keys", (20,), 20, 900),
+    "ended marks": ("clear_marks", (20,), 20, 900),
+    "a mark": ("mark_outcomes_unknown", ([1], [NIL], [b"x" * 32], 180.0), 0, 20),
     "due holds": ("claim_due_holds", (20, 600.0), 20, 900),
     "open holds of a dead process": ("list_open_holds_of", (NIL,), 0, 200),
     "the newest usage": ("list_usage", (1, END, LAST, LONG_AGO, 20), 20, 200),
