@@ -302,7 +302,8 @@ def test_a_402_is_not_asked_again(service: Service, account: Account) -> None:
     poor = service.command("user", "create", "--balance", "0.5")
     with pytest.raises(openai.APIStatusError) as caught:
         account.client.with_options(api_key=poor["apiKey"], max_retries=5).chat.completions.create(model=MODEL, messages=MESSAGES)
-    assert (caught.value.status_code, caught.value.body) == (402, "Insufficient balance")
+    assert str(caught.value) == "Error code: 402 - Insufficient balance (insufficient credits)"
+    assert (caught.value.status_code, caught.value.code, caught.value.type) == (402, "402", "insufficient_quota")
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert len(service.lines_of(int(poor["id"]), 2)) == 2
 
@@ -327,20 +328,22 @@ def test_a_402_is_not_asked_again(service: Service, account: Account) -> None:
 def test_error_classes(client: OpenAI, change: dict[str, object], error: type[openai.APIStatusError], text: str) -> None:
     with pytest.raises(error) as caught:
         client.chat.completions.create(**{"model": MODEL, "messages": MESSAGES, **change})
-    assert text in caught.value.body
+    assert text in str(caught.value)
+    assert caught.value.code == caught.value.response.headers["X-Error-Code"]
     assert caught.value.request_id
 
 
 def test_a_unauthenticated_is_an_authentication_error(client: OpenAI) -> None:
     with pytest.raises(openai.AuthenticationError) as unauthenticated:
         client.with_options(api_key="sk-user-nobody").chat.completions.create(model=MODEL, messages=MESSAGES)
-    assert unauthenticated.value.body == "Invalid API key or inactive user"
+    assert str(unauthenticated.value) == "Error code: 401 - Invalid API key or inactive user"
+    assert (unauthenticated.value.code, unauthenticated.value.type) == ("invalid_key", "authentication_error")
 
 
 def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("no/such")
-    assert caught.value.body == "Model not found"
+    assert str(caught.value) == "Error code: 404 - Model not found"
 
 
 def test_a_repeated_idempotency_key_is_a_conflict_and_another_body_unprocessable(account: Account) -> None:
@@ -352,8 +355,8 @@ def test_a_repeated_idempotency_key_is_a_conflict_and_another_body_unprocessable
         chat.create(model=MODEL, messages=MESSAGES, extra_headers=key)
     with pytest.raises(openai.UnprocessableEntityError) as mismatched:
         chat.create(model=MODEL, messages=says("Hello"), extra_headers=key)
-    assert "already made" in repeated.value.body
-    assert "different request" in mismatched.value.body
+    assert "already made" in str(repeated.value)
+    assert "different request" in str(mismatched.value)
     assert account.settled() == paid > 0
 
 
