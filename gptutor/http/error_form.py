@@ -13,9 +13,9 @@ ErrorForm = Literal["auto", "text", "object"]
 
 STAINLESS = "x-stainless-"
 """The prefix of the headers of SDKs that Stainless generates, as OpenAI's are."""
-NUMBER_CODE_SDKS = ("speakeasy-sdk/", "openrouter")
+NUMBER_CODE_SDKS = ("openrouter",)
 """Parts of a User-Agent, in lower case, of the SDKs that OpenRouter publishes: `error.code` must be the status."""
-WORD_CODE_SDKS = ("openai/", "ai-sdk/", "litellm/", "langchain", "llama-index", "llama_index")
+WORD_CODE_SDKS = ("openai/", "ai-sdk", "litellm/", "langchain")
 """… of the other SDKs whose error classes read an object."""
 
 ERROR_TYPES = {401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error"}
