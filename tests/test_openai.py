@@ -302,7 +302,7 @@ def test_a_402_is_not_asked_again(service: Service, account: Account) -> None:
     poor = service.command("user", "create", "--balance", "0.5")
     with pytest.raises(openai.APIStatusError) as caught:
         account.client.with_options(api_key=poor["apiKey"], max_retries=5).chat.completions.create(model=MODEL, messages=MESSAGES)
-    assert str(caught.value) == "Error code: 402 - Insufficient balance (insufficient credits)"
+    assert str(caught.value) == 'Error code: 402 - Insufficient balance (insufficient credits, "code":402)'
     assert (caught.value.status_code, caught.value.code, caught.value.type) == (402, "402", "insufficient_quota")
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert len(service.lines_of(int(poor["id"]), 2)) == 2

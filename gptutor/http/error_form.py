@@ -21,6 +21,10 @@ WORD_CODE_SDKS = ("openai/", "ai-sdk", "litellm/", "langchain")
 ERROR_TYPES = {401: "authentication_error", 402: "insufficient_quota", 403: "permission_error", 429: "rate_limit_error"}
 """`error.type` by status, in OpenAI's words; the others are below."""
 
+CREDITS_ARE_USED_UP = '(insufficient credits, "code":402)'
+"""Added to the text of a 402: aider repeats a request nine times unless it finds these words, as OpenRouter's body has them, in what
+LiteLLM tells it, which for OpenAI-compatible services is the message alone."""
+
 
 def error_document(error: ApiError, form: ErrorForm, headers: Mapping[str, str]) -> dict[str, Any]:
     """The body of the response, in the form for a client that sent these `headers`."""
@@ -44,8 +48,7 @@ def _is_stainless(headers: Mapping[str, str]) -> bool:
 def _error_object(error: ApiError, *, code_is_number: bool) -> dict[str, Any]:
     message, code = error.text, error.code
     if error.status == 402:
-        # OpenRouter's words for the same, by which clients such as aider know that repeating is useless.
-        message, code_is_number = f"{message} (insufficient credits)", True
+        message, code_is_number = f"{message} {CREDITS_ARE_USED_UP}", True
     return {
         "message": message,
         "type": ERROR_TYPES.get(error.status) or ("server_error" if error.status >= 500 else "invalid_request_error"),
