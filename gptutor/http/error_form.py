@@ -22,8 +22,8 @@ ERROR_TYPES = {401: "authentication_error", 402: "insufficient_quota", 403: "per
 """`error.type` by status, in OpenAI's words; the others are below."""
 
 CREDITS_ARE_USED_UP = '(insufficient credits, "code":402)'
-"""Added to the text of a 402: aider repeats a request nine times unless it finds these words, as OpenRouter's body has them, in what
-LiteLLM tells it, which for OpenAI-compatible services is the message alone."""
+"""Added to the text of a 402. aider repeats a request nine times unless it finds these words of OpenRouter's in all
+that LiteLLM tells it: for OpenAI-compatible services, the message alone."""
 
 
 def error_document(error: ApiError, form: ErrorForm, headers: Mapping[str, str]) -> dict[str, Any]:
