@@ -1,8 +1,6 @@
 """OpenAI's SDKs against a running gateway, with nothing changed but the base URL (contract A6, F5; `make test-openai`)."""
 
 import json
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,17 +10,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import fasteners
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.lib.streaming.chat import ChatCompletionStreamEvent
 from pydantic import BaseModel
 
+from tests.support.javascript import JAVASCRIPT, run_node
 from tests.support.readme import READMES, examples, here
 from tests.support.service import Service
 
-JAVASCRIPT = Path(__file__).parent / "js"
 MODEL = "google/gemini-2.5-flash-lite"
 MESSAGES = [{"role": "user", "content": "Привет!"}]
 
@@ -418,27 +415,6 @@ def test_the_python_example_of_the_readme_runs(service: Service, readme: Path) -
     (example,) = examples(readme, "python")
     ran = subprocess.run([sys.executable, "-c", here(example, service)], check=True, capture_output=True, text=True)
     assert len(ran.stdout) > 20
-
-
-@pytest.fixture(scope="session")
-def node(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Node with OpenAI's SDK, and the package of forms that it works with, beside it."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if not node or not npm:
-        pytest.skip("node and npm are not installed: OpenAI's SDK for JavaScript is not checked")
-    with fasteners.InterProcessLock(
-        tmp_path_factory.getbasetemp().parent / "npm.lock"
-    ):  # of several test processes, one installs
-        if not all((JAVASCRIPT / "node_modules" / package).exists() for package in ("openai", "zod")):
-            subprocess.run([npm, "install", "--no-save", "--no-package-lock", "--silent"], cwd=JAVASCRIPT, check=True)
-    return node
-
-
-def run_node(node: str, *arguments: str, **settings: str) -> str:
-    environ = {**os.environ, **settings}
-    ran = subprocess.run([node, *arguments], cwd=JAVASCRIPT, env=environ, check=False, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
 
 
 def test_javascript(service: Service, account: Account, node: str) -> None:
