@@ -26,6 +26,7 @@ from gptutor.http.address_limits import RequestCounter, limit_by_address, parse_
 from gptutor.http.app_keys import (
     CONFIG,
     DATABASE,
+    ERROR_FORM,
     JOURNAL,
     KEYRING,
     MODEL_LIST,
@@ -92,6 +93,7 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
     )
     app.on_response_prepare.extend([middlewares.add_request_id, add_cors_headers(origins, RETURNED_HEADERS)])
     app[CONFIG] = config
+    app[ERROR_FORM] = config.errors.form
     app[READINESS] = Readiness()
     app[VAULT] = Vault(secrets)
     app[VK_SIGN_IN] = _vk_sign_in(config.vk)

@@ -21,6 +21,7 @@ from gptutor.openrouter import catalogue
 from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator import model_library, server
 from gptutor.simulator.server import Simulator
+from tests.support import javascript
 from tests.support.gateway import Gateway, config_for, gateway_on
 from tests.support.postgres import BINARIES, TestDatabase, running_postgres
 from tests.support.service import Service, start
@@ -149,6 +150,12 @@ async def scripted(
     config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted", tuned)
     async with gateway_on(config, database, simulator) as running:
         yield plays, running
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Node, with the clients for JavaScript installed beside its scripts."""
+    return javascript.install(tmp_path_factory.getbasetemp().parent / "npm.lock")
 
 
 @pytest.fixture(scope="session")

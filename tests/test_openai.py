@@ -1,8 +1,6 @@
 """OpenAI's SDKs against a running gateway, with nothing changed but the base URL (contract A6, F5; `make test-openai`)."""
 
 import json
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,17 +10,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import fasteners
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.lib.streaming.chat import ChatCompletionStreamEvent
 from pydantic import BaseModel
 
+from tests.support.javascript import JAVASCRIPT, run_node
 from tests.support.readme import READMES, examples, here
 from tests.support.service import Service
 
-JAVASCRIPT = Path(__file__).parent / "js"
 MODEL = "google/gemini-2.5-flash-lite"
 MESSAGES = [{"role": "user", "content": "Привет!"}]
 
@@ -303,7 +300,8 @@ def test_a_402_is_not_asked_again(service: Service, account: Account) -> None:
     poor = service.command("user", "create", "--balance", "0.5")
     with pytest.raises(openai.APIStatusError) as caught:
         account.client.with_options(api_key=poor["apiKey"], max_retries=5).chat.completions.create(model=MODEL, messages=MESSAGES)
-    assert (caught.value.status_code, caught.value.body) == (402, "Insufficient balance")
+    assert str(caught.value) == 'Error code: 402 - Insufficient balance (insufficient credits, "code":402)'
+    assert (caught.value.status_code, caught.value.code, caught.value.type) == (402, "402", "insufficient_quota")
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert len(service.lines_of(int(poor["id"]), 2)) == 2
 
@@ -328,20 +326,22 @@ def test_a_402_is_not_asked_again(service: Service, account: Account) -> None:
 def test_error_classes(client: OpenAI, change: dict[str, object], error: type[openai.APIStatusError], text: str) -> None:
     with pytest.raises(error) as caught:
         client.chat.completions.create(**{"model": MODEL, "messages": MESSAGES, **change})
-    assert text in caught.value.body
+    assert text in str(caught.value)
+    assert caught.value.code == caught.value.response.headers["X-Error-Code"]
     assert caught.value.request_id
 
 
 def test_a_unauthenticated_is_an_authentication_error(client: OpenAI) -> None:
     with pytest.raises(openai.AuthenticationError) as unauthenticated:
         client.with_options(api_key="sk-user-nobody").chat.completions.create(model=MODEL, messages=MESSAGES)
-    assert unauthenticated.value.body == "Invalid API key or inactive user"
+    assert str(unauthenticated.value) == "Error code: 401 - Invalid API key or inactive user"
+    assert (unauthenticated.value.code, unauthenticated.value.type) == ("invalid_key", "authentication_error")
 
 
 def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("no/such")
-    assert caught.value.body == "Model not found"
+    assert str(caught.value) == "Error code: 404 - Model not found"
 
 
 def test_a_repeated_idempotency_key_is_a_conflict_and_another_body_unprocessable(account: Account) -> None:
@@ -353,8 +353,8 @@ def test_a_repeated_idempotency_key_is_a_conflict_and_another_body_unprocessable
         chat.create(model=MODEL, messages=MESSAGES, extra_headers=key)
     with pytest.raises(openai.UnprocessableEntityError) as mismatched:
         chat.create(model=MODEL, messages=says("Hello"), extra_headers=key)
-    assert "already made" in repeated.value.body
-    assert "different request" in mismatched.value.body
+    assert "already made" in str(repeated.value)
+    assert "different request" in str(mismatched.value)
     assert account.settled() == paid > 0
 
 
@@ -416,27 +416,6 @@ def test_the_python_example_of_the_readme_runs(service: Service, readme: Path) -
     (example,) = examples(readme, "python")
     ran = subprocess.run([sys.executable, "-c", here(example, service)], check=True, capture_output=True, text=True)
     assert len(ran.stdout) > 20
-
-
-@pytest.fixture(scope="session")
-def node(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Node with OpenAI's SDK, and the package of forms that it works with, beside it."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if not node or not npm:
-        pytest.skip("node and npm are not installed: OpenAI's SDK for JavaScript is not checked")
-    with fasteners.InterProcessLock(
-        tmp_path_factory.getbasetemp().parent / "npm.lock"
-    ):  # of several test processes, one installs
-        if not all((JAVASCRIPT / "node_modules" / package).exists() for package in ("openai", "zod")):
-            subprocess.run([npm, "install", "--no-save", "--no-package-lock", "--silent"], cwd=JAVASCRIPT, check=True)
-    return node
-
-
-def run_node(node: str, *arguments: str, **settings: str) -> str:
-    environ = {**os.environ, **settings}
-    ran = subprocess.run([node, *arguments], cwd=JAVASCRIPT, env=environ, check=False, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return ran.stdout
 
 
 def test_javascript(service: Service, account: Account, node: str) -> None:

@@ -244,6 +244,10 @@ class SecuritySettings(Section, frozen=True):
     old_secret_keys: str = ""
 
 
+class ErrorSettings(Section, frozen=True):
+    form: Literal["auto", "text", "object"] = "auto"
+
+
 class VkSettings(Section, frozen=True):
     app_id: Annotated[int, msgspec.Meta(ge=0)] = 0
     secret_key: Secret = ""
@@ -309,6 +313,7 @@ class Config(Section, frozen=True):
     rate_limit: RateLimitSettings = RateLimitSettings()
     relay: RelaySettings = RelaySettings()
     recovery: RecoverySettings = RecoverySettings()
+    errors: ErrorSettings = ErrorSettings()
     security: SecuritySettings = SecuritySettings()
     vk: VkSettings = VkSettings()
     yookassa: YookassaSettings = YookassaSettings()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gptutor.api.payments import PaymentService
     from gptutor.config.schema import Config
     from gptutor.database.pool import Database
+    from gptutor.http.error_form import ErrorForm
     from gptutor.http.health import Readiness
     from gptutor.integrations.vk import Launch
     from gptutor.money.journal import Journal
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 CONFIG: "web.AppKey[Config]" = web.AppKey("config")
 DATABASE: "web.AppKey[Database]" = web.AppKey("database")
 JOURNAL: "web.AppKey[Journal]" = web.AppKey("journal")
+ERROR_FORM: "web.AppKey[ErrorForm]" = web.AppKey("error_form")
+"""Of errors for clients; an application without it has the text."""
 KEYRING: "web.AppKey[KeyRing]" = web.AppKey("keyring")
 MODEL_LIST: "web.AppKey[ModelList]" = web.AppKey("model_list")
 PAYMENTS: "web.AppKey[PaymentService]" = web.AppKey("payments")

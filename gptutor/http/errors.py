@@ -1,23 +1,37 @@
-"""Errors as responses: `{"error": "<text>"}`, with the code in the header X-Error-Code (contract B1)."""
+"""Errors as responses, with the code in the header X-Error-Code (contract B1); `error_form.py` has the forms of their bodies."""
 
+import functools
+import json
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.errors import ApiError
-from gptutor.http.app_keys import AWAITS_CONTINUE, ERROR_CODE, REQUEST_ID
+from gptutor.http.app_keys import AWAITS_CONTINUE, ERROR_CODE, ERROR_FORM, REQUEST_ID
+from gptutor.http.error_form import ErrorForm, error_document
 from gptutor.telemetry.logs import PATH_CHARACTERS_MAX
 from gptutor.telemetry.metrics import ERROR_RESPONSES
 
 LOGGER = logging.getLogger("gptutor.http")
 
 
-def error_response(error: ApiError) -> web.Response:
+compact_json = functools.partial(json.dumps, separators=(",", ":"))
+"""Clients search the object's text for `"code":402`."""
+
+
+def error_response(error: ApiError, form: ErrorForm = "text", headers: Mapping[str, str] = MappingProxyType({})) -> web.Response:
+    """The response to a request with these `headers`. Without an application, bytes before any handler, the form is the text."""
     ERROR_RESPONSES.labels(error.code).inc()
+    document = error_document(error, form, headers)
     return web.json_response(
-        {"error": error.text, **error.extra}, status=error.status, headers={**error.headers, "X-Error-Code": error.code}
+        document,
+        status=error.status,
+        headers={**error.headers, "X-Error-Code": error.code},
+        dumps=json.dumps if isinstance(document["error"], str) else compact_json,
     )
 
 
@@ -46,7 +60,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def _respond(request: web.Request, error: ApiError) -> web.Response:
     request[ERROR_CODE] = error.code
-    response = error_response(error)
+    response = error_response(error, request.app.get(ERROR_FORM, "text"), request.headers)
     if request.get(AWAITS_CONTINUE):
         response.force_close()  # the client may or may not send the body now: the next bytes on this connection are ambiguous
     return response

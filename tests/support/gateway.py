@@ -117,6 +117,7 @@ def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[st
         openrouter=schema.OpenRouterSettings(base_url=base_url, api_key="sk-or-test", **changed.get("openrouter", {})),
         billing=schema.BillingSettings(**changed.get("billing", {})),
         rate_limit=schema.RateLimitSettings(**changed.get("rate_limit", {})),
+        errors=schema.ErrorSettings(**changed.get("errors", {})),
         vk=schema.VkSettings(**changed.get("vk", {})),
         relay=schema.RelaySettings(**changed.get("relay", {})),
         recovery=schema.RecoverySettings(**{"poll_s": 0.05, **changed.get("recovery", {})}),
