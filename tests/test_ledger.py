@@ -303,7 +303,7 @@ async def pages_read(connection: asyncpg.Connection, client: Client, times: int)
         if number == 0:
             charges = ([],) * 7
         hold_id = new_id()
-        holds = ([of.account_id], [of.key_hash], [hold_id], [10**8], [10**8], ["a/b"], [f"r-{hold_id}"], [None], [None])
+        holds = ([of.account_id], [of.key_hash], [hold_id], *[[10**8]] * 3, ["a/b"], [f"r-{hold_id}"], [None], [None])
         explained = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {STATEMENTS['settle_and_hold']}"
         (plan,) = json.loads(await connection.fetchval(explained, False, *charges, uuid.uuid4(), 60.0, RATE, 0, 0, *holds))
         pages.append(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])

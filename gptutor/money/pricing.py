@@ -323,18 +323,15 @@ class LLMCostEvaluate:
 
     def _ceiling_of(self, size: RequestSize, prices: ModelPrices, cap: PriceCap | None) -> Ceiling:
         tariff = self._tariff(prices)
-        prompt_token, token, rich_token, request = (
-            self._prompt_token(size, tariff),
-            tariff.completion,
-            tariff.rich_completion,
-            tariff.request,
-        )
+        prompt_token, token, rich_token = self._prompt_token(size, tariff), tariff.completion, tariff.rich_completion
+        request, image, search = tariff.request, tariff.image, tariff.search
         if cap is not None:
             factor = self._factor(size, prices).as_integer_ratio()
             prompt_token = max(_multiply_up(prompt_token, factor), self._scaled(cap.prompt_usd))
             token = max(_multiply_up(token, factor), self._scaled(cap.completion_usd))
             rich_token = max(_multiply_up(rich_token, factor), token)
             request = max(_multiply_up(request, factor), self._scaled(cap.request_usd))
+            image, search = _multiply_up(image, factor), _multiply_up(search, factor)
         if size.priority_tier:
             prompt_token, token, rich_token = (
                 _multiply_up(each, self._priority_tier_factor) for each in (prompt_token, token, rich_token)
@@ -342,7 +339,7 @@ class LLMCostEvaluate:
         steps = (size.tool_steps or self._server_tool_steps) if size.server_tools else 0
         fixed = (
             prompt_token * self._prompt_tokens(size, tariff, steps)
-            + (request + size.images * tariff.image) * (steps + 1)
+            + (request + size.images * image) * (steps + 1)
             + tariff.tool * (size.paid_tools + size.server_tools * steps + prices.searches)
         )
         # An output is generated at every step, and read again at every later one.
@@ -351,7 +348,7 @@ class LLMCostEvaluate:
         if prices.outputs_media or size.multimodal_output:
             fixed += min(self._output_media_tokens, tariff.output_tokens) * rich_token * size.choices * (steps + 1)
         if prices.researches:
-            fixed += tariff.context_tokens * (prompt_token + token) + self._research_searches * tariff.search
+            fixed += tariff.context_tokens * (prompt_token + token) + self._research_searches * search
         if size.documents and (not prices.reads_documents if size.has_paid_ocr is None else size.has_paid_ocr):
             fixed += size.documents * self._ocr_document
         if prices.has_unlisted_prices or size.has_unlisted_prices:

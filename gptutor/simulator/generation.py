@@ -40,10 +40,14 @@ class Generation:
     """How many alternatives `logprobs` lists for each token; None: `logprobs` is null."""
     fallbacks: Sequence[SimulatedModel] = ()
     is_byok: bool = False
+    bills_worst_case: tuple[SimulatedModel, Input, Output] | None = None
+    """What is billed instead of what the reply has: the model at the prices of its provider, and all tokens and fees."""
 
     def usage(self, delta_count: int | None = None) -> dict[str, Any]:
         """The `usage` object for the first `delta_count` deltas (all, if None)."""
         count = len(self.deltas) if delta_count is None else delta_count
+        if self.bills_worst_case is not None and count:
+            return usage(*self.bills_worst_case)
         media = self.media if self.media is not None and count >= len(self.deltas) else Media({})
         output = Output(
             text_tokens=count * self.choices,

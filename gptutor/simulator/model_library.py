@@ -33,10 +33,15 @@ class SimulatedModel:
     overrides: Sequence[Mapping[str, Any]] = ()
     """Other prices from `min_prompt_tokens` on; the last one that applies counts."""
     outputs: Sequence[str] = ("text",)
+    reads_files: bool = False
+    """Whether the model reads attached files itself."""
+    unlisted_usd: str = "0"
+    """What is billed for each choice beside the listed prices."""
 
     def listing(self) -> dict[str, Any]:
         """The model as an element of `GET /models`."""
-        modalities = ["text", *(["image"] if self.image != "0" else []), *(["audio"] if "audio" in self.prices else [])]
+        conditions = {"image": self.image != "0", "audio": "audio" in self.prices, "file": self.reads_files}
+        modalities = ["text", *(name for name, is_read in conditions.items() if is_read)]
         return {
             "id": self.id,
             "canonical_slug": self.id.partition(":")[0],
@@ -94,10 +99,11 @@ SUPPORTED = [
 
 RECOMMENDED = [
     SimulatedModel("google/gemini-2.5-flash-lite", "Google: Gemini 2.5 Flash Lite", "0.0000001", "0.0000004",
-                   1_048_576, 65_535, image="0.0001", cancellable=False),
+                   1_048_576, 65_535, image="0.0001", cancellable=False, reads_files=True),
     SimulatedModel("anthropic/claude-3-haiku", "Anthropic: Claude 3 Haiku", "0.00000025", "0.00000125",
-                   200_000, 4096, image="0.0004"),
-    SimulatedModel("openai/gpt-4o-mini", "OpenAI: GPT-4o-mini", "0.00000015", "0.0000006", 128_000, 16_384, image="0.000217"),
+                   200_000, 4096, image="0.0004", reads_files=True),
+    SimulatedModel("openai/gpt-4o-mini", "OpenAI: GPT-4o-mini", "0.00000015", "0.0000006", 128_000, 16_384, image="0.000217",
+                   reads_files=True),
     SimulatedModel("meta-llama/llama-3.1-8b-instruct", "Meta: Llama 3.1 8B Instruct", "0.00000002", "0.00000003",
                    131_072, 16_384),
 ]  # fmt: skip
@@ -109,14 +115,14 @@ SPECIAL = [
     SimulatedModel(
         "anthropic/claude-sonnet-4.5", "Anthropic: Claude Sonnet 4.5", "0.000003", "0.000015", 1_000_000, 64_000, image="0.0048",
         prices={"input_cache_read": "0.0000003", "input_cache_write": "0.00000375", "web_search": "0.01"},
-        overrides=({"min_prompt_tokens": 200_000, "prompt": "0.000006", "completion": "0.0000225"},),
+        overrides=({"min_prompt_tokens": 200_000, "prompt": "0.000006", "completion": "0.0000225"},), reads_files=True,
     ),
     SimulatedModel(
         "google/gemini-2.5-pro", "Google: Gemini 2.5 Pro", "0.00000125", "0.00001", 1_048_576, 65_536, image="0.00516",
         cancellable=False,
         prices={"audio": "0.0000025", "input_cache_read": "0.00000031", "input_cache_write": "0.000001625",
                 "internal_reasoning": "0.000012"},
-        overrides=({"min_prompt_tokens": 200_000, "prompt": "0.0000025", "completion": "0.000015"},),
+        overrides=({"min_prompt_tokens": 200_000, "prompt": "0.0000025", "completion": "0.000015"},), reads_files=True,
     ),
     SimulatedModel(
         "google/gemini-2.5-flash-image", "Google: Gemini 2.5 Flash Image", "0.0000003", "0.0000025", 32_768, 32_768,
@@ -129,6 +135,22 @@ SPECIAL = [
     SimulatedModel(
         "perplexity/sonar", "Perplexity: Sonar", "0.000001", "0.000001", 127_072, None, request="0.005", cancellable=False,
         prices={"web_search": "0.005"},
+    ),
+    SimulatedModel(
+        "perplexity/sonar-deep-research", "Perplexity: Sonar Deep Research", "0.000002", "0.000008", 128_000, None,
+        cancellable=False, prices={"web_search": "0.005", "internal_reasoning": "0.000003"},
+    ),
+    SimulatedModel(
+        "black-forest-labs/flux.2-pro", "Black Forest Labs: FLUX.2 Pro", "0", "0", 46_864, 46_864, cancellable=False,
+        prices={"image_output": "0.00003"}, outputs=("image",),
+    ),
+    SimulatedModel(
+        "bytedance-seed/seedream-4.5", "ByteDance Seed: Seedream 4.5", "0", "0", 4096, 4096, cancellable=False,
+        outputs=("image",), unlisted_usd="0.04",
+    ),
+    SimulatedModel(
+        "google/lyria-3-pro-preview", "Google: Lyria 3 Pro Preview", "0", "0", 1_048_576, 65_536, cancellable=False,
+        outputs=("text", "audio"), unlisted_usd="0.08",
     ),
 ]  # fmt: skip
 FAMILIES = [

@@ -16,6 +16,7 @@ from gptutor.simulator.generation import Generation, as_billed, dumps, generate,
 from gptutor.simulator.model_library import SimulatedModel, find_model, make_model_library
 from gptutor.simulator.response_content import NoEndpoint
 from gptutor.simulator.response_script import Script, error_response, plain_response, streamed_response
+from gptutor.simulator.worst_case import dearest_provider, worst_input, worst_output
 
 BODY_BYTES_MAX = 64 * 1024 * 1024
 REFUSALS = frozenset({400, 401, 402, 403, 404, 408, 413, 422, 429, 503})
@@ -33,6 +34,8 @@ class Simulator:
         self.word_s = word_s
         self.first_word_s = first_word_s
         self.generation_delay_s = generation_delay_s
+        self.bills_worst_case = False
+        """Whether every request is billed as much as the live service can bill for it."""
         self._library = make_model_library()
         listings = [model.listing() for model in self._library.values()]
         self.model_list = dumps({"data": listings, "total_count": len(listings), "links": {"next": None}})
@@ -95,6 +98,10 @@ class Simulator:
         generation_id = self._new_generation_id()
         fallbacks = [other for other in others if other is not model]
         generation = apply_generation_faults(generate(generation_id, document, model, int(time.time()), fallbacks), faults)
+        if self.bills_worst_case:
+            dearest = dearest_provider(generation.model, document)
+            worst = (dearest, worst_input(dearest, document), worst_output(dearest, document))
+            generation = replace(generation, bills_worst_case=worst)
         if (tokens := generation.input.prompt_tokens) > generation.model.context:
             limit = generation.model.context
             return generation, error_response(

@@ -45,6 +45,10 @@ UPSTREAM_ACCOUNT_ERRORS = Counter(
     "Errors of OpenRouter about the operator's own account: key, credit or limits. Alert on any increase.",
     ["status"],
 )
+CHARGE_OVERRUNS = Counter(
+    "gptutor_charge_overruns",
+    "Charges above their holds: OpenRouter billed more than its list allows. Alert on any increase.",
+)
 CLOCK_SKEW = Gauge(
     "gptutor_clock_skew_seconds",
     "Local clock minus the clock of OpenRouter, by the Date header of its responses. Sign-in with VK needs a correct clock.",

@@ -1,0 +1,32 @@
+"""Charges above their holds (contract C5): booked in full, and told to the operator.
+
+The ceiling is an upper bound by OpenRouter's own list. A charge above it means that OpenRouter billed more than it lists, or that
+the ceiling misses something.
+"""
+
+import logging
+
+from gptutor.money.amounts import AccountId, Nano, roubles
+from gptutor.telemetry.metrics import CHARGE_OVERRUNS
+
+LOGGER = logging.getLogger("gptutor.overruns")
+
+
+def report_overrun(*, account_id: AccountId, request_id: str, model: str, held: Nano, charged: Nano, overdraft_max: Nano) -> None:
+    """Counts and logs a charge above its hold; an error if the difference alone is more than a balance may fall below zero."""
+    excess = charged - held
+    if excess <= 0:
+        return
+    CHARGE_OVERRUNS.inc()
+    LOGGER.log(
+        logging.ERROR if excess > overdraft_max else logging.WARNING,
+        "A charge exceeds its hold",
+        extra={
+            "type": "overrun",
+            "model": model,
+            "userId": str(account_id),
+            "requestId": request_id,
+            "holdRub": roubles(held),
+            "costRub": roubles(charged),
+        },
+    )
