@@ -782,6 +782,24 @@ COMMENT ON COLUMN public.ledger.prompt_tokens IS 'Of a charge, where OpenRouter'
 
 COMMENT ON COLUMN public.ledger.completion_tokens IS 'Of a charge, where OpenRouter''s usage tells them.';
 
+CREATE TABLE public.pending_payments (
+    payment_id text NOT NULL,
+    account_id bigint NOT NULL,
+    lookups integer DEFAULT 0 NOT NULL,
+    next_lookup_at timestamp with time zone NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT lookups_is_not_negative CHECK ((lookups >= 0)),
+    CONSTRAINT payment_id_is_short CHECK (((length(payment_id) >= 1) AND (length(payment_id) <= 64)))
+);
+
+COMMENT ON TABLE public.pending_payments IS 'Payments at the provider whose end is not known yet: a job asks about each until it is booked or will never be.';
+
+COMMENT ON COLUMN public.pending_payments.payment_id IS 'The provider''s id of the payment.';
+
+COMMENT ON COLUMN public.pending_payments.lookups IS 'How often the job has asked the provider.';
+
+COMMENT ON COLUMN public.pending_payments.next_lookup_at IS 'When the job asks next.';
+
 CREATE VIEW public.requests AS
  SELECT account_id,
     hold_id,
@@ -864,6 +882,9 @@ ALTER TABLE ONLY public.identities
 ALTER TABLE ONLY public.ledger
     ADD CONSTRAINT ledger_pkey PRIMARY KEY (entry_id, account_id);
 
+ALTER TABLE ONLY public.pending_payments
+    ADD CONSTRAINT pending_payments_pkey PRIMARY KEY (payment_id, account_id);
+
 ALTER TABLE ONLY public.schema_functions
     ADD CONSTRAINT schema_functions_pkey PRIMARY KEY (name);
 
@@ -905,6 +926,10 @@ CREATE UNIQUE INDEX ledger_reference_is_booked_once ON public.ledger USING btree
 
 CREATE INDEX ledger_without_charges ON public.ledger USING btree (account_id) INCLUDE (amount_nano) WHERE (kind <> 'charge'::public.entry_kind);
 
+CREATE INDEX pending_payments_by_account ON public.pending_payments USING btree (account_id);
+
+CREATE INDEX pending_payments_by_next_lookup ON public.pending_payments USING btree (next_lookup_at);
+
 CREATE INDEX usage_days_by_day ON public.usage_days USING btree (day);
 
 CREATE TRIGGER ledger_adds_to_usage_days AFTER INSERT ON public.ledger REFERENCING NEW TABLE AS booked FOR EACH STATEMENT EXECUTE FUNCTION public.add_to_usage_days();
@@ -922,6 +947,9 @@ ALTER TABLE ONLY public.identities
 
 ALTER TABLE ONLY public.ledger
     ADD CONSTRAINT ledger_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(account_id);
+
+ALTER TABLE ONLY public.pending_payments
+    ADD CONSTRAINT pending_payments_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(account_id);
 
 ALTER TABLE ONLY public.usage_days
     ADD CONSTRAINT usage_days_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(account_id);
