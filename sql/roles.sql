@@ -4,8 +4,7 @@
 -- Then, once and in the same way, create the service's own role:
 --   CREATE ROLE gptutor_service LOGIN PASSWORD '…' IN ROLE gptutor_app;
 -- The service's DATABASE_URL has gptutor_service; `gptutor migrate` runs with the owner's.
--- The service's role cannot change or delete a ledger entry, delete anything but payments that have ended from the list of pending
--- ones, or change the schema.
+-- The service's role cannot change or delete a ledger entry, delete anything but rows of pending_payments, or change the schema.
 
 BEGIN;
 

@@ -3,12 +3,14 @@
 import asyncio
 import base64
 import csv
+import dataclasses
 import datetime
 import json
 import logging
 import re
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 
 from gptutor.cli import console
 from gptutor.config.schema import ConfigError
+from gptutor.database.errors import ConstraintViolated
 from gptutor.database.pool import Database
 from gptutor.money.administration import Administration
 from gptutor.money.amounts import AccountId, Nano, parse_roubles
@@ -304,6 +307,33 @@ async def test_a_user_without_a_balance_has_no_entries(database: Database) -> No
     user, key = await administration.create_user("poor", Nano(0))
     assert (user.balance, key.startswith("sk-user-")) == (0, True)
     assert await Bookings(database).entries(user.account_id, 10) == []
+
+
+async def test_a_user_who_cannot_get_a_key_is_not_created(database: Database, database_url: str, tmp_path: Path) -> None:
+    """Without GPTUTOR_SECRET_KEY: neither the account nor its balance is left behind, and so the command may be repeated."""
+    administration = Administration(database, VaultWithoutSecret(ConfigError("no secret")), "test")
+    with pytest.raises(ConfigError):
+        await administration.create_user("rich", parse_roubles("100"))
+    environ = environment(tmp_path, DATABASE_URL=database_url)
+    assert "GPTUTOR_SECRET_KEY" in refused(environ, "user", "create", "--balance", "100")
+    assert [user async for user in UserRepository(database).all()] == []
+
+
+async def test_a_user_is_created_with_balance_and_key_in_one_transaction(database: Database) -> None:
+    """A key that cannot be stored takes account and balance with it."""
+    taken = Administration(database, VAULT, "test")
+    before, _ = await taken.create_user("first", Nano(5))
+    users, entry_id = UserRepository(database), uuid.uuid4()
+    account_id = await users.next_id()
+    key = KeyRing(database, VAULT).make(account_id)
+    with pytest.raises(ConstraintViolated):
+        await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", dataclasses.replace(key, key_hash=b""))
+    assert [user.account_id async for user in users.all()] == [before.account_id]
+    key_id = await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", key)
+    assert await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", key) == key_id  # the reply was lost
+    (entry,) = await Bookings(database).entries(account_id, 10)
+    assert (entry.amount, (await users.find(account_id)).balance) == (7, 7)
+    assert await KeyRing(database, VAULT).main(account_id) == key.key
 
 
 async def test_a_reference_that_another_transaction_books_at_the_same_time_is_booked_once(

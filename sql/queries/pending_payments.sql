@@ -1,11 +1,11 @@
 -- name: remember_payment
--- The payment $2 of account $1 has not ended; the first look-up is in $3 seconds. No row: it is remembered already, or there is no
--- such account.
+-- The payment $2 of account $1 has not ended; the first look-up is in $3 seconds. No row: it is remembered already, or there is
+-- no such account.
 INSERT INTO pending_payments (account_id, payment_id, next_lookup_at)
 SELECT
     account_id,
-    $2::text,
-    now() + make_interval(secs => $3::double precision)
+    $2::text AS payment_id,
+    now() + make_interval(secs => $3::double precision) AS next_lookup_at
 FROM accounts
 WHERE account_id = $1::bigint
 ON CONFLICT DO NOTHING
