@@ -7,7 +7,9 @@ import dataclasses
 import datetime
 import json
 import logging
+import os
 import re
+import resource
 import subprocess
 import sys
 import uuid
@@ -239,6 +241,64 @@ def test_without_a_writable_log_nothing_is_changed(tmp_path: Path) -> None:
     assert "cannot be used" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert run(environ, "user", "list", "--json").stdout.strip() == "[]"
+
+
+async def test_on_a_full_disk_nothing_is_changed(database: Database, database_url: str, tmp_path: Path) -> None:
+    """A limit of the size of files fails a write as a full disk does."""
+    client = await make_client(database, "1")
+    ended = alone(own(tmp_path, database_url), "topup", str(client.account_id), "50", file_bytes_max=10_000)
+    assert ended.returncode == 1
+    assert f"{tmp_path / 'logs'} cannot be used: File too large." in ended.stderr.replace("\n", " ")
+    assert "Traceback" not in ended.stderr
+    assert await client.balance() == 1
+
+
+async def test_a_change_whose_audit_line_is_lost_says_that_it_was_made(
+    database: Database, database_url: str, tmp_path: Path
+) -> None:
+    """The disk fills up after the look: repeating the command would book twice, so it must not look as if it had failed."""
+    client = await make_client(database, "1")
+    (tmp_path / "logs").mkdir()
+    for day in (0, 1):
+        date = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=day)
+        (tmp_path / "logs" / f"combined-{date:%Y-%m-%d}.log").symlink_to("/dev/full")
+    ended = run(own(tmp_path, database_url), "user", "topup", str(client.account_id), "50", "--json")
+    assert orjson.loads(ended.stdout)["balance"] == "51"
+    assert "The change was made, but its audit line could not be written" in ended.stderr
+    assert "Do not repeat the command." in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+async def test_a_change_whose_result_cannot_be_printed_says_that_it_was_made(
+    database: Database, database_url: str, tmp_path: Path, form: tuple[str, ...]
+) -> None:
+    client = await make_client(database, "1")
+    environ = own(tmp_path, database_url)
+    ended = alone(environ, "topup", str(client.account_id), "50", *form, stdout="/dev/full")
+    assert ended.returncode == 0
+    assert "The change was made, but its result could not be printed (No space left on device)." in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert await client.balance() == 51
+    assert alone(environ, "list", *form, stdout="/dev/full").returncode != 0
+
+
+def alone(
+    environ: dict[str, str], *arguments: str, stdout: str = os.devnull, file_bytes_max: int = resource.RLIM_INFINITY
+) -> subprocess.CompletedProcess[str]:
+    """`gptutor user <arguments>` in a process of its own."""
+    command = [sys.executable, "-m", "gptutor", "user", *arguments]
+    limit = (file_bytes_max, file_bytes_max)
+    with Path(stdout).open("w") as output:
+        return subprocess.run(
+            command,
+            env=environ,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+        )
 
 
 def test_audit_lines_are_written_at_every_level(tmp_path: Path) -> None:
