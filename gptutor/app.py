@@ -16,11 +16,13 @@ from gptutor.api.chat.context import Services
 from gptutor.api.chat.event_stream import StreamLimits
 from gptutor.api.chat.large_bodies import LargeBodies
 from gptutor.api.models import ModelList
+from gptutor.api.payment_lookups import PaymentLookups
 from gptutor.api.payments import PaymentService
 from gptutor.api.verified_keys import VerifiedKeys
-from gptutor.config.schema import BillingSettings, Config, OpenRouterSettings, RelaySettings, VkSettings, YookassaSettings
+from gptutor.config.schema import BillingSettings, Config, OpenRouterSettings, RelaySettings, VkSettings
 from gptutor.database import migrations, pool
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
+from gptutor.database.pool import Database
 from gptutor.http import middlewares
 from gptutor.http.address_limits import RequestCounter, limit_by_address, parse_networks
 from gptutor.http.app_keys import (
@@ -51,6 +53,7 @@ from gptutor.money.balance_auditor import BalanceAuditor
 from gptutor.money.journal import AbandonedJournal
 from gptutor.money.keyring import KeyRing
 from gptutor.money.ledger import Ledger
+from gptutor.money.pending_payments import PendingPayments
 from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.money.recovery import Recovery, connection_name
 from gptutor.money.vault import Vault
@@ -143,7 +146,14 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
         )
         app[KEYRING] = KeyRing(database, app[VAULT])
 
-        app[PAYMENTS] = await stack.enter_async_context(_payment_service(config.yookassa))
+        pending_payments = PendingPayments(
+            database,
+            interval_s=config.yookassa.lookup_interval_s,
+            interval_max_s=config.yookassa.lookup_interval_max_s,
+            give_up_s=config.yookassa.give_up_s,
+        )
+        app[PAYMENTS] = await stack.enter_async_context(_payment_service(config, database, pending_payments))
+        payment_lookups = PaymentLookups(app[PAYMENTS], pending_payments, config.yookassa.poll_s)
 
         upstream = await stack.enter_async_context(_openrouter(config.openrouter))
         models = await stack.enter_async_context(
@@ -196,7 +206,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             lookup_interval_max_s=config.recovery.lookup_interval_max_s,
             give_up_s=config.recovery.give_up_s,
         )
-        background = asyncio.create_task(_become_ready(app, recovery, abandoned), name="startup and recovery")
+        background = asyncio.create_task(_become_ready(app, recovery, payment_lookups, abandoned), name="startup and recovery")
         yield
         cut_off = await in_flight.drain(config.server.drain_s)
         if cut_off:
@@ -207,8 +217,10 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
         app[JOURNAL].keep_when_empty = bool(cut_off or unreleased)
 
 
-async def _become_ready(app: web.Application, recovery: Recovery, abandoned: list[AbandonedJournal]) -> None:
-    """Waits for a migrated database, replays the journals of dead processes, sets READINESS, then runs recovery and auditor."""
+async def _become_ready(
+    app: web.Application, recovery: Recovery, payment_lookups: PaymentLookups, abandoned: list[AbandonedJournal]
+) -> None:
+    """Waits for a migrated database, replays the journals of dead processes, sets READINESS, then runs the background jobs."""
     config, readiness = app[CONFIG], app[READINESS]
     unreplayed: list[AbandonedJournal] = []
     while readiness.obstacle is not None:
@@ -228,6 +240,8 @@ async def _become_ready(app: web.Application, recovery: Recovery, abandoned: lis
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(recovery.run(unreplayed), name="recovery")
         tasks.create_task(BalanceAuditor(app[DATABASE], config.recovery.audit_interval_s).run(), name="balance auditor")
+        if app[PAYMENTS].is_configured:
+            tasks.create_task(payment_lookups.run(), name="payment look-ups")
 
 
 async def _stop_accepting(app: web.Application) -> None:
@@ -255,8 +269,9 @@ def _vk_sign_in(settings: VkSettings) -> VkSignIn:
 
 
 @asynccontextmanager
-async def _payment_service(settings: YookassaSettings) -> AsyncIterator[PaymentService]:
+async def _payment_service(config: Config, database: Database, pending: PendingPayments) -> AsyncIterator[PaymentService]:
     """With a YooKassa client if the shop is configured."""
+    settings = config.yookassa
     async with AsyncExitStack() as stack:
         client = None
         if settings.is_set:
@@ -271,9 +286,14 @@ async def _payment_service(settings: YookassaSettings) -> AsyncIterator[PaymentS
             )
         payments = PaymentService(
             client,
+            database,
+            pending,
             amount_min_rub=settings.payment_min_rub,
             amount_max_rub=settings.payment_max_rub,
             concurrent_max=settings.concurrent_max,
+            credits_tests=settings.test_mode,
+            unknown_ids=RequestCounter(config.rate_limit.unknown_payments_per_minute),
+            trusted_proxies=parse_networks(config.server.trusted_proxies),
         )
         yield payments
         await payments.drain()

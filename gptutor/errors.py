@@ -65,6 +65,7 @@ ERRORS: dict[str, ErrorKind] = {
     "overloaded": ErrorKind(503, "The service has too many bytes in memory, try again in a moment", RETRY_SOON),
     "not_ready": ErrorKind(503, "Service is starting or stopping", RETRY_SOON),
     "journal_unavailable": ErrorKind(503, "Service temporarily unavailable", RETRY_SOON),
+    "audit_log_unavailable": ErrorKind(503, "The audit log cannot be written; nothing was changed"),
     "payments_unavailable": ErrorKind(503, "The payment provider does not answer, try again later", RETRY_SOON),
 }
 

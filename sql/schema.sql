@@ -236,6 +236,29 @@ BEGIN
     END IF;
 END $$;
 
+CREATE FUNCTION public.create_user(new_account_id bigint, new_name text, new_entry_id uuid, new_balance_nano bigint, new_contra text, new_reason text, new_key_hash bytea, new_prefix text, new_encrypted_key bytea, new_secret_id text) RETURNS bigint
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    main_key_id bigint;
+BEGIN
+    INSERT INTO accounts (account_id, name, balance_nano) OVERRIDING SYSTEM VALUE
+    VALUES (new_account_id, new_name, new_balance_nano)
+    ON CONFLICT DO NOTHING;
+    IF NOT FOUND THEN
+        SELECT key_id INTO STRICT main_key_id FROM api_keys WHERE account_id = new_account_id AND key_hash = new_key_hash;
+        RETURN main_key_id;
+    END IF;
+    IF new_balance_nano <> 0 THEN
+        INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason)
+        VALUES (new_account_id, new_entry_id, 'topup', new_balance_nano, new_contra, new_reason);
+    END IF;
+    INSERT INTO api_keys (account_id, key_hash, prefix, is_main, encrypted_key, secret_id)
+    VALUES (new_account_id, new_key_hash, new_prefix, TRUE, new_encrypted_key, new_secret_id)
+    RETURNING key_id INTO main_key_id;
+    RETURN main_key_id;
+END $$;
+
 CREATE FUNCTION public.find_or_create_account(new_provider text, new_subject text, new_name text, bonus_entry_id uuid, bonus_nano bigint) RETURNS TABLE(account_id bigint, is_new boolean)
     LANGUAGE plpgsql
     AS $$
@@ -807,6 +830,24 @@ COMMENT ON COLUMN public.ledger.prompt_tokens IS 'Of a charge, where OpenRouter'
 
 COMMENT ON COLUMN public.ledger.completion_tokens IS 'Of a charge, where OpenRouter''s usage tells them.';
 
+CREATE TABLE public.pending_payments (
+    payment_id text NOT NULL,
+    account_id bigint NOT NULL,
+    lookups integer DEFAULT 0 NOT NULL,
+    next_lookup_at timestamp with time zone NOT NULL,
+    created_at timestamp with time zone DEFAULT now() NOT NULL,
+    CONSTRAINT lookups_is_not_negative CHECK ((lookups >= 0)),
+    CONSTRAINT payment_id_is_short CHECK (((length(payment_id) >= 1) AND (length(payment_id) <= 64)))
+);
+
+COMMENT ON TABLE public.pending_payments IS 'Payments at the provider whose end is not known yet: a job asks about each until it is booked or will never be.';
+
+COMMENT ON COLUMN public.pending_payments.payment_id IS 'The provider''s id of the payment.';
+
+COMMENT ON COLUMN public.pending_payments.lookups IS 'How often the job has asked the provider.';
+
+COMMENT ON COLUMN public.pending_payments.next_lookup_at IS 'When the job asks next.';
+
 CREATE VIEW public.requests AS
  SELECT account_id,
     hold_id,
@@ -889,6 +930,9 @@ ALTER TABLE ONLY public.identities
 ALTER TABLE ONLY public.ledger
     ADD CONSTRAINT ledger_pkey PRIMARY KEY (entry_id, account_id);
 
+ALTER TABLE ONLY public.pending_payments
+    ADD CONSTRAINT pending_payments_pkey PRIMARY KEY (payment_id, account_id);
+
 ALTER TABLE ONLY public.schema_functions
     ADD CONSTRAINT schema_functions_pkey PRIMARY KEY (name);
 
@@ -932,6 +976,10 @@ CREATE UNIQUE INDEX ledger_reference_is_booked_once ON public.ledger USING btree
 
 CREATE INDEX ledger_without_charges ON public.ledger USING btree (account_id) INCLUDE (amount_nano) WHERE (kind <> 'charge'::public.entry_kind);
 
+CREATE INDEX pending_payments_by_account ON public.pending_payments USING btree (account_id);
+
+CREATE INDEX pending_payments_by_next_lookup ON public.pending_payments USING btree (next_lookup_at);
+
 CREATE INDEX usage_days_by_day ON public.usage_days USING btree (day);
 
 CREATE TRIGGER ledger_adds_to_usage_days AFTER INSERT ON public.ledger REFERENCING NEW TABLE AS booked FOR EACH STATEMENT EXECUTE FUNCTION public.add_to_usage_days();
@@ -949,6 +997,9 @@ ALTER TABLE ONLY public.identities
 
 ALTER TABLE ONLY public.ledger
     ADD CONSTRAINT ledger_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(account_id);
+
+ALTER TABLE ONLY public.pending_payments
+    ADD CONSTRAINT pending_payments_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(account_id);
 
 ALTER TABLE ONLY public.usage_days
     ADD CONSTRAINT usage_days_account_id_fkey FOREIGN KEY (account_id) REFERENCES public.accounts(account_id);

@@ -4,6 +4,7 @@ and never on the public listener."""
 import asyncio
 import csv
 import datetime
+import errno
 import io
 import json
 import re
@@ -78,6 +79,7 @@ async def admin(database_url: str, database: Database, tmp_path: Path) -> AsyncI
     socket = tmp_path / "admin.socket"
     plain = config_for(database_url, "http://127.0.0.1:9", tmp_path)
     config = msgspec.structs.replace(plain, admin=schema.AdminSettings(socket=str(socket), token=f"{TOKEN} anna:{ANNAS}"))
+    config.paths.logs.mkdir()
     with logging_to(tmp_path / "lines", level="error", retention_days=1, stdout=False):
         async with (
             admin_listening(build_admin(config, log=LoggerService(), secrets=[SECRET]), config),
@@ -90,6 +92,22 @@ async def admin(database_url: str, database: Database, tmp_path: Path) -> AsyncI
     assert TOKEN not in text
     assert ANNAS not in text
     assert not re.search(r"sk-user-\d+-\w{5}", text)
+
+
+async def test_nothing_is_changed_while_audit_lines_cannot_be_written(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, user = await admin.request("POST", "/admin/users", {"balance": "1"})
+    path = f"/admin/users/{user['id']}"
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gptutor.telemetry.log_writer.os.fsync", full)
+        status, error = await admin.request("POST", f"{path}/bookings", {"kind": "topup", "amount": "5"})
+        assert (status, error) == (503, "audit_log_unavailable")
+        assert (await admin.request("GET", path))[1]["balance"] == "1"
+    status, user = await admin.request("POST", f"{path}/bookings", {"kind": "topup", "amount": "5"})
+    assert (status, user["balance"]) == (201, "6")
 
 
 async def test_the_life_of_a_user(admin: Admin) -> None:

@@ -3,12 +3,16 @@
 import asyncio
 import base64
 import csv
+import dataclasses
 import datetime
 import json
 import logging
+import os
 import re
+import resource
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import pytest
 
 from gptutor.cli import console
 from gptutor.config.schema import ConfigError
+from gptutor.database.errors import ConstraintViolated
 from gptutor.database.pool import Database
 from gptutor.money.administration import Administration
 from gptutor.money.amounts import AccountId, Nano, parse_roubles
@@ -239,6 +244,64 @@ def test_without_a_writable_log_nothing_is_changed(tmp_path: Path) -> None:
     assert run(environ, "user", "list", "--json").stdout.strip() == "[]"
 
 
+async def test_on_a_full_disk_nothing_is_changed(database: Database, database_url: str, tmp_path: Path) -> None:
+    """A limit of the size of files fails a write as a full disk does."""
+    client = await make_client(database, "1")
+    ended = alone(own(tmp_path, database_url), "topup", str(client.account_id), "50", file_bytes_max=10_000)
+    assert ended.returncode == 1
+    assert f"{tmp_path / 'logs'} cannot be used: File too large." in ended.stderr.replace("\n", " ")
+    assert "Traceback" not in ended.stderr
+    assert await client.balance() == 1
+
+
+async def test_a_change_whose_audit_line_is_lost_says_that_it_was_made(
+    database: Database, database_url: str, tmp_path: Path
+) -> None:
+    """The disk fills up after the look: repeating the command would book twice, so it must not look as if it had failed."""
+    client = await make_client(database, "1")
+    (tmp_path / "logs").mkdir()
+    for day in (0, 1):
+        date = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=day)
+        (tmp_path / "logs" / f"combined-{date:%Y-%m-%d}.log").symlink_to("/dev/full")
+    ended = run(own(tmp_path, database_url), "user", "topup", str(client.account_id), "50", "--json")
+    assert orjson.loads(ended.stdout)["balance"] == "51"
+    assert "The change was made, but its audit line could not be written" in ended.stderr
+    assert "Do not repeat the command." in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+async def test_a_change_whose_result_cannot_be_printed_says_that_it_was_made(
+    database: Database, database_url: str, tmp_path: Path, form: tuple[str, ...]
+) -> None:
+    client = await make_client(database, "1")
+    environ = own(tmp_path, database_url)
+    ended = alone(environ, "topup", str(client.account_id), "50", *form, stdout="/dev/full")
+    assert ended.returncode == 0
+    assert "The change was made, but its result could not be printed (No space left on device)." in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert await client.balance() == 51
+    assert alone(environ, "list", *form, stdout="/dev/full").returncode != 0
+
+
+def alone(
+    environ: dict[str, str], *arguments: str, stdout: str = os.devnull, file_bytes_max: int = resource.RLIM_INFINITY
+) -> subprocess.CompletedProcess[str]:
+    """`gptutor user <arguments>` in a process of its own."""
+    command = [sys.executable, "-m", "gptutor", "user", *arguments]
+    limit = (file_bytes_max, file_bytes_max)
+    with Path(stdout).open("w") as output:
+        return subprocess.run(
+            command,
+            env=environ,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+        )
+
+
 def test_audit_lines_are_written_at_every_level(tmp_path: Path) -> None:
     with logging_to(tmp_path, level="error", retention_days=1, stdout=False):
         logs.audit("cli:me", "topup", user_id=1, amount_rub="5", reference="r", reason="why")
@@ -310,6 +373,33 @@ async def test_a_user_without_a_balance_has_no_entries(database: Database) -> No
     user, key = await administration.create_user("poor", Nano(0))
     assert (user.balance, key.startswith("sk-user-")) == (0, True)
     assert await Bookings(database).entries(user.account_id, 10) == []
+
+
+async def test_a_user_who_cannot_get_a_key_is_not_created(database: Database, database_url: str, tmp_path: Path) -> None:
+    """Without GPTUTOR_SECRET_KEY: neither the account nor its balance is left behind, and so the command may be repeated."""
+    administration = Administration(database, VaultWithoutSecret(ConfigError("no secret")), "test")
+    with pytest.raises(ConfigError):
+        await administration.create_user("rich", parse_roubles("100"))
+    environ = environment(tmp_path, DATABASE_URL=database_url)
+    assert "GPTUTOR_SECRET_KEY" in refused(environ, "user", "create", "--balance", "100")
+    assert [user async for user in UserRepository(database).all()] == []
+
+
+async def test_a_user_is_created_with_balance_and_key_in_one_transaction(database: Database) -> None:
+    """A key that cannot be stored takes account and balance with it."""
+    taken = Administration(database, VAULT, "test")
+    before, _ = await taken.create_user("first", Nano(5))
+    users, entry_id = UserRepository(database), uuid.uuid4()
+    account_id = await users.next_id()
+    key = KeyRing(database, VAULT).make(account_id)
+    with pytest.raises(ConstraintViolated):
+        await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", dataclasses.replace(key, key_hash=b""))
+    assert [user.account_id async for user in users.all()] == [before.account_id]
+    key_id = await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", key)
+    assert await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", key) == key_id  # the reply was lost
+    (entry,) = await Bookings(database).entries(account_id, 10)
+    assert (entry.amount, (await users.find(account_id)).balance) == (7, 7)
+    assert await KeyRing(database, VAULT).main(account_id) == key.key
 
 
 async def test_a_reference_that_another_transaction_books_at_the_same_time_is_booked_once(

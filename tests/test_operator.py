@@ -24,10 +24,12 @@ from gptutor.database.migrations import load_migrations
 from gptutor.database.pool import Database, open_database
 from gptutor.database.statements import SQL
 from gptutor.integrations.vk import signature
+from gptutor.money.administration import Administration
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
 from gptutor.money.invariants import check
 from gptutor.money.keyring import KeyRing
+from gptutor.money.pending_payments import PendingPayments
 from gptutor.money.reconciliation import reconcile
 from gptutor.money.users import UserRepository
 from gptutor.server.serve import simulated_openrouter
@@ -153,6 +155,12 @@ async def test_the_role_of_the_service_can_do_all_that_the_service_does(
         await KeyRing(database, VAULT).renew(client.account_id, others_too=True)
         await UserRepository(database).of_person("vk", "1", bonus=parse_roubles("1"))
         await UserRepository(database).set_active(client.account_id, False)
+        await Administration(database, VAULT, "test").create_user("new", parse_roubles("1"))
+        pending = PendingPayments(database, interval_s=0.001, interval_max_s=1, give_up_s=1)
+        await pending.remember(client.account_id, "p")
+        await asyncio.sleep(0.01)
+        assert await pending.claim() is not None
+        await pending.forget("p")
         assert (await Bookings(database).entries(client.account_id, 10))[0].kind == "charge"
         assert [finding async for finding in check(database) if finding.rows] == []
 

@@ -3,23 +3,30 @@ believed but an id to look up, and what is paid is credited once."""
 
 import asyncio
 import logging
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import asyncpg
 import pytest
+from prometheus_client import REGISTRY
 
+from gptutor.api.payment_lookups import PaymentLookups
+from gptutor.api.payments import PENDING_MAX
 from gptutor.config import schema
 from gptutor.config.load import load
 from gptutor.config.schema import ConfigError
+from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database
-from gptutor.money.amounts import Nano, parse_roubles
+from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.bookings import AlreadyBooked, Bookings
 from gptutor.money.holds import new_id
 from gptutor.money.invariants import check
+from gptutor.money.pending_payments import DuePayment, PendingPayments
+from gptutor.server.serve import with_simulator
 from gptutor.simulator.server import Simulator
 from gptutor.telemetry.log_writer import logging_to
 from tests.support.gateway import Client, Gateway, config_for, gateway_on, make_client
@@ -33,9 +40,9 @@ class Shop:
     gateway: Gateway
     yookassa: YooKassaStandIn
 
-    async def notify(self, event: str, name: Any, **claimed: Any) -> int:
+    async def notify(self, event: str, name: Any, headers: dict[str, str] | None = None, **claimed: Any) -> int:
         async with self.gateway.session.post(
-            f"{self.gateway.url}/yookassa/webhook", json=notification(event, name, **claimed)
+            f"{self.gateway.url}/yookassa/webhook", json=notification(event, name, **claimed), headers=headers
         ) as response:
             assert response.headers["X-Request-ID"]
             if response.status == 200:
@@ -51,19 +58,34 @@ class Shop:
     async def lookups(self) -> int:
         return len(self.yookassa.calls)
 
+    async def pending(self) -> list[str]:
+        """The payments that the job asks about."""
+        async with self.gateway.database.snapshot() as connection:
+            return [row["payment_id"] for row in await connection.fetch("SELECT payment_id FROM pending_payments")]
+
+    async def nothing_pending(self) -> None:
+        async with asyncio.timeout(10):
+            while await self.pending():
+                await asyncio.sleep(0.02)
+
+
+def not_credited(reason: str) -> float:
+    return REGISTRY.get_sample_value("gptutor_payments_not_credited_total", {"reason": reason}) or 0.0
+
 
 @pytest.fixture
 async def shop(
-    database_url: str, database: Database, simulator: Simulator, aiohttp_server: Any, tmp_path: Path
+    database_url: str, database: Database, simulator: Simulator, aiohttp_server: Any, tmp_path: Path, tuned: dict[str, Any]
 ) -> AsyncIterator[Shop]:
     yookassa = YooKassaStandIn()
     server = await aiohttp_server(yookassa.app())
     config = schema.Config(
-        **{name: getattr(config_for(database_url, "http://127.0.0.1:9", tmp_path / "shop"), name)
+        **{name: getattr(config_for(database_url, "http://127.0.0.1:9", tmp_path / "shop", tuned), name)
            for name in schema.Config.__struct_fields__ if name != "yookassa"},
         yookassa=schema.YookassaSettings(
             shop_id=SHOP_ID, secret_key=SECRET_KEY, return_url="https://example.com/paid",
             base_url=str(server.make_url("/v3")), timeout_s=0.5, concurrent_max=3,
+            **tuned.get("yookassa", {}),
         ),
     )  # fmt: skip
     config.paths.data.mkdir(parents=True)
@@ -84,7 +106,9 @@ async def test_a_payment_is_created_paid_and_credited(shop: Shop) -> None:
     payment = body["data"]
     assert (status, payment["status"], payment["amount"]) == (200, "pending", "150.50")
     assert payment["confirmation_url"].startswith("https://")
-    assert shop.yookassa.payments[payment["id"]]["metadata"] == {"gptutor_account_id": str(client.account_id)}
+    created = (await client.user()).created_at.isoformat(timespec="microseconds")
+    metadata = {"gptutor_account_id": str(client.account_id), "gptutor_account_created_at": created}
+    assert shop.yookassa.payments[payment["id"]]["metadata"] == metadata
     assert await shop.notify("payment.waiting_for_capture", payment["id"]) == 200
     assert await client.balance() == 0
     shop.yookassa.pay(payment["id"])
@@ -115,11 +139,9 @@ async def test_a_notification_is_booked_once_however_often_and_whenever_it_comes
 @pytest.mark.parametrize(
     ("changed", "event"),
     [
-        ({"status": "pending", "paid": False}, "payment.succeeded"),
+        ({"status": "pending", "paid": False}, "payment.canceled"),
         ({"status": "canceled", "paid": False}, "payment.succeeded"),
-        ({"status": "waiting_for_capture"}, "payment.succeeded"),
-        ({"paid": False}, "payment.succeeded"),
-        ({"paid": "true"}, "payment.succeeded"),
+        ({"status": "waiting_for_capture"}, "payment.waiting_for_capture"),
         ({"amount": {"value": "100.00", "currency": "USD"}}, "payment.succeeded"),
         ({"metadata": {}}, "payment.succeeded"),
         ({"metadata": {"gptutor_account_id": "1 "}}, "payment.succeeded"),
@@ -174,6 +196,238 @@ async def test_a_payment_for_an_unknown_account_is_an_error_log(shop: Shop, capl
     assert f"The payment yookassa:{name} cannot be booked: NoSuchUser" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"status": "pending", "paid": False},
+        {"status": "waiting_for_capture"},
+        {"paid": False},
+        {"paid": "true"},
+        {"status": "new"},
+    ],
+)
+async def test_a_notification_of_a_success_that_the_api_does_not_say_yet_is_repeated(shop: Shop, changed: dict[str, Any]) -> None:
+    """With 200 YooKassa would never send it again, and a paid payment would never be credited."""
+    client = await shop.gateway.client("0")
+    name = shop.yookassa.add_payment(client.account_id, **changed)
+    assert await shop.notify("payment.succeeded", name) == 503
+    assert await client.balance() == 0
+    assert await shop.pending() == [name]
+    shop.yookassa.pay(name)
+    assert await shop.notify("payment.succeeded", name) == 200
+    assert await client.balance() == 100
+    assert await shop.pending() == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason", "words"),
+    [
+        ({"amount": {"value": "100.00", "currency": "USD"}}, "currency", "is not in roubles"),
+        ({"test": True}, "test", "yookassa.test_mode is off"),
+        ({"created_at": "2020-01-01T00:00:00.000Z"}, "account", "was made for an earlier user"),
+        ({"created_at": "2020-01-01T00:00:00.000"}, "account", "was made for an earlier user"),
+        ({"created_at": None}, "account", "was made for an earlier user"),
+    ],
+)
+async def test_a_paid_payment_that_is_not_credited_is_an_error_log_and_a_metric(
+    shop: Shop, changed: dict[str, Any], reason: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await shop.gateway.client("0")
+    name = shop.yookassa.add_payment(client.account_id, **changed)
+    before = not_credited(reason)
+    with caplog.at_level(logging.ERROR, "gptutor.payments"):
+        assert await shop.notify("payment.succeeded", name) == 200
+    assert words in caplog.text
+    assert name in caplog.text
+    assert not_credited(reason) == before + 1
+    assert await client.balance() == 0
+
+
+async def test_an_unknown_payment_or_refund_is_an_error_log_and_a_metric(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    before = not_credited("not_found")
+    name = "22e12f66-000f-5000-8000-18db351245c7"
+    with caplog.at_level(logging.ERROR, "gptutor.payments"):
+        assert await shop.notify("payment.succeeded", name) == 200
+        assert await shop.notify("refund.succeeded", name) == 200
+    assert f"YooKassa has no payment {name}" in caplog.text
+    assert f"YooKassa has no refund {name}" in caplog.text
+    assert not_credited("not_found") == before + 2
+
+
+@pytest.mark.parametrize("tuned", [{"yookassa": {"test_mode": True}}])
+async def test_test_mode_credits_payments_of_a_test_shop(shop: Shop) -> None:
+    client = await shop.gateway.client("0")
+    assert await shop.notify("payment.succeeded", shop.yookassa.add_payment(client.account_id, test=True)) == 200
+    assert await client.balance() == 100
+
+
+def test_the_simulator_is_test_mode() -> None:
+    assert not schema.Config().yookassa.test_mode
+    assert with_simulator(schema.Config(), "http://127.0.0.1:9/api/v1").yookassa.test_mode
+
+
+async def test_a_payment_of_a_user_whom_a_restore_has_lost_is_not_credited_to_the_next_user(
+    shop: Shop, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = await shop.gateway.client("0")
+    _, body, _ = await shop.order(lost, "100")
+    name = body["data"]["id"]
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("SET session_replication_role = replica")
+    for table in ("pending_payments", "api_keys", "accounts"):
+        await connection.execute(f"DELETE FROM {table} WHERE account_id = $1", lost.account_id)
+    await connection.execute(f"ALTER TABLE accounts ALTER COLUMN account_id RESTART WITH {lost.account_id}")
+    await connection.close()
+    next_user = await shop.gateway.client("0")
+    assert next_user.account_id == lost.account_id
+    shop.yookassa.pay(name)
+    before = not_credited("account")
+    with caplog.at_level(logging.ERROR, "gptutor.payments"):
+        assert await shop.notify("payment.succeeded", name) == 200
+        assert await shop.notify("refund.succeeded", shop.yookassa.add_refund(name, "100.00")) == 200
+    assert await next_user.balance() == 0
+    assert f"gptutor user topup ID ROUBLES --reference yookassa:{name}" in caplog.text
+    assert not_credited("account") == before + 2
+    payer = await shop.gateway.client("0")
+    await Bookings(shop.gateway.database).book(payer.account_id, "topup", parse_roubles("100"), reference=f"yookassa:{name}")
+    assert await shop.notify("payment.succeeded", name) == 200
+    assert not_credited("account") == before + 2
+
+
+QUICK = {"yookassa": {"poll_s": 0.05, "lookup_interval_s": 0.05, "lookup_interval_max_s": 0.2}}
+
+
+@pytest.mark.parametrize("tuned", [QUICK])
+async def test_a_payment_whose_notification_never_arrives_is_credited_by_the_job(shop: Shop) -> None:
+    client = await shop.gateway.client("0")
+    _, body, _ = await shop.order(client, "100")
+    _, canceled, _ = await shop.order(client, "200")
+    await asyncio.sleep(0.3)
+    assert sorted(await shop.pending()) == sorted([body["data"]["id"], canceled["data"]["id"]])
+    assert await client.balance() == 0
+    shop.yookassa.fault = 500
+    await asyncio.sleep(0.3)
+    shop.yookassa.fault = None
+    shop.yookassa.pay(body["data"]["id"])
+    shop.yookassa.cancel(canceled["data"]["id"])
+    await shop.nothing_pending()
+    assert await client.balance() == 100
+    calls = await shop.lookups()
+    await asyncio.sleep(0.3)
+    assert await shop.lookups() == calls
+    assert await shop.notify("payment.succeeded", body["data"]["id"]) == 200
+    assert await client.balance() == 100
+
+
+@pytest.mark.parametrize("tuned", [{"yookassa": {**QUICK["yookassa"], "give_up_s": 0.5}}])
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_a_payment_that_does_not_end_is_given_up_with_an_error_log(
+    shop: Shop, is_known: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await shop.gateway.client("0")
+    with caplog.at_level(logging.ERROR, "gptutor.payments"):
+        _, body, _ = await shop.order(client, "100")
+        if not is_known:
+            shop.yookassa.payments.clear()
+        await shop.nothing_pending()
+    assert f"The payment {body['data']['id']} has not ended at YooKassa" in caplog.text
+    assert await client.balance() == 0
+
+
+async def test_a_due_payment_is_claimed_once_and_the_intervals_double(database: Database, database_url: str) -> None:
+    client = await make_client(database, "0")
+    pending = PendingPayments(database, interval_s=100, interval_max_s=350, give_up_s=60)
+    await pending.remember(client.account_id, "p")
+    await pending.remember(client.account_id, "p")
+    await pending.remember(AccountId(10**9), "q")
+    assert (await pending.count(client.account_id), await pending.contains("p"), await pending.contains("q")) == (1, True, False)
+    assert await pending.claim() is None
+    connection = await asyncpg.connect(database_url)
+    for seconds in (100, 200, 350, 350):
+        await connection.execute("UPDATE pending_payments SET next_lookup_at = now() - interval '1 second'")
+        claims = await asyncio.gather(*(pending.claim() for _ in range(5)))
+        assert [due for due in claims if due] == [DuePayment("p", client.account_id, False)]
+        left = await connection.fetchval("SELECT extract(epoch FROM next_lookup_at - now()) FROM pending_payments")
+        assert 0 < seconds - left < 5
+    await connection.execute("UPDATE pending_payments SET next_lookup_at = now(), created_at = now() - interval '61 seconds'")
+    await connection.close()
+    assert await pending.claim() == DuePayment("p", client.account_id, True)
+    await pending.forget("p")
+    assert await pending.count(client.account_id) == 0
+
+
+async def test_the_job_is_quiet_while_the_database_is_away_and_continues(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    claimed = asyncio.Event()
+
+    class Away(PendingPayments):
+        failures: ClassVar[list[Exception]] = [
+            DatabaseUnavailable("away"),
+            DatabaseUnavailable("away"),
+            RuntimeError("a mistake"),
+        ]
+
+        async def claim(self) -> DuePayment | None:
+            if self.failures:
+                raise self.failures.pop(0)
+            claimed.set()
+            return None
+
+    pending = Away(database, interval_s=1, interval_max_s=1, give_up_s=1)
+    caplog.set_level(logging.DEBUG, "gptutor.payments")
+    running = asyncio.create_task(PaymentLookups(None, pending, 0.001).run())  # type: ignore[arg-type]
+    await asyncio.wait_for(claimed.wait(), 5)
+    running.cancel()
+    messages = [record.getMessage() for record in caplog.records if record.name == "gptutor.payments"]
+    assert messages == ["The look-up of payments failed, and continues"]
+
+
+async def test_an_account_has_a_limited_number_of_unpaid_payments(shop: Shop) -> None:
+    client, other = await shop.gateway.client("0"), await shop.gateway.client("0")
+    for number in range(PENDING_MAX):
+        await PendingPayments(shop.gateway.database, interval_s=60, interval_max_s=60, give_up_s=60).remember(
+            client.account_id, f"p{number}"
+        )
+    status, _, code = await shop.order(client, 100)
+    assert (status, code) == (429, "rate_limited")
+    assert (await shop.order(other, 100))[0] == 200
+
+
+async def test_made_up_ids_take_no_place_from_true_notifications(shop: Shop) -> None:
+    client = await shop.gateway.client("0")
+    names = []
+    for amount in (100, 200, 300):
+        _, body, _ = await shop.order(client, amount)
+        names.append(body["data"]["id"])
+        shop.yookassa.pay(names[-1])
+    shop.yookassa.pause_s = 0.4
+    flood = [asyncio.create_task(shop.notify("payment.succeeded", str(uuid.uuid4()))) for _ in range(12)]
+    await asyncio.sleep(0.2)
+    assert await asyncio.gather(*(shop.notify("payment.succeeded", name) for name in names)) == [200] * 3
+    assert sorted(await asyncio.gather(*flood)) == [200] * 3 + [503] * 9
+    assert await client.balance() == 600
+    refund = shop.yookassa.add_refund(names[0], "30.00")
+    flood = [asyncio.create_task(shop.notify("refund.succeeded", str(uuid.uuid4()))) for _ in range(12)]
+    await asyncio.sleep(0.2)
+    assert await shop.notify("refund.succeeded", refund, payment_id=names[0]) == 200
+    await asyncio.gather(*flood)
+    assert await client.balance() == 570
+
+
+@pytest.mark.parametrize("tuned", [{"rate_limit": {"unknown_payments_per_minute": 4}}])
+async def test_an_address_may_name_few_unknown_payments(shop: Shop) -> None:
+    client = await shop.gateway.client("0")
+    _, body, _ = await shop.order(client, 100)
+    shop.yookassa.pay(body["data"]["id"])
+    forwarded = {"X-Forwarded-For": "203.0.113.7"}
+    statuses = [await shop.notify("payment.succeeded", str(uuid.uuid4()), forwarded) for _ in range(6)]
+    assert statuses == [200] * 4 + [429] * 2
+    assert await shop.notify("payment.succeeded", body["data"]["id"], forwarded) == 200
+    assert await client.balance() == 100
+    assert await shop.notify("payment.succeeded", str(uuid.uuid4()), {"X-Forwarded-For": "203.0.113.8"}) == 200
+
+
 @pytest.mark.parametrize("fault", [500, 429, 401, 302, "silence", "garbage"])
 async def test_while_yookassa_is_unavailable_notifications_get_503(shop: Shop, fault: int | str) -> None:
     client = await shop.gateway.client("0")
@@ -209,8 +463,9 @@ async def test_a_refund_is_debited_once(shop: Shop) -> None:
     refund = shop.yookassa.add_refund(payment, "30.00")
     pending = shop.yookassa.add_refund(payment, "5.00", status="pending")
     foreign = shop.yookassa.add_refund(payment, "5.00", amount={"value": "5.00", "currency": "USD"})
-    for name in (refund, refund, pending, foreign):
-        assert await shop.notify("refund.succeeded", name) == 200
+    canceled = shop.yookassa.add_refund(payment, "5.00", status="canceled")
+    for name, status in ((refund, 200), (refund, 200), (pending, 503), (foreign, 200), (canceled, 200)):
+        assert await shop.notify("refund.succeeded", name) == status
     statuses = await asyncio.gather(*(shop.notify("refund.succeeded", refund) for _ in range(3)))
     assert statuses == [200] * 3
     assert await client.balance() == 70

@@ -17,7 +17,7 @@ from tests.support.schema import database, drop
 ACCOUNTS = 200
 HOLDS = 40_000
 DAYS = 400
-GROWING = {"holds", "ledger", "usage_days", "api_keys", "accounts"}
+GROWING = {"holds", "ledger", "usage_days", "api_keys", "accounts", "pending_payments"}
 NIL = uuid.UUID(int=0)
 LAST = uuid.UUID(int=2**128 - 1)
 
@@ -46,6 +46,8 @@ SELECT account_id, gen_random_uuid(), 'topup', 1000, 'payments', 'pay-' || accou
 INSERT INTO usage_days (account_id, day, model, requests, cost_usd, charge_nano)
 SELECT account_id, (created_at AT TIME ZONE 'UTC')::date, model, count(*), sum(cost_usd), -sum(amount_nano)
 FROM ledger WHERE kind = 'charge' GROUP BY 1, 2, 3;
+INSERT INTO pending_payments (payment_id, account_id, next_lookup_at)
+SELECT 'payment-' || i, 1 + i % {ACCOUNTS}, now() + i * interval '1 second' FROM generate_series(1, {HOLDS}) AS i;
 RESET session_replication_role;
 VACUUM ANALYZE;
 """
@@ -113,6 +115,9 @@ STATEMENTS_OF_GROWTH: dict[str, tuple[str, tuple[Any, ...], int, int]] = {
     "a payment by its reference": ("find_reference", ("pay-7",), 1, 10),
     "credits": ("find_credits", (7,), 1, 20),
     "a month of totals": ("sum_usage", (1, TODAY - MONTH, TODAY, True, False), 15, 100),
+    "a payment that is due": ("claim_due_payment", (30.0, 3600.0, 60.0), 0, 20),
+    "a pending payment": ("find_pending_payment", ("payment-7",), 1, 10),
+    "pending payments of an account": ("count_pending_payments", (1,), 1, 250),
     "a live key": ("find_live_key", (1, b"x" * 32), 0, 10),
 }
 

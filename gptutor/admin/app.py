@@ -1,22 +1,29 @@
 """The administrators' application: `/admin/*` and `/metrics`, on a listener of its own (`admin.socket` or `admin.port`)."""
 
+import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from gptutor.admin import money, users
 from gptutor.admin.auth import authenticate_administrator
 from gptutor.admin.responses import administration_errors
 from gptutor.config.schema import Config
 from gptutor.database import pool
+from gptutor.errors import ApiError
 from gptutor.http import middlewares
 from gptutor.http.app_keys import CONFIG, DATABASE, VAULT
 from gptutor.http.body import SMALL_BODY_LIMITS, defer_continue
 from gptutor.http.errors import errors
 from gptutor.money.vault import Vault
 from gptutor.telemetry import metrics
+from gptutor.telemetry.log_writer import require_room
 from gptutor.telemetry.logs import LoggerService
 
+LOGGER = logging.getLogger("gptutor.admin")
 CONNECTIONS_MAX = 3
 """In a pool of its own: an export to a slow reader takes no connection from clients' requests."""
 STATEMENT_S = 300
@@ -36,6 +43,7 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
             authenticate_administrator(config.admin.tokens),  # an unauthenticated client does not learn which paths exist
             middlewares.body_limit(SMALL_BODY_LIMITS.bytes_max),
             administration_errors,
+            require_audit_log(config.paths.logs),  # last, when the request is known to be an administrator's
         ],
     )
     app.on_response_prepare.append(middlewares.add_request_id)
@@ -62,6 +70,22 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
         ]
     )
     return app
+
+
+def require_audit_log(directory: Path) -> Middleware:
+    """Nothing is changed while its audit line could not be written, as on a full disk."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method not in ("GET", "HEAD"):
+            try:
+                await asyncio.to_thread(require_room, directory)
+            except OSError as error:
+                LOGGER.error("Nothing is changed while audit lines cannot be written: %s", error)
+                raise ApiError("audit_log_unavailable", cause=str(error)) from error
+        return await handler(request)
+
+    return middleware
 
 
 async def database_context(app: web.Application) -> AsyncIterator[None]:

@@ -4,8 +4,8 @@ import asyncio
 import os
 import pwd
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -24,14 +24,38 @@ from gptutor.money.administration import Administration
 from gptutor.money.vault import Vault, VaultWithoutSecret
 from gptutor.server.listener import StartError
 from gptutor.server.serve import resolved_database
-from gptutor.telemetry.log_writer import logging_to
+from gptutor.telemetry.log_writer import logging_to, require_room
 from gptutor.text import escaped, escaped_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 T = TypeVar("T")
 
+
+class ResultConsole(Console):
+    """Standard output. After a change was made, a failure to print its result is no failure of the command."""
+
+    has_changed = False
+    """Whether this command has changed something, so that it must not look as if it could be repeated."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with self.written():
+            super().print(*objects, **options)
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Around a write to standard output and its flush. Raises OSError, or SystemExit 0 after a change."""
+        try:
+            yield
+        except OSError as error:
+            if not self.has_changed:
+                raise
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - what is buffered is lost, and must not fail again
+            warn(f"The change was made, but its result could not be printed ({error.strerror}). Do not repeat the command.")
+            raise SystemExit(0) from error
+
+
 # Output that is piped into a file or a program has no terminal whose width could limit it.
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+out = ResultConsole(soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = Console(stderr=True, soft_wrap=True)
 
 
@@ -62,14 +86,30 @@ def with_administration(
     work: Callable[[Administration], Awaitable[T]], *, read_only: bool = False, may_create: bool = False
 ) -> T:
     """Runs `work` in the name of the operating-system user. Unless it is `read_only`, its audit lines are in the service's log
-    when this returns. Raises ConfigError, and as `with_database`."""
+    when this returns: nothing is changed if the disk is full, and if it fills up meanwhile, a sentence says what happened.
+
+    Raises ConfigError, OSError, and as `with_database`.
+    """
     settings = load()
     if not may_create:
         _require_database(settings)  # before a secret or a log file is created in the wrong folder
     vault = _vault(settings)
-    log = logging_to(settings.paths.logs, level="warning", retention_days=settings.logs.retention_days, stdout=False)
+    lost: list[Exception] = []
+    log = logging_to(
+        settings.paths.logs,
+        level="warning",
+        retention_days=settings.logs.retention_days,
+        stdout=False,
+        on_lost=lost.append,
+    )
     with nullcontext() if read_only else log:
-        return with_database(lambda database: work(Administration(database, vault, f"cli:{os_user()}")), may_create=may_create)
+        if not read_only:
+            require_room(settings.paths.logs)
+        result = with_database(lambda database: work(Administration(database, vault, f"cli:{os_user()}")), may_create=may_create)
+        out.has_changed = not read_only
+    if lost:
+        warn(f"The change was made, but its audit line could not be written ({lost[0]}). Do not repeat the command.")
+    return result
 
 
 def _require_database(settings: Config) -> None:
@@ -110,12 +150,20 @@ def progress() -> Progress:
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.buffer.write(escaped_json(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n"))
+    with out.written():
+        sys.stdout.buffer.write(escaped_json(orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n"))
+        sys.stdout.buffer.flush()
 
 
 def shown(text: str) -> str:
     """A text from the database, for `out.print`: it can control neither the terminal nor the markup."""
     return escape(escaped(text))
+
+
+def warn(sentence: str) -> None:
+    """Prints a sentence on standard error, if it can be written to."""
+    with suppress(OSError):
+        err.print(f"[bold yellow]gptutor:[/] {shown(sentence)}", highlight=False)
 
 
 def fail(sentence: str) -> NoReturn:

@@ -221,6 +221,7 @@ class RateLimitSettings(Section, frozen=True):
     free_models_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 10
     account_pages_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 300
     notifications_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 600
+    unknown_payments_per_minute: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 30
 
 
 class RelaySettings(Section, frozen=True):
@@ -271,6 +272,11 @@ class YookassaSettings(Section, frozen=True):
     base_url: BaseUrl = "https://api.yookassa.ru/v3"
     timeout_s: Seconds = 10
     concurrent_max: Count = 8
+    test_mode: bool = False
+    poll_s: Seconds = 10
+    lookup_interval_s: Seconds = 30
+    lookup_interval_max_s: Seconds = 3600
+    give_up_s: Annotated[float, msgspec.Meta(gt=0, le=60 * 86_400)] = 7 * 86_400
 
     def __post_init__(self) -> None:
         given = [bool(text) for text in (self.shop_id, self.secret_key, self.return_url)]

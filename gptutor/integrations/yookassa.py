@@ -3,13 +3,14 @@
 Every call uses Basic authentication with the shop's id and secret key. Source: yookassa.ru/developers/api.
 """
 
+import datetime
 import re
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import orjson
@@ -18,6 +19,10 @@ ID_PATTERN = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """All ids of YooKassa have this format; no request is made for any other."""
 ACCOUNT_ID_METADATA = "gptutor_account_id"
 """The metadata field by which payments of GPTutor are recognised. Other payments of the same shop must not be credited."""
+ACCOUNT_CREATED_METADATA = "gptutor_account_created_at"
+"""When the account was created: after a restore of the database, another account may have the same number."""
+
+Verdict = Literal["credit", "nothing", "pending", "currency", "test"]
 
 
 class YooKassaUnavailable(Exception):
@@ -26,19 +31,44 @@ class YooKassaUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Payment:
-    """`account_id` is read from the metadata, None if absent. `amount_rub` is None if the currency is not the rouble."""
+    """`account_id` and `account_created` are read from the metadata, None if absent; so is `created_at` if it is malformed.
+
+    `amount_rub` is None if the currency is not the rouble. `is_test`: nobody has paid; the shop is in test mode.
+    """
 
     payment_id: str
     status: str
     is_paid: bool
     amount_rub: Decimal | None
     account_id: int | None
+    account_created: str | None
+    created_at: datetime.datetime | None
+    is_test: bool
     confirmation_url: str | None
 
     @property
     def is_captured(self) -> bool:
         """Whether the payment was made and the money captured."""
         return self.status == "succeeded" and self.is_paid
+
+    def verdict(self, *, credits_tests: bool) -> Verdict:
+        """What follows from the payment itself. `nothing`: it is not GPTutor's, or was cancelled; `pending`: it has not ended."""
+        if self.account_id is None or self.status == "canceled":
+            return "nothing"
+        if not self.is_captured:
+            return "pending"
+        if self.amount_rub is None:
+            return "currency"
+        return "test" if self.is_test and not credits_tests else "credit"
+
+    def is_of_account(self, created_at: datetime.datetime) -> bool:
+        """Whether the account that was created then is the one that the payment was made for, not a later one of the same number.
+
+        A payment without `account_created` must be younger than the account.
+        """
+        if self.account_created is not None:
+            return self.account_created == format_created(created_at)
+        return self.created_at is not None and created_at < self.created_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +87,16 @@ class YooKassa:
         self._base_url = base_url.rstrip("/")
         self._return_url = return_url
 
-    async def create_payment(self, account_id: int, amount_rub: str, idempotence_key: str | None) -> Payment:
+    async def create_payment(
+        self, account_id: int, account_created_at: datetime.datetime, amount_rub: str, idempotence_key: str | None
+    ) -> Payment:
         """Creates a payment, which the person then makes at its `confirmation_url`. Raises YooKassaUnavailable."""
         body = {
             "amount": {"value": amount_rub, "currency": "RUB"},
             "capture": True,
             "confirmation": {"type": "redirect", "return_url": self._return_url},
             "description": f"GPTutor, account {account_id}",
-            "metadata": {ACCOUNT_ID_METADATA: str(account_id)},
+            "metadata": {ACCOUNT_ID_METADATA: str(account_id), ACCOUNT_CREATED_METADATA: format_created(account_created_at)},
         }
         headers = {"Idempotence-Key": idempotence_key or str(uuid.uuid4())}
         document = await self._call("POST", "/payments", body, headers)
@@ -119,10 +151,18 @@ def _description(body: bytes) -> str:
         return "no description"
 
 
+def format_created(created_at: datetime.datetime) -> str:
+    """The time in which an account was created, exact to the microsecond, in UTC."""
+    return created_at.astimezone(datetime.UTC).isoformat(timespec="microseconds")
+
+
 def parse_payment(document: Mapping[str, Any]) -> Payment:
     """Raises YooKassaUnavailable if a field is missing or malformed."""
     metadata = document.get("metadata")
-    account = metadata.get(ACCOUNT_ID_METADATA) if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict):
+        metadata = {}
+    account = metadata.get(ACCOUNT_ID_METADATA)
+    account_created = metadata.get(ACCOUNT_CREATED_METADATA)
     confirmation = document.get("confirmation")
     url = confirmation.get("confirmation_url") if isinstance(confirmation, dict) else None
     return Payment(
@@ -131,6 +171,9 @@ def parse_payment(document: Mapping[str, Any]) -> Payment:
         is_paid=document.get("paid") is True,
         amount_rub=_amount_rub(document),
         account_id=int(account) if isinstance(account, str) and re.fullmatch(r"[1-9][0-9]{0,17}", account) else None,
+        account_created=None if account_created is None else str(account_created),
+        created_at=_time(document.get("created_at")),
+        is_test=document.get("test") is True,
         confirmation_url=url if isinstance(url, str) else None,
     )
 
@@ -138,6 +181,15 @@ def parse_payment(document: Mapping[str, Any]) -> Payment:
 def parse_refund(document: Mapping[str, Any]) -> Refund:
     """Raises YooKassaUnavailable if a field is missing or malformed."""
     return Refund(_string(document, "id"), _string(document, "payment_id"), _string(document, "status"), _amount_rub(document))
+
+
+def _time(value: Any) -> datetime.datetime | None:
+    """A time with its time zone."""
+    try:
+        moment = datetime.datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
+    return moment if moment.tzinfo is not None else None
 
 
 def _string(document: Mapping[str, Any], field: str) -> str:

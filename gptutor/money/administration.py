@@ -9,7 +9,8 @@ from typing import Literal
 
 from gptutor.database.pool import Database
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano, roubles
-from gptutor.money.bookings import Booking, Bookings
+from gptutor.money.bookings import CONTRA, Booking, Bookings, retry_lost_response
+from gptutor.money.holds import new_id
 from gptutor.money.key_limits import KeyLimitChanges, changed_limits
 from gptutor.money.keyring import NO_LIMITS, Key, KeyLimits, KeyRing
 from gptutor.money.records import key_limits_json
@@ -93,13 +94,20 @@ class Administration(Bookkeeper):
         return UserDetails(user, await self.users.identities(account_id), await self._keys.list(account_id))
 
     async def create_user(self, name: str, balance: Nano) -> tuple[User, str]:
-        """The new user and their main key, which is shown only now."""
-        user = await self.users.create(name)
-        audit(self._who, "create user", user_id=user.account_id)
+        """The new user and their main key, which is shown only now. All in one transaction; the key is encrypted before it.
+
+        Raises what the vault raises if there is no secret.
+        """
+        account_id, entry_id, reason = await self.users.next_id(), new_id(), "initial balance"
+        key = self._keys.make(account_id)
+        key_id = await retry_lost_response(
+            lambda: self.users.create_whole(account_id, name, entry_id, balance, CONTRA["topup"], reason, key)
+        )
+        audit(self._who, "create user", user_id=account_id)
         if balance:
-            user = await self.book(user.account_id, "topup", balance, reason="initial balance")
-        key, _ = await self.issue_key(user.account_id, "")
-        return user, key
+            self._audit_booking("topup", account_id, balance, None, reason)
+        audit(self._who, "issue key", user_id=account_id, key_id=key_id, limits=key_limits_json(NO_LIMITS))
+        return await self.bookings.user(account_id), key.key
 
     async def set_active(self, account_id: AccountId, active: bool) -> User:
         """Raises NoSuchUser."""

@@ -89,7 +89,7 @@ class Bookings:
 
     async def user(self, account_id: AccountId) -> User:
         """The account after a booking. The read is retried, so that a failed read is not mistaken for a failed booking."""
-        return await _retry_lost_response(lambda: self._users.find(account_id))
+        return await retry_lost_response(lambda: self._users.find(account_id))
 
     async def book_once(
         self, account_id: AccountId, kind: EntryKind, amount: Nano, *, reference: str, reason: str = ""
@@ -115,7 +115,7 @@ class Bookings:
     ) -> tuple[Booking, bool]:
         entry_id = new_id()
         try:
-            row = await _retry_lost_response(
+            row = await retry_lost_response(
                 lambda: self._database.fetchrow(
                     "book_entry", account_id, entry_id, kind, amount, CONTRA[kind], reason, reference, covered
                 )
@@ -152,7 +152,7 @@ class Bookings:
             yield [(AccountId(row["account_id"]), entry_of(row)) for row in rows]
 
 
-async def _retry_lost_response(run: Callable[[], Awaitable[Result]]) -> Result:
+async def retry_lost_response(run: Callable[[], Awaitable[Result]]) -> Result:
     """Retries when the response was lost: after an error an administrator would book a second time by hand."""
     for pause_s in PAUSES_S:
         try:

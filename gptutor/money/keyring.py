@@ -69,10 +69,26 @@ class LiveKey:
     available: Nano
 
 
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key that is not yet in the database, and what is stored of it."""
+
+    key: str
+    key_hash: bytes
+    prefix: str
+    encrypted: EncryptedKey
+
+
 class KeyRing:
     def __init__(self, database: Database, vault: Vault) -> None:
         self._database = database
         self._vault = vault
+
+    def make(self, account_id: AccountId) -> NewKey:
+        """A key that is not stored yet. Raises what the vault raises if there is no secret."""
+        key = make_key(account_id)
+        key_hash = hash_key(key)
+        return NewKey(key, key_hash, display_prefix(key), self._vault.encrypt(account_id, key_hash, key))
 
     async def issue(
         self, account_id: AccountId, name: str = "", limits: KeyLimits = NO_LIMITS, *, beside: bool = False
@@ -81,24 +97,22 @@ class KeyRing:
 
         Raises TooManyKeys, and ConstraintViolated if the account does not exist.
         """
-        key = make_key(account_id)
-        key_hash = hash_key(key)
-        encrypted = self._vault.encrypt(account_id, key_hash, key)
+        new = self.make(account_id)
         row = await self._database.fetchrow(
             "create_key",
             account_id,
             beside or limits != NO_LIMITS,
             KEYS_MAX,
-            key_hash,
-            display_prefix(key),
+            new.key_hash,
+            new.prefix,
             name,
-            encrypted.data,
-            encrypted.secret_id,
+            new.encrypted.data,
+            new.encrypted.secret_id,
             *_columns_of(limits),
         )
         if row is None:
             raise TooManyKeys
-        return key, key_of(row)
+        return new.key, key_of(row)
 
     async def renew(self, account_id: AccountId, *, others_too: bool = False) -> str:
         """Replaces the main key, or all keys if `others_too`: the replaced keys are revoked at once."""
@@ -122,21 +136,19 @@ class KeyRing:
         self, account_id: AccountId, *, others_too: bool = False, only_seen: bool = False, seen: bytes | None = None
     ) -> tuple[str, bool]:
         """A new main key, and whether it replaced the old one. With `only_seen` only the key with the hash `seen` is replaced."""
-        key = make_key(account_id)
-        key_hash = hash_key(key)
-        encrypted = self._vault.encrypt(account_id, key_hash, key)
+        new = self.make(account_id)
         (row,) = await self._database.fetch(
             "replace_main_key",
             account_id,
             others_too,
             only_seen,
             seen,
-            key_hash,
-            display_prefix(key),
-            encrypted.data,
-            encrypted.secret_id,
+            new.key_hash,
+            new.prefix,
+            new.encrypted.data,
+            new.encrypted.secret_id,
         )
-        return key, row["is_new"]
+        return new.key, row["is_new"]
 
     async def list(self, account_id: AccountId) -> list[Key]:
         """Newest first, revoked ones included."""

@@ -2,12 +2,14 @@
 
 import datetime
 import re
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.holds import new_id
+from gptutor.money.keyring import NewKey
 
 PAGE = 500
 NOTHING = Nano(0)
@@ -39,6 +41,33 @@ class UserRepository:
 
     async def create(self, name: str = "") -> User:
         return user_of(await self._database.fetchrow("create_account", name))
+
+    async def next_id(self) -> AccountId:
+        """A number that no other account gets, for `create_whole`."""
+        (row,) = await self._database.fetch("next_account_id")
+        return AccountId(row["account_id"])
+
+    async def create_whole(
+        self, account_id: AccountId, name: str, entry_id: uuid.UUID, balance: Nano, contra: str, reason: str, key: NewKey
+    ) -> int:
+        """Creates an account, its first top-up (unless it is 0) and its main key in one transaction, and returns the key's id.
+
+        May be repeated with the same arguments if the response was lost.
+        """
+        (row,) = await self._database.fetch(
+            "create_user",
+            account_id,
+            name,
+            entry_id,
+            balance,
+            contra,
+            reason,
+            key.key_hash,
+            key.prefix,
+            key.encrypted.data,
+            key.encrypted.secret_id,
+        )
+        return int(row["key_id"])
 
     async def of_person(self, provider: str, subject: str, *, name: str = "", bonus: Nano = NOTHING) -> tuple[User, bool]:
         """The account of an external identity, created at its first sign-in, with a bonus; and whether the account is new."""

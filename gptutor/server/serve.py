@@ -119,9 +119,10 @@ async def simulated_openrouter(simulator: Simulator, settings: SimulatorSettings
 
 
 def with_simulator(config: Config, base_url: str) -> Config:
-    """`config` with the simulator's address in place of OpenRouter's."""
+    """`config` with the simulator's address in place of OpenRouter's: nothing real is sold, so test payments are credited."""
     openrouter = msgspec.structs.replace(config.openrouter, base_url=base_url, api_key="sk-or-simulator", proxy="")
-    return msgspec.structs.replace(config, openrouter=openrouter)
+    yookassa = msgspec.structs.replace(config.yookassa, test_mode=True)
+    return msgspec.structs.replace(config, openrouter=openrouter, yookassa=yookassa)
 
 
 # -- the listeners

@@ -15,10 +15,11 @@ import logging
 import math
 import operator
 import os
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ CLOSE_S = 5.0
 LOOK_S = 1.0
 """How often the writer looks for counts of repeated lines whose minute is over."""
 FILE_MODE = 0o640
+AUDIT_ROOM_BYTES = 64 * 1024
+"""So much must fit on the disk before a change is made whose audit line is to follow."""
 LEVELS = {level: logging.getLevelName(level).lower() for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)}
 
 
@@ -119,9 +122,18 @@ class LogWriter(logging.Handler):
     `refused_per_minute` lines of each kind of refused request.
     """
 
-    def __init__(self, file: DailyFile, *, stdout: bool, warnings_per_minute: int, refused_per_minute: int) -> None:
+    def __init__(
+        self,
+        file: DailyFile,
+        *,
+        stdout: bool,
+        warnings_per_minute: int,
+        refused_per_minute: int,
+        on_lost: Callable[[Exception], None] | None = None,
+    ) -> None:
         super().__init__()
         self._file = file
+        self._on_lost = on_lost
         self._stdout = stdout
         self._warnings_per_minute = warnings_per_minute
         self._refused_per_minute = refused_per_minute
@@ -231,9 +243,11 @@ class LogWriter(logging.Handler):
             return b""
 
     def _report_lost_lines(self, count: int, error: Exception) -> None:
-        """On standard error, once a minute; the metric counts all."""
+        """To `on_lost`, or on standard error, once a minute; the metric counts all."""
         LOG_LINES_LOST.labels("file").inc(count)
-        if time.monotonic() >= self._silent_until:
+        if self._on_lost is not None:
+            self._on_lost(error)
+        elif time.monotonic() >= self._silent_until:
             self._silent_until = time.monotonic() + MINUTE_S
             self._console.write("stderr", f"gptutor: log lines were lost: {error}\n".encode())
 
@@ -242,6 +256,20 @@ def _serialised_line(created: float, level: int, message: str, fields: dict[str,
     """Raises orjson.JSONEncodeError."""
     document = {"timestamp": _date_and_timestamp(int(created))[1], "level": LEVELS[level], "message": message, **fields}
     return escaped_json(orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def require_room(directory: Path) -> None:
+    """Writes a file and deletes it: on a full disk a change must not be made, because its audit line would be lost.
+
+    Raises OSError with the directory as its file name.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(os.urandom(AUDIT_ROOM_BYTES))
+            file.flush()
+            os.fsync(file.fileno())  # some file systems reserve space only now
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory)) from error
 
 
 @contextmanager
@@ -253,14 +281,19 @@ def logging_to(
     stdout: bool,
     warnings_per_minute: int = 20,
     refused_per_minute: int = 100,
+    on_lost: Callable[[Exception], None] | None = None,
 ) -> Iterator[LoggerService]:
-    """Sets up logging for the life of a process; when the context ends, all queued lines are written."""
+    """Sets up logging for the life of a process; when the context ends, all queued lines are written.
+
+    Lines that could not be written are reported to `on_lost`, in the writer's thread, or on standard error.
+    """
     root = logging.getLogger()
     writer = LogWriter(
         DailyFile(directory, retention_days),
         stdout=stdout,
         warnings_per_minute=warnings_per_minute,
         refused_per_minute=refused_per_minute,
+        on_lost=on_lost,
     )
     root.addHandler(writer)
     root.setLevel(logging.WARNING)

@@ -66,8 +66,20 @@ LOG_LINES_LOST = Counter(
 )
 PAYMENT_NOTIFICATIONS = Counter(
     "gptutor_payment_notifications",
-    "Notifications from the payment provider, by outcome: booked, nothing, unavailable, conflict.",
+    "Notifications from the payment provider, by outcome: booked, nothing, pending (to be repeated), unavailable, or a reason of "
+    "gptutor_payments_not_credited.",
     ["outcome"],
+)
+PAYMENT_LOOKUPS = Counter(
+    "gptutor_payment_lookups",
+    "Look-ups of payments that have not ended, by outcome as above. Many that are booked: notifications do not arrive.",
+    ["outcome"],
+)
+PAYMENTS_NOT_CREDITED = Counter(
+    "gptutor_payments_not_credited",
+    "Payments that were not credited, by reason: not_found, currency, test, account (it was lost by a restore), conflict, "
+    "given_up. The log has each. Alert on any but not_found.",
+    ["reason"],
 )
 
 

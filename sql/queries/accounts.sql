@@ -67,3 +67,24 @@ FROM accounts
 INNER JOIN matching ON accounts.account_id = matching.account_id
 ORDER BY accounts.account_id
 LIMIT 100;
+
+-- name: next_account_id
+-- A number that no other account gets, for create_user. One row.
+SELECT nextval(pg_get_serial_sequence('accounts', 'account_id')) AS account_id;
+
+-- name: create_user
+-- Creates account $1 with the name $2, its top-up ($3 the entry, $4 nano-roubles or 0 for none, $5 counter-account, $6 reason)
+-- and its main key ($7 SHA-256, $8 prefix, $9 the key, encrypted, $10 with which secret). One row.
+SELECT
+    create_user(
+        new_account_id => $1::bigint,
+        new_name => $2::text,
+        new_entry_id => $3::uuid,
+        new_balance_nano => $4::bigint,
+        new_contra => $5::text,
+        new_reason => $6::text,
+        new_key_hash => $7::bytea,
+        new_prefix => $8::text,
+        new_encrypted_key => $9::bytea,
+        new_secret_id => $10::text
+    ) AS key_id;

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import copy
+import datetime
 import uuid
 from typing import Any
 
@@ -54,6 +55,7 @@ class YooKassaStandIn:
             "recipient": {"account_id": SHOP_ID, "gateway_id": "1"},
             "refundable": True,
             "test": False,
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
             "metadata": {} if account_id is None else {"gptutor_account_id": str(account_id)},
             **changed,
         }
