@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import faulthandler
 import functools
+import gc
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
@@ -19,7 +20,6 @@ from gptutor.config.files import ENV_FILE
 from gptutor.database import pool
 from gptutor.openrouter import catalogue
 from gptutor.server.serve import simulated_openrouter
-from gptutor.simulator import model_library, server
 from gptutor.simulator.server import Simulator
 from tests.support.gateway import Gateway, config_for, gateway_on
 from tests.support.postgres import BINARIES, TestDatabase, running_postgres
@@ -36,6 +36,17 @@ def pytest_sessionstart() -> None:
     """The services that tests start read the `gptutor.env` of their folder, as every service does."""
     if Path(ENV_FILE).exists():
         pytest.exit(f"{Path(ENV_FILE).absolute()} has the settings of a living service: run the tests in another folder.", 1)
+
+
+def pytest_configure() -> None:
+    """What the collection makes stays until the end: the collector of garbage has nothing to find in it …"""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """… and need not search it during the tests."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header() -> str:
@@ -59,9 +70,8 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
 
 @pytest.fixture(scope="session", autouse=True)
 def read_once() -> Iterator[None]:
-    """The simulator's models are the same for every gateway: they are made and parsed once, and not a thousand times."""
+    """The simulator's models are the same for every gateway: they are parsed once, and not a thousand times."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "make_model_library", functools.cache(model_library.make_model_library))
         patch.setattr(catalogue, "parse_models", functools.lru_cache(maxsize=8)(catalogue.parse_models))
         yield
 

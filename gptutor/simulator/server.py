@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import functools
 import itertools
 import json
 import time
@@ -20,6 +21,13 @@ from gptutor.simulator.response_script import Script, error_response, plain_resp
 BODY_BYTES_MAX = 64 * 1024 * 1024
 
 
+@functools.cache
+def _models() -> tuple[dict[str, SimulatedModel], bytes]:
+    """The library, and its list as JSON: the same for every simulator."""
+    library = make_model_library()
+    return library, dumps({"data": [model.listing() for model in library.values()]})
+
+
 class Simulator:
     """`first_word_s` and `word_s` are the time before the first word of a response and between its words.
 
@@ -32,8 +40,7 @@ class Simulator:
         self.word_s = word_s
         self.first_word_s = first_word_s
         self.generation_delay_s = generation_delay_s
-        self._library = make_model_library()
-        self.model_list = dumps({"data": [model.listing() for model in self._library.values()]})
+        self._library, self.model_list = _models()
         self._numbers = itertools.count(1)
         self._epoch = int(time.time())
 
