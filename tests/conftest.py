@@ -22,7 +22,7 @@ from gptutor.openrouter import catalogue
 from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.server import Simulator
 from tests.support.gateway import Gateway, config_for, gateway_on
-from tests.support.postgres import BINARIES, TestDatabase, running_postgres
+from tests.support.postgres import BINARIES, CLUSTER, TestDatabase, running_postgres
 from tests.support.service import Service, start
 
 TEARDOWN_S = 60
@@ -74,6 +74,13 @@ def read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalogue, "parse_models", functools.lru_cache(maxsize=8)(catalogue.parse_models))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The folder that pytest-xdist's workers share is the one above their own."""
+    own = tmp_path_factory.getbasetemp()
+    CLUSTER.folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
