@@ -118,7 +118,7 @@ def covered_bills(test_database: TestDatabase) -> Iterator[None]:
 
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[pool.Database]:
-    async with pool.open_database(database_url, connections_max=8) as connected:
+    async with pool.open_database(database_url, connections_min=0, connections_max=8) as connected:
         yield connected
 
 
@@ -139,7 +139,7 @@ async def gateway(
 ) -> AsyncIterator[Gateway]:
     async with (
         simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url,
-        gateway_on(config_for(database_url, base_url, tmp_path, tuned), database, simulator) as running,
+        gateway_on(config_for(database_url, base_url, tmp_path, tuned), database, simulator, is_migrated=True) as running,
     ):
         yield running
         await running.idle()
@@ -164,7 +164,7 @@ async def scripted(
     app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])
     server = await aiohttp_server(app)
     config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted", tuned)
-    async with gateway_on(config, database, simulator) as running:
+    async with gateway_on(config, database, simulator, is_migrated=True) as running:
         yield plays, running
 
 

@@ -30,6 +30,7 @@ def environment(directory: Path, **settings: str) -> dict[str, str]:
     return {
         **clean,
         "PYTHONFAULTHANDLER": "1",
+        "SSL_CERT_FILE": os.devnull,  # no service of a test calls an HTTPS server, and reading the system's authorities is slow
         "PORT": "0",
         "GPTUTOR_SIMULATOR__PORT": "0",
         "GPTUTOR_SIMULATOR__WORD_S": "0.001",
