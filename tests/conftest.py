@@ -28,6 +28,22 @@ from tests.support.service import Service, start
 TEARDOWN_S = 60
 """Longer than any cleanup of a test, the shutdown of a service included."""
 
+LONG = (
+    "::test_no_kill_crash_or_lost_reply_loses_duplicates_or_invents_a_charge",
+    "::test_any_history_of_deaths_and_recoveries_agrees_with_a_model_of_it",
+    "::test_statements_and_ledger_pass_on_postgresql_15",
+    "::test_without_free_descriptors_open_connections_are_served_and_the_service_recovers",
+    "::test_a_connection_that_is_never_established[limits0]",
+    "::test_a_host_that_falls_silent_is_left_within_seconds",
+    "::test_memory_stays_within_the_documented_bound",
+    "::test_an_export_of_any_length_takes_little_memory",
+    "::test_at_the_start_a_silent_host_is_left_within_seconds",
+    "::test_the_wheel_is_complete_and_has_the_version",
+    "::test_any_bytes_pass_unchanged_and_their_bill_is_charged",
+    "::test_the_guided_fuzzer_runs",
+)
+"""The longest tests, each of 8 seconds or more on a machine with two cores."""
+
 hypothesis_settings.register_profile("tests", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("tests")
 
@@ -41,6 +57,24 @@ def pytest_sessionstart() -> None:
 def pytest_configure() -> None:
     """What the collection makes stays until the end: the collector of garbage has nothing to find in it …"""
     gc.disable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """pytest-xdist gives each process the next part of the list: the long tests come first in the parts, so that none is left alone
+    at the end. (They are tests that share nothing with the others of their module.)"""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes == 1:
+        return
+    long = [item for item in items if item.nodeid.endswith(LONG)]
+    rest = [item for item in items if not item.nodeid.endswith(LONG)]
+    total = len(items)
+    ordered: list[pytest.Item] = []
+    for process in range(processes):
+        first = long[process::processes]
+        size = (total - len(ordered)) // (processes - process)
+        ordered += first + rest[: size - len(first)]
+        del rest[: size - len(first)]
+    items[:] = ordered
 
 
 def pytest_collection_finish() -> None:
