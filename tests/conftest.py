@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import faulthandler
 import functools
+import gc
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
@@ -19,15 +20,30 @@ from gptutor.config.files import ENV_FILE
 from gptutor.database import pool
 from gptutor.openrouter import catalogue
 from gptutor.server.serve import simulated_openrouter
-from gptutor.simulator import model_library, server
 from gptutor.simulator.server import Simulator
 from tests.support import javascript
 from tests.support.gateway import Gateway, config_for, gateway_on
-from tests.support.postgres import BINARIES, TestDatabase, running_postgres
+from tests.support.postgres import BINARIES, CLUSTER, TestDatabase, running_postgres
 from tests.support.service import Service, start
 
 TEARDOWN_S = 60
 """Longer than any cleanup of a test, the shutdown of a service included."""
+
+LONG = (
+    "::test_no_kill_crash_or_lost_reply_loses_duplicates_or_invents_a_charge",
+    "::test_any_history_of_deaths_and_recoveries_agrees_with_a_model_of_it",
+    "::test_statements_and_ledger_pass_on_postgresql_15",
+    "::test_without_free_descriptors_open_connections_are_served_and_the_service_recovers",
+    "::test_a_connection_that_is_never_established[limits0]",
+    "::test_a_host_that_falls_silent_is_left_within_seconds",
+    "::test_memory_stays_within_the_documented_bound",
+    "::test_an_export_of_any_length_takes_little_memory",
+    "::test_at_the_start_a_silent_host_is_left_within_seconds",
+    "::test_the_wheel_is_complete_and_has_the_version",
+    "::test_any_bytes_pass_unchanged_and_their_bill_is_charged",
+    "::test_the_guided_fuzzer_runs",
+)
+"""The longest tests, each of 8 seconds or more on a machine with two cores."""
 
 hypothesis_settings.register_profile("tests", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("tests")
@@ -37,6 +53,35 @@ def pytest_sessionstart() -> None:
     """The services that tests start read the `gptutor.env` of their folder, as every service does."""
     if Path(ENV_FILE).exists():
         pytest.exit(f"{Path(ENV_FILE).absolute()} has the settings of a living service: run the tests in another folder.", 1)
+
+
+def pytest_configure() -> None:
+    """What the collection makes stays until the end: the collector of garbage has nothing to find in it …"""
+    gc.disable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """pytest-xdist gives each process the next part of the list: the long tests come first in the parts, so that none is left alone
+    at the end. (They are tests that share nothing with the others of their module.)"""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes == 1:
+        return
+    long = [item for item in items if item.nodeid.endswith(LONG)]
+    rest = [item for item in items if not item.nodeid.endswith(LONG)]
+    total = len(items)
+    ordered: list[pytest.Item] = []
+    for process in range(processes):
+        first = long[process::processes]
+        size = (total - len(ordered)) // (processes - process)
+        ordered += first + rest[: size - len(first)]
+        del rest[: size - len(first)]
+    items[:] = ordered
+
+
+def pytest_collection_finish() -> None:
+    """… and need not search it during the tests."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header() -> str:
@@ -60,11 +105,17 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
 
 @pytest.fixture(scope="session", autouse=True)
 def read_once() -> Iterator[None]:
-    """The simulator's models are the same for every gateway: they are made and parsed once, and not a thousand times."""
+    """The simulator's models are the same for every gateway: they are parsed once, and not a thousand times."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "make_model_library", functools.cache(model_library.make_model_library))
         patch.setattr(catalogue, "parse_models", functools.lru_cache(maxsize=8)(catalogue.parse_models))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The folder that pytest-xdist's workers share is the one above their own."""
+    own = tmp_path_factory.getbasetemp()
+    CLUSTER.folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +153,7 @@ def covered_bills(test_database: TestDatabase) -> Iterator[None]:
 
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[pool.Database]:
-    async with pool.open_database(database_url, connections_max=8) as connected:
+    async with pool.open_database(database_url, connections_min=0, connections_max=8) as connected:
         yield connected
 
 
@@ -123,7 +174,7 @@ async def gateway(
 ) -> AsyncIterator[Gateway]:
     async with (
         simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url,
-        gateway_on(config_for(database_url, base_url, tmp_path, tuned), database, simulator) as running,
+        gateway_on(config_for(database_url, base_url, tmp_path, tuned), database, simulator, is_migrated=True) as running,
     ):
         yield running
         await running.idle()
@@ -148,7 +199,7 @@ async def scripted(
     app.add_routes([web.post("/chat/completions", play), web.get("/models", models)])
     server = await aiohttp_server(app)
     config = config_for(database_url, str(server.make_url("/")), tmp_path / "scripted", tuned)
-    async with gateway_on(config, database, simulator) as running:
+    async with gateway_on(config, database, simulator, is_migrated=True) as running:
         yield plays, running
 
 

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 
 import asyncpg
-import openai
 import psutil
 import pytest
 
@@ -32,10 +31,16 @@ from gptutor.money.users import NoSuchUser, UserRepository
 from gptutor.money.vault import DecryptionFailed, EncryptedKey, Vault
 from tests.support.accounting import assert_charges_match_bills
 from tests.support.gateway import SECRET, VAULT, Client, Gateway, make_client
+from tests.support.late import LateImport
 from tests.support.ledger import assert_invariants_hold
 from tests.support.service import Service, start
 from tests.support.statements import Statements
 from tests.support.vk import APP_ID, VK, VK_SECRET, bearer, launch, send, sign_in, with_vk
+
+if TYPE_CHECKING:
+    import openai
+else:
+    openai = LateImport("openai")
 
 GIFT = {"vk": {**VK["vk"], "bonus_rub": Decimal("10.5")}}
 UNAUTHORIZED = (401, "invalid_key", {"error": "Invalid API key or inactive user"})

@@ -5,20 +5,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
-from openai.lib.streaming.chat import ChatCompletionStreamEvent
 from pydantic import BaseModel
 
 from tests.support.javascript import JAVASCRIPT, run_node
+from tests.support.late import LateImport
 from tests.support.readme import READMES, examples, here
 from tests.support.service import Service
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import openai
+    from openai import AsyncOpenAI, OpenAI
+    from openai.lib.streaming.chat import ChatCompletionStreamEvent
+else:
+    openai = LateImport("openai")
 
 MODEL = "google/gemini-2.5-flash-lite"
 MESSAGES = [{"role": "user", "content": "Привет!"}]
@@ -42,21 +48,21 @@ def says(text: str) -> list[Any]:
 
 
 @pytest.fixture
-def client(service: Service) -> Iterator[OpenAI]:
-    with OpenAI(api_key=service.demo_key, base_url=f"{service.url}/v1", max_retries=0) as client:
+def client(service: Service) -> "Iterator[OpenAI]":
+    with openai.OpenAI(api_key=service.demo_key, base_url=f"{service.url}/v1", max_retries=0) as client:
         yield client
 
 
 @pytest.fixture
 async def async_client(service: Service) -> Any:
-    async with AsyncOpenAI(api_key=service.demo_key, base_url=f"{service.url}/v1", max_retries=0) as client:
+    async with openai.AsyncOpenAI(api_key=service.demo_key, base_url=f"{service.url}/v1", max_retries=0) as client:
         yield client
 
 
 class Account:
     """A user with fifty roubles, and their own client."""
 
-    def __init__(self, service: Service, client: OpenAI) -> None:
+    def __init__(self, service: Service, client: "OpenAI") -> None:
         created = service.command("user", "create", "--balance", "50")
         self.user_id = int(created["id"])
         self.client = client.with_options(api_key=created["apiKey"])
@@ -77,18 +83,18 @@ class Account:
 
 
 @pytest.fixture
-def account(service: Service, client: OpenAI) -> Account:
+def account(service: Service, client: "OpenAI") -> Account:
     return Account(service, client)
 
 
-def test_create(client: OpenAI) -> None:
+def test_create(client: "OpenAI") -> None:
     completion = client.chat.completions.create(model=MODEL, messages=MESSAGES)
     assert "Привет" in completion.choices[0].message.content
     assert completion.usage.model_extra["cost"] > 0
     assert completion.choices[0].finish_reason == "stop"
 
 
-def test_stream(client: OpenAI) -> None:
+def test_stream(client: "OpenAI") -> None:
     with client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True) as stream:
         chunks = list(stream)
     assert "Привет" in "".join(chunk.choices[0].delta.content for chunk in chunks if chunk.choices)
@@ -97,14 +103,14 @@ def test_stream(client: OpenAI) -> None:
     assert chunks[-1].usage.model_extra["cost"] > 0
 
 
-async def test_async_create_and_stream(async_client: AsyncOpenAI) -> None:
+async def test_async_create_and_stream(async_client: "AsyncOpenAI") -> None:
     completion = await async_client.chat.completions.create(model=MODEL, messages=MESSAGES)
     assert completion.model == MODEL
     stream = await async_client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
     assert [chunk async for chunk in stream][-1].usage is not None
 
 
-def test_raw_and_streaming_response(client: OpenAI) -> None:
+def test_raw_and_streaming_response(client: "OpenAI") -> None:
     raw = client.chat.completions.with_raw_response.create(model=MODEL, messages=MESSAGES)
     assert raw.headers["x-generation-id"] == raw.parse().id
     assert raw.request_id
@@ -116,7 +122,7 @@ def test_raw_and_streaming_response(client: OpenAI) -> None:
         assert "Привет" in response.parse().choices[0].message.content
 
 
-async def test_async_raw_and_streaming_response(async_client: AsyncOpenAI) -> None:
+async def test_async_raw_and_streaming_response(async_client: "AsyncOpenAI") -> None:
     chat = async_client.chat.completions
     raw = await chat.with_raw_response.create(model=MODEL, messages=MESSAGES)
     assert raw.headers["x-generation-id"] == raw.parse().id
@@ -127,7 +133,7 @@ async def test_async_raw_and_streaming_response(async_client: AsyncOpenAI) -> No
 # -- tools and forms
 
 
-def test_a_tool_is_called_answered_and_spoken_of(client: OpenAI) -> None:
+def test_a_tool_is_called_answered_and_spoken_of(client: "OpenAI") -> None:
     messages = says("tool:weather and tool:clock")
     first = client.chat.completions.create(model=MODEL, messages=messages, tools=[FUNCTION, CLOCK]).choices[0]
     assert first.finish_reason == "tool_calls"
@@ -139,7 +145,7 @@ def test_a_tool_is_called_answered_and_spoken_of(client: OpenAI) -> None:
     assert "minus 40" in last.choices[0].message.content
 
 
-def test_streamed_tool_calls_are_assembled(client: OpenAI) -> None:
+def test_streamed_tool_calls_are_assembled(client: "OpenAI") -> None:
     arguments: dict[int, str] = {}
     names: dict[int, str] = {}
     for chunk in client.chat.completions.create(
@@ -152,7 +158,7 @@ def test_streamed_tool_calls_are_assembled(client: OpenAI) -> None:
     assert [json.loads(arguments[index]) for index in (0, 1)] == [{}, FILLED_IN]
 
 
-def test_parse_fills_in_a_model_and_the_arguments_of_a_tool(client: OpenAI) -> None:
+def test_parse_fills_in_a_model_and_the_arguments_of_a_tool(client: "OpenAI") -> None:
     parsed = client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Weather)
     assert parsed.choices[0].message.parsed == Weather(**FILLED_IN)
     tool = openai.pydantic_function_tool(Weather)
@@ -160,12 +166,12 @@ def test_parse_fills_in_a_model_and_the_arguments_of_a_tool(client: OpenAI) -> N
     assert called.choices[0].message.tool_calls[0].function.parsed_arguments == Weather(**FILLED_IN)
 
 
-def test_parse_refuses_a_form_that_was_cut_short(client: OpenAI) -> None:
+def test_parse_refuses_a_form_that_was_cut_short(client: "OpenAI") -> None:
     with pytest.raises(openai.LengthFinishReasonError):
         client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Weather, max_tokens=2)
 
 
-async def test_async_parse_and_stream_helper(async_client: AsyncOpenAI) -> None:
+async def test_async_parse_and_stream_helper(async_client: "AsyncOpenAI") -> None:
     parsed = await async_client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Weather)
     assert parsed.choices[0].message.parsed == Weather(**FILLED_IN)
     async with async_client.chat.completions.stream(model=MODEL, messages=MESSAGES, response_format=Weather) as stream:
@@ -175,12 +181,12 @@ async def test_async_parse_and_stream_helper(async_client: AsyncOpenAI) -> None:
     assert final.choices[0].message.parsed == Weather(**FILLED_IN)
 
 
-def events_of(client: OpenAI, **members: Any) -> tuple[list[ChatCompletionStreamEvent], Any]:
+def events_of(client: "OpenAI", **members: Any) -> "tuple[list[ChatCompletionStreamEvent], Any]":
     with client.chat.completions.stream(model=MODEL, **members) as stream:
         return list(stream), stream.get_final_completion()
 
 
-def test_stream_helper_tells_words_and_their_probabilities(client: OpenAI) -> None:
+def test_stream_helper_tells_words_and_their_probabilities(client: "OpenAI") -> None:
     events, final = events_of(client, messages=MESSAGES, logprobs=True, top_logprobs=1)
     text = "".join(event.delta for event in events if event.type == "content.delta")
     (done,) = [event for event in events if event.type == "content.done"]
@@ -191,7 +197,7 @@ def test_stream_helper_tells_words_and_their_probabilities(client: OpenAI) -> No
     assert final.usage.model_extra["cost"] > 0
 
 
-def test_stream_helper_tells_calls_and_their_arguments(client: OpenAI) -> None:
+def test_stream_helper_tells_calls_and_their_arguments(client: "OpenAI") -> None:
     tools = [openai.pydantic_function_tool(Weather)]
     events, final = events_of(client, messages=says("use a tool"), tools=tools)
     text = "".join(event.arguments_delta for event in events if event.type == "tool_calls.function.arguments.delta")
@@ -216,7 +222,7 @@ SOUND = {"type": "input_audio", "input_audio": {"format": "wav", "data": "UklGRg
         [*MESSAGES, {"role": "assistant", "content": "Да?"}, {"role": "user", "name": "Ваня", "content": "Привет!"}],
     ],
 )
-def test_messages_of_all_kinds_are_answered(client: OpenAI, messages: Any) -> None:
+def test_messages_of_all_kinds_are_answered(client: "OpenAI", messages: Any) -> None:
     completion = client.chat.completions.create(model=MODEL, messages=messages)
     assert "Привет" in completion.choices[0].message.content
 
@@ -231,7 +237,7 @@ def test_messages_of_all_kinds_are_answered(client: OpenAI, messages: Any) -> No
         {"extra_body": {"provider": {"sort": "price"}, "transforms": []}}, {"extra_query": {"a": "b"}},
     ],
 )  # fmt: skip
-def test_parameters_that_change_no_word_are_accepted(client: OpenAI, members: Any) -> None:
+def test_parameters_that_change_no_word_are_accepted(client: "OpenAI", members: Any) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, **members)
     if members.get("stream"):
         assert list(answer)[-1].usage.completion_tokens > 0
@@ -239,7 +245,7 @@ def test_parameters_that_change_no_word_are_accepted(client: OpenAI, members: An
         assert "Привет" in answer.choices[0].message.content
 
 
-def test_parameters_that_change_the_answer(client: OpenAI) -> None:
+def test_parameters_that_change_the_answer(client: "OpenAI") -> None:
     completion = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, n=2, max_tokens=3, logprobs=True, top_logprobs=2, service_tier="flex"
     )
@@ -249,7 +255,7 @@ def test_parameters_that_change_the_answer(client: OpenAI) -> None:
     assert (completion.service_tier, completion.usage.completion_tokens) == ("flex", 6)
 
 
-def test_extra_body_reaches_openrouter(client: OpenAI) -> None:
+def test_extra_body_reaches_openrouter(client: "OpenAI") -> None:
     other = "meta-llama/llama-3.1-8b-instruct"
     extra = {"models": [other], "reasoning": {"effort": "low"}}
     completion = client.chat.completions.create(model=MODEL, messages=says("fault:primary-down"), extra_body=extra)
@@ -271,7 +277,7 @@ def test_a_stream_that_is_closed_early_is_paid_and_nothing_stays_held(account: A
 
 async def test_an_async_stream_that_is_closed_early_is_paid_and_nothing_stays_held(account: Account) -> None:
     async with (
-        AsyncOpenAI(api_key=account.client.api_key, base_url=account.client.base_url, max_retries=0) as client,
+        openai.AsyncOpenAI(api_key=account.client.api_key, base_url=account.client.base_url, max_retries=0) as client,
         client.chat.completions.stream(model=MODEL, messages=MESSAGES) as stream,
     ):
         async for event in stream:
@@ -312,33 +318,33 @@ def test_a_402_is_not_asked_again(service: Service, account: Account) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"messages": []}, openai.BadRequestError, "messages array is required"),
-        ({"temperature": 5}, openai.BadRequestError, "temperature must be a number from 0 to 2"),
-        ({"model": "no/such"}, openai.BadRequestError, "no/such"),
-        ({"messages": says("fault:status=403")}, openai.PermissionDeniedError, "Simulated error 403"),
-        ({"messages": says("fault:status=429:300")}, openai.RateLimitError, "overloaded"),
-        ({"messages": says("fault:no-code")}, openai.RateLimitError, "overloaded"),
-        ({"messages": says("fault:status=500")}, openai.InternalServerError, "Internal server error"),
-        ({"messages": says("fault:cut-inside=0")}, openai.InternalServerError, "Internal server error"),
-        ({"messages": says("fault:html=524")}, openai.InternalServerError, "Internal server error"),
+        ({"messages": []}, "BadRequestError", "messages array is required"),
+        ({"temperature": 5}, "BadRequestError", "temperature must be a number from 0 to 2"),
+        ({"model": "no/such"}, "BadRequestError", "no/such"),
+        ({"messages": says("fault:status=403")}, "PermissionDeniedError", "Simulated error 403"),
+        ({"messages": says("fault:status=429:300")}, "RateLimitError", "overloaded"),
+        ({"messages": says("fault:no-code")}, "RateLimitError", "overloaded"),
+        ({"messages": says("fault:status=500")}, "InternalServerError", "Internal server error"),
+        ({"messages": says("fault:cut-inside=0")}, "InternalServerError", "Internal server error"),
+        ({"messages": says("fault:html=524")}, "InternalServerError", "Internal server error"),
     ],
 )
-def test_error_classes(client: OpenAI, change: dict[str, object], error: type[openai.APIStatusError], text: str) -> None:
-    with pytest.raises(error) as caught:
+def test_error_classes(client: "OpenAI", change: dict[str, object], error: str, text: str) -> None:
+    with pytest.raises(getattr(openai, error)) as caught:
         client.chat.completions.create(**{"model": MODEL, "messages": MESSAGES, **change})
     assert text in str(caught.value)
     assert caught.value.code == caught.value.response.headers["X-Error-Code"]
     assert caught.value.request_id
 
 
-def test_a_unauthenticated_is_an_authentication_error(client: OpenAI) -> None:
+def test_a_unauthenticated_is_an_authentication_error(client: "OpenAI") -> None:
     with pytest.raises(openai.AuthenticationError) as unauthenticated:
         client.with_options(api_key="sk-user-nobody").chat.completions.create(model=MODEL, messages=MESSAGES)
     assert str(unauthenticated.value) == "Error code: 401 - Invalid API key or inactive user"
     assert (unauthenticated.value.code, unauthenticated.value.type) == ("invalid_key", "authentication_error")
 
 
-def test_an_unknown_model_is_not_found(client: OpenAI) -> None:
+def test_an_unknown_model_is_not_found(client: "OpenAI") -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("no/such")
     assert str(caught.value) == "Error code: 404 - Model not found"
@@ -362,18 +368,18 @@ def test_a_gateway_that_is_gone_is_a_connection_error() -> None:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{place.getsockname()[1]}/v1"
-        with OpenAI(api_key="sk-user-x", base_url=url, max_retries=0) as client, pytest.raises(openai.APIConnectionError):
+        with openai.OpenAI(api_key="sk-user-x", base_url=url, max_retries=0) as client, pytest.raises(openai.APIConnectionError):
             client.chat.completions.create(model=MODEL, messages=MESSAGES)
 
 
 @pytest.mark.parametrize("fault", ["cut=0", "cut=1", "cut=5", "error=1", "error=5", "string-code=5"])
-def test_a_stream_that_breaks_off_is_an_api_error_and_not_a_short_answer(client: OpenAI, fault: str) -> None:
+def test_a_stream_that_breaks_off_is_an_api_error_and_not_a_short_answer(client: "OpenAI", fault: str) -> None:
     with pytest.raises(openai.APIError, match=r"lost|disconnected|500"):
         list(client.chat.completions.create(model=MODEL, messages=says(f"fault:{fault}"), stream=True))
 
 
 @pytest.mark.parametrize("fault", ["cut-inside=1", "cut-inside=5", "cut-inside=20", "bad-chunk=5"])
-def test_a_stream_that_breaks_off_inside_an_event_never_looks_whole(client: OpenAI, fault: str) -> None:
+def test_a_stream_that_breaks_off_inside_an_event_never_looks_whole(client: "OpenAI", fault: str) -> None:
     with pytest.raises((openai.APIError, json.JSONDecodeError)):
         list(client.chat.completions.create(model=MODEL, messages=says(f"fault:{fault}"), stream=True))
 
@@ -393,7 +399,7 @@ def test_a_stream_that_breaks_off_inside_an_event_never_looks_whole(client: Open
         "odd-headers",
     ],
 )
-def test_a_stream_of_odd_form_is_a_whole_answer(client: OpenAI, fault: str) -> None:
+def test_a_stream_of_odd_form_is_a_whole_answer(client: "OpenAI", fault: str) -> None:
     stream = client.chat.completions.create(model=MODEL, messages=says(f"Привет! fault:{fault}"), stream=True)
     chunks = list(stream)
     assert "Вы написали" in "".join(chunk.choices[0].delta.content for chunk in chunks if chunk.choices)
@@ -401,12 +407,12 @@ def test_a_stream_of_odd_form_is_a_whole_answer(client: OpenAI, fault: str) -> N
     assert [chunk for chunk in chunks if chunk.usage][-1].usage.model_extra["cost"] > 0
 
 
-def test_a_plain_answer_that_failed_says_so(client: OpenAI) -> None:
+def test_a_plain_answer_that_failed_says_so(client: "OpenAI") -> None:
     choice = client.chat.completions.create(model=MODEL, messages=says("fault:plain-error")).choices[0]
     assert (choice.finish_reason, choice.model_extra["error"]["code"]) == ("error", 502)
 
 
-def test_models(client: OpenAI) -> None:
+def test_models(client: "OpenAI") -> None:
     assert len(list(client.models.list())) == 326
     assert client.models.retrieve(MODEL).owned_by == "google"
 

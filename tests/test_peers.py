@@ -9,11 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from decimal import Decimal
 from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import msgspec
-import openai
 import pytest
 from aiohttp import web
 
@@ -33,8 +32,14 @@ from gptutor.server.serve import listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
 from tests.support.accounting import assert_charges_match_bills
 from tests.support.gateway import Client, Gateway, config_for, gateway_on, make_client
+from tests.support.late import LateImport
 from tests.support.ledger import assert_invariants_hold, hold, ledger_of, release, settlement
 from tests.support.statements import Statements
+
+if TYPE_CHECKING:
+    import openai
+else:
+    openai = LateImport("openai")
 
 ROUTER = "openrouter/auto"
 SMALL = "openai/gpt-4o-mini"

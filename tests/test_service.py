@@ -51,7 +51,7 @@ def stream(service: Service, text: str) -> bytes:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_finishes_running_requests_and_settles_their_charges(tmp_path: Path, number: signal.Signals) -> None:
-    running = start(tmp_path, GPTUTOR_SIMULATOR__WORD_S="0.03")
+    running = start(tmp_path, is_new=True, GPTUTOR_SIMULATOR__WORD_S="0.03")
     answers: list[bytes] = []
     client = threading.Thread(target=lambda: answers.append(stream(running, "Hello")))
     client.start()
@@ -111,7 +111,7 @@ def answer_during_stop(service: Service, text: str, *, stream: bool) -> tuple[in
 
 
 def test_after_a_kill_the_service_has_its_database_its_user_and_its_key(tmp_path: Path) -> None:
-    first = start(tmp_path)
+    first = start(tmp_path, is_new=True)
     stream(first, "Hello")
     first.lines_of(1, 2)
     first.stop(signal.SIGKILL)
@@ -198,7 +198,8 @@ def test_the_wheel_is_complete_and_has_the_version(tmp_path: Path) -> None:
         symlinks=True,
         ignore=shutil.ignore_patterns(".venv", "var", "logs", ".git", "node_modules", ".*cache", "__pycache__", ".hypothesis"),
     )
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)], check=True)
+    installed_here = ("--no-deps", "--no-build-isolation", "--check-build-dependencies")  # as `make install` builds
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", *installed_here, "-w", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"gptutor-{__version__}-")
     installed = tmp_path / "installed"

@@ -37,7 +37,6 @@ FINISH_REASON = re.compile(rb'"finish_reason" ?: ?"')
 DATA_FIELD = b"data:"
 EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")
 EVENT_END = re.compile(b"|".join(EVENT_ENDS))
-LINE_END = re.compile(rb"\r\n|\n|\r")
 NUMBER = re.compile(r"(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?")
 GENERATION_ID = re.compile(r"[!-~]{1,200}")
 NUMBER_CHARACTERS_MAX = 64
@@ -215,12 +214,12 @@ class BillScanner:
             if cut := _last_event_end(block, until=min(marks)):
                 self._skip(block, until=cut)
                 block = block[cut:]
-        for event in EVENT_END.split(block)[self._skipping :]:
+        for event in _events(block)[self._skipping :]:
             has_no_news = self.generation_id is not None and not self._marks(event)
             if DATA_FIELD not in event or has_no_news or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
                 self._skip(event)
                 continue
-            data = b"\n".join(line[5:] for line in LINE_END.split(event) if line.startswith(b"data:"))
+            data = b"\n".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
             if data.strip() == b"[DONE]":
                 self.has_seen_end = True
                 continue
@@ -237,6 +236,11 @@ def _last_event_end(chunk: bytes, until: int | None = None) -> int:
     ends = EVENT_ENDS if b"\r" in chunk else EVENT_ENDS[:1]  # an absent one is searched for through the whole chunk
     last = max([chunk.rfind(end, 0, until) for end in ends])
     return last + 2 if last >= 0 else 0
+
+
+def _events(block: bytes) -> list[bytes]:
+    """Without CR, which the expression needs, a search for LF LF is a hundred times as fast."""
+    return EVENT_END.split(block) if b"\r" in block else block.split(b"\n\n")
 
 
 def _provider_cost(details: bytes) -> Decimal | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import functools
 import itertools
 import json
 import time
@@ -22,6 +23,14 @@ BODY_BYTES_MAX = 64 * 1024 * 1024
 REFUSALS = frozenset({400, 401, 402, 403, 404, 408, 413, 422, 429, 503})
 
 
+@functools.cache
+def _models() -> tuple[dict[str, SimulatedModel], bytes]:
+    """The library, and its list as JSON: the same for every simulator."""
+    library = make_model_library()
+    listings = [model.listing() for model in library.values()]
+    return library, dumps({"data": listings, "total_count": len(listings), "links": {"next": None}})
+
+
 class Simulator:
     """`first_word_s` and `word_s` are the time before the first word of a response and between its words.
 
@@ -36,9 +45,7 @@ class Simulator:
         self.generation_delay_s = generation_delay_s
         self.bills_worst_case = False
         """Whether every request is billed as much as the live service can bill for it."""
-        self._library = make_model_library()
-        listings = [model.listing() for model in self._library.values()]
-        self.model_list = dumps({"data": listings, "total_count": len(listings), "links": {"next": None}})
+        self._library, self.model_list = _models()
         self._numbers = itertools.count(1)
         self._epoch = int(time.time())
 

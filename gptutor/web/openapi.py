@@ -14,11 +14,13 @@ from gptutor.api.keys import KeyLimitsPatch, NewKey
 from gptutor.errors import ERRORS, ErrorKind
 
 SOURCE = Path(__file__).parent / "openapi.yaml"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's where the package has it: ten times as fast."""
 
 
 def describe() -> dict[str, Any]:
     """The whole document, ready to be printed as JSON."""
-    document: dict[str, Any] = yaml.safe_load(SOURCE.read_text(encoding="utf-8"))
+    document: dict[str, Any] = yaml.load(SOURCE.read_text(encoding="utf-8"), Loader=LOADER)  # noqa: S506 - it is a safe one
     document["info"]["version"] = __version__
     components = document["components"]
     schemas = components["schemas"]

@@ -2,18 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import aiohttp
 from aiohttp import web
 
 from gptutor.app import build_app
 from gptutor.config import schema
-from gptutor.database import pool
+from gptutor.database import migrations, pool
 from gptutor.http.app_keys import READINESS, SERVICES
 from gptutor.money.amounts import AccountId, parse_roubles, roubles
 from gptutor.money.bookings import Bookings
@@ -126,12 +127,25 @@ def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[st
 
 @asynccontextmanager
 async def gateway_on(
-    config: schema.Config, database: pool.Database, simulator: Simulator, *, log: LoggerService | None = None
+    config: schema.Config,
+    database: pool.Database,
+    simulator: Simulator,
+    *,
+    log: LoggerService | None = None,
+    is_migrated: bool = False,
 ) -> AsyncIterator[Gateway]:
     """A gateway with these settings, ready. Two gateways on one database need the same OpenRouter: the recovery of each
-    looks up the due holds of both."""
+    looks up the due holds of both. `is_migrated`: the database is known to be, and the start does not look again."""
     app = build_app(config, log=log or LoggerService(), secrets=[SECRET])
-    async with listening(app, config) as url, aiohttp.ClientSession(auto_decompress=False) as session:
-        running = Gateway(url, app, simulator, database, session)
-        await running.ready()
+
+    async def none(url: str) -> list[str]:
+        return []
+
+    known = mock.patch.object(migrations, "pending_migrations", none)
+    async with AsyncExitStack() as stack:
+        with known if is_migrated else nullcontext():
+            url = await stack.enter_async_context(listening(app, config))
+            session = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
+            running = Gateway(url, app, simulator, database, session)
+            await running.ready()
         yield running

@@ -15,6 +15,7 @@ import orjson
 import psutil
 
 from tests.support.command_server import CommandServer
+from tests.support.postgres import CLUSTER
 
 COMMANDS = CommandServer()
 START_S = 60
@@ -29,6 +30,7 @@ def environment(directory: Path, **settings: str) -> dict[str, str]:
     return {
         **clean,
         "PYTHONFAULTHANDLER": "1",
+        "SSL_CERT_FILE": os.devnull,  # no service of a test calls an HTTPS server, and reading the system's authorities is slow
         "PORT": "0",
         "GPTUTOR_SIMULATOR__PORT": "0",
         "GPTUTOR_SIMULATOR__WORD_S": "0.001",
@@ -104,8 +106,12 @@ def run(environ: dict[str, str], *arguments: str, check: bool = True) -> subproc
     return ended
 
 
-def start(directory: Path, **settings: str) -> Service:
+def start(directory: Path, *, is_new: bool = False, **settings: str) -> Service:
+    """Starts the service with a copy of a migrated database, unless `directory` has one, or (`is_new`) the service is to make it."""
     environ = environment(directory, **settings)
+    data = directory / "var" / "postgres"
+    if not is_new and "DATABASE_URL" not in settings and not data.exists():
+        CLUSTER.copy(data)
     process = subprocess.Popen(
         [sys.executable, "-m", "gptutor", "serve"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
