@@ -54,7 +54,8 @@ BEGIN
         ),
         settled AS (
             UPDATE holds
-            SET state = 'settled', charge_nano = item.charge_nano, cost_usd = item.cost_usd, closed_at = clock_timestamp(),
+            SET state = 'settled', charge_nano = item.charge_nano, cost_usd = item.cost_usd,
+                closed_at = greatest(clock_timestamp(), created_at), -- the server's clock may have been set back
                 generation_id = coalesce(item.generation_id, holds.generation_id), is_unresolved = FALSE,
                 is_late = holds.state = 'released'
             FROM item
@@ -463,7 +464,9 @@ BEGIN
 
     RETURN QUERY
     WITH released AS (
-        UPDATE holds SET state = 'released', closed_at = clock_timestamp(), is_unresolved = item.unresolved
+        UPDATE holds
+        SET state = 'released', is_unresolved = item.unresolved,
+            closed_at = greatest(clock_timestamp(), created_at) -- the server's clock may have been set back
         FROM unnest(account_ids, hold_ids, unresolved) AS item (account_id, hold_id, unresolved)
         WHERE holds.account_id = item.account_id AND holds.hold_id = item.hold_id AND holds.state = 'open'
             AND (item.unresolved OR NOT holds.is_handed_over) -- one that was handed over meanwhile may have bought something
