@@ -125,7 +125,13 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
     config = app[CONFIG]
     journals = config.paths.data / JOURNALS
     async with AsyncExitStack() as stack:
-        app[JOURNAL], abandoned = stack.enter_context(journal.opened(journals, bytes_max=config.recovery.journal_bytes_max))
+        app[JOURNAL], abandoned = stack.enter_context(
+            journal.opened(
+                journals,
+                bytes_max=config.recovery.journal_bytes_max,
+                kept_bytes_max=config.recovery.journal_kept_bytes_max,
+            )
+        )
 
         database = app[DATABASE] = await stack.enter_async_context(
             pool.open_database(
@@ -190,6 +196,8 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             poll_s=config.recovery.poll_s,
             lookup_interval_max_s=config.recovery.lookup_interval_max_s,
             give_up_s=config.recovery.give_up_s,
+            kept_s=config.recovery.journal_kept_s,
+            kept_bytes_max=config.recovery.journal_kept_bytes_max,
         )
         background = asyncio.create_task(_become_ready(app, recovery, abandoned), name="startup and recovery")
         yield

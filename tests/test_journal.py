@@ -65,8 +65,8 @@ WRITTEN = {
 
 
 def the_file(slot: Path) -> Path:
-    (path,) = slot.glob("*.log")
-    return path
+    """The latest segment."""
+    return max(slot.glob("????????-*.log"))
 
 
 def read(slot: Path) -> AbandonedJournal:
@@ -84,9 +84,9 @@ def test_what_was_written_survives_without_flush_and_close(slot: Path) -> None:
     assert abandoned.owner == own.owner
     assert abandoned.open_holds == own.open_holds == WRITTEN
     assert abandoned.is_complete
-    abandoned.delete()
-    abandoned.delete()  # deleting twice is no error
-    assert list(slot.iterdir()) == []
+    abandoned.retire()
+    abandoned.retire()  # twice is no error
+    assert journal.read_journals(slot) == []
 
 
 def test_the_first_generation_id_stays_whatever_the_bill_says(slot: Path) -> None:
@@ -111,7 +111,7 @@ with journal.opened(Path(sys.argv[1])) as (own, journals):
     own.record_generation_id(uuid.UUID(int=1), "gen-1")
     own.record_charge(uuid.UUID(int=1), pricing.Charge(900000000, Decimal("0.01")), "gen-1")
     own.record_sent(7, uuid.UUID(int=2))
-    print(own.owner, own._slot.name, len(journals), flush=True)
+    print(own.owner, own.slot.name, len(journals), flush=True)
     if sys.argv[2] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     sys.stdin.readline()
@@ -140,7 +140,7 @@ def test_a_killed_process_leaves_all_it_knew_to_the_next_process_in_its_slot(tmp
         assert process.wait(30) == -signal.SIGKILL
     with journal.opened(tmp_path) as (own, journals):
         (abandoned,) = journals
-        assert own._slot.name == slot == "0"
+        assert own.slot.name == slot == "0"
         assert str(abandoned.owner) == owner != str(own.owner)
         assert abandoned.is_complete
         assert abandoned.open_holds == {hold_id(1): HoldRecord(ACCOUNT, "gen-1", CHARGE), hold_id(2): HoldRecord(ACCOUNT)}
@@ -151,7 +151,7 @@ def test_two_processes_never_share_a_slot_and_only_journals_of_dead_processes_ar
     with other_process(tmp_path, "live") as process:
         owner, slot, _ = said_by(process)
         with journal.opened(tmp_path) as (one, none), journal.opened(tmp_path) as (two, none_either):
-            assert [slot, one._slot.name, two._slot.name] == ["0", "1", "2"]
+            assert [slot, one.slot.name, two.slot.name] == ["0", "1", "2"]
             assert none == none_either == []
             one.record_sent(ACCOUNT, hold_id(5))
             with journal.abandoned(tmp_path) as journals:
@@ -163,8 +163,8 @@ def test_two_processes_never_share_a_slot_and_only_journals_of_dead_processes_ar
                 with journal.abandoned(tmp_path) as again:  # its slot is locked
                     assert again == []
                 with journal.opened(tmp_path) as (three, not_three):  # nor does a new process take that slot
-                    assert (three._slot.name, not_three) == ("3", [])
-                journals[0].delete()
+                    assert (three.slot.name, not_three) == ("3", [])
+                journals[0].retire()
             with journal.abandoned(tmp_path) as journals:
                 assert journals == []
     assert [path.name for path in (tmp_path / "1").glob("*.log")] == [f"{one.owner}.000001.log"]
@@ -361,8 +361,8 @@ def test_a_death_between_the_new_segment_and_the_removal_of_the_old_one_changes_
     abandoned = read(slot)
     assert abandoned.open_holds == own.open_holds
     assert len(abandoned.files) == 2
-    abandoned.delete()
-    assert list(slot.iterdir()) == []
+    abandoned.retire()
+    assert journal.read_journals(slot) == []
 
 
 def fill(own: Journal) -> None:

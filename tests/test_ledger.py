@@ -108,7 +108,9 @@ async def test_a_release_charges_nothing_and_late_evidence_still_charges_once(da
     await assert_invariants_hold(database)
 
 
-async def test_a_hold_ends_after_it_begins_even_if_the_clock_of_the_server_is_set_back(database: Database, database_url: str) -> None:
+async def test_a_hold_ends_after_it_begins_even_if_the_clock_of_the_server_is_set_back(
+    database: Database, database_url: str
+) -> None:
     """Row db-12: the clock steps back by an hour while two requests run, one settled and one released."""
     client = await make_client(database, "100")
     settled, released = [await hold(database, client, "5") for _ in range(2)]

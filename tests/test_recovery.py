@@ -188,7 +188,7 @@ async def test_a_hold_that_cannot_be_closed_delays_no_other_account(
     database: Database, database_url: str, directory: Path, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows db-11, process-11: one account was changed by hand, the row of another is locked; the rest is retried."""
-    monkeypatch.setattr("gptutor.money.recovery.CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("gptutor.money.closings.CLOSE_TIMEOUT_S", 0.5)
     broken, locked, other = [await make_client(database, "100") for _ in range(3)]
     dead = mortal(database, directory)
     for client in (broken, locked, other):
@@ -569,7 +569,7 @@ async def test_a_slow_look_up_is_not_cut_off_by_the_timeout_of_closings(
     database: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The short timeout is for closings, which a lock may delay; a look-up has a timeout of its own."""
-    monkeypatch.setattr("gptutor.money.recovery.CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("gptutor.money.closings.CLOSE_TIMEOUT_S", 0.5)
     client, generations = await make_client(database, "100"), Generations({"gen-1": Decimal("0.01")})
     answered = generations.cost_of
 
