@@ -566,7 +566,8 @@ BEGIN
         FROM accounts WHERE account_id = item.account_id;
         SELECT key_id, limit_nano IS NOT NULL AS has_limit INTO key
         FROM api_keys WHERE account_id = item.account_id AND substr(key_hash, 1, 8) = item.key_hash_beginning;
-        IF item.amount_nano IS NULL OR account.created_at IS NULL OR (key.key_id IS NULL AND account.created_at > item.placed_at) THEN
+        IF item.amount_nano IS NULL OR account.created_at IS NULL
+            OR (key.key_id IS NULL AND account.created_at > item.placed_at) THEN
             outcome := 'impossible';
             RETURN NEXT;
             CONTINUE;

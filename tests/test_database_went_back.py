@@ -297,9 +297,9 @@ async def test_a_hold_that_the_journal_has_forgotten_is_not_released_as_never_se
     never_sent = await hold(database, client, "5", ledger=dead)
     with process(database, directory) as survivor:
         await survivor.recovery.replay(*journals_in(directory))
-    async with database.snapshot() as connection:
-        states = dict(await connection.fetch("SELECT hold_id, state::text FROM holds"))
-    assert states == {forgotten.hold_id: "open", never_sent.hold_id: "released"}
+        async with database.snapshot() as connection:
+            states = dict(await connection.fetch("SELECT hold_id, state::text FROM holds"))
+        assert states == {forgotten.hold_id: "open", never_sent.hold_id: "released"}
         await survivor.recovery.process_due_holds()
     (waiting,) = await database.fetch("list_waiting_holds", 10)
     assert (waiting["hold_id"], waiting["state"]) == (forgotten.hold_id, "awaiting_evidence")

@@ -1,6 +1,6 @@
 -- Places holds again that the database has lost, by what the journal of their process knows: the database was restored from a
 -- backup, or a server that lagged behind was promoted. Idempotent. One row for each:
---   restored    the hold is there. If it awaits evidence, it is open and handed over; otherwise it is released, because nothing was
+--   restored    the hold is there. If it awaits evidence, it is open and handed over; otherwise it is released, because nothing is
 --               held for it any more, and its charge is booked late
 --   exists      it was not lost
 --   impossible  its account was lost too, or another one has its number now, or the journal has no amount of it
@@ -42,7 +42,8 @@ BEGIN
         FROM accounts WHERE account_id = item.account_id;
         SELECT key_id, limit_nano IS NOT NULL AS has_limit INTO key
         FROM api_keys WHERE account_id = item.account_id AND substr(key_hash, 1, 8) = item.key_hash_beginning;
-        IF item.amount_nano IS NULL OR account.created_at IS NULL OR (key.key_id IS NULL AND account.created_at > item.placed_at) THEN
+        IF item.amount_nano IS NULL OR account.created_at IS NULL
+            OR (key.key_id IS NULL AND account.created_at > item.placed_at) THEN
             outcome := 'impossible';
             RETURN NEXT;
             CONTINUE;

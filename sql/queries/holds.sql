@@ -50,9 +50,10 @@ SELECT hold_id
 FROM hand_over_holds(account_ids => $1::bigint[], hold_ids => $2::uuid[], generation_ids => $3::text[]);
 
 -- name: restore_holds
--- Places holds again that the database has lost. $1 the owner; arrays: $2 accounts, $3 holds, $4 when they were placed, $5 amounts
--- in nano-roubles or NULL, $6 roubles per dollar, $7 the first 8 bytes of the keys' SHA-256, $8 models, $9 request ids, $10 generation
--- ids or NULL, $11 whether evidence of the cost is still looked for. One row for each: for the outcomes see the function.
+-- Places holds again that the database has lost. $1 the owner; arrays: $2 accounts, $3 holds, $4 when they were placed, $5
+-- amounts in nano-roubles or NULL, $6 roubles per dollar, $7 the first 8 bytes of the keys' SHA-256, $8 models, $9 request ids,
+-- $10 generation ids or NULL, $11 whether evidence of the cost is still looked for.
+-- One row for each: for the outcomes see the function.
 SELECT
     hold_id,
     outcome
@@ -73,11 +74,11 @@ FROM restore_holds(
 -- name: find_hold_states
 -- The states of the holds $2 of the accounts $1 (arrays). No row: there is no such hold.
 SELECT
-    hold_id,
+    holds.hold_id,
     holds.state::text AS state,
     holds.is_handed_over
 FROM unnest($1::bigint[], $2::uuid[]) AS i (account_id, hold_id)
-INNER JOIN holds USING (account_id, hold_id);
+INNER JOIN holds ON i.account_id = holds.account_id AND i.hold_id = holds.hold_id;
 
 -- name: find_position
 -- Where the server stands, and whether the hold $2 of the account $1 is settled (NULL: there is no such hold). One row.
