@@ -263,7 +263,7 @@ BEGIN
     RETURN NEXT;
 END $$;
 
-CREATE FUNCTION public.find_position(OUT history text, OUT wal_bytes bigint) RETURNS record
+CREATE FUNCTION public.find_position() RETURNS TABLE(history text, wal_bytes bigint)
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -283,6 +283,7 @@ BEGIN
     END;
     SELECT concat_ws('/', coalesce(server, '-'), coalesce(timeline, '-'), oid, extract(EPOCH FROM pg_postmaster_start_time()))
     INTO history FROM pg_database WHERE datname = current_database();
+    RETURN NEXT;
 END $$;
 
 CREATE FUNCTION public.hand_over_holds(account_ids bigint[], hold_ids uuid[], generation_ids text[]) RETURNS TABLE(hold_id uuid)

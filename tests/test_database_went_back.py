@@ -412,7 +412,8 @@ async def test_a_server_that_tells_no_position_is_found_out_by_its_witness(
     client = await make_client(database, "100")
     connection = await asyncpg.connect(live.url)
     await connection.execute(
-        "CREATE OR REPLACE FUNCTION find_position(OUT history text, OUT wal_bytes bigint) LANGUAGE SQL AS $$ SELECT '-', NULL::bigint $$"
+        "CREATE OR REPLACE FUNCTION find_position() RETURNS TABLE (history text, wal_bytes bigint) LANGUAGE SQL "
+        "AS $$ SELECT '-', NULL::bigint $$"
     )
     with process(database, directory) as living:
         assert await checked(living, caplog) == []

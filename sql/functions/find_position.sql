@@ -1,6 +1,6 @@
 -- Where the server stands. A restore, a promotion and a restart change history; what only goes back lowers wal_bytes.
--- A part that the server or the role's privileges do not give is empty. It begins no transaction of its own: it writes nothing.
-CREATE OR REPLACE FUNCTION find_position(OUT history text, OUT wal_bytes bigint)
+-- What the server or the role's privileges do not give is left out. One row.
+CREATE OR REPLACE FUNCTION find_position() RETURNS TABLE (history text, wal_bytes bigint)
 LANGUAGE plpgsql AS $$
 DECLARE
     server text;
@@ -19,4 +19,5 @@ BEGIN
     END;
     SELECT concat_ws('/', coalesce(server, '-'), coalesce(timeline, '-'), oid, extract(EPOCH FROM pg_postmaster_start_time()))
     INTO history FROM pg_database WHERE datname = current_database();
+    RETURN NEXT;
 END $$;

@@ -127,11 +127,20 @@ RETURNING
 
 -- name: list_open_holds_of
 -- What the process run $1, which has ended, left open and did not hand over: at most $3, those after the hold $2.
+-- The open holds are read first: they are few, and the order would tempt the planner to read the whole table.
+WITH open_holds AS MATERIALIZED (
+    SELECT
+        account_id,
+        hold_id
+    FROM holds
+    WHERE state = 'open' AND owner = $1::uuid AND NOT is_handed_over
+)
+
 SELECT
     account_id,
     hold_id
-FROM holds
-WHERE state = 'open' AND owner = $1::uuid AND NOT is_handed_over AND hold_id > $2::uuid
+FROM open_holds
+WHERE hold_id > $2::uuid
 ORDER BY hold_id
 LIMIT $3::integer;
 
