@@ -47,7 +47,7 @@ from gptutor.integrations.vk import ExpiredLaunch
 from gptutor.money import journal
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.balance_auditor import BalanceAuditor
-from gptutor.money.journal import AbandonedJournal
+from gptutor.money.journal import JOURNALS, AbandonedJournal
 from gptutor.money.keyring import KeyRing
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import LLMCostEvaluate
@@ -65,7 +65,6 @@ HOLD_SLACK_S = 60
 """Added to a request's own timeouts for settling it; after that recovery takes its hold over."""
 DATABASE_RETRY_S = 1.0
 LEDGER_DRAIN_S = 5.0
-JOURNALS = "journal"
 MODELS_FILE = "models.json"
 
 

@@ -1,7 +1,7 @@
 -- Places holds again that the database has lost, by what the journal of their process knows: the database was restored from a
 -- backup, or a server that lagged behind was promoted. Idempotent. One row for each:
---   restored    the hold is there. If it awaits evidence, it is open and handed over; otherwise it is released, as nothing is held
---               for it any more, and its charge is booked late
+--   restored    the hold is there. If it awaits evidence, it is open and handed over; otherwise it is released, as nothing is
+--               held for it any more, and its charge is booked late
 --   exists      it was not lost
 --   impossible  its account was lost too, or another one has its number now, or the journal has no amount of it
 -- An account with the number is another one if it does not have the key, and is younger than the hold.

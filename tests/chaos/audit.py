@@ -23,7 +23,7 @@ from typing import Any
 import aiohttp
 import asyncpg
 
-from gptutor.app import JOURNALS, derived_key
+from gptutor.app import derived_key
 from gptutor.money.journal import read_journals
 from tests.chaos.processes import SECRET
 
