@@ -3,6 +3,8 @@ knows is charged once, and the rest is listed (contract C3, C6, C8; rows sum-6, 
 
 import asyncio
 import logging
+import os
+import pwd
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from decimal import Decimal
@@ -14,6 +16,7 @@ import pytest
 
 from gptutor.config import schema
 from gptutor.database.errors import DatabaseUnavailable
+from gptutor.database.migrations import migrate
 from gptutor.database.pool import Database, open_database
 from gptutor.http.app_keys import SERVICES
 from gptutor.money import journal
@@ -28,6 +31,7 @@ from tests.support.accounting import assert_charges_match_bills
 from tests.support.gateway import Client, Gateway, config_for, gateway_on, make_client
 from tests.support.ledger import assert_invariants_hold, hold, settlement
 from tests.support.recovery import Generations, Process, journals_in, mortal, process
+from tests.support.replica import Replica, replicated_postgres
 from tests.support.restorable import RestorableDatabase, restorable
 
 CHARGE = Charge(Nano(9 * 10**8), Decimal("0.01"))  # 0.01 dollars × 90 = 0.9 roubles
@@ -452,6 +456,63 @@ async def test_a_role_with_few_privileges_learns_at_least_when_the_server_starte
         await connection.execute("GRANT EXECUTE ON FUNCTION pg_control_system(), pg_current_wal_lsn() TO public")
         await connection.execute("DROP ROLE few_privileges")
     await connection.close()
+
+
+def has_postgres_user() -> bool:
+    try:
+        pwd.getpwnam("postgres")
+    except KeyError:
+        return False
+    return True
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.skipif(os.geteuid() == 0 and not has_postgres_user(), reason="root needs a user postgres to run servers")
+@pytest.mark.parametrize("lost", [0, 4])
+async def test_a_replica_is_recognised_by_its_timeline_and_what_it_lacks_is_charged_again(
+    directory: Path, caplog: pytest.LogCaptureFixture, lost: int
+) -> None:
+    """Row db-8: a real promotion. Of a replica that has everything, nobody is alarmed."""
+    with replicated_postgres() as replica:
+        await migrate(replica.primary_url)
+        async with open_database(replica.primary_url) as primary:
+            client = await make_client(primary, "100")
+            with process(primary, directory) as living:
+                assert await checked(living, caplog) == []
+                for _ in range(3):
+                    await buy(primary, client, living)
+                await until_replayed(replica)
+                if lost:
+                    replica.stop()
+                    for _ in range(lost):
+                        await buy(primary, client, living)
+                assert await checked(living, caplog) == []
+        replica.promote()
+        before = read_position(directory / "0")
+        async with open_database(replica.url) as promoted:
+            client.database = promoted
+            assert await client.balance() == Decimal("97.3")
+            with process(promoted, directory) as next_process:
+                told = await checked(next_process, caplog)
+                assert [line.partition(" holds")[0] for line in told] == [f"{WENT_BACK}: {lost}"] * bool(lost)
+            after = read_position(directory / "0")
+            assert await client.balance() == Decimal("97.3") - lost * Decimal("0.9")
+            await assert_invariants_hold(promoted)
+    assert before is not None
+    assert after is not None
+    (server, timeline, *_), (other_server, other_timeline, *_) = before.history.split("/"), after.history.split("/")
+    assert (other_server, int(timeline, 16), int(other_timeline, 16)) == (server, 1, 2)
+
+
+async def until_replayed(replica: Replica) -> None:
+    primary, standby = await asyncpg.connect(replica.primary_url), await asyncpg.connect(replica.url)
+    async with asyncio.timeout(20):
+        while await primary.fetchval("SELECT pg_current_wal_lsn()::text") != await standby.fetchval(
+            "SELECT pg_last_wal_replay_lsn()::text"
+        ):
+            await asyncio.sleep(0.05)
+    await primary.close()
+    await standby.close()
 
 
 # -- the decisions
