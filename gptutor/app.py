@@ -50,7 +50,7 @@ from gptutor.integrations.vk import ExpiredLaunch
 from gptutor.money import journal
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.balance_auditor import BalanceAuditor
-from gptutor.money.journal import AbandonedJournal
+from gptutor.money.journal import JOURNALS, AbandonedJournal
 from gptutor.money.keyring import KeyRing
 from gptutor.money.ledger import Ledger
 from gptutor.money.pending_payments import PendingPayments
@@ -71,7 +71,6 @@ DATABASE_RETRY_S = 1.0
 LEDGER_DRAIN_S = 5.0
 LAST_RESPONSES_S = 1.0
 """So long before the end of `server.shutdown_s`, requests that are still running get their response."""
-JOURNALS = "journal"
 MODELS_FILE = "models.json"
 
 
@@ -132,7 +131,13 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
     config = app[CONFIG]
     journals = config.paths.data / JOURNALS
     async with AsyncExitStack() as stack:
-        app[JOURNAL], abandoned = stack.enter_context(journal.opened(journals, bytes_max=config.recovery.journal_bytes_max))
+        app[JOURNAL], abandoned = stack.enter_context(
+            journal.opened(
+                journals,
+                bytes_max=config.recovery.journal_bytes_max,
+                kept_bytes_max=config.recovery.journal_kept_bytes_max,
+            )
+        )
 
         database = app[DATABASE] = await stack.enter_async_context(
             pool.open_database(
@@ -205,6 +210,8 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             poll_s=config.recovery.poll_s,
             lookup_interval_max_s=config.recovery.lookup_interval_max_s,
             give_up_s=config.recovery.give_up_s,
+            kept_s=config.recovery.journal_kept_s,
+            kept_bytes_max=config.recovery.journal_kept_bytes_max,
         )
         background = asyncio.create_task(_become_ready(app, recovery, payment_lookups, abandoned), name="startup and recovery")
         yield

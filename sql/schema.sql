@@ -54,7 +54,8 @@ BEGIN
         ),
         settled AS (
             UPDATE holds
-            SET state = 'settled', charge_nano = item.charge_nano, cost_usd = item.cost_usd, closed_at = clock_timestamp(),
+            SET state = 'settled', charge_nano = item.charge_nano, cost_usd = item.cost_usd,
+                closed_at = greatest(clock_timestamp(), created_at), -- the server's clock may have been set back
                 generation_id = coalesce(item.generation_id, holds.generation_id), is_unresolved = FALSE,
                 is_late = holds.state = 'released'
             FROM item
@@ -285,6 +286,29 @@ BEGIN
     RETURN NEXT;
 END $$;
 
+CREATE FUNCTION public.find_position() RETURNS TABLE(history text, wal_bytes bigint)
+    LANGUAGE plpgsql
+    AS $$
+DECLARE
+    server text;
+    timeline text;
+BEGIN
+    BEGIN
+        SELECT system_identifier::text INTO server FROM pg_control_system();
+    EXCEPTION WHEN OTHERS THEN
+        NULL;
+    END;
+    BEGIN
+        timeline := substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8); -- the last checkpoint may be of the one before
+        wal_bytes := pg_current_wal_lsn() - '0/0'::pg_lsn;
+    EXCEPTION WHEN OTHERS THEN
+        NULL;
+    END;
+    SELECT concat_ws('/', coalesce(server, '-'), coalesce(timeline, '-'), oid, extract(EPOCH FROM pg_postmaster_start_time()))
+    INTO history FROM pg_database WHERE datname = current_database();
+    RETURN NEXT;
+END $$;
+
 CREATE FUNCTION public.hand_over_holds(account_ids bigint[], hold_ids uuid[], generation_ids text[]) RETURNS TABLE(hold_id uuid)
     LANGUAGE plpgsql
     SET lock_timeout TO '100ms'
@@ -504,7 +528,9 @@ BEGIN
 
     RETURN QUERY
     WITH released AS (
-        UPDATE holds SET state = 'released', closed_at = clock_timestamp(), is_unresolved = item.unresolved,
+        UPDATE holds
+        SET state = 'released', is_unresolved = item.unresolved,
+            closed_at = greatest(clock_timestamp(), created_at), -- the server's clock may have been set back
             idempotency_key = CASE WHEN item.unresolved THEN holds.idempotency_key END,
             body_hash = CASE WHEN item.unresolved THEN holds.body_hash END,
             repeats_rejected_until = CASE WHEN item.unresolved THEN holds.repeats_rejected_until END
@@ -550,6 +576,66 @@ BEGIN
     INSERT INTO api_keys (account_id, key_hash, prefix, name, is_main, encrypted_key, secret_id)
     VALUES (owner_account_id, new_key_hash, new_prefix, 'main', TRUE, new_encrypted_key, new_secret_id);
     RETURN TRUE;
+END $$;
+
+CREATE FUNCTION public.restore_holds(owner uuid, account_ids bigint[], hold_ids uuid[], placed_at timestamp with time zone[], amounts_nano bigint[], rates numeric[], key_hash_beginnings bytea[], models text[], request_ids text[], generation_ids text[], await_evidence boolean[]) RETURNS TABLE(hold_id uuid, outcome text)
+    LANGUAGE plpgsql
+    SET lock_timeout TO '100ms'
+    AS $$
+#variable_conflict use_column
+DECLARE
+    item record;
+    account record;
+    key record;
+BEGIN
+    PERFORM FROM accounts WHERE account_id = ANY(account_ids) ORDER BY account_id FOR NO KEY UPDATE;
+
+    FOR item IN
+        SELECT *
+        FROM unnest(
+            account_ids, hold_ids, placed_at, amounts_nano, rates, key_hash_beginnings, models, request_ids, generation_ids,
+            await_evidence
+        ) AS i (
+            account_id, hold_id, placed_at, amount_nano, rub_per_usd, key_hash_beginning, model, request_id, generation_id,
+            awaits_evidence
+        )
+    LOOP
+        hold_id := item.hold_id;
+        IF EXISTS (SELECT FROM holds WHERE hold_id = item.hold_id AND account_id = item.account_id) THEN
+            outcome := 'exists';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+
+        SELECT created_at, greatest(balance_nano - held_nano, 0) AS available_nano INTO account
+        FROM accounts WHERE account_id = item.account_id;
+        SELECT key_id, limit_nano IS NOT NULL AS has_limit INTO key
+        FROM api_keys WHERE account_id = item.account_id AND substr(key_hash, 1, 8) = item.key_hash_beginning;
+        IF item.amount_nano IS NULL OR account.created_at IS NULL
+            OR (key.key_id IS NULL AND account.created_at > item.placed_at) THEN
+            outcome := 'impossible';
+            RETURN NEXT;
+            CONTINUE;
+        END IF;
+
+        IF item.awaits_evidence THEN
+            item.amount_nano := least(item.amount_nano, account.available_nano);
+            UPDATE accounts SET held_nano = held_nano + item.amount_nano WHERE account_id = item.account_id;
+            UPDATE api_keys SET held_nano = held_nano + item.amount_nano
+            WHERE account_id = item.account_id AND key_id = key.key_id AND key.has_limit;
+        END IF;
+        INSERT INTO holds (
+            account_id, hold_id, state, is_handed_over, owner, key_id, counts_against_key_limit, amount_nano, rub_per_usd, model,
+            request_id, generation_id, created_at, closed_at, due_at
+        ) VALUES (
+            item.account_id, item.hold_id, CASE WHEN item.awaits_evidence THEN 'open' ELSE 'released' END::hold_state,
+            item.awaits_evidence, owner, coalesce(key.key_id, 0), coalesce(key.has_limit, FALSE), item.amount_nano,
+            item.rub_per_usd, item.model, item.request_id, item.generation_id, least(item.placed_at, now()),
+            CASE WHEN NOT item.awaits_evidence THEN now() END, now()
+        );
+        outcome := 'restored';
+        RETURN NEXT;
+    END LOOP;
 END $$;
 
 CREATE FUNCTION public.set_key_limits(owner_account_id bigint, changed_key_id bigint, new_limit_nano bigint, new_limit_reset text, new_requests_per_minute integer, new_expires_at timestamp with time zone, if_unchanged boolean, expected_limit_nano bigint, expected_limit_reset text, expected_requests_per_minute integer, expected_expires_at timestamp with time zone) RETURNS text

@@ -3,13 +3,19 @@
 import base64
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import orjson
 import pytest
 
 from gptutor import __version__
+from gptutor.money import journal
+from gptutor.money.amounts import AccountId, Nano
+from gptutor.money.holds import HoldFacts, new_id
 from gptutor.money.invariants import load_invariants
+from gptutor.money.journal_records import HoldRecord
+from gptutor.money.pricing import Charge
 from tests.support.service import Service, environment, refused, run, running_with, said, start_simulator
 
 
@@ -177,5 +183,16 @@ def test_our_totals_are_compared_with_openrouters(service: Service, tmp_path: Pa
         output = run(environ, "reconcile").stdout
         assert "difference" in output
         assert "0 holds of unknown cost" in output
+        assert "cannot be charged" not in output
+
+        with journal.opened(tmp_path / "var" / "journal") as (own, _):
+            facts = HoldFacts(Nano(5 * 10**9), Decimal(90), b"12345678", "the-request", "a/b")
+            own.record_unbooked(new_id(), HoldRecord(AccountId(7), "gen-1", Charge(Nano(9 * 10**8), Decimal("0.01")), facts))
+            own.record_unbooked(new_id(), HoldRecord(AccountId(7)))  # of an earlier release
+        billed, unknown = orjson.loads(run(environ, "reconcile", "--json").stdout)["unbooked"]
+        assert (billed["user_id"], billed["charge"], billed["cost_usd"], billed["at_most"]) == (7, "0.9", "0.01", "5")
+        assert (billed["request_id"], billed["generation_id"], billed["model"]) == ("the-request", "gen-1", "a/b")
+        assert (unknown["user_id"], unknown["charge"], unknown["request_id"]) == (7, None, None)
+        assert "2 requests cannot be charged" in run(environ, "reconcile").stdout
     finally:
         simulator.stop()

@@ -4,11 +4,13 @@ to process-6, process-11, operator-2, db-4)."""
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from decimal import Decimal
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, Nano
-from gptutor.money.holds import HoldId
+from gptutor.money.holds import HoldFacts, HoldId, new_id, placed_at_ms
 from gptutor.money.journal import AbandonedJournal, Journal, JournalError
 from gptutor.money.journal_records import HoldRecord, _with_checksum
 from gptutor.money.pricing import Charge
@@ -65,8 +67,8 @@ WRITTEN = {
 
 
 def the_file(slot: Path) -> Path:
-    (path,) = slot.glob("*.log")
-    return path
+    """The latest segment."""
+    return max(slot.glob("????????-*.log"))
 
 
 def read(slot: Path) -> AbandonedJournal:
@@ -84,9 +86,9 @@ def test_what_was_written_survives_without_flush_and_close(slot: Path) -> None:
     assert abandoned.owner == own.owner
     assert abandoned.open_holds == own.open_holds == WRITTEN
     assert abandoned.is_complete
-    abandoned.delete()
-    abandoned.delete()  # deleting twice is no error
-    assert list(slot.iterdir()) == []
+    abandoned.retire()
+    abandoned.retire()  # twice is no error
+    assert journal.read_journals(slot) == []
 
 
 def test_the_first_generation_id_stays_whatever_the_bill_says(slot: Path) -> None:
@@ -111,7 +113,7 @@ with journal.opened(Path(sys.argv[1])) as (own, journals):
     own.record_generation_id(uuid.UUID(int=1), "gen-1")
     own.record_charge(uuid.UUID(int=1), pricing.Charge(900000000, Decimal("0.01")), "gen-1")
     own.record_sent(7, uuid.UUID(int=2))
-    print(own.owner, own._slot.name, len(journals), flush=True)
+    print(own.owner, own.slot.name, len(journals), flush=True)
     if sys.argv[2] == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     sys.stdin.readline()
@@ -140,7 +142,7 @@ def test_a_killed_process_leaves_all_it_knew_to_the_next_process_in_its_slot(tmp
         assert process.wait(30) == -signal.SIGKILL
     with journal.opened(tmp_path) as (own, journals):
         (abandoned,) = journals
-        assert own._slot.name == slot == "0"
+        assert own.slot.name == slot == "0"
         assert str(abandoned.owner) == owner != str(own.owner)
         assert abandoned.is_complete
         assert abandoned.open_holds == {hold_id(1): HoldRecord(ACCOUNT, "gen-1", CHARGE), hold_id(2): HoldRecord(ACCOUNT)}
@@ -151,7 +153,7 @@ def test_two_processes_never_share_a_slot_and_only_journals_of_dead_processes_ar
     with other_process(tmp_path, "live") as process:
         owner, slot, _ = said_by(process)
         with journal.opened(tmp_path) as (one, none), journal.opened(tmp_path) as (two, none_either):
-            assert [slot, one._slot.name, two._slot.name] == ["0", "1", "2"]
+            assert [slot, one.slot.name, two.slot.name] == ["0", "1", "2"]
             assert none == none_either == []
             one.record_sent(ACCOUNT, hold_id(5))
             with journal.abandoned(tmp_path) as journals:
@@ -163,8 +165,8 @@ def test_two_processes_never_share_a_slot_and_only_journals_of_dead_processes_ar
                 with journal.abandoned(tmp_path) as again:  # its slot is locked
                     assert again == []
                 with journal.opened(tmp_path) as (three, not_three):  # nor does a new process take that slot
-                    assert (three._slot.name, not_three) == ("3", [])
-                journals[0].delete()
+                    assert (three.slot.name, not_three) == ("3", [])
+                journals[0].retire()
             with journal.abandoned(tmp_path) as journals:
                 assert journals == []
     assert [path.name for path in (tmp_path / "1").glob("*.log")] == [f"{one.owner}.000001.log"]
@@ -315,8 +317,8 @@ def test_without_a_boot_id_absence_proves_nothing(slot: Path, tmp_path: Path, mo
 
 
 def test_a_segment_that_has_grown_is_replaced_by_what_is_open(slot: Path) -> None:
-    """The files stay as small as the work in progress; no open hold is lost, no closed one comes back."""
-    own = Journal(slot, segment_bytes_max=2000, bytes_max=MANY)
+    """Each file stays as small as the work in progress; no open hold is lost, no closed one comes back. What is closed is bounded."""
+    own = Journal(slot, segment_bytes_max=2000, bytes_max=MANY, kept_bytes_max=5000)
     for number in (1, 2, 3, 4):
         own.record_sent(ACCOUNT, hold_id(number))
     own.record_generation_id(hold_id(2), "gen-2")
@@ -326,12 +328,13 @@ def test_a_segment_that_has_grown_is_replaced_by_what_is_open(slot: Path) -> Non
     for number in range(100, 300):
         own.record_sent(ACCOUNT, hold_id(number))
         own.record_closed([hold_id(number)])
-        names.add(the_file(slot).name)  # exactly one at any time
+        names.add(the_file(slot).name)
+        assert sum(path.stat().st_size for path in slot.glob("*.log")) < 5000 + 4000
         sizes.append(the_file(slot).stat().st_size)
         assert read(slot).open_holds == own.open_holds == WRITTEN
         assert read(slot).is_complete
-    assert len(names) > 10
-    assert max(sizes) < 2500
+    assert len(names) > 6
+    assert max(sizes) < 4000
     assert {path.suffix for path in slot.iterdir()} == {".log"}
 
 
@@ -361,8 +364,8 @@ def test_a_death_between_the_new_segment_and_the_removal_of_the_old_one_changes_
     abandoned = read(slot)
     assert abandoned.open_holds == own.open_holds
     assert len(abandoned.files) == 2
-    abandoned.delete()
-    assert list(slot.iterdir()) == []
+    abandoned.retire()
+    assert journal.read_journals(slot) == []
 
 
 def fill(own: Journal) -> None:
@@ -384,6 +387,142 @@ def test_a_journal_that_has_reached_its_bound_takes_no_new_work(slot: Path) -> N
     own.record_closed(numbers)
     own.record_sent(ACCOUNT, hold_id(500))
     assert read(slot).open_holds == {hold_id(500): HoldRecord(ACCOUNT)}
+
+
+# -- evidence of what is closed
+
+
+FACTS = HoldFacts(Nano(5 * 10**9), Decimal("81.25"), bytes(range(8)), "request.1", "vendor/model:free")
+
+
+def closed_one(own: Journal, which: HoldId, facts: HoldFacts | None = FACTS) -> None:
+    own.record_sent(ACCOUNT, which, facts)
+    own.record_charge(which, CHARGE, "gen-1")
+    own.record_closed([which])
+
+
+@pytest.mark.parametrize("text", ["plain", "~moonshotai/kimi-latest", "a b", "ключ", "%20", "", "-", "a\nb"])
+def test_the_facts_of_a_hold_survive_whatever_is_in_them(slot: Path, text: str) -> None:
+    own = Journal(slot, MANY, MANY)
+    facts = HoldFacts(Nano(1), Decimal("1E+2"), b"12345678", text, text)
+    own.record_sent(ACCOUNT, hold_id(1), facts)
+    assert read(slot).open_holds == {hold_id(1): HoldRecord(ACCOUNT, facts=facts)}
+    own._begin_segment()
+    assert read(slot).open_holds == {hold_id(1): HoldRecord(ACCOUNT, facts=facts)}
+
+
+def test_closed_holds_are_found_with_all_that_was_known(slot: Path) -> None:
+    own = Journal(slot, MANY, MANY)
+    one, handed_over, released, again = [new_id() for _ in range(4)]
+    closed_one(own, one)
+    for which in (handed_over, released, again):
+        own.record_sent(ACCOUNT, which, FACTS)
+    own.record_handed_over([handed_over, hold_id(99)])
+    own.record_closed([released, again])
+    own._begin_segment()
+    own.record_sent(ACCOUNT, again, FACTS)  # another attempt of the same request
+    assert own.closed([one, handed_over, released, hold_id(99)]).records == {
+        one: HoldRecord(ACCOUNT, "gen-1", CHARGE, FACTS),
+        handed_over: HoldRecord(ACCOUNT, facts=FACTS, is_handed_over=True),
+        released: HoldRecord(ACCOUNT, facts=FACTS),
+    }
+    assert own.latest_settled == (ACCOUNT, one)
+
+
+def test_a_journal_knows_how_far_back_it_goes(slot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hold that was placed before its oldest segment may have been sent, closed and forgotten; so may all, if a line is lost."""
+    own = Journal(slot, MANY, MANY)
+    before = new_id()
+    closed_one(own, before)
+    assert own.closed([before]).sent_are_known_after_ms == 0
+    own._begin_segment()
+    time.sleep(0.002)
+    after = new_id()
+    assert placed_at_ms(before) > own.closed([before]).sent_are_known_after_ms
+    assert placed_at_ms(after) > own.closed([after]).sent_are_known_after_ms > 0  # reads the second segment alone
+    own.files[0].unlink()
+    known = own.closed([before, after])
+    assert placed_at_ms(before) <= known.sent_are_known_after_ms < placed_at_ms(after)
+    the_file(slot).write_bytes(the_file(slot).read_bytes() + b"damaged\n")
+    assert own.closed([after]).sent_are_known_after_ms == math.inf
+    content = the_file(slot).read_bytes()
+    the_file(slot).write_bytes(content[content.index(b"\n") + 1 :])
+    assert own.closed([after]).sent_are_known_after_ms == math.inf
+
+
+def test_a_segment_of_an_earlier_release_does_not_tell_when_it_was_begun(slot: Path) -> None:
+    own = Journal(slot, MANY, MANY)
+    own._begin_segment()
+    own.files[0].unlink()
+    the_file(slot).write_bytes(_with_checksum(b"owner %s %s" % (str(own.owner).encode(), journal.boot_id())))
+    assert read(slot).is_complete
+    assert own.closed([new_id()]).sent_are_known_after_ms == math.inf
+
+
+def test_a_segment_is_not_begun_before_the_holds_in_it_whatever_the_clock_says(slot: Path) -> None:
+    """The clock was set back: what was closed in the first segment must not count as never sent when that is gone."""
+    own = Journal(slot, MANY, MANY)
+    later = HoldId(uuid.UUID(int=new_id().int + (3_600_000 << 80)))
+    closed_one(own, later)
+    own._begin_segment()
+    own.files[0].unlink()
+    assert placed_at_ms(later) <= own.closed([later]).sent_are_known_after_ms
+
+
+def test_evidence_is_bounded_by_its_age_and_by_its_size(tmp_path: Path) -> None:
+    """Both the older segments of a living process, and what dead ones have left. What is open stays, whatever its age."""
+    with journal.opened(tmp_path, kept_bytes_max=MANY) as (own, _):
+        closed_one(own, new_id())
+    slot = own.slot
+    (kept,) = slot.glob("*.kept")
+    assert [path for path, _ in journal.kept_files(slot)] == [kept]
+    abandoned = Journal(slot, MANY, MANY)
+    abandoned.record_sent(ACCOUNT, hold_id(1), FACTS)
+    with journal.opened(tmp_path, kept_bytes_max=MANY) as (own, _):
+        closed_one(own, new_id())
+        own._begin_segment()
+        old, current = own.files
+        own.expire(older_than_s=60)
+        assert (kept.exists(), old.exists()) == (True, True)
+        os.utime(kept, (0, 0))
+        own.expire(older_than_s=60)
+        assert (kept.exists(), old.exists()) == (False, True)
+        own._kept_bytes_max = 0
+        own.expire()
+        assert (old.exists(), current.exists()) == (False, True)
+        assert set(read_owners(slot)) == {own.owner, abandoned.owner}
+    assert [path.suffix for path in slot.glob(f"{own.owner}*")] == [".kept"]
+
+
+def read_owners(slot: Path) -> list[uuid.UUID]:
+    return [one.owner for one in journal.read_journals(slot)]
+
+
+def test_a_process_that_recorded_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with journal.opened(tmp_path) as (own, _):
+        pass
+    assert [path.name for path in own.slot.iterdir()] == ["lock"]
+
+
+def test_a_latest_segment_that_a_power_cut_has_damaged_is_read_with_the_one_before(slot: Path) -> None:
+    own = written(slot)
+    own._begin_segment()
+    the_file(slot).write_bytes(the_file(slot).read_bytes()[:50])
+    abandoned = read(slot)
+    assert abandoned.open_holds == WRITTEN
+    assert not abandoned.is_complete
+
+
+def test_what_cannot_be_booked_is_written_down_in_any_slot(tmp_path: Path) -> None:
+    with journal.opened(tmp_path) as (one, _), journal.opened(tmp_path) as (two, _):
+        one.record_unbooked(hold_id(1), HoldRecord(ACCOUNT, "gen-1", CHARGE, FACTS))
+        two.record_unbooked(hold_id(2), HoldRecord(ACCOUNT, "gen-2"))
+        two.record_unbooked(hold_id(2), HoldRecord(ACCOUNT, "gen-2"))
+    assert journal.read_unbooked(tmp_path) == {
+        hold_id(1): HoldRecord(ACCOUNT, "gen-1", CHARGE, FACTS),
+        hold_id(2): HoldRecord(ACCOUNT, "gen-2"),
+    }
+    assert journal.read_unbooked(tmp_path / "none") == {}
 
 
 # -- disks that fail
@@ -444,6 +583,14 @@ def test_a_full_disk_stops_new_work_and_damages_nothing(
     own.record_sent(ACCOUNT, hold_id(7))
     assert read(slot).open_holds == {**WRITTEN, hold_id(7): HoldRecord(ACCOUNT)}
     assert read(slot).is_complete
+
+
+def test_what_cannot_be_booked_nor_written_down_is_an_error(slot: Path, disk: FullDisk) -> None:
+    """It stays in the journal then."""
+    own = Journal(slot, MANY, MANY)
+    disk.room = 3
+    with pytest.raises(JournalError, match=r"unbooked cannot be written: No space left on device\."):
+        own.record_unbooked(hold_id(1), HoldRecord(ACCOUNT, facts=FACTS))
 
 
 def test_a_journal_that_cannot_be_created_is_a_sentence(tmp_path: Path, disk: FullDisk) -> None:

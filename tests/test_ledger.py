@@ -119,6 +119,22 @@ async def test_a_release_charges_nothing_and_late_evidence_still_charges_once(da
     await assert_invariants_hold(database)
 
 
+async def test_a_hold_ends_after_it_begins_even_if_the_clock_of_the_server_is_set_back(
+    database: Database, database_url: str
+) -> None:
+    """Row db-12: the clock steps back by an hour while two requests run, one settled and one released."""
+    client = await make_client(database, "100")
+    settled, released = [await hold(database, client, "5") for _ in range(2)]
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("UPDATE holds SET created_at = created_at + interval '1 hour'")
+    ledger = ledger_of(database)
+    await ledger.settle(settlement(settled, "0.01"))
+    await ledger.release(release(released))
+    assert await connection.fetchval("SELECT every(closed_at = created_at) FROM holds")
+    await connection.close()
+    await assert_invariants_hold(database)
+
+
 async def test_a_cost_above_the_hold_is_charged_in_full(database: Database) -> None:
     client = await make_client(database, "2")
     held = await hold(database, client, "2")

@@ -59,7 +59,7 @@ async def test_a_days_charges_are_compared_to_the_last_digit(database: Database,
         (first - 2 * DAY, 0, Decimal("0.7"), Decimal("0.7")),  # it charged what we know nothing of
     ]
     assert (found.waiting.oldest, found.waiting.count, found.waiting.at_most) == ([], 0, 0)
-    days = orjson.loads(orjson.dumps(reconciliation_json(found)))["days"]
+    days = orjson.loads(orjson.dumps(reconciliation_json(found, {})))["days"]
     assert days[0] == {
         "day": first.isoformat(),
         "ours_usd": "0.033",
@@ -89,7 +89,7 @@ async def test_what_waits_for_evidence_and_what_was_given_up_is_named_with_the_m
         ("unresolved", parse_roubles("2.5"), None, client.account_id),
     ]
     assert found.waiting.at_most == parse_roubles("3.5")
-    document = json.loads(orjson.dumps(reconciliation_json(found)))
+    document = json.loads(orjson.dumps(reconciliation_json(found, {})))
     assert (document["waiting_count"], document["waiting_at_most"]) == (2, "3.5")
     assert [(one["at_most"], one["model"], one["request_id"], one["generation_id"]) for one in document["waiting"]] == [
         ("1", "a/b", "r", "gen-1"),

@@ -188,7 +188,7 @@ async def test_a_hold_that_cannot_be_closed_delays_no_other_account(
     database: Database, database_url: str, directory: Path, change: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows db-11, process-11: one account was changed by hand, the row of another is locked; the rest is retried."""
-    monkeypatch.setattr("gptutor.money.recovery.CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("gptutor.money.closings.CLOSE_TIMEOUT_S", 0.5)
     broken, locked, other = [await make_client(database, "100") for _ in range(3)]
     dead = mortal(database, directory)
     for client in (broken, locked, other):
@@ -211,6 +211,61 @@ async def test_a_hold_that_cannot_be_closed_delays_no_other_account(
     await hand.close()
     assert await broken.held() == 0
     await assert_invariants_hold(database)
+
+
+async def test_very_many_orphaned_holds_are_closed_a_bounded_number_at_a_time(
+    database: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contract C6; row sum-6: recorded and unrecorded ones, in page after page."""
+    for module in ("closings", "recovery"):
+        monkeypatch.setattr(f"gptutor.money.{module}.CONCURRENT_MAX", 10)
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    holds = [await hold(database, client, "0.1", ledger=dead) for _ in range(45)]
+    for held in holds[:22]:
+        record(dead.journal, held, "billed")
+    with process(database, directory) as survivor:
+        running = most = 0
+
+        def counted(method: Any) -> Any:
+            async def wrapper(item: Any) -> Any:
+                nonlocal running, most
+                running += 1
+                most = max(most, running)
+                try:
+                    return await method(item)
+                finally:
+                    running -= 1
+
+            return wrapper
+
+        for name in ("settle", "release"):
+            monkeypatch.setattr(survivor.ledger, name, counted(getattr(survivor.ledger, name)))
+        assert await survivor.recovery.replay(*journals_in(directory))
+    assert most == 10
+    assert (await client.balance(), await client.held()) == (Decimal("100") - 22 * Decimal("0.9"), 0)
+
+
+async def test_a_replay_ends_early_if_the_database_goes_away(
+    database: Database, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Row db-4: a hundred thousand holds do not wait for it one after the other."""
+    monkeypatch.setattr("gptutor.money.closings.CONCURRENT_MAX", 5)
+    monkeypatch.setattr("gptutor.money.closings.CLOSE_TIMEOUT_S", 0.05)
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    for _ in range(20):
+        record(dead.journal, await hold(database, client, "0.1", ledger=dead), "billed")
+    with process(database, directory) as survivor:
+        tried = 0
+
+        async def unavailable(item: Any) -> None:
+            nonlocal tried
+            tried += 1
+            await asyncio.sleep(60)
+
+        monkeypatch.setattr(survivor.ledger, "settle", unavailable)
+        assert not await survivor.recovery.replay(*journals_in(directory))
+    assert tried == 5
+    assert journals_in(directory) != []
 
 
 async def test_a_hold_that_an_incomplete_journal_lacks_may_have_been_sent_and_waits(database: Database, directory: Path) -> None:
@@ -569,7 +624,7 @@ async def test_a_slow_look_up_is_not_cut_off_by_the_timeout_of_closings(
     database: Database, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The short timeout is for closings, which a lock may delay; a look-up has a timeout of its own."""
-    monkeypatch.setattr("gptutor.money.recovery.CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("gptutor.money.closings.CLOSE_TIMEOUT_S", 0.5)
     client, generations = await make_client(database, "100"), Generations({"gen-1": Decimal("0.01")})
     answered = generations.cost_of
 

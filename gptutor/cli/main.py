@@ -24,11 +24,11 @@ from gptutor.money.administration import Administration, ReasonMissing
 from gptutor.money.amounts import InvalidAmount, decimal_text, roubles
 from gptutor.money.bookings import AlreadyBooked, Uncovered
 from gptutor.money.invariants import check, load_invariants
-from gptutor.money.journal import JournalError
+from gptutor.money.journal import JOURNALS, UNBOOKED, JournalError, read_unbooked
 from gptutor.money.key_limits import InvalidLimit
 from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
 from gptutor.money.reconciliation import WaitingHolds, reconcile, waiting_holds
-from gptutor.money.records import reconciliation_json, waiting_holds_json
+from gptutor.money.records import reconciliation_json, unbooked_json, waiting_holds_json
 from gptutor.money.users import NoSuchUser
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.totals import totals
@@ -182,7 +182,10 @@ def verify() -> None:
 
 @app.command("reconcile")
 def reconcile_command(json: Json = False) -> None:
-    """Compare our charges with OpenRouter's own totals, by day, and list the holds whose cost is unknown."""
+    """Compare our charges with OpenRouter's own totals, by day, and list what is not charged.
+
+    Those are the holds whose cost is unknown, and the requests of accounts that the database has lost.
+    """
     settings = load()
     if settings.simulated:
         fail("There are no totals to compare with: OPENROUTER_API_KEY is not set.")
@@ -192,13 +195,23 @@ def reconcile_command(json: Json = False) -> None:
     except UpstreamError as error:
         fail(f"OpenRouter's totals cannot be read: {error}.")
     found = with_database(lambda database: reconcile(database, theirs))
+    unbooked = read_unbooked(settings.paths.data / JOURNALS)
     if json:
-        print_json(reconciliation_json(found))
+        print_json(reconciliation_json(found, unbooked))
         return
     for day in found.days:
         usd = [decimal_text(number) for number in (day.ours_usd, day.theirs_usd, day.difference_usd)]
         out.print(f"{day.day}  ours {usd[0]}  OpenRouter {usd[1]}  difference {usd[2]} dollars")
     _print_waiting(found.waiting)
+    if unbooked:
+        out.print(
+            f"{len(unbooked)} requests cannot be charged, because the database has lost their accounts ({JOURNALS}/*/{UNBOOKED}):"
+        )
+    for hold_id, record in unbooked.items():
+        named = unbooked_json(hold_id, record)
+        out.print(
+            "  " + "  ".join(f"{name} {escaped(str(value))}" for name, value in named.items()), highlight=False, markup=False
+        )
 
 
 @app.command("holds")

@@ -3,6 +3,7 @@
 import random
 import time
 import uuid
+from decimal import Decimal
 from typing import NewType
 
 import msgspec
@@ -76,6 +77,17 @@ class HoldRequest(msgspec.Struct, frozen=True):
         return self.claim.account_id
 
 
+class HoldFacts(msgspec.Struct, frozen=True):
+    """What a hold is placed again with if the database has lost it, besides its ids."""
+
+    amount: Nano
+    rub_per_usd: Decimal
+    key_hash_beginning: bytes
+    """The first 8 bytes of the key's SHA-256: one account has few keys."""
+    request_id: str
+    model: str
+
+
 class Hold(msgspec.Struct, frozen=True):
     account_id: AccountId
     hold_id: HoldId
@@ -84,6 +96,7 @@ class Hold(msgspec.Struct, frozen=True):
     """What the key could spend before this hold: the account's available amount, or what was left of the key's limit if less."""
     minute_requests: int
     """How many requests the account has made in this minute, this one included."""
+    facts: HoldFacts | None = None
 
 
 class Settlement(msgspec.Struct, frozen=True):
@@ -93,6 +106,8 @@ class Settlement(msgspec.Struct, frozen=True):
     hold_id: HoldId
     charge: Charge
     generation_id: str | None
+    facts: HoldFacts | None = None
+    """To place the hold again if the database has lost it."""
 
 
 class Release(msgspec.Struct, frozen=True):
@@ -109,6 +124,8 @@ class HandOver(msgspec.Struct, frozen=True):
     account_id: AccountId
     hold_id: HoldId
     generation_id: str | None
+    facts: HoldFacts | None = None
+    """To place the hold again if the database has lost it."""
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -126,3 +143,8 @@ def new_id() -> HoldId:
     bits = bits & ~(0xF << 76) | 0x7 << 76
     bits = bits & ~(0x3 << 62) | 0x2 << 62
     return HoldId(UUID(bits.to_bytes(16)))
+
+
+def placed_at_ms(hold_id: HoldId) -> int:
+    """When an id was made: milliseconds since 1970, by the clock of the process that made it."""
+    return hold_id.int >> 80

@@ -8,11 +8,15 @@ The settlements of finished requests and the holds of new ones share statements 
 account rows that are locked by another process or by hand: it skips their items, which are then submitted again, in a statement
 for that account alone, which does wait. Releases use a short lock timeout, and are retried.
 
+A hold that the database has lost, as by a failover to a server that lagged behind, is placed again when it is closed: its charge
+is booked late, or recovery looks for it.
+
 A hold whose statement failed may have been committed all the same. No request was sent for such a hold, so it is released as soon
 as the database responds.
 """
 
 import asyncio
+import datetime
 import functools
 import itertools
 import logging
@@ -29,6 +33,7 @@ from gptutor.money.holds import (
     ConcurrencyLimitReached,
     HandOver,
     Hold,
+    HoldFacts,
     HoldId,
     HoldRequest,
     InsufficientFunds,
@@ -40,9 +45,12 @@ from gptutor.money.holds import (
     RepeatedRequest,
     Settlement,
     UnknownKey,
+    placed_at_ms,
 )
 from gptutor.money.journal import Journal
+from gptutor.money.journal_records import HoldRecord
 from gptutor.tasks import BackgroundTasks
+from gptutor.telemetry.metrics import UNBOOKED_CHARGES
 
 LOGGER = logging.getLogger("gptutor.ledger")
 CONCURRENT_STATEMENTS_MAX = 3
@@ -58,6 +66,7 @@ RETRY_PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 RELEASES_S = 6.0
 """How long a request waits for releases that may free its idempotency key: longer than the longest of these pauses."""
 
+NOT_SETTLED = ("locked", "no_hold")
 REJECTIONS: dict[str, type[Exception]] = {
     "unknown_key": UnknownKey,
     "concurrency_limited": ConcurrencyLimitReached,
@@ -66,6 +75,7 @@ REJECTIONS: dict[str, type[Exception]] = {
 }
 Outcome = Literal["settled", "settled_late", "already_settled", "no_hold"]
 HoldOrSettlement = HoldRequest | Settlement
+Closing = Settlement | HandOver
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -111,8 +121,11 @@ class Ledger:
         self._releases: Batcher[Release, None] = Batcher(
             self._release_batch, lambda item: item.account_id, concurrent_max=CONCURRENT_STATEMENTS_MAX, batch_max=BATCH_MAX
         )
-        self._hand_overs: Batcher[HandOver, None] = Batcher(
+        self._hand_overs: Batcher[HandOver, bool] = Batcher(
             self._hand_over_batch, lambda item: item.account_id, concurrent_max=1, batch_max=BATCH_MAX
+        )
+        self._restorations: Batcher[Closing, str] = Batcher(
+            self._restore_batch, lambda item: item.account_id, concurrent_max=1, batch_max=BATCH_MAX
         )
 
         self._marks: Batcher[Mark, None] = Batcher(
@@ -141,6 +154,9 @@ class Ledger:
                 Nano(row["amount_nano"]),
                 Nano(row["available_nano"]),
                 row["minute_requests"],
+                HoldFacts(
+                    Nano(row["amount_nano"]), self._rub_per_usd, request.claim.key_hash[:8], request.request_id, request.model
+                ),
             )
         self.active.discard(request.hold_id)
         if row["outcome"] == "rate_limited":
@@ -152,11 +168,15 @@ class Ledger:
         raise RepeatedRequest(row["earlier_request_id"], same_body=row["outcome"] == "repeated")
 
     async def settle(self, settlement: Settlement) -> Outcome:
-        """Books the charge and closes the hold; a charge above the held amount is booked in full (contract C5)."""
+        """Books the charge and closes the hold; a charge above the held amount is booked in full (contract C5).
+
+        A hold that the database has lost is placed again. The outcome no_hold: that cannot be done, and the charge was written
+        down for the operator. Raises JournalError if not even that.
+        """
         row = await _retry_until_done(self._submit, settlement)
+        if row["outcome"] == "no_hold" and await self._restore(settlement):
+            row = await _retry_until_done(self._submit, settlement)
         outcome: Outcome = row["outcome"]
-        if outcome == "no_hold":
-            LOGGER.error("A charge has no hold: %s", settlement)  # its commit was lost, as by a failover to a stale replica
         return outcome
 
     async def release(self, item: Release) -> None:
@@ -164,8 +184,9 @@ class Ledger:
         await _retry_until_done(self._releases.submit, item)
 
     async def hand_over(self, item: HandOver) -> None:
-        """Leaves the hold to recovery."""
-        await _retry_until_done(self._hand_overs.submit, item)
+        """Leaves the hold to recovery. A hold that the database has lost is placed again, as by `settle`. Raises JournalError."""
+        if not await _retry_until_done(self._hand_overs.submit, item):
+            await self._restore(item)
 
     async def mark_outcome_unknown(self, mark: Mark) -> None:
         """To be awaited before the client learns that its request has failed: then its repeat finds the mark. Never raises."""
@@ -200,6 +221,28 @@ class Ledger:
         if isinstance(item, HoldRequest) and row["outcome"] == "granted":
             self._release_in_background(item)
 
+    async def _restore(self, item: Closing) -> bool:
+        """Places a hold again if the database has lost it. Returns whether the database has it; otherwise it is written down."""
+        outcome = await _retry_until_done(self._restorations.submit, item)
+        if outcome == "impossible":
+            charge = item.charge if isinstance(item, Settlement) else None
+            self.journal.record_unbooked(item.hold_id, HoldRecord(item.account_id, item.generation_id, charge, item.facts))
+            UNBOOKED_CHARGES.inc()
+            LOGGER.error(
+                "A request cannot be charged: the database has lost its hold and its account. gptutor reconcile lists it",
+                extra={
+                    "type": "recovery",
+                    "userId": str(item.account_id),
+                    "holdId": str(item.hold_id),
+                    "requestId": item.facts.request_id if item.facts is not None else None,
+                    "generationId": item.generation_id,
+                },
+            )
+            self.journal.record_closed([item.hold_id])
+        elif isinstance(item, HandOver):
+            self.journal.record_handed_over([item.hold_id])
+        return outcome != "impossible"
+
     async def _submit(self, item: HoldOrSettlement) -> Row:
         row = await self._holds_and_settlements.submit(item)
         return await self._of_locked_accounts.submit(item) if row["outcome"] == "locked" else row
@@ -221,7 +264,7 @@ class Ledger:
             *_columns_of_holds(requests),
         )
         by_id = {row["hold_id"]: row for row in rows}
-        self.journal.record_closed(item.hold_id for item in settlements if by_id[item.hold_id]["outcome"] != "locked")
+        self.journal.record_closed(item.hold_id for item in settlements if by_id[item.hold_id]["outcome"] not in NOT_SETTLED)
         return [by_id[item.hold_id] for item in items]
 
     async def _release_batch(self, releases: list[Release]) -> Sequence[None]:
@@ -234,15 +277,36 @@ class Ledger:
         self.journal.record_closed(release.hold_id for release in releases)
         return [None] * len(releases)
 
-    async def _hand_over_batch(self, items: list[HandOver]) -> Sequence[None]:
-        await self._database.fetch(
+    async def _hand_over_batch(self, items: list[HandOver]) -> Sequence[bool]:
+        """Whether each was open; the others are closed, or lost."""
+        rows = await self._database.fetch(
             "hand_over_holds",
             [item.account_id for item in items],
             [item.hold_id for item in items],
             [item.generation_id for item in items],
         )
-        self.journal.record_closed(item.hold_id for item in items)
-        return [None] * len(items)
+        open_holds = {row["hold_id"] for row in rows}
+        self.journal.record_handed_over(open_holds)
+        return [item.hold_id in open_holds for item in items]
+
+    async def _restore_batch(self, items: list[Closing]) -> Sequence[str]:
+        facts = [item.facts for item in items]
+        rows = await self._database.fetch(
+            "restore_holds",
+            self.journal.owner,
+            [item.account_id for item in items],
+            [item.hold_id for item in items],
+            [datetime.datetime.fromtimestamp(placed_at_ms(item.hold_id) / 1000, datetime.UTC) for item in items],
+            [each and each.amount for each in facts],
+            [each and each.rub_per_usd for each in facts],
+            [each and each.key_hash_beginning for each in facts],
+            [each and each.model for each in facts],
+            [each and each.request_id for each in facts],
+            [item.generation_id for item in items],
+            [isinstance(item, HandOver) for item in items],
+        )
+        by_id = {row["hold_id"]: row["outcome"] for row in rows}
+        return [by_id[item.hold_id] for item in items]
 
     async def _mark_batch(self, marks: list[Mark]) -> Sequence[None]:
         await self._database.fetch(

@@ -6,12 +6,14 @@ The command line (`--json`) and `/admin` write the same. Amounts are exact decim
 import csv
 import datetime
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from gptutor.money.amounts import AccountId, decimal_text, roubles
 from gptutor.money.bookings import Booking, LedgerEntry
+from gptutor.money.holds import HoldId, placed_at_ms
+from gptutor.money.journal_records import HoldRecord
 from gptutor.money.keyring import Key, KeyLimits
 from gptutor.money.reconciliation import Reconciliation, WaitingHold, WaitingHolds
 from gptutor.money.users import User
@@ -129,7 +131,22 @@ def waiting_holds_json(holds: WaitingHolds) -> dict[str, Any]:
     }
 
 
-def reconciliation_json(found: Reconciliation) -> dict[str, Any]:
+def unbooked_json(hold_id: HoldId, record: HoldRecord) -> dict[str, Any]:
+    """A request that the journal knows, and whose account the database has lost. None: not known."""
+    facts, charge = record.facts, record.charge
+    return {
+        "user_id": record.account_id,
+        "charge": None if charge is None else roubles(charge.amount),
+        "cost_usd": None if charge is None else _plain(charge.cost_usd),
+        "at_most": None if facts is None else roubles(facts.amount),
+        "model": None if facts is None else facts.model,
+        "request_id": None if facts is None else facts.request_id,
+        "generation_id": record.generation_id,
+        "created_at": timestamp(datetime.datetime.fromtimestamp(placed_at_ms(hold_id) / 1000, datetime.UTC)),
+    }
+
+
+def reconciliation_json(found: Reconciliation, unbooked: Mapping[HoldId, HoldRecord]) -> dict[str, Any]:
     days = [
         {
             "day": day.day.isoformat(),
@@ -139,7 +156,11 @@ def reconciliation_json(found: Reconciliation) -> dict[str, Any]:
         }
         for day in found.days
     ]
-    return {"days": days, **waiting_holds_json(found.waiting)}
+    return {
+        "days": days,
+        **waiting_holds_json(found.waiting),
+        "unbooked": [unbooked_json(hold_id, record) for hold_id, record in unbooked.items()],
+    }
 
 
 def timestamp(at: datetime.datetime) -> str:

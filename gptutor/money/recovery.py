@@ -19,22 +19,25 @@ one of them.
 
 import asyncio
 import logging
+import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database, Row
 from gptutor.money import journal
 from gptutor.money.amounts import AccountId, roubles
-from gptutor.money.holds import HandOver, HoldId, Release, Settlement
-from gptutor.money.journal import AbandonedJournal, JournalError
+from gptutor.money.closings import CONCURRENT_MAX, all_succeed, settle_or_hand_over, with_timeout
+from gptutor.money.holds import HandOver, HoldId, Release, Settlement, placed_at_ms
+from gptutor.money.journal import AbandonedJournal, ClosedHolds, JournalError
 from gptutor.money.journal_records import HoldRecord
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Charge, charge_amount
+from gptutor.money.rollback import RollbackCheck
 
 LOGGER = logging.getLogger("gptutor.recovery")
 MACHINE_LOST_S = 3600
@@ -42,11 +45,10 @@ MACHINE_LOST_S = 3600
 CLAIM_MAX = 50
 CLEAR_KEYS_EVERY_S = 60
 CLEARED_KEYS_MAX = 1000
-CLOSE_TIMEOUT_S = 5
 LOOKUPS_MIN = 10
 """How often at least a generation id is looked up before recovery gives up: the look-ups take about a quarter of an hour."""
 
-Result = TypeVar("Result")
+NO_HOLD = uuid.UUID(int=0)
 Action = Literal["settle", "look_up", "wait", "release", "give_up"]
 
 
@@ -79,6 +81,8 @@ class Recovery:
         poll_s: float,
         lookup_interval_max_s: float,
         give_up_s: float,
+        kept_s: float = 86_400,
+        kept_bytes_max: int = 1 << 26,
     ) -> None:
         self._database = database
         self._ledger = ledger
@@ -88,6 +92,7 @@ class Recovery:
         self._lookup_interval_max_s = lookup_interval_max_s
         self._give_up_s = give_up_s
         self._keys_cleared_until = 0.0
+        self._rollback_check = RollbackCheck(database, ledger, journals, kept_s=kept_s, kept_bytes_max=kept_bytes_max)
 
     async def run(self, not_replayed: Sequence[AbandonedJournal] = ()) -> None:
         """Runs until cancelled: replays the journals of dead processes, then processes due holds.
@@ -102,6 +107,7 @@ class Recovery:
                         await self.replay(each)
                 await self.process_due_holds()
                 await self.clear_idempotency_keys()
+                await self.check_for_rollback()
             except (DatabaseUnavailable, JournalError) as error:
                 LOGGER.warning("Recovery waits: %s", error)
             except Exception:
@@ -109,31 +115,38 @@ class Recovery:
             await asyncio.sleep(self._poll_s)
 
     async def replay(self, abandoned: AbandonedJournal) -> bool:
-        """Writes what a dead process knew to the database, then deletes its journal. Returns False if a part failed: try again.
+        """Writes what a dead process knew to the database, then retires its journal. Returns False if a part failed: try again.
 
         Raises DatabaseUnavailable.
         """
         # A statement of the dead process may still be running, and commit a hold later; ending its connections prevents that.
         await self._database.fetch("end_connections", connection_name(abandoned.owner))
-        rows = await self._database.fetch("list_open_holds_of", abandoned.owner)
-        unrecorded = [row for row in rows if row["hold_id"] not in abandoned.open_holds]
-        never_sent = next_action(None, never_sent=abandoned.is_complete, too_old=False) == "release"
-        all_closed = await _all_succeed(
-            _with_timeout(
-                self._ledger.release(Release(row["account_id"], row["hold_id"]))
-                if never_sent
-                else self._ledger.hand_over(HandOver(row["account_id"], row["hold_id"], None))
+        all_closed, unrecorded, last = True, 0, NO_HOLD
+        while rows := await self._database.fetch("list_open_holds_of", abandoned.owner, last, CONCURRENT_MAX):
+            last = rows[-1]["hold_id"]
+            of_unrecorded = {row["hold_id"]: row["account_id"] for row in rows if row["hold_id"] not in abandoned.open_holds}
+            if not of_unrecorded:
+                continue
+            closed = await asyncio.to_thread(journal.find_closed, abandoned.files, of_unrecorded)
+            if not abandoned.is_complete:
+                closed.sent_are_known_after_ms = math.inf
+            succeeded = await all_succeed(
+                self._close_unrecorded(account_id, hold_id, closed) for hold_id, account_id in of_unrecorded.items()
             )
-            for row in unrecorded
-        )
+            all_closed = all_closed and succeeded
+            unrecorded += len(of_unrecorded)
         if not await self._settle_or_hand_over(abandoned.open_holds) or not all_closed:
             return False
-        abandoned.delete()
+        abandoned.retire()
         if abandoned.open_holds or unrecorded:
             LOGGER.info(
-                "Replayed the journal of a dead process: %d holds recorded, %d not", len(abandoned.open_holds), len(unrecorded)
+                "Replayed the journal of a dead process: %d holds recorded, %d not", len(abandoned.open_holds), unrecorded
             )
         return True
+
+    async def check_for_rollback(self) -> None:
+        """Books again what the database has lost, if it has gone back. Raises DatabaseUnavailable, JournalError."""
+        await self._rollback_check.check()
 
     async def process_due_holds(self) -> int:
         """Processes once the holds of exchanges that ended abnormally in this process, and all due holds.
@@ -143,7 +156,15 @@ class Recovery:
         own = self._ledger.journal.open_holds
         await self._settle_or_hand_over({hold_id: own[hold_id] for hold_id in own.keys() - self._ledger.active})
         rows = await self._database.fetch("claim_due_holds", CLAIM_MAX, self._lookup_interval_max_s)
-        await _all_succeed(map(self._process_due_hold, rows))
+        unrecorded = [
+            row["hold_id"]
+            for row in rows
+            if row["owner"] == self._ledger.journal.owner
+            and not row["is_handed_over"]
+            and not self._is_in_process(row["hold_id"])
+        ]
+        closed = await asyncio.to_thread(self._ledger.journal.closed, unrecorded) if unrecorded else None
+        await all_succeed(self._process_due_hold(row, closed if row["hold_id"] in unrecorded else None) for row in rows)
         return len(rows)
 
     async def clear_idempotency_keys(self) -> None:
@@ -157,33 +178,45 @@ class Recovery:
 
     async def _settle_or_hand_over(self, records: Mapping[HoldId, HoldRecord]) -> bool:
         """Settles the holds with a known charge, and hands over the others. Returns whether the database has all of it."""
-        return await _all_succeed(
-            _with_timeout(
-                self._ledger.settle(Settlement(record.account_id, hold_id, record.charge, record.generation_id))
-                if record.charge is not None
-                else self._ledger.hand_over(HandOver(record.account_id, hold_id, record.generation_id))
-            )
-            for hold_id, record in records.items()
-        )
+        return await all_succeed(settle_or_hand_over(self._ledger, hold_id, record) for hold_id, record in records.items())
 
-    async def _process_due_hold(self, row: Row) -> None:
+    def _is_in_process(self, hold_id: HoldId) -> bool:
+        """Whether it is a long completion that is still running here, or one that ended abnormally just now."""
+        return hold_id in self._ledger.active or hold_id in self._ledger.journal.open_holds
+
+    async def _close_unrecorded(self, account_id: AccountId, hold_id: HoldId, closed: ClosedHolds) -> None:
+        """Closes a hold that is open in the database, and not in the journal of its process; `closed` is what that says of it.
+
+        If its request was never sent, it is released. But the database may have gone back since it was closed.
+        """
+        record = closed.records.get(hold_id)
+        was_released = record is not None and record.charge is None and not record.is_handed_over
+        never_sent = was_released or placed_at_ms(hold_id) > closed.sent_are_known_after_ms
+        if next_action(None if was_released else record, never_sent=never_sent, too_old=False) == "release":
+            await with_timeout(self._ledger.release(Release(account_id, hold_id)))
+        else:
+            await settle_or_hand_over(self._ledger, hold_id, record or HoldRecord(account_id))
+
+    async def _process_due_hold(self, row: Row, closed: ClosedHolds | None) -> None:
+        """`closed`: of a hold of this process that its journal does not have as open, what the journal says of it."""
         account_id, hold_id = AccountId(row["account_id"]), HoldId(row["hold_id"])
         own = self._ledger.journal
-        if hold_id in self._ledger.active or hold_id in own.open_holds:
-            return  # a long completion that is still running here, or one that ended abnormally just now
+        if self._is_in_process(hold_id):
+            return
+        if closed is not None:
+            await self._close_unrecorded(account_id, hold_id, closed)
+            return
         record = HoldRecord(account_id, row["generation_id"]) if row["is_handed_over"] else None
         # A generation id is looked up several times at any age: OpenRouter, or this service, may have been down until now.
         too_old = row["age_s"] > self._give_up_s and (row["generation_id"] is None or row["recovery_attempts"] > LOOKUPS_MIN)
-        action = next_action(record, never_sent=row["owner"] == own.owner, too_old=too_old)
+        action = next_action(record, never_sent=False, too_old=too_old)
         if action == "look_up" and await self._look_up(row):
             return
         if record is None and row["owner"] != own.owner and row["age_s"] > MACHINE_LOST_S and not too_old:
             # The journal of that process is lost. The hold waits for evidence, and no longer counts as a running request.
-            await _with_timeout(self._ledger.hand_over(HandOver(account_id, hold_id, row["generation_id"])))
-        if action == "release":
-            await _with_timeout(self._ledger.release(Release(account_id, hold_id)))
-        elif too_old:
-            await _with_timeout(self._ledger.release(Release(account_id, hold_id, unresolved=True)))
+            await with_timeout(self._ledger.hand_over(HandOver(account_id, hold_id, row["generation_id"])))
+        if too_old:
+            await with_timeout(self._ledger.release(Release(account_id, hold_id, unresolved=True)))
             LOGGER.error(
                 "Recovery gives up a hold: no evidence of what it bought",
                 extra={"type": "recovery", "userId": str(account_id), "requestId": row["request_id"]},
@@ -197,7 +230,7 @@ class Recovery:
             return False
         charge = Charge(charge_amount(cost_usd, row["rub_per_usd"]), cost_usd)
         settlement = Settlement(AccountId(row["account_id"]), HoldId(row["hold_id"]), charge, generation_id)
-        outcome = await _with_timeout(self._ledger.settle(settlement))
+        outcome = await with_timeout(self._ledger.settle(settlement))
         LOGGER.info(
             "LLM Recovered: %s",
             row["model"],
@@ -213,22 +246,3 @@ class Recovery:
             },
         )
         return True
-
-
-async def _all_succeed(closings: Iterable[Awaitable[object]]) -> bool:
-    """Runs them concurrently, and logs each failure: one hold that cannot be closed must not stop the others."""
-    outcomes = await asyncio.gather(*closings, return_exceptions=True)
-    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    late = sum(isinstance(error, TimeoutError) for error in errors)
-    if late:
-        LOGGER.warning("%d holds could not be closed within %d s; recovery will retry them", late, CLOSE_TIMEOUT_S)
-    for error in errors:
-        if not isinstance(error, TimeoutError):
-            LOGGER.error("A hold could not be closed: %r", error)
-    return not errors
-
-
-async def _with_timeout(closing: Awaitable[Result]) -> Result:
-    """A closing that waits for a row lock or for the database is abandoned for now: every closing may be repeated."""
-    async with asyncio.timeout(CLOSE_TIMEOUT_S):
-        return await closing

@@ -58,6 +58,16 @@ INCONSISTENT_ACCOUNTS = Gauge(
     "Accounts whose balance is not the sum of their ledger entries, or whose held amount is not the sum of their open holds. "
     "Alert on any.",
 )
+LOST_COMMITS = Counter(
+    "gptutor_lost_commits",
+    "Closed holds that the database had lost, as by a restore or a promotion, and that were closed again by the journal. "
+    "Alert on any increase.",
+)
+UNBOOKED_CHARGES = Counter(
+    "gptutor_unbooked_charges",
+    "Requests that cannot be charged, because the database has lost their account: gptutor reconcile lists them. "
+    "Alert on any increase.",
+)
 CATALOGUE_AGE = Gauge("gptutor_catalogue_age_seconds", "Time since the model list was last read from OpenRouter.")
 LOG_LINES_LOST = Counter(
     "gptutor_log_lines_lost",

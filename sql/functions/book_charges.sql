@@ -24,7 +24,8 @@ BEGIN
         ),
         settled AS (
             UPDATE holds
-            SET state = 'settled', charge_nano = item.charge_nano, cost_usd = item.cost_usd, closed_at = clock_timestamp(),
+            SET state = 'settled', charge_nano = item.charge_nano, cost_usd = item.cost_usd,
+                closed_at = greatest(clock_timestamp(), created_at), -- the server's clock may have been set back
                 generation_id = coalesce(item.generation_id, holds.generation_id), is_unresolved = FALSE,
                 is_late = holds.state = 'released'
             FROM item

@@ -12,7 +12,9 @@ BEGIN
 
     RETURN QUERY
     WITH released AS (
-        UPDATE holds SET state = 'released', closed_at = clock_timestamp(), is_unresolved = item.unresolved,
+        UPDATE holds
+        SET state = 'released', is_unresolved = item.unresolved,
+            closed_at = greatest(clock_timestamp(), created_at), -- the server's clock may have been set back
             idempotency_key = CASE WHEN item.unresolved THEN holds.idempotency_key END,
             body_hash = CASE WHEN item.unresolved THEN holds.body_hash END,
             repeats_rejected_until = CASE WHEN item.unresolved THEN holds.repeats_rejected_until END

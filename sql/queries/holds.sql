@@ -79,6 +79,49 @@ WHERE (hold_id, account_id) IN (
 )
 RETURNING hold_id;
 
+-- name: restore_holds
+-- Places holds again that the database has lost. $1 the owner; arrays: $2 accounts, $3 holds, $4 when they were placed, $5
+-- amounts in nano-roubles or NULL, $6 roubles per dollar, $7 the first 8 bytes of the keys' SHA-256, $8 models, $9 request ids,
+-- $10 generation ids or NULL, $11 whether evidence of the cost is still looked for.
+-- One row for each: for the outcomes see the function.
+SELECT
+    hold_id,
+    outcome
+FROM restore_holds(
+    owner => $1::uuid,
+    account_ids => $2::bigint[],
+    hold_ids => $3::uuid[],
+    placed_at => $4::timestamptz[],
+    amounts_nano => $5::bigint[],
+    rates => $6::numeric[],
+    key_hash_beginnings => $7::bytea[],
+    models => $8::text[],
+    request_ids => $9::text[],
+    generation_ids => $10::text[],
+    await_evidence => $11::boolean[]
+);
+
+-- name: find_hold_states
+-- The states of the holds $2 of the accounts $1 (arrays). No row: there is no such hold.
+SELECT
+    holds.hold_id,
+    holds.state::text AS state,
+    holds.is_handed_over
+FROM unnest($1::bigint[], $2::uuid[]) AS i (account_id, hold_id)
+INNER JOIN holds ON i.account_id = holds.account_id AND i.hold_id = holds.hold_id;
+
+-- name: find_position
+-- Where the server stands, and whether the hold $2 of the account $1 is settled (NULL: there is no such hold). One row.
+SELECT
+    history,
+    wal_bytes,
+    (
+        SELECT holds.state = 'settled'
+        FROM holds
+        WHERE holds.account_id = $1::bigint AND holds.hold_id = $2::uuid
+    ) AS is_settled
+FROM find_position();
+
 -- name: claim_due_holds
 -- Open holds that are due, at most $1, each for one claimant: the next look comes after 1, 2, 4 … $2 seconds. A hold that was not
 -- handed over is looked at every 8 seconds at most: only the process that owns it knows whether its request was sent.
@@ -113,12 +156,23 @@ RETURNING
     extract(EPOCH FROM now() - created_at)::double precision AS age_s;
 
 -- name: list_open_holds_of
--- What the process run $1, which has ended, left open and did not hand over.
+-- What the process run $1, which has ended, left open and did not hand over: at most $3, those after the hold $2.
+-- The open holds are read first: they are few, and the order would tempt the planner to read the whole table.
+WITH open_holds AS MATERIALIZED (
+    SELECT
+        account_id,
+        hold_id
+    FROM holds
+    WHERE state = 'open' AND owner = $1::uuid AND NOT is_handed_over
+)
+
 SELECT
     account_id,
     hold_id
-FROM holds
-WHERE state = 'open' AND owner = $1::uuid AND NOT is_handed_over;
+FROM open_holds
+WHERE hold_id > $2::uuid
+ORDER BY hold_id
+LIMIT $3::integer;
 
 -- name: list_waiting_holds
 -- Holds whose cost is not known: open ones that are overdue or that recovery looked at, and unresolved ones. The oldest first,

@@ -23,8 +23,8 @@ from typing import Any
 import aiohttp
 import asyncpg
 
-from gptutor.app import JOURNALS, derived_key
-from gptutor.money.journal import read_journals
+from gptutor.app import derived_key
+from gptutor.money.journal import JOURNALS, read_journals
 from tests.chaos.processes import SECRET
 
 NANO = 10**9
@@ -90,7 +90,7 @@ def job_of(hold: asyncpg.Record) -> str:
 
 def orphaned_journals(data: Path, workers: int) -> int:
     """How many journals there are beside one for each running worker."""
-    return max(0, len(list((data / JOURNALS).glob("*/*.log"))) - workers)
+    return max(0, len(running_owners(data)) - workers)
 
 
 def running_owners(data: Path) -> set[str]:

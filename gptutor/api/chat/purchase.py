@@ -30,7 +30,7 @@ class Purchase:
 
     def mark_sent(self) -> None:
         """From here on something may be bought. Raises JournalError."""
-        self._ledger.journal.record_sent(self._hold.account_id, self._hold.hold_id)
+        self._ledger.journal.record_sent(self._hold.account_id, self._hold.hold_id, self._hold.facts)
         self.is_sent = True
 
     def mark_not_sent(self) -> None:
@@ -74,10 +74,10 @@ class Purchase:
     async def _close(self) -> str:
         account_id, hold_id = self._hold.account_id, self._hold.hold_id
         if self.charge is not None:
-            await self._ledger.settle(Settlement(account_id, hold_id, self.charge, self.generation_id))
+            await self._ledger.settle(Settlement(account_id, hold_id, self.charge, self.generation_id, self._hold.facts))
             return "settled"
         if not self.is_sent:
             await self._ledger.release(Release(account_id, hold_id))
             return "released"
-        await self._ledger.hand_over(HandOver(account_id, hold_id, self.generation_id))
+        await self._ledger.hand_over(HandOver(account_id, hold_id, self.generation_id, self._hold.facts))
         return "awaiting_evidence"
