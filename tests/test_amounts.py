@@ -93,3 +93,7 @@ def test_a_json_number_that_is_no_amount_is_quoted_as_it_is_and_never_expanded(n
 def test_a_decimal_is_shown_in_full_unless_that_would_be_long(number: str, text: str) -> None:
     assert decimal_text(Decimal(number)) == text
     assert Decimal(text) == Decimal(number)
+
+
+def test_a_sum_of_a_cost_and_a_tiny_one_is_shown_without_the_tiny_one() -> None:
+    assert decimal_text(Decimal("0.000093" + "0" * 900 + "1")) == "0.000093"

@@ -503,6 +503,8 @@ async def test_limits_and_revocations_are_seen_at_once_by_every_process(gateway:
     url = f"{gateway.url}/v1/keys/{bot.key_id}"
     async with gateway.session.patch(url, json={"limit": 1}, headers=client.headers) as response:
         assert response.status == 200
+    assert (await other.chat(bot))[0].status == 200
+    await other.idle()
     assert (await other.chat(bot))[0].headers["X-Error-Code"] == "key_limit_reached"
     async with gateway.session.patch(url, json={"limit": None}, headers=client.headers) as response:
         assert response.status == 200

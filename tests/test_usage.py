@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 
 import asyncpg
 import pytest
+from aiohttp import web
 
 from gptutor.database.pool import Database
 from gptutor.http.query import encode_cursor
@@ -467,3 +468,21 @@ async def test_a_sign_in_may_read_usage_without_a_key(gateway: Gateway, path: st
         async with gateway.session.get(gateway.url + path, headers={"Authorization": f"Bearer {token}"}) as response:
             assert response.status == status
             assert ("data" in await response.json()) is (status == 200)
+
+
+async def test_a_cost_with_an_extreme_exponent_is_charged_and_shown_in_a_sane_form(scripted: Any) -> None:
+    plays, gateway = scripted
+
+    async def play(_: web.Request) -> web.Response:
+        return web.Response(body=plays_costs.pop(), content_type="application/json")
+
+    plays_costs = [b'{"usage":{"cost":0.01}}', b'{"usage":{"cost":1e-999}}']
+    plays.append(play)
+    client = await gateway.client()
+    for _ in range(2):
+        await gateway.chat(client)
+    await gateway.idle()
+    entries = await data(gateway, client, "/v1/usage")
+    assert [(entry["cost_usd"], entry["amount"]) for entry in entries][:2] == [("0.01", "-0.9"), ("1E-999", "0")]
+    (total,) = await data(gateway, client, "/v1/usage/totals")
+    assert (total["cost_usd"], total["amount"]) == ("0.01", "0.9")

@@ -1,7 +1,7 @@
 """Roubles as integers: one rouble is 1 000 000 000 nano-roubles, and every amount is a whole number of nano-roubles."""
 
 import re
-from decimal import ROUND_CEILING, ROUND_HALF_UP, Context, Decimal, InvalidOperation
+from decimal import MAX_EMAX, MIN_EMIN, ROUND_CEILING, ROUND_HALF_UP, Context, Decimal, InvalidOperation
 from typing import NewType
 
 AccountId = NewType("AccountId", int)
@@ -18,8 +18,9 @@ EXACT = Context(prec=200, traps=[InvalidOperation])
 PLAIN_DECIMAL = re.compile(r"[+-]?[0-9]{1,13}(?:\.[0-9]{1,20})?")
 
 
-PLAIN_PLACES_MAX = 60
-"""Of a decimal that is shown without an exponent; OpenRouter's costs have about twenty."""
+PLACES_MAX = 60
+"""Of a decimal that is shown in full; OpenRouter's costs have about twenty."""
+SHOWN = Context(prec=PLACES_MAX, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
 
 
 class InvalidAmount(ValueError):
@@ -64,8 +65,10 @@ def roubles(nano: int) -> str:
 
 
 def decimal_text(number: Decimal) -> str:
-    """Exact: `0.00000009`, or `1E-999` where the plain form would have more than PLAIN_PLACES_MAX places."""
-    return f"{number:f}" if abs(number.adjusted()) <= PLAIN_PLACES_MAX else str(number)
+    """`0.00000009`, exactly; beyond PLACES_MAX places with an exponent, `1E-999`, and at most so many significant digits."""
+    if number.adjusted() <= PLACES_MAX and -int(number.as_tuple().exponent) <= PLACES_MAX:
+        return f"{number:f}"
+    return str(SHOWN.normalize(number))
 
 
 def nano_half_up(roubles_exact: Decimal) -> Nano:
