@@ -67,10 +67,10 @@ from gptutor.telemetry.metrics import IN_FLIGHT_REQUESTS
 LOGGER = logging.getLogger("gptutor.app")
 HOLD_SLACK_S = 60
 """Added to a request's own timeouts for settling it; after that recovery takes its hold over."""
-DATABASE_RETRY_S = 1.0
-LEDGER_DRAIN_S = 5.0
 LAST_RESPONSES_S = 1.0
 """So long before the end of `server.shutdown_s`, requests that are still running get their response."""
+DATABASE_RETRY_S = 1.0
+LEDGER_DRAIN_S = 5.0
 MODELS_FILE = "models.json"
 
 
