@@ -2,6 +2,7 @@
 buying; after a failure that bought nothing it is carried out, also with the same Idempotency-Key (contract B8, C10)."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import asyncpg
 import openai
 import pytest
@@ -18,7 +20,7 @@ from aiohttp import web
 from gptutor.config import schema
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database
-from gptutor.http.app_keys import DATABASE
+from gptutor.http.app_keys import DATABASE, JOURNAL
 from gptutor.money import ledger
 from gptutor.money.keyring import KeyRing
 from gptutor.server.serve import simulated_openrouter
@@ -274,6 +276,28 @@ async def test_repeats_are_recognised_in_all_processes_and_after_a_stop(
             async with gateway_on(one, database, simulator) as started:
                 assert (await ask(started, client, CUT)).status == 422
             await assert_charges_match_bills(living, client)
+    assert len(simulator.billing.records) == 1
+
+
+async def test_a_request_that_the_end_of_a_stop_cut_off_is_not_bought_again_elsewhere(
+    database_url: str, database: Database, simulator: Simulator, tmp_path: Path
+) -> None:
+    """The client gets no answer, the purchase goes on, and the repeat reaches the next process."""
+    simulator.first_word_s = 1
+    async with simulated_openrouter(simulator, schema.SimulatorSettings(port=0)) as base_url:
+        config = config_for(database_url, base_url, tmp_path, {"server": {"shutdown_s": 0.2}})
+        async with aiohttp.ClientSession() as session, asyncio.timeout(20):
+            async with gateway_on(config, database, simulator) as stopping:
+                client = await stopping.client()
+                outside = dataclasses.replace(stopping, session=session)
+                cut_off = asyncio.create_task(ask(outside, client))
+                while not stopping.app[JOURNAL].open_holds:
+                    await asyncio.sleep(0.01)
+            with pytest.raises(aiohttp.ClientError):
+                await cut_off
+        async with gateway_on(config, database, simulator) as started:
+            assert (await ask(started, client)).status == 422
+            await started.recovered(client)
     assert len(simulator.billing.records) == 1
 
 

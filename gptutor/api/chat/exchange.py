@@ -9,6 +9,7 @@ is interrupted, the hold is closed by that evidence.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -22,7 +23,7 @@ from gptutor.api.chat.purchase import Purchase
 from gptutor.api.verified_keys import hide_duration
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
-from gptutor.http.app_keys import KEY_VERIFIED, LOGGED
+from gptutor.http.app_keys import KEY_VERIFIED, LOGGED, READINESS
 from gptutor.http.byte_budget import BudgetExceeded, ResponseBytes, TooLarge
 from gptutor.http.unbuffered_response import CompleteResponse
 from gptutor.money.amounts import Nano, roubles
@@ -38,6 +39,9 @@ from gptutor.telemetry.metrics import COMPLETION_DURATION, COMPLETIONS
 
 LOGGER = logging.getLogger("gptutor.exchange")
 
+RELEASE_S = 1.0
+"""How long a client with an idempotency key waits for its error, so that the key is free when it repeats the request."""
+
 outcome_counter = functools.cache(COMPLETIONS.labels)
 
 # Without `choices`: with them, several clients take the event for the regular end of a response.
@@ -47,11 +51,19 @@ TRUNCATED_EVENT = (
 STOPPED_EVENT = b'data: {"error":{"code":503,"message":"The service stopped before the response was complete"}}\n\n'
 
 
-def start_exchange(services: Services, request: web.Request, context: RequestContext) -> asyncio.Future[web.StreamResponse]:
-    """Starts an exchange, and returns the future of its response; cancelling the future means that the client disconnected."""
+async def respond(services: Services, request: web.Request, context: RequestContext) -> web.StreamResponse:
+    """Starts an exchange, and waits for its response. Raises ApiError.
+
+    A cancellation means that the client has disconnected, or that a stop of the service waits no longer for the response.
+    """
     exchange = Exchange(services, request, context)
     services.in_flight.start(exchange.run())
-    return exchange.response
+    try:
+        return await exchange.response
+    except asyncio.CancelledError:
+        if request.app[READINESS].is_stopping:
+            services.in_flight.start(exchange.mark_cut_off())
+        raise
 
 
 class Exchange:
@@ -290,6 +302,10 @@ class Exchange:
     def _is_sent(self) -> bool:
         return self._purchase is not None and self._purchase.is_sent
 
+    @property
+    def _has_started(self) -> bool:
+        return self._downstream is not None and self._downstream.has_started
+
     def _set_outcome(self, outcome: str) -> None:
         """The outcome is what became of the hold, unless the client got an error: then its code stays the outcome."""
         if outcome == "awaiting_evidence":
@@ -297,12 +313,25 @@ class Exchange:
         if not self.response.done() or self.response.cancelled() or self.response.exception() is None:
             self._outcome = outcome
 
+    async def mark_cut_off(self) -> None:
+        """To be called when the stop of the service has cut off the client, which may repeat the request elsewhere."""
+        if self._purchase is not None and self._purchase.is_sent and not self._has_started:
+            await self._purchase.mark_outcome_unknown(self._context.body_hash)
+
     async def _prepare_for_repeat(self) -> None:
-        """A client that has the beginning of a stream, or has gone, is not one that repeats the request by itself."""
-        has_started = self._downstream is not None and self._downstream.has_started
-        if self._purchase is not None and not has_started and not self.response.done():
-            has_key = self._context.idempotency_key is not None
-            await self._purchase.prepare_for_repeat(self._context.body_hash, has_idempotency_key=has_key)
+        """To be awaited before the client learns that its request has failed: it may repeat the request at once.
+
+        If something may have been bought, the repeat will be rejected; otherwise its idempotency key is free for it. A client
+        that has the beginning of a stream, or has gone, does not repeat the request by itself.
+        """
+        if self._purchase is None or self._has_started or self.response.done():
+            return
+        if self._purchase.is_sent:
+            await self._purchase.mark_outcome_unknown(self._context.body_hash)
+        elif self._context.idempotency_key is not None:
+            with contextlib.suppress(Exception):  # the hold is closed again later, and then what fails is reported
+                async with asyncio.timeout(RELEASE_S):
+                    await self._purchase.close()
 
     def _report_overrun(self, held: Nano, charged: Nano) -> None:
         report_overrun(
@@ -321,7 +350,7 @@ class Exchange:
         error.__traceback__ = error.__context__ = error.__cause__ = None
         if self.response.done():
             return
-        if self._downstream is not None and self._downstream.has_started:
+        if self._downstream is not None and self._has_started:
             self._downstream.abort()  # too late for an error response: a broken connection shows the failure
             self.response.cancel()
         else:

@@ -4,16 +4,10 @@ Every piece of evidence is written to the journal before it is recorded here. So
 exception, a cancellation or the death of the process, the hold can be closed by what is known.
 """
 
-import asyncio
-import contextlib
-
 from gptutor.money.holds import HandOver, Hold, Mark, Release, Settlement
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Charge, LLMCostEvaluate
 from gptutor.openrouter.bill import Bill
-
-RELEASE_S = 1.0
-"""How long a client with an idempotency key waits for its error, so that the key is free when it repeats the request."""
 
 
 class Purchase:
@@ -38,17 +32,9 @@ class Purchase:
         self._ledger.journal.record_closed([self._hold.hold_id])
         self.is_sent = False
 
-    async def prepare_for_repeat(self, body_hash: bytes, *, has_idempotency_key: bool) -> None:
-        """To be awaited before the client learns that its request has failed: it may repeat the request at once.
-
-        If something may have been bought, the repeat will be rejected; otherwise its idempotency key is free for it.
-        """
-        if self.is_sent:
-            await self._ledger.mark_outcome_unknown(Mark(self._hold.account_id, self._hold.hold_id, body_hash))
-        elif has_idempotency_key:
-            with contextlib.suppress(Exception):  # the exchange closes the hold again, and reports what fails
-                async with asyncio.timeout(RELEASE_S):
-                    await self.close()
+    async def mark_outcome_unknown(self, body_hash: bytes) -> None:
+        """A client that repeats the request would buy it again: the repeat will be rejected. Never raises."""
+        await self._ledger.mark_outcome_unknown(Mark(self._hold.account_id, self._hold.hold_id, body_hash))
 
     def record_generation_id(self, generation_id: str | None) -> None:
         """The first generation id wins; None is ignored."""
