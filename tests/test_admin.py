@@ -92,6 +92,12 @@ async def admin(database_url: str, database: Database, tmp_path: Path) -> AsyncI
     assert not re.search(r"sk-user-\d+-\w{5}", text)
 
 
+async def test_administrators_get_errors_as_a_text_whatever_their_client(admin: Admin) -> None:
+    headers = {"User-Agent": "OpenAI/Python 3.57.0", "X-Stainless-Lang": "python"}
+    async with admin.session.get("http://admin/admin/users", headers=headers) as response:
+        assert (response.status, await response.json()) == (401, {"error": "Invalid administrator token"})
+
+
 async def test_the_life_of_a_user(admin: Admin) -> None:
     status, user = await admin.request("POST", "/admin/users", {"name": "Иван", "balance": "100.000000001"})
     assert (status, user["balance"], user["name"]) == (201, "100.000000001", "Иван")
