@@ -1,7 +1,8 @@
 """The closed list of errors that a client can get (contract B).
 
 An ApiError is raised anywhere above money/, openrouter/ and database/, and becomes a response in one place, the `errors`
-middleware. The response body is `{"error": "<text>"}`; the code, one word of this list, is in the header X-Error-Code.
+middleware. The response body is `{"error": "<text>"}`, or for SDKs an object with that text (`http/error_form.py`); the code, one
+word of this list, is in the header X-Error-Code.
 """
 
 from collections.abc import Mapping

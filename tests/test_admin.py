@@ -110,6 +110,12 @@ async def test_nothing_is_changed_while_audit_lines_cannot_be_written(admin: Adm
     assert (status, user["balance"]) == (201, "6")
 
 
+async def test_administrators_get_errors_as_a_text_whatever_their_client(admin: Admin) -> None:
+    headers = {"User-Agent": "OpenAI/Python 3.57.0", "X-Stainless-Lang": "python"}
+    async with admin.session.get("http://admin/admin/users", headers=headers) as response:
+        assert (response.status, await response.json()) == (401, {"error": "Invalid administrator token"})
+
+
 async def test_the_life_of_a_user(admin: Admin) -> None:
     status, user = await admin.request("POST", "/admin/users", {"name": "Иван", "balance": "100.000000001"})
     assert (status, user["balance"], user["name"]) == (201, "100.000000001", "Иван")

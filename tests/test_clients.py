@@ -45,7 +45,8 @@ async def ask(request: pytest.FixtureRequest, gateway: Gateway) -> AsyncIterator
                 fields = {"model": MODEL, "messages": says("Hello"), **fields}
                 if request.param == "async":
                     return await waiting.with_options(api_key=key).chat.completions.create(**fields)
-                return await asyncio.to_thread(blocking.with_options(api_key=key).chat.completions.create, **fields)
+                completions: Any = blocking.with_options(api_key=key).chat.completions
+                return await asyncio.to_thread(completions.create, **fields)
 
             yield create
 
@@ -119,7 +120,7 @@ class NoRetry(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         """Nothing."""
 
 

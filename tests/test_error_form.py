@@ -4,10 +4,12 @@ import json
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from multidict import CIMultiDict
 
 from gptutor.errors import ERRORS, ApiError
-from gptutor.http.error_form import ErrorForm, error_document
+from gptutor.http.error_form import NUMBER_CODE_SDKS, WORD_CODE_SDKS, ErrorForm, error_document
+from gptutor.web import openapi, page
 from tests.support.gateway import Gateway
 
 REFUSED = ApiError("invalid_request", "temperature must be a number from 0 to 2")
@@ -66,6 +68,19 @@ def test_the_fields_of_a_rate_limit_stay_beside_the_object() -> None:
     document = error_document(error, "object", {})
     assert document == {"error": document["error"], "message": "Try again in 7 s.", "retryAfter": 7}
     assert document["error"]["message"] == "Too Many Requests"
+
+
+@pytest.mark.parametrize("headers", [{}, {"User-Agent": "OpenAI/Python 3.57.0"}, {"User-Agent": "@openrouter/sdk"}])
+def test_the_description_has_all_forms(headers: dict[str, str]) -> None:
+    described = {"$ref": "#/components/schemas/Error", "components": openapi.describe()["components"]}
+    for code in ERRORS:
+        Draft202012Validator(described).validate(error_document(ApiError(code), "auto", headers))
+
+
+def test_the_pages_name_the_sdks() -> None:
+    texts = [(page.HERE / "pages" / f"errors.{language}.md").read_text(encoding="utf-8") for language in page.LANGUAGES]
+    for text in (*texts, openapi.SOURCE.read_text(encoding="utf-8")):
+        assert [part for part in (*NUMBER_CODE_SDKS, *WORD_CODE_SDKS) if f"`{part}`" not in text] == []
 
 
 SDK = {"User-Agent": "OpenAI/Python 3.57.0"}

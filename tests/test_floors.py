@@ -62,6 +62,7 @@ PURE = {
         "gptutor.money.pricing",
         "gptutor.text",
     ),
+    "gptutor.http.error_form": ("gptutor.errors",),
     "gptutor.http.json_body": ("gptutor.errors", "gptutor.money.amounts", "gptutor.text"),
     "gptutor.integrations.vk": (),
     "gptutor.api.chat.surrogates": (),

@@ -12,7 +12,7 @@ from typing import Protocol
 from aiohttp import HttpVersion11, StreamReader, web
 
 from gptutor.errors import ApiError
-from gptutor.http.app_keys import AWAITS_CONTINUE, ERROR_FORM
+from gptutor.http.app_keys import AWAITS_CONTINUE
 from gptutor.http.errors import error_response
 from gptutor.http.json_body import Body, parse_json_body
 
@@ -34,7 +34,7 @@ async def defer_continue(request: web.Request) -> web.Response | None:
     if request.headers["Expect"].lower() == "100-continue":
         request[AWAITS_CONTINUE] = request.version >= HttpVersion11  # HTTP/1.0 has no interim responses
         return None
-    return error_response(ApiError("expectation_failed"), request.app.get(ERROR_FORM, "text"), request.headers)
+    return error_response(ApiError("expectation_failed"), request)
 
 
 def awaits_continue(request: web.Request) -> bool:

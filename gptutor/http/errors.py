@@ -3,8 +3,6 @@
 import functools
 import json
 import logging
-from collections.abc import Mapping
-from types import MappingProxyType
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -12,21 +10,23 @@ from aiohttp.typedefs import Handler
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import AWAITS_CONTINUE, ERROR_CODE, ERROR_FORM, REQUEST_ID
-from gptutor.http.error_form import ErrorForm, error_document
+from gptutor.http.error_form import error_document
 from gptutor.telemetry.logs import PATH_CHARACTERS_MAX
 from gptutor.telemetry.metrics import ERROR_RESPONSES
 
 LOGGER = logging.getLogger("gptutor.http")
 
-
 compact_json = functools.partial(json.dumps, separators=(",", ":"))
 """Clients search the object's text for `"code":402`."""
 
 
-def error_response(error: ApiError, form: ErrorForm = "text", headers: Mapping[str, str] = MappingProxyType({})) -> web.Response:
-    """The response to a request with these `headers`. Without an application, bytes before any handler, the form is the text."""
+def error_response(error: ApiError, request: web.Request | None = None) -> web.Response:
+    """In the form for the client that sent `request`; as a text without one, if its headers could not be read."""
     ERROR_RESPONSES.labels(error.code).inc()
-    document = error_document(error, form, headers)
+    if request is None:
+        document = error_document(error, "text", {})
+    else:
+        document = error_document(error, request.app.get(ERROR_FORM, "text"), request.headers)
     return web.json_response(
         document,
         status=error.status,
@@ -60,7 +60,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def _respond(request: web.Request, error: ApiError) -> web.Response:
     request[ERROR_CODE] = error.code
-    response = error_response(error, request.app.get(ERROR_FORM, "text"), request.headers)
+    response = error_response(error, request)
     if request.get(AWAITS_CONTINUE):
         response.force_close()  # the client may or may not send the body now: the next bytes on this connection are ambiguous
     return response
