@@ -116,7 +116,7 @@ STATEMENTS_OF_GROWTH: dict[str, tuple[str, tuple[Any, ...], int, int]] = {
     "a payment by its reference": ("find_reference", ("pay-7",), 1, 10),
     "credits": ("find_credits", (7,), 1, 20),
     "a month of totals": ("sum_usage", (1, TODAY - MONTH, TODAY, True, False), 15, 100),
-    "a payment that is due": ("claim_due_payment", (30.0, 3600.0, 60.0), 0, 20),
+    "a payment that is due": ("claim_due_payment", (30.0, 3600.0, 60.0), 1, 60),
     "a pending payment": ("find_pending_payment", ("payment-7",), 1, 10),
     "pending payments of an account": ("count_pending_payments", (1,), 1, 250),
     "a live key": ("find_live_key", (1, b"x" * 32), 0, 10),
