@@ -28,7 +28,7 @@ from gptutor.server.listener import StartError, listening_on
 from gptutor.server.serve import admin_listening, simulated_openrouter
 from gptutor.simulator.server import Simulator
 from gptutor.web.site import documentation
-from tests.support.service import Service, environment, run, running_with, start
+from tests.support.service import Service, environment, run, running_with, start, start_bare
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -51,7 +51,7 @@ def stream(service: Service, text: str) -> bytes:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_finishes_running_requests_and_settles_their_charges(tmp_path: Path, number: signal.Signals) -> None:
-    running = start(tmp_path, is_new=True, GPTUTOR_SIMULATOR__WORD_S="0.03")
+    running = start_bare(tmp_path, GPTUTOR_SIMULATOR__WORD_S="0.03")
     answers: list[bytes] = []
     client = threading.Thread(target=lambda: answers.append(stream(running, "Hello")))
     client.start()
@@ -111,7 +111,7 @@ def answer_during_stop(service: Service, text: str, *, stream: bool) -> tuple[in
 
 
 def test_after_a_kill_the_service_has_its_database_its_user_and_its_key(tmp_path: Path) -> None:
-    first = start(tmp_path, is_new=True)
+    first = start_bare(tmp_path)
     stream(first, "Hello")
     first.lines_of(1, 2)
     first.stop(signal.SIGKILL)

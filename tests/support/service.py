@@ -106,12 +106,17 @@ def run(environ: dict[str, str], *arguments: str, check: bool = True) -> subproc
     return ended
 
 
-def start(directory: Path, *, is_new: bool = False, **settings: str) -> Service:
-    """Starts the service with a copy of a migrated database, unless `directory` has one, or (`is_new`) the service is to make it."""
-    environ = environment(directory, **settings)
+def start(directory: Path, **settings: str) -> Service:
+    """Starts the service, with a copy of a migrated database unless `directory` has one or the settings name one."""
     data = directory / "var" / "postgres"
-    if not is_new and "DATABASE_URL" not in settings and not data.exists():
+    if "DATABASE_URL" not in settings and not data.exists():
         CLUSTER.copy(data)
+    return start_bare(directory, **settings)
+
+
+def start_bare(directory: Path, **settings: str) -> Service:
+    """Starts the service, which makes its database if `directory` has none."""
+    environ = environment(directory, **settings)
     process = subprocess.Popen(
         [sys.executable, "-m", "gptutor", "serve"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
