@@ -14,12 +14,9 @@ LOGGER = logging.getLogger("gptutor.overruns")
 
 def report_overrun(*, account_id: AccountId, request_id: str, model: str, held: Nano, charged: Nano, overdraft_max: Nano) -> None:
     """Counts and logs a charge above its hold; an error if the difference alone is more than a balance may fall below zero."""
-    excess = charged - held
-    if excess <= 0:
-        return
     CHARGE_OVERRUNS.inc()
     LOGGER.log(
-        logging.ERROR if excess > overdraft_max else logging.WARNING,
+        logging.ERROR if charged - held > overdraft_max else logging.WARNING,
         "A charge exceeds its hold",
         extra={
             "type": "overrun",

@@ -33,7 +33,8 @@ TARIFFS_MAX = 5000
 CONTEXT_TOKENS_DEFAULT = 2_000_000
 """For a model that lists no context length: more than the longest that any model lists."""
 HOLDS_PER_BALANCE_MIN = 10
-"""A hold is at least this part of the minimum balance: what no ceiling foresees stays small for many requests together."""
+"""A hold is at least this part of the minimum balance (a share of an eighth is more): what no ceiling foresees stays small for
+many requests together."""
 HOLD_NANO_MAX = 10**18
 """A billion roubles: nobody has so much, and it fits into the database."""
 
@@ -362,7 +363,7 @@ class LLMCostEvaluate:
         # The limit that is sent must leave room for an answer after the reasoning, or the request would be rejected.
         fixed += reasoning * token
         tokens_max = tariff.output_tokens - reasoning
-        hold_min = self._hold(fixed + min(reasoning + self._output_tokens_min, tokens_max) * token)
+        hold_min = _nano_up(fixed + min(reasoning + self._output_tokens_min, tokens_max) * token)
         return Ceiling(
             hold_max=self._hold(fixed + tokens_max * token),
             available_min=max(hold_min, self._balance_min),
@@ -374,7 +375,7 @@ class LLMCostEvaluate:
 
     def _hold(self, scaled: int) -> Nano:
         """The amount to hold; nothing for what is free."""
-        return Nano(min(max(-(-scaled // PRICE_SCALE), self._hold_least), HOLD_NANO_MAX)) if scaled else Nano(0)
+        return max(_nano_up(scaled), self._hold_least) if scaled else Nano(0)
 
     def _prompt_token(self, size: RequestSize, tariff: Tariff) -> int:
         """The highest price that may apply to a token of the prompt."""
@@ -430,6 +431,11 @@ class LLMCostEvaluate:
     def charge(self, cost_usd: Decimal) -> Nano:
         """The amount to charge for a finished request, at the current rate."""
         return charge_amount(cost_usd, self.rub_per_usd)
+
+
+def _nano_up(scaled: int) -> Nano:
+    """PRICE_SCALE units → nano-roubles, rounded up."""
+    return Nano(min(-(-scaled // PRICE_SCALE), HOLD_NANO_MAX))
 
 
 def _multiply_up(amount: int, factor: tuple[int, int]) -> int:
