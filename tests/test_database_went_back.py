@@ -395,6 +395,11 @@ async def test_what_cannot_be_booked_is_listed_and_charged_to_nobody_else(
         if is_number_used_again:
             other = await make_client(database, "100")
             assert other.account_id == lost.account_id
+        (living.journal.slot / "unbooked").mkdir()  # it cannot be written down for the operator: it stays in the journal
+        await living.recovery.process_due_holds()
+        assert set(living.journal.open_holds) == set(journals_in(directory, 0)[0].open_holds) == {held.hold_id}
+        (living.journal.slot / "unbooked").rmdir()
+        caplog.clear()
         with caplog.at_level(logging.ERROR):
             await living.recovery.process_due_holds()
         assert [record.getMessage() for record in caplog.records if record.name.startswith("gptutor")] == [
