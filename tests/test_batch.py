@@ -694,13 +694,15 @@ async def test_a_settlement_whose_response_was_lost_is_retried_and_booked_once(
     await assert_invariants_hold(database)
 
 
-async def test_a_settlement_of_a_lost_hold_is_logged_as_an_error(database: Database, caplog: pytest.LogCaptureFixture) -> None:
-    """Row operator-5: after a failover to a stale replica, or a restore, a charge has no hold."""
+async def test_a_settlement_of_a_lost_hold_of_which_nothing_is_known_is_an_error(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Row operator-5: after a failover to a stale replica, or a restore, a charge has no hold; a journal of an earlier release."""
     client = await make_client(database, "10")
     lost = Settlement(client.account_id, new_id(), Charge(Nano(1), Decimal("0.01")), None)
     with caplog.at_level(logging.ERROR, "gptutor.ledger"):
         assert await ledger_of(database).settle(lost) == "no_hold"
-    assert caplog.records[0].getMessage().startswith("A charge has no hold: ")
+    assert caplog.records[0].getMessage().startswith("A request cannot be charged: the database has lost its hold")
     assert await client.balance() == 10
 
 

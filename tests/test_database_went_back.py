@@ -24,7 +24,7 @@ from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.holds import HandOver, Hold, HoldId, new_id
 from gptutor.money.journal_records import HoldRecord
 from gptutor.money.pricing import Charge
-from gptutor.money.rollback import Position, lost_action, may_have_gone_back, read_position
+from gptutor.money.rollback import Position, lost_action, may_have_gone_back, read_position, write_position
 from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.server import Simulator
 from tests.support.accounting import assert_charges_match_bills
@@ -395,6 +395,11 @@ async def test_what_cannot_be_booked_is_listed_and_charged_to_nobody_else(
         if is_number_used_again:
             other = await make_client(database, "100")
             assert other.account_id == lost.account_id
+        (living.journal.slot / "unbooked").mkdir()  # it cannot be written down for the operator: it stays in the journal
+        await living.recovery.process_due_holds()
+        assert set(living.journal.open_holds) == set(journals_in(directory, 0)[0].open_holds) == {held.hold_id}
+        (living.journal.slot / "unbooked").rmdir()
+        caplog.clear()
         with caplog.at_level(logging.ERROR):
             await living.recovery.process_due_holds()
         assert [record.getMessage() for record in caplog.records if record.name.startswith("gptutor")] == [
@@ -407,6 +412,110 @@ async def test_what_cannot_be_booked_is_listed_and_charged_to_nobody_else(
     if is_number_used_again:
         assert await other.balance() == 100
         await assert_invariants_hold(database)
+
+
+async def test_what_cannot_be_booked_is_told_once_however_often_the_server_restarts(
+    live: RestorableDatabase, database: Database, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await live.back_up()
+    await reconnected(database)
+    lost = await make_client(database, "100")
+    with process(database, directory) as living:
+        await buy(database, lost, living)
+        await live.restore()
+        await reconnected(database)
+        assert any("cannot be charged" in line for line in await checked(living, caplog))
+        for _ in range(3):
+            (living.journal.slot / "position").unlink(missing_ok=True)
+            living.recovery._rollback_check._remembered = None
+            assert await checked(living, caplog) == []
+        assert len(journal.read_unbooked(directory)) == 1
+
+
+async def test_what_cannot_be_closed_again_yet_stays_suspect_and_its_evidence_is_kept(
+    live: RestorableDatabase,
+    database: Database,
+    directory: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row db-11: the account's row is locked by hand when the database has gone back."""
+    monkeypatch.setattr("gptutor.money.closings.CLOSE_TIMEOUT_S", 0.3)
+    client = await make_client(database, "100")
+    await live.back_up()
+    await reconnected(database)
+    with process(database, directory) as living:
+        await buy(database, client, living)
+        living.journal._begin_segment()
+        os.utime(living.journal.files[0], (0, 0))
+        await live.restore()
+        await reconnected(database)
+        hand = await asyncpg.connect(live.url)
+        async with hand.transaction():
+            await hand.execute("SELECT FROM accounts FOR UPDATE")
+            await checked(living, caplog)
+            assert read_position(living.journal.slot) is None
+            assert len(living.journal.files) == 2
+        await hand.close()
+        assert len(await checked(living, caplog)) == 1
+        assert read_position(living.journal.slot) is not None
+        assert len(living.journal.files) == 1
+    assert await client.balance() == Decimal("99.1")
+    await assert_invariants_hold(database)
+
+
+@pytest.mark.parametrize("is_in_use", [False, True])
+async def test_the_evidence_in_a_slot_that_no_process_has_is_used_as_well(
+    live: RestorableDatabase, database: Database, directory: Path, caplog: pytest.LogCaptureFixture, is_in_use: bool
+) -> None:
+    """There are fewer processes now than before the restore. A dead one's open holds were closed by the replay of its journal."""
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    await live.back_up()
+    await reconnected(database)
+    billed, sent = [await hold(database, client, "5", ledger=dead) for _ in range(2)]
+    for held in (billed, sent):
+        dead.journal.record_sent(held.account_id, held.hold_id, held.facts)
+    dead.journal.record_charge(billed.hold_id, CHARGE, None)
+    with process(database, directory) as survivor:
+        assert await survivor.recovery.replay(*journals_in(directory))
+        assert (await client.balance(), await client.held()) == (Decimal("99.1"), 5)
+        assert await checked(survivor, caplog) == []
+        await live.restore()
+        await reconnected(database)
+        lock = journal._lock(directory / "50") if is_in_use else None
+        assert len(await checked(survivor, caplog)) == int(not is_in_use)
+        if lock is not None:
+            os.close(lock)
+    assert await client.balance() == (100 if is_in_use else Decimal("99.1"))
+    assert await client.held() == (0 if is_in_use else 5)
+    await assert_invariants_hold(database)
+
+
+async def test_another_attempt_that_is_running_is_left_alone(
+    live: RestorableDatabase, database: Database, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        held = await hold(database, client, "5", ledger=living.ledger)
+        living.journal.record_sent(held.account_id, held.hold_id, held.facts)
+        living.journal.record_closed([held.hold_id])  # the first attempt bought nothing, and the second begins
+        assert await checked(living, caplog) == []
+    assert await client.held() == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"00000000 position"])
+def test_a_position_that_is_damaged_is_none(tmp_path: Path, content: bytes) -> None:
+    assert read_position(tmp_path) is None
+    (tmp_path / "position").write_bytes(content)
+    assert read_position(tmp_path) is None
+
+
+@pytest.mark.parametrize("position", [Position("a/b", 5, (AccountId(1), new_id())), Position("-/1", None, None)])
+def test_a_position_is_remembered_across_processes(tmp_path: Path, position: Position) -> None:
+    write_position(tmp_path, position)
+    assert read_position(tmp_path) == position
+    with pytest.raises(journal.JournalError, match="cannot be written: No such file or directory"):
+        write_position(tmp_path / "none", position)
 
 
 async def test_a_server_that_tells_no_position_is_found_out_by_its_witness(

@@ -50,6 +50,8 @@ def apply_line(open_holds: dict[HoldId, HoldRecord], closed_holds: dict[HoldId, 
             record.is_handed_over = keyword == b"handed_over"
             closed_holds[hold_id] = record
         return
+    if keyword not in (b"sent", b"named", b"billed"):
+        raise ValueError(keyword)
     hold_id = HoldId(uuid.UUID(values[1].decode()))
     record = open_holds.setdefault(hold_id, HoldRecord(AccountId(int(values[0]))))
     if keyword == b"sent":
@@ -57,7 +59,7 @@ def apply_line(open_holds: dict[HoldId, HoldRecord], closed_holds: dict[HoldId, 
         record.facts = _parse_facts(values[2:]) if len(values) > 2 else None
     elif keyword == b"named":
         record.generation_id = values[2].decode()
-    elif keyword == b"billed":
+    else:
         tokens = [
             None if value == b"-" else int(value) for value in values[5:7]
         ]  # lines of the previous release have no token counts

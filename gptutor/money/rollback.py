@@ -18,8 +18,9 @@ What the journals do not keep any more cannot be booked again; `gptutor reconcil
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,8 @@ from gptutor.money.ledger import Ledger
 from gptutor.telemetry.metrics import LOST_COMMITS
 
 LOGGER = logging.getLogger("gptutor.recovery")
+IDLE_SLOTS_EVERY_S = 60
+"""How often slots without a process are checked. They are locked meanwhile, and a new process would take another one."""
 POSITION = "position"
 """The file in each slot."""
 
@@ -76,7 +79,9 @@ class RollbackCheck:
         self._journals = journals
         self._kept_s = kept_s
         self._kept_bytes_max = kept_bytes_max
-        self._remembered: dict[Path, Position | None] = {}
+        self._remembered: Position | None = None
+        self._idle_slots_checked_until = 0.0
+        self._booked_again = 0
 
     async def check(self) -> None:
         """Compares the server's position with the one that each slot remembers, and the kept holds if it may have gone back.
@@ -84,37 +89,43 @@ class RollbackCheck:
         Raises DatabaseUnavailable, JournalError.
         """
         own = self._ledger.journal
+        latest_settled = own.latest_settled  # before the position is asked for
+        remembered = self._remembered or read_position(own.slot)
+        was_suspect, self._remembered = await self._check_slot(own.slot, remembered, latest_settled)
+        if self._remembered is not None:
+            own.expire(self._kept_s)
+            if own.latest_settled == latest_settled:
+                own.latest_settled = None  # as a witness it is remembered, or of no use: its account may be lost
+        if not was_suspect and time.monotonic() < self._idle_slots_checked_until:
+            return
         for slot in journal.slots(self._journals):
-            if slot == own.slot:
-                await self._check_slot(slot)
-            elif any(slot.glob(journal.KEPT_PATTERN)):
-                with journal.locked(slot) as is_free:
-                    if is_free:
-                        await self._check_slot(slot)
+            if slot != own.slot and any(slot.glob(journal.KEPT_PATTERN)):
+                with journal.locked(slot) as is_idle:
+                    if is_idle and (await self._check_slot(slot, read_position(slot), None))[1] is not None:
+                        journal.expire_kept(slot, self._kept_s, self._kept_bytes_max)
+        self._idle_slots_checked_until = time.monotonic() + IDLE_SLOTS_EVERY_S
 
-    async def _check_slot(self, slot: Path) -> None:
-        own = self._ledger.journal
-        latest_settled = own.latest_settled if slot == own.slot else None  # before the position is asked for
-        remembered = self._remembered[slot] if slot in self._remembered else read_position(slot)
+    async def _check_slot(
+        self, slot: Path, remembered: Position | None, latest_settled: tuple[AccountId, HoldId] | None
+    ) -> tuple[bool, Position | None]:
+        """Whether the server may have gone back, and its position now; None if it still lacks something that the slot knows."""
         account_id, hold_id = remembered.witness if remembered is not None and remembered.witness else (None, None)
         (row,) = await self._database.fetch("find_position", account_id, hold_id)
         history, wal_bytes = row["history"], row["wal_bytes"]
         is_suspect = may_have_gone_back(remembered, history, wal_bytes, witness_is_settled=bool(row["is_settled"]))
         if is_suspect and not await self._book_again(slot):
-            return  # the old position stays, and so does the evidence
-        if slot == own.slot:
-            own.expire(self._kept_s)
-        else:
-            journal.expire_kept(slot, self._kept_s, self._kept_bytes_max)
+            return True, None  # the old position stays, and so does the evidence
         witness = latest_settled or (remembered.witness if remembered is not None and row["is_settled"] else None)
         position = Position(history, wal_bytes, witness)
         if position != remembered:
             write_position(slot, position)
-            self._remembered[slot] = position
+        return is_suspect, position
 
     async def _book_again(self, slot: Path) -> bool:
         """Compares all kept holds with their rows, file by file. Returns whether the database has all of them now."""
-        succeeded, lost = True, 0
+        succeeded = True
+        self._booked_again = 0
+        unbooked = journal.read_unbooked(self._journals)
         for path, is_replayed in list(journal.kept_files(slot)):
             segment = await asyncio.to_thread(journal.read_segment, path)
             if is_replayed:
@@ -123,23 +134,22 @@ class RollbackCheck:
                 segment.closed_holds |= segment.open_holds
             records = iter(segment.closed_holds.items())
             while some := dict(islice(records, CONCURRENT_MAX)):
-                actions = await self._lost(some)
-                lost += len(actions)
+                actions = await self._lost(some, unbooked)
                 succeeded = (
                     await all_succeed(self._do(action, hold_id, some[hold_id]) for hold_id, action in actions.items())
                     and succeeded
                 )
-        if lost:
-            LOST_COMMITS.inc(lost)
+        if self._booked_again:
+            LOST_COMMITS.inc(self._booked_again)
             LOGGER.error(
                 "The database has gone back: %d holds that it had closed were lost, and are closed again by the journal. "
                 "What was paid or changed meanwhile is lost too. Run: gptutor verify, gptutor reconcile",
-                lost,
+                self._booked_again,
                 extra={"type": "recovery"},
             )
         return succeeded
 
-    async def _lost(self, records: Mapping[HoldId, HoldRecord]) -> dict[HoldId, str]:
+    async def _lost(self, records: Mapping[HoldId, HoldRecord], unbooked: Collection[HoldId]) -> dict[HoldId, str]:
         """What to do, for each hold that the database has not as the journal says."""
         rows = await self._database.fetch("find_hold_states", [record.account_id for record in records.values()], list(records))
         by_id = {row["hold_id"]: row for row in rows}
@@ -147,6 +157,8 @@ class RollbackCheck:
         for hold_id, record in records.items():
             if hold_id in self._ledger.active or hold_id in self._ledger.journal.open_holds:
                 continue  # another attempt of a request that is still running
+            if hold_id in unbooked and hold_id not in by_id:
+                continue  # the operator was told
             if (action := lost_action(record, by_id.get(hold_id))) is not None:
                 actions[hold_id] = action
         return actions
@@ -156,6 +168,7 @@ class RollbackCheck:
             await with_timeout(self._ledger.release(Release(record.account_id, hold_id)))
         else:
             await settle_or_hand_over(self._ledger, hold_id, record)
+        self._booked_again += 1
 
 
 def read_position(slot: Path) -> Position | None:
