@@ -260,7 +260,7 @@ async def _stop_accepting(app: web.Application) -> None:
 
 def _end_responses(services: Services) -> None:
     for exchange in list(services.exchanges):
-        exchange.end_response()
+        services.in_flight.start(exchange.end_at_stop())
 
 
 # -- settings into objects

@@ -41,6 +41,8 @@ LOGGER = logging.getLogger("gptutor.exchange")
 
 RELEASE_S = 1.0
 """How long a client with an idempotency key waits for its error, so that the key is free when it repeats the request."""
+MARK_AT_STOP_S = 0.5
+"""How long a response waits for the database when the service stops: it must leave before the connections are closed."""
 
 outcome_counter = functools.cache(COMPLETIONS.labels)
 
@@ -98,6 +100,13 @@ class Exchange:
             self.end_response()  # nothing is left to do if it has ended; otherwise this task is being cancelled
             if self._is_request_logged:
                 self._log_response()
+
+    async def end_at_stop(self) -> None:
+        """Ends the response, once a repeat of the request would be recognised."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(MARK_AT_STOP_S):
+                await self.mark_cut_off()
+        self.end_response()
 
     def end_response(self) -> None:
         """Ends the response now, because the service stops: an empty one would be requested again, and bought twice.
