@@ -209,6 +209,6 @@ INSERT INTO schema_migrations (name, checksum) VALUES
 ('0004_holds', 'acd4af62119056871faa054e077b37451fc7be804a8a2734bc424aaca7ee8e5f'),
 ('0005_ledger', '918d4ac8b32e559e8fbb66516212e44e63671d5989333fa53aaeaf0fa420594d'),
 ('0006_usage_days', 'd8cf0a3082f3c67291b974be78223ad65c559c5272bd88df700d53bb0816d3ad'),
-('0007_smaller_holds', 'd3cff6120f994f9b1a6f3068c036ff8c39dfaa0d1a1a7b90482cf159b14e1d80');
+('0007_smaller_holds', '44b4cef36239e0746f51370b84918131e3fd9a2bf49409ed1b769961bca4a9a3');
 
 COMMIT;

@@ -11,14 +11,15 @@
 -- available_nano: what was available to this key before the hold. minute_requests: the account's requests in this minute.
 --
 -- Of each hold: minimums_nano is what must be available. ceilings_nano is the most that the request can cost, and is held; or, if
--- that is less, holds_min_nano and an eighth of what is available beyond it: the request's output is then limited to what is held.
+-- that is less, holds_min_nano and an eighth of what is available beyond it: the output is then limited to what is held.
 -- account_requests_per_minute and account_concurrency_limit: 0 is no limit. hold_ttl_s: when recovery looks at
 -- the hold.
 CREATE OR REPLACE FUNCTION place_holds(
     locked_account_ids bigint[],
     owner uuid, hold_ttl_s double precision, rub_per_usd numeric,
     account_requests_per_minute integer, account_concurrency_limit integer,
-    account_ids bigint[], key_hashes bytea[], hold_ids uuid[], ceilings_nano bigint[], holds_min_nano bigint[], minimums_nano bigint[],
+    account_ids bigint[], key_hashes bytea[], hold_ids uuid[],
+    ceilings_nano bigint[], holds_min_nano bigint[], minimums_nano bigint[],
     models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]
 ) RETURNS TABLE (
     hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text, minute_requests integer

@@ -141,7 +141,8 @@ async def test_many_short_requests_run_at_once_on_ten_roubles(gateways: tuple[Ga
     gateways[0].simulator.first_word_s = 1.5
     one = gateways[0]
     counts = {}
-    for name, members in {"no limit": {}, "max_tokens": {"max_tokens": 200}}.items():
+    kinds: dict[str, dict[str, Any]] = {"no limit": {}, "max_tokens": {"max_tokens": 200}}
+    for name, members in kinds.items():
         client = await one.client("10")
         replies = await asyncio.gather(*(one.chat(client, model=LITE, **members) for _ in range(110)))
         counts[name] = [response.status for response, _ in replies].count(200)
