@@ -12,8 +12,7 @@
 --
 -- Of each hold: minimums_nano is what must be available. ceilings_nano is the most that the request can cost, and is held; or, if
 -- that is less, holds_min_nano and an eighth of what is available beyond it: the output is then limited to what is held.
--- account_requests_per_minute and account_concurrency_limit: 0 is no limit. hold_ttl_s: when recovery looks at
--- the hold.
+-- account_requests_per_minute and account_concurrency_limit: 0 is no limit. hold_ttl_s: when recovery looks at the hold.
 CREATE OR REPLACE FUNCTION place_holds(
     locked_account_ids bigint[],
     owner uuid, hold_ttl_s double precision, rub_per_usd numeric,

@@ -73,7 +73,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 REQUESTS = int(os.environ.get("EXPOSURE_REQUESTS", "0"))
-BALANCES = ("1.05", "33", "2001") if REQUESTS else ("310",)
+BALANCES = ("1.05", "33", "2001") if REQUESTS else ("10", "310")
 """Of the accounts of each kind."""
 
 
