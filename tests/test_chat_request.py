@@ -308,6 +308,7 @@ def test_ocr_is_paid_where_its_engine_is(plugins: Any, paid: bool | None) -> Non
         ({"models": ["a/b", "a/b:online:nitro"]}, True),
         ({"provider": None}, False),
         ({"provider": {"order": None, "max_price": {"prompt": 1}, "allow_fallbacks": False}}, False),
+        ({"provider": {"sort": "price"}}, False),
         ({"provider": {"order": ["azure"]}}, True),
         ({"provider": {"ignore": ["azure"]}}, True),
         ({"provider": {"sort": "throughput"}}, True),

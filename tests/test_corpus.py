@@ -54,6 +54,12 @@ def assert_only_own_fields_differ(sent: str, received: str) -> None:
     if before.get('"model"', "null") == "null":
         own_fields.add('"model"')
         assert after['"model"'] == f'"{MODEL}"'
+    if after.get('"provider"') != before.get('"provider"'):  # the client chooses providers: their prices are capped
+        own_fields.add('"provider"')
+        chosen, capped = members(before['"provider"']), members(after['"provider"'])
+        lower, cap = json.loads(chosen.pop('"max_price"', "{}")), json.loads(capped.pop('"max_price"'))
+        assert chosen == capped
+        assert all(0 <= float(cap[name]) <= float(lower.get(name, "inf")) for name in ("prompt", "completion", "request"))
     assert list(after)[: len(before)] == list(before)
     assert set(after) == set(before) | own_fields
     assert [name for name in before if name not in own_fields and after[name] != before[name]] == []

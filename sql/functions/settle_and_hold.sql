@@ -17,8 +17,8 @@ CREATE OR REPLACE FUNCTION settle_and_hold(
     owner uuid, hold_ttl_s double precision, rub_per_usd numeric,
     account_requests_per_minute integer, account_concurrency_limit integer,
     account_ids bigint[], key_hashes bytea[], hold_ids uuid[],
-    ceilings_nano bigint[], holds_min_nano bigint[], minimums_nano bigint[], models text[],
-    request_ids text[], idempotency_keys text[], body_hashes bytea[]
+    ceilings_nano bigint[], holds_min_nano bigint[], minimums_nano bigint[],
+    models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]
 ) RETURNS TABLE (
     hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text, minute_requests integer
 )

@@ -322,8 +322,9 @@ def _chooses_provider(request: ChatRequest) -> bool:
     """Whether a dearer provider may answer than the one that OpenRouter would choose."""
     if request.preset is not None:
         return True
-    if request.provider and any(name not in CHEAPENING and not _is_null(raw) for name, raw in request.provider.items()):
-        return True
+    for name, raw in (request.provider or {}).items():
+        if name not in CHEAPENING and not _is_null(raw) and not (name == "sort" and _is_string(raw, "price")):
+            return True
     models = (request.model or "", *(request.models or ()))
     return any(suffix not in SAME_PROVIDERS for model in models if ":" in model for suffix in model.split(":")[1:])
 
