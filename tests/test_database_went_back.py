@@ -269,6 +269,43 @@ async def test_after_a_plain_restart_only_the_latest_evidence_is_read(
         assert read == ["000004", "000003"]
 
 
+async def test_a_check_that_is_interrupted_begins_anew(
+    live: RestorableDatabase,
+    database: Database,
+    directory: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row db-7: the database goes away after the latest evidence was used, and before the rest was."""
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        await live.back_up()
+        await reconnected(database)
+        for _ in range(3):
+            await buy(database, client, living)
+            living.journal._begin_segment()
+        assert await checked(living, caplog) == []
+        await live.restore()
+        await reconnected(database)
+        fetch, looks = database.fetch, 0
+
+        async def interrupted(statement: str, *arguments: Any) -> Any:
+            nonlocal looks
+            looks += statement == "find_hold_states"
+            if looks == 2:
+                looks += 1
+                raise DatabaseUnavailable("away")
+            return await fetch(statement, *arguments)
+
+        monkeypatch.setattr(database, "fetch", interrupted)
+        with pytest.raises(DatabaseUnavailable):
+            await checked(living, caplog)
+        assert await client.balance() == Decimal("99.1")
+        assert len(await checked(living, caplog)) == 1
+    assert await client.balance() == Decimal("97.3")
+    await assert_invariants_hold(database)
+
+
 async def test_a_plain_reconnection_a_new_process_and_a_failover_without_loss_alarm_nobody(
     live: RestorableDatabase, database: Database, directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

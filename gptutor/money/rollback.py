@@ -137,6 +137,7 @@ class RollbackCheck:
         closed last: of a file that was complete then, and of which nothing is lost, no earlier one has to be read.
         """
         succeeded = True
+        self._verified_at = 0  # if this is interrupted, all is read the next time: the latest is booked first
         self._booked_again = 0
         unbooked = journal.read_unbooked(self._journals)
         for files in list(journal.kept_files(slot)):
