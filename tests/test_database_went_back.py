@@ -19,7 +19,7 @@ from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.migrations import migrate
 from gptutor.database.pool import Database, open_database
 from gptutor.http.app_keys import SERVICES
-from gptutor.money import journal
+from gptutor.money import journal, rollback
 from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.holds import HandOver, Hold, HoldId, new_id
 from gptutor.money.journal_records import HoldRecord
@@ -226,6 +226,83 @@ async def test_what_is_lost_is_charged_again_once_and_told_once(
         await buy(database, client, living)
         assert await checked(living, caplog) == []
     assert await client.balance() == Decimal("89.2")
+    await assert_invariants_hold(database)
+
+
+async def test_after_a_plain_restart_only_the_latest_evidence_is_read(
+    live: RestorableDatabase,
+    database: Database,
+    directory: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A loss is of what came last. A process that has not seen for itself that the rest was there reads everything."""
+    read: list[str] = []
+    read_closed = rollback.read_closed
+
+    def noted(path: Path, **options: Any) -> Any:
+        read.append(path.name.split(".")[1])
+        return read_closed(path, **options)
+
+    monkeypatch.setattr(rollback, "read_closed", noted)
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        for _ in range(3):
+            await buy(database, client, living)
+            living.journal._begin_segment()
+        assert await checked(living, caplog) == []
+        assert read == ["000004", "000003", "000002", "000001"]
+        read.clear()
+        await buy(database, client, living)
+        assert await checked(living, caplog) == []
+        await live.back_up()
+        await live.restore()
+        await reconnected(database)
+        assert await checked(living, caplog) == []
+        assert read == ["000004"]
+        read.clear()
+        await live.back_up()
+        await live.restore()
+        await reconnected(database)
+        await buy(database, client, living)  # on the restored database already, so that it proves nothing
+        assert await checked(living, caplog) == []
+        assert read == ["000004", "000003"]
+
+
+async def test_a_check_that_is_interrupted_begins_anew(
+    live: RestorableDatabase,
+    database: Database,
+    directory: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row db-7: the database goes away after the latest evidence was used, and before the rest was."""
+    client = await make_client(database, "100")
+    with process(database, directory) as living:
+        await live.back_up()
+        await reconnected(database)
+        for _ in range(3):
+            await buy(database, client, living)
+            living.journal._begin_segment()
+        assert await checked(living, caplog) == []
+        await live.restore()
+        await reconnected(database)
+        fetch, looks = database.fetch, 0
+
+        async def interrupted(statement: str, *arguments: Any) -> Any:
+            nonlocal looks
+            looks += statement == "find_hold_states"
+            if looks == 2:
+                looks += 1
+                raise DatabaseUnavailable("away")
+            return await fetch(statement, *arguments)
+
+        monkeypatch.setattr(database, "fetch", interrupted)
+        with pytest.raises(DatabaseUnavailable):
+            await checked(living, caplog)
+        assert await client.balance() == Decimal("99.1")
+        assert len(await checked(living, caplog)) == 1
+    assert await client.balance() == Decimal("97.3")
     await assert_invariants_hold(database)
 
 

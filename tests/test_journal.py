@@ -475,7 +475,7 @@ def test_evidence_is_bounded_by_its_age_and_by_its_size(tmp_path: Path) -> None:
         closed_one(own, new_id())
     slot = own.slot
     (kept,) = slot.glob("*.kept")
-    assert [path for path, _ in journal.kept_files(slot)] == [kept]
+    assert list(journal.kept_files(slot)) == [[(kept, True)]]
     abandoned = Journal(slot, MANY, MANY)
     abandoned.record_sent(ACCOUNT, hold_id(1), FACTS)
     with journal.opened(tmp_path, kept_bytes_max=MANY) as (own, _):

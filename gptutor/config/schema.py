@@ -238,7 +238,7 @@ class RecoverySettings(Section, frozen=True):
     give_up_s: Annotated[float, msgspec.Meta(gt=0, le=30 * 86_400)] = 86_400
     journal_bytes_max: Annotated[int, msgspec.Meta(ge=1 << 20)] = 1 << 30
     journal_kept_s: Annotated[float, msgspec.Meta(ge=0, le=30 * 86_400)] = 86_400
-    journal_kept_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 64 << 20
+    journal_kept_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 32 << 20
     audit_interval_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 30
 
 

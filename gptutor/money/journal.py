@@ -116,7 +116,7 @@ class ClosedHolds:
 class Journal:
     """The journal of this process. `owner` is the id of this process, new at each start: its holds carry it in the database."""
 
-    def __init__(self, slot: Path, segment_bytes_max: int, bytes_max: int, kept_bytes_max: int = 1 << 26) -> None:
+    def __init__(self, slot: Path, segment_bytes_max: int, bytes_max: int, kept_bytes_max: int = 32 << 20) -> None:
         self.owner = uuid.uuid4()
         self.open_holds: dict[HoldId, HoldRecord] = {}
         """The holds whose requests were sent, and which the database has not closed yet."""
@@ -271,7 +271,7 @@ class Journal:
 
 @contextmanager
 def opened(
-    directory: Path, *, segment_bytes_max: int = 4 << 20, bytes_max: int = 1 << 30, kept_bytes_max: int = 1 << 26
+    directory: Path, *, segment_bytes_max: int = 4 << 20, bytes_max: int = 1 << 30, kept_bytes_max: int = 32 << 20
 ) -> Iterator[tuple[Journal, list[AbandonedJournal]]]:
     """A new journal in the first free slot, and the abandoned journals in that slot. Raises JournalError."""
     for number in range(SLOTS_MAX):
@@ -350,11 +350,10 @@ def find_closed(files: Sequence[Path], hold_ids: Collection[HoldId]) -> ClosedHo
     return found
 
 
-def kept_files(slot: Path) -> Iterator[tuple[Path, bool]]:
-    """Files that may have closed holds, and whether the file's open holds are closed as well, because it was replayed."""
+def kept_files(slot: Path) -> Iterator[list[tuple[Path, bool]]]:
+    """The files of each process, the latest first, and whether a file's open holds are closed as well: it was replayed."""
     for files in _by_owner([*slot.glob(FILE_PATTERN), *slot.glob(KEPT_PATTERN)]).values():
-        for path in files:
-            yield path, path == files[-1] and path.suffix == ".kept"
+        yield [(path, path == files[-1] and path.suffix == ".kept") for path in reversed(files)]
 
 
 def read_unbooked(directory: Path) -> dict[HoldId, HoldRecord]:

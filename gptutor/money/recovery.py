@@ -5,7 +5,8 @@ The evidence of a hold decides what is done with it (`next_action`):
     its charge is known             settle                   upstream's bill was read, the settlement was not committed
     its generation id is known      look up /generation      /generation may return 404 for seconds, sometimes minutes
     its request was sent            wait for evidence        a completion may have been bought, and its generation id is unknown
-    its request was never sent      release                  the journal of its process is complete, and has no such hold
+    its request was never sent      release                  the journal of its process is complete, goes back far enough, and
+                                                             has no such hold
     nothing is known                wait for evidence        its process may be alive on another machine
 
 A hold that waits is processed after 1, 2, 4 … seconds, at most ten minutes. After a day recovery gives up: the hold is released
@@ -82,7 +83,7 @@ class Recovery:
         lookup_interval_max_s: float,
         give_up_s: float,
         kept_s: float = 86_400,
-        kept_bytes_max: int = 1 << 26,
+        kept_bytes_max: int = 32 << 20,
     ) -> None:
         self._database = database
         self._ledger = ledger

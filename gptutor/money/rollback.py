@@ -80,6 +80,7 @@ class RollbackCheck:
         self._kept_s = kept_s
         self._kept_bytes_max = kept_bytes_max
         self._remembered: Position | None = None
+        self._verified_at = 0.0
         self._idle_slots_checked_until = 0.0
         self._booked_again = 0
 
@@ -90,8 +91,11 @@ class RollbackCheck:
         """
         own = self._ledger.journal
         latest_settled = own.latest_settled  # before the position is asked for
-        remembered = self._remembered or read_position(own.slot)
-        was_suspect, self._remembered = await self._check_slot(own.slot, remembered, latest_settled)
+        remembered, now = self._remembered or read_position(own.slot), time.time()
+        was_suspect, self._remembered = await self._check_slot(
+            own.slot, remembered, latest_settled, verified_at=self._verified_at
+        )
+        self._verified_at = now if self._remembered is not None else 0
         if self._remembered is not None:
             own.expire(self._kept_s)
             if own.latest_settled == latest_settled:
@@ -101,19 +105,24 @@ class RollbackCheck:
         for slot in journal.slots(self._journals):
             if slot != own.slot and any(slot.glob(journal.KEPT_PATTERN)):
                 with journal.locked(slot) as is_idle:
-                    if is_idle and (await self._check_slot(slot, read_position(slot), None))[1] is not None:
+                    if is_idle and (await self._check_slot(slot, read_position(slot)))[1] is not None:
                         journal.expire_kept(slot, self._kept_s, self._kept_bytes_max)
         self._idle_slots_checked_until = time.monotonic() + IDLE_SLOTS_EVERY_S
 
     async def _check_slot(
-        self, slot: Path, remembered: Position | None, latest_settled: tuple[AccountId, HoldId] | None
+        self,
+        slot: Path,
+        remembered: Position | None,
+        latest_settled: tuple[AccountId, HoldId] | None = None,
+        *,
+        verified_at: float = 0,
     ) -> tuple[bool, Position | None]:
         """Whether the server may have gone back, and its position now; None if it still lacks something that the slot knows."""
         account_id, hold_id = remembered.witness if remembered is not None and remembered.witness else (None, None)
         (row,) = await self._database.fetch("find_position", account_id, hold_id)
         history, wal_bytes = row["history"], row["wal_bytes"]
         is_suspect = may_have_gone_back(remembered, history, wal_bytes, witness_is_settled=bool(row["is_settled"]))
-        if is_suspect and not await self._book_again(slot):
+        if is_suspect and not await self._book_again(slot, verified_at=verified_at):
             return True, None  # the old position stays, and so does the evidence
         witness = latest_settled or (remembered.witness if remembered is not None and row["is_settled"] else None)
         position = Position(history, wal_bytes, witness)
@@ -121,24 +130,28 @@ class RollbackCheck:
             write_position(slot, position)
         return is_suspect, position
 
-    async def _book_again(self, slot: Path) -> bool:
-        """Compares all kept holds with their rows, file by file. Returns whether the database has all of them now."""
+    async def _book_again(self, slot: Path, *, verified_at: float) -> bool:
+        """Compares all kept holds with their rows, file by file. Returns whether the database has all of them now.
+
+        `verified_at`: when this process has seen that the database had all of them (0: never). What is lost since is what was
+        closed last: of a file that was complete then, and of which nothing is lost, no earlier one has to be read.
+        """
         succeeded = True
+        self._verified_at = 0  # if this is interrupted, all is read the next time: the latest is booked first
         self._booked_again = 0
         unbooked = journal.read_unbooked(self._journals)
-        for path, is_replayed in list(journal.kept_files(slot)):
-            segment = await asyncio.to_thread(journal.read_segment, path)
-            if is_replayed:
-                for record in segment.open_holds.values():
-                    record.is_handed_over = record.charge is None
-                segment.closed_holds |= segment.open_holds
-            records = iter(segment.closed_holds.items())
-            while some := dict(islice(records, CONCURRENT_MAX)):
-                actions = await self._lost(some, unbooked)
-                succeeded = (
-                    await all_succeed(self._do(action, hold_id, some[hold_id]) for hold_id, action in actions.items())
-                    and succeeded
-                )
+        for files in list(journal.kept_files(slot)):
+            for path, is_replayed in files:
+                records = await asyncio.to_thread(read_closed, path, is_replayed=is_replayed)
+                lost = 0
+                remaining = iter(records.items())
+                while some := dict(islice(remaining, CONCURRENT_MAX)):
+                    actions = await self._lost(some, unbooked)
+                    lost += len(actions)
+                    closings = (self._do(action, hold_id, some[hold_id]) for hold_id, action in actions.items())
+                    succeeded = await all_succeed(closings) and succeeded
+                if records and not lost and path.stat().st_mtime < verified_at:
+                    break
         if self._booked_again:
             LOST_COMMITS.inc(self._booked_again)
             LOGGER.error(
@@ -169,6 +182,16 @@ class RollbackCheck:
         else:
             await settle_or_hand_over(self._ledger, hold_id, record)
         self._booked_again += 1
+
+
+def read_closed(path: Path, *, is_replayed: bool) -> dict[HoldId, HoldRecord]:
+    """The closed holds of a file. A replay settles or hands over what is open."""
+    segment = journal.read_segment(path)
+    if is_replayed:
+        for record in segment.open_holds.values():
+            record.is_handed_over = record.charge is None
+        segment.closed_holds |= segment.open_holds
+    return segment.closed_holds
 
 
 def read_position(slot: Path) -> Position | None:
