@@ -28,7 +28,7 @@ load_all_checks()
 ALL = CHECKS.get_all()
 Answer = tuple[int] | tuple[int, str]
 """Status, and the error's code if it is one."""
-INTEGERS = {"max_tokens", "max_completion_tokens", "n"}
+INTEGERS = {"max_tokens", "max_completion_tokens", "n", "max_tool_calls"}
 DOCUMENT = openapi.describe()
 EVENTS = DOCUMENT["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]["text/event-stream"]
 # The description speaks of the stream as a whole, Schemathesis of each event.
