@@ -31,7 +31,7 @@ else:
 CHAT = "POST /v1/chat/completions"
 Answer = tuple[int] | tuple[int, str]
 """Status, and the error's code if it is one."""
-INTEGERS = {"max_tokens", "max_completion_tokens", "n"}
+INTEGERS = {"max_tokens", "max_completion_tokens", "n", "max_tool_calls"}
 DOCUMENT = openapi.describe()
 EVENTS = DOCUMENT["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]["text/event-stream"]
 # The description speaks of the stream as a whole, Schemathesis of each event.

@@ -131,7 +131,7 @@ async def test_functions_that_are_replaced_in_the_midst_of_settlements_lose_none
                 STATEMENTS["settle_and_hold"], True,
                 accounts[:count], charged, [9 * 10**8] * count, [Decimal("0.01")] * count, [str(hold) for hold in charged],
                 [None] * count, [None] * count, uuid.uuid4(), 60.0, Decimal(90), 0, 0,
-                accounts, [hashlib.sha256(b"key").digest()] * 6, holds, [10**9] * 6, [10**9] * 6, [10**9] * 6, ["a/b"] * 6,
+                accounts, [hashlib.sha256(b"key").digest()] * 6, holds, *[[10**9] * 6] * 3, ["a/b"] * 6,
                 [str(hold) for hold in holds], [None] * 6, [None] * 6,
             )  # fmt: skip
             assert {row["outcome"] for row in rows} <= {"settled", "granted"}
