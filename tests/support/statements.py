@@ -8,7 +8,7 @@ import pytest
 from gptutor.database.errors import ConstraintViolated, DatabaseUnavailable
 from gptutor.database.pool import Database
 
-OF_RECOVERY = frozenset({"claim_due_holds", "clear_idempotency_keys", "clear_marks"})
+OF_RECOVERY = frozenset({"claim_due_holds", "clear_idempotency_keys", "clear_marks", "find_hold_states", "find_position"})
 """Statements that recovery sends by itself, at any time."""
 
 
