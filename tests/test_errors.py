@@ -322,7 +322,7 @@ async def test_health_ready_and_models_need_no_key(gateway: Gateway) -> None:
 
 
 async def test_a_router_model_without_a_price_holds_the_default(gateway: Gateway) -> None:
-    rich, poor = await gateway.client("30"), await gateway.client("24.99")
+    rich, poor = await gateway.client("100"), await gateway.client("24.99")
     assert (await send(gateway, json={**BODY, "model": "openrouter/auto"}, headers=rich.headers))[0] == 200
     assert (await send(gateway, json={**BODY, "model": "openrouter/auto"}, headers=poor.headers))[0] == 402
 

@@ -186,7 +186,9 @@ async def test_concurrent_rotations_leave_one_valid_key(gateway: Gateway) -> Non
     ("model", "fallbacks"),
     [("google/gemini-2.5-flash-lite", ["anthropic/claude-3-haiku"]), ("anthropic/claude-3-haiku:nitro", [])],
 )
-async def test_a_fallback_or_a_variant_cannot_take_a_balance_below_zero(gateway: Gateway, model: str, fallbacks: list[str]) -> None:
+async def test_a_fallback_or_a_variant_cannot_take_a_balance_below_zero(
+    gateway: Gateway, model: str, fallbacks: list[str]
+) -> None:
     client = await gateway.client("1.01")
     body = {"messages": [{"role": "user", "content": "Hello"}], "model": model, "models": fallbacks}
     async with gateway.session.post(gateway.chat_url, json=body, headers=client.headers) as response:

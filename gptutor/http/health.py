@@ -11,15 +11,15 @@ class Readiness:
 
     def __init__(self) -> None:
         self.obstacle: str | None = "the database has not answered yet"
-        self.is_stopping = False
+        self._is_stopping = False
 
     def stop(self) -> None:
         """For good: a database that answers during the stop changes nothing."""
-        self.is_stopping = True
+        self._is_stopping = True
 
     def require(self) -> None:
         """Raises ApiError."""
-        obstacle = "the service is stopping" if self.is_stopping else self.obstacle
+        obstacle = "the service is stopping" if self._is_stopping else self.obstacle
         if obstacle is not None:
             raise ApiError("not_ready", cause=obstacle)
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from aiohttp import web
 
 from gptutor.api.chat.context import RequestContext, Services
-from gptutor.api.chat.exchange import respond
+from gptutor.api.chat.exchange import start_exchange
 from gptutor.api.chat.large_bodies import COMMAS_MAX, LARGE_BODY_BYTES_MIN, LARGE_BODY_WEIGHT
 from gptutor.api.chat.request import ParsedRequest, parse_request
 from gptutor.api.verified_keys import hide_duration
@@ -73,7 +73,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
         body_hash=body_hash,
         idempotency_key=key,
     )
-    return await respond(services, request, context)
+    return await start_exchange(services, request, context)
 
 
 class Admission:

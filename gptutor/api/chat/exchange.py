@@ -23,7 +23,7 @@ from gptutor.api.chat.purchase import Purchase
 from gptutor.api.verified_keys import hide_duration
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
-from gptutor.http.app_keys import KEY_VERIFIED, LOGGED, READINESS
+from gptutor.http.app_keys import KEY_VERIFIED, LOGGED
 from gptutor.http.byte_budget import BudgetExceeded, ResponseBytes, TooLarge
 from gptutor.http.unbuffered_response import CompleteResponse
 from gptutor.money.amounts import Nano, roubles
@@ -53,19 +53,11 @@ TRUNCATED_EVENT = (
 STOPPED_EVENT = b'data: {"error":{"code":503,"message":"The service stopped before the response was complete"}}\n\n'
 
 
-async def respond(services: Services, request: web.Request, context: RequestContext) -> web.StreamResponse:
-    """Starts an exchange, and waits for its response. Raises ApiError.
-
-    A cancellation means that the client has disconnected, or that a stop of the service waits no longer for the response.
-    """
+def start_exchange(services: Services, request: web.Request, context: RequestContext) -> asyncio.Future[web.StreamResponse]:
+    """Starts an exchange, and returns the future of its response; cancelling the future means that the client disconnected."""
     exchange = Exchange(services, request, context)
     services.in_flight.start(exchange.run())
-    try:
-        return await exchange.response
-    except asyncio.CancelledError:
-        if request.app[READINESS].is_stopping:
-            services.in_flight.start(exchange.mark_cut_off())
-        raise
+    return exchange.response
 
 
 class Exchange:
@@ -102,10 +94,11 @@ class Exchange:
                 self._log_response()
 
     async def end_at_stop(self) -> None:
-        """Ends the response, once a repeat of the request would be recognised."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(MARK_AT_STOP_S):
-                await self.mark_cut_off()
+        """Ends the response; if something may have been bought, once a repeat of the request would be recognised."""
+        if self._purchase is not None and self._purchase.is_sent and not self._has_started and not self.response.done():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(MARK_AT_STOP_S):
+                    await self._purchase.mark_outcome_unknown(self._context.body_hash)
         self.end_response()
 
     def end_response(self) -> None:
@@ -321,11 +314,6 @@ class Exchange:
             self._cause = self._cause or "the response states no cost"
         if not self.response.done() or self.response.cancelled() or self.response.exception() is None:
             self._outcome = outcome
-
-    async def mark_cut_off(self) -> None:
-        """To be called when the stop of the service has cut off the client, which may repeat the request elsewhere."""
-        if self._purchase is not None and self._purchase.is_sent and not self._has_started:
-            await self._purchase.mark_outcome_unknown(self._context.body_hash)
 
     async def _prepare_for_repeat(self) -> None:
         """To be awaited before the client learns that its request has failed: it may repeat the request at once.
