@@ -51,6 +51,25 @@ async def test_a_connection_that_the_server_closed_is_not_reused(database: pool.
     assert await backend_pid(database._connections) != first
 
 
+async def test_after_a_statement_that_was_cancelled_half_sent_a_transaction_can_begin(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is prepared in one round trip and executed in another; in between the server has begun a transaction for it."""
+    prepare = asyncpg.Connection._get_statement
+
+    async def cancelled_when_prepared(self: asyncpg.Connection, *arguments: object, **options: object) -> None:
+        await prepare(self, *arguments, **options)
+        raise asyncio.CancelledError
+
+    async with pool.open_database(database_url, connections_max=1) as database:
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncpg.Connection, "_get_statement", cancelled_when_prepared)
+            with pytest.raises(asyncio.CancelledError):
+                await database.fetch("ping")
+        async with database.snapshot() as connection:
+            assert await connection.fetchval("SELECT 1") == 1
+
+
 async def test_a_connection_whose_statement_was_cancelled_returns_to_the_pool(database: pool.Database) -> None:
     with pytest.raises((DatabaseUnavailable, TimeoutError)):
         async with asyncio.timeout(0.1), database.snapshot() as connection:

@@ -450,6 +450,19 @@ async def test_a_host_that_falls_silent_is_left_within_seconds(door: Door, datab
     assert time.monotonic() - started < 15  # the stop does not wait for it either
 
 
+async def test_a_cancelled_statement_does_not_wait_for_a_silent_host(door: Door) -> None:
+    async with open_database(door.url) as database:
+        await database.fetch("ping")
+        door.is_silent = True
+        statement = asyncio.create_task(database.fetch("ping"))
+        await asyncio.sleep(0.1)
+        statement.cancel()
+        done, _ = await asyncio.wait({statement}, timeout=5)
+        assert done
+        door.is_silent = False
+        assert (await database.fetch("ping"))[0]["alive"] == 1
+
+
 async def test_at_the_start_a_silent_host_is_left_within_seconds(door: Door, database: Database, tmp_path: Path) -> None:
     door.is_silent = True
     started = time.monotonic()

@@ -147,6 +147,11 @@ class Database:
         except USELESS_CONNECTION:
             await self._connections.discard(connection)
             raise
+        except asyncio.CancelledError:
+            # asyncpg would wait until the server has cancelled the statement, which a silent one never does. And the server may
+            # have begun a transaction for a statement that was prepared, and not executed yet.
+            connection.terminate()
+            raise
         finally:
             await self._connections.release(connection, is_sound=is_sound)
 
