@@ -55,7 +55,7 @@ async def test_after_a_statement_that_was_cancelled_half_sent_a_transaction_can_
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is prepared in one round trip and executed in another; in between the server has begun a transaction for it."""
-    prepare = asyncpg.Connection._get_statement
+    prepare = vars(asyncpg.Connection)["_get_statement"]
 
     async def cancelled_when_prepared(self: asyncpg.Connection, *arguments: object, **options: object) -> None:
         await prepare(self, *arguments, **options)
