@@ -173,6 +173,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             hold_ttl_s=config.openrouter.total_s + config.relay.disconnected_drain_s + HOLD_SLACK_S,
             chat_per_minute=config.rate_limit.chat_per_minute,
             chat_concurrent_max=config.rate_limit.chat_concurrent_max,
+            overdraft_max=parse_roubles(f"{config.billing.overdraft_max_rub:f}"),
         )
         in_flight = BackgroundTasks()
         IN_FLIGHT_REQUESTS.set_function(in_flight.__len__)
@@ -192,7 +193,6 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             answer_bytes_max=config.openrouter.plain_bytes_max,
             answer_budget=ByteBudget(config.openrouter.plain_bytes_total, account_bytes_min=config.openrouter.plain_bytes_max),
             balance_min=parse_roubles(f"{config.billing.balance_min_rub:f}"),
-            overdraft_max=parse_roubles(f"{config.billing.overdraft_max_rub:f}"),
             verified_keys=VerifiedKeys(),
             refusals=RequestCounter(config.rate_limit.refused_per_minute),
             free_models=RequestCounter(config.rate_limit.free_models_per_minute),

@@ -149,6 +149,26 @@ async def test_a_generation_id_recorded_by_a_dead_process_is_looked_up_and_settl
     await assert_invariants_hold(database)
 
 
+@pytest.mark.parametrize("is_handed_over", [True, False])
+async def test_recovery_reports_a_charge_above_its_hold_once(
+    database: Database, directory: Path, caplog: pytest.LogCaptureFixture, is_handed_over: bool
+) -> None:
+    """Contract C5: whether the cost was looked up or is in the journal."""
+    client, dead = await make_client(database, "100"), mortal(database, directory)
+    held = await hold(database, client, "0.5", ledger=dead)
+    record(dead.journal, held, "named" if is_handed_over else "billed")
+    with caplog.at_level(logging.WARNING, "gptutor.overruns"), process(database, directory) as survivor:
+        survivor.generations.costs["gen-1"] = CHARGE.cost_usd
+        (abandoned,) = journals_in(directory)
+        for _ in range(2):
+            await survivor.recovery.replay(abandoned)
+            await make_due(database)
+            await survivor.recovery.process_due_holds()
+    assert await client.balance() == Decimal("99.1")
+    (line,) = [vars(each) for each in caplog.records if each.name == "gptutor.overruns"]
+    assert (line["holdRub"], line["costRub"]) == ("0.5", "0.9")
+
+
 async def make_due(database: Database) -> None:
     """A claim postpones a hold; this makes it due now."""
     async with database._connections._pool.acquire() as connection:
@@ -480,7 +500,7 @@ async def test_the_hold_of_a_running_exchange_is_left_alone(
 def record(journal: Journal, held: Hold, known: str) -> None:
     """Records what an exchange knew of its purchase when it ended abnormally."""
     if known != "nothing":
-        journal.record_sent(held.account_id, held.hold_id)
+        journal.record_sent(held.account_id, held.hold_id, held.facts)
     if known in ("named", "billed"):
         journal.record_generation_id(held.hold_id, "gen-1")
     if known == "billed":

@@ -107,7 +107,7 @@ class Settlement(msgspec.Struct, frozen=True):
     charge: Charge
     generation_id: str | None
     facts: HoldFacts | None = None
-    """To place the hold again if the database has lost it."""
+    """To place the hold again if the database has lost it, and to report a charge above it."""
 
 
 class Release(msgspec.Struct, frozen=True):

@@ -49,6 +49,7 @@ from gptutor.money.holds import (
 )
 from gptutor.money.journal import Journal
 from gptutor.money.journal_records import HoldRecord
+from gptutor.money.overruns import report_overrun
 from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.metrics import UNBOOKED_CHARGES
 
@@ -66,7 +67,9 @@ RETRY_PAUSES_S = (0.05, 0.2, 1.0, 5.0)
 RELEASES_S = 6.0
 """How long a request waits for releases that may free its idempotency key: longer than the longest of these pauses."""
 
+NO_OVERDRAFT = Nano(0)
 NOT_SETTLED = ("locked", "no_hold")
+NEWLY_SETTLED = ("settled", "settled_late")
 REJECTIONS: dict[str, type[Exception]] = {
     "unknown_key": UnknownKey,
     "concurrency_limited": ConcurrencyLimitReached,
@@ -81,7 +84,10 @@ Result = TypeVar("Result")
 
 
 class Ledger:
-    """`journal` is this process's own. `active` are the holds of running exchanges: recovery leaves them alone."""
+    """`journal` is this process's own. `active` are the holds of running exchanges: recovery leaves them alone.
+
+    A charge that exceeds its hold by more than `overdraft_max` is an error in the log.
+    """
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class Ledger:
         hold_ttl_s: float,
         chat_per_minute: int = 0,
         chat_concurrent_max: int = 0,
+        overdraft_max: Nano = NO_OVERDRAFT,
     ) -> None:
         self.journal = journal
         self.active: set[HoldId] = set()
@@ -100,6 +107,7 @@ class Ledger:
         self._hold_ttl_s = hold_ttl_s
         self._chat_per_minute = chat_per_minute
         self._chat_concurrent_max = chat_concurrent_max
+        self._overdraft_max = overdraft_max
         self._background_releases = BackgroundTasks()
         self._holds_and_settlements: Batcher[HoldOrSettlement, Row] = Batcher(
             self._settle_and_hold_batch,
@@ -177,6 +185,9 @@ class Ledger:
         if row["outcome"] == "no_hold" and await self._restore(settlement):
             row = await _retry_until_done(self._submit, settlement)
         outcome: Outcome = row["outcome"]
+        hold, charged = settlement.facts, settlement.charge.amount
+        if hold is not None and charged > hold.amount and outcome in NEWLY_SETTLED:
+            report_overrun(settlement.account_id, hold, charged, overdraft_max=self._overdraft_max)
         return outcome
 
     async def release(self, item: Release) -> None:

@@ -7,23 +7,24 @@ the ceiling misses something.
 import logging
 
 from gptutor.money.amounts import AccountId, Nano, roubles
+from gptutor.money.holds import HoldFacts
 from gptutor.telemetry.metrics import CHARGE_OVERRUNS
 
 LOGGER = logging.getLogger("gptutor.overruns")
 
 
-def report_overrun(*, account_id: AccountId, request_id: str, model: str, held: Nano, charged: Nano, overdraft_max: Nano) -> None:
+def report_overrun(account_id: AccountId, hold: HoldFacts, charged: Nano, *, overdraft_max: Nano) -> None:
     """Counts and logs a charge above its hold; an error if the difference alone is more than a balance may fall below zero."""
     CHARGE_OVERRUNS.inc()
     LOGGER.log(
-        logging.ERROR if charged - held > overdraft_max else logging.WARNING,
+        logging.ERROR if charged - hold.amount > overdraft_max else logging.WARNING,
         "A charge exceeds its hold",
         extra={
             "type": "overrun",
-            "model": model,
+            "model": hold.model,
             "userId": str(account_id),
-            "requestId": request_id,
-            "holdRub": roubles(held),
+            "requestId": hold.request_id,
+            "holdRub": roubles(hold.amount),
             "costRub": roubles(charged),
         },
     )

@@ -31,9 +31,9 @@ from typing import Literal
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database, Row
 from gptutor.money import journal
-from gptutor.money.amounts import AccountId, roubles
+from gptutor.money.amounts import AccountId, Nano, roubles
 from gptutor.money.closings import CONCURRENT_MAX, all_succeed, settle_or_hand_over, with_timeout
-from gptutor.money.holds import HandOver, HoldId, Release, Settlement, placed_at_ms
+from gptutor.money.holds import HandOver, HoldFacts, HoldId, Release, Settlement, placed_at_ms
 from gptutor.money.journal import AbandonedJournal, ClosedHolds, JournalError
 from gptutor.money.journal_records import HoldRecord
 from gptutor.money.ledger import Ledger
@@ -230,7 +230,10 @@ class Recovery:
         if cost_usd is None:
             return False
         charge = Charge(charge_amount(cost_usd, row["rub_per_usd"]), cost_usd)
-        settlement = Settlement(AccountId(row["account_id"]), HoldId(row["hold_id"]), charge, generation_id)
+        facts = HoldFacts(
+            Nano(row["amount_nano"]), row["rub_per_usd"], row["key_hash_beginning"], row["request_id"], row["model"]
+        )
+        settlement = Settlement(AccountId(row["account_id"]), HoldId(row["hold_id"]), charge, generation_id, facts)
         outcome = await with_timeout(self._ledger.settle(settlement))
         LOGGER.info(
             "LLM Recovered: %s",

@@ -151,7 +151,16 @@ RETURNING
     model,
     request_id,
     generation_id,
+    amount_nano,
     rub_per_usd,
+    coalesce(
+        (
+            SELECT substr(api_keys.key_hash, 1, 8)
+            FROM api_keys
+            WHERE api_keys.account_id = holds.account_id AND api_keys.key_id = holds.key_id
+        ),
+        ''
+    ) AS key_hash_beginning,
     recovery_attempts,
     extract(EPOCH FROM now() - created_at)::double precision AS age_s;
 

@@ -67,8 +67,6 @@ class Services:
     answer_bytes_max: int
     balance_min: Nano
     """With less available, no large body is read."""
-    overdraft_max: Nano
-    """A charge that exceeds its hold by more is an error."""
     verified_keys: VerifiedKeys
     refusals: RequestCounter
     """Requests, by `VerifiedKeys.counted_as`, whose hold is not placed."""

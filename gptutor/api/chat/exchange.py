@@ -26,10 +26,9 @@ from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.http.app_keys import KEY_VERIFIED, LOGGED
 from gptutor.http.byte_budget import BudgetExceeded, ResponseBytes, TooLarge
 from gptutor.http.unbuffered_response import CompleteResponse
-from gptutor.money.amounts import Nano, roubles
+from gptutor.money.amounts import roubles
 from gptutor.money.holds import Hold, HoldId, HoldRejected, HoldRequest, UnknownKey, new_id
 from gptutor.money.journal import JournalError
-from gptutor.money.overruns import report_overrun
 from gptutor.money.pricing import Ceiling
 from gptutor.openrouter.bill import BillScanner, read_usage_report
 from gptutor.openrouter.errors import UpstreamError
@@ -138,8 +137,6 @@ class Exchange:
         if self._purchase is not None:
             try:
                 self._set_outcome(await self._purchase.close())
-                if (charge := self._purchase.charge) is not None and charge.amount > self._purchase.held:
-                    self._report_overrun(self._purchase.held, charge.amount)
             except Exception as error:
                 self._respond_with_internal_error(error)  # the hold stays open; the journal has the evidence to close it
 
@@ -329,16 +326,6 @@ class Exchange:
             with contextlib.suppress(Exception):  # the hold is closed again later, and then what fails is reported
                 async with asyncio.timeout(RELEASE_S):
                     await self._purchase.close()
-
-    def _report_overrun(self, held: Nano, charged: Nano) -> None:
-        report_overrun(
-            account_id=self._context.claim.account_id,
-            request_id=self._context.request_id,
-            model=self._parsed.model,
-            held=held,
-            charged=charged,
-            overdraft_max=self._services.overdraft_max,
-        )
 
     def _respond_with_error(self, error: ApiError) -> None:
         self._outcome = error.code

@@ -16,7 +16,6 @@ class Purchase:
         """Whether something may have been bought."""
         self.generation_id: str | None = None
         self.charge: Charge | None = None
-        self.held = hold.amount
         self._ledger = ledger
         self._evaluate = evaluate
         self._hold = hold
