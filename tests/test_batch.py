@@ -176,7 +176,9 @@ async def test_with_one_account_per_batch_no_account_waits_for_another() -> None
     executor = Executor()
     batcher = executor.batcher(concurrent_max=3, overtake_after_s=0, one_account_per_batch=True)
     tasks = submitted(batcher, (1, "a"), (2, "b"), (1, "c"), (3, "d"), (4, "e"))
-    await asyncio.sleep(0.01)
+    async with asyncio.timeout(2):
+        while len(executor.batches) < 3:
+            await asyncio.sleep(0.001)
     assert executor.batches == [[(1, "a"), (1, "c")], [(2, "b")], [(3, "d")]]
     tasks += submitted(batcher, (1, "f"))
     await run_pending()

@@ -32,6 +32,7 @@ from gptutor.money.holds import (
     new_id,
 )
 from gptutor.money.journal import Journal
+from gptutor.money.key_limits import InvalidLimit, KeyLimitChanges, changed_limits
 from gptutor.money.keyring import Key, KeyLimits, KeyRing, LimitReset, NoSuchKey
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Ceiling
@@ -545,3 +546,16 @@ async def test_two_changes_of_one_key_at_once_are_both_made(database: Database) 
         )
         after = (await keys.find(client.account_id, key.key_id)).limits
         assert (after.limit, after.requests_per_minute) == (5, number)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"requests_per_minute": 0}, "requests_per_minute must be from 1 to "),
+        ({"limit_reset": "daily"}, "limit_reset needs a limit"),
+        ({"limit": Nano(999_999_999)}, "limit must be from 1, which each request needs, to "),
+    ],
+)
+def test_limits_that_no_key_can_have_are_rejected(changes: KeyLimitChanges, text: str) -> None:
+    with pytest.raises(InvalidLimit, match=text):
+        changed_limits(KeyLimits(), changes, parse_roubles("1"))

@@ -9,11 +9,13 @@ import asyncpg
 import orjson
 
 from gptutor.database.pool import Database
-from gptutor.money.amounts import parse_roubles
+from gptutor.money.amounts import AccountId, Nano, parse_roubles
 from gptutor.money.bookings import Bookings
-from gptutor.money.holds import HandOver, Release
+from gptutor.money.holds import HandOver, HoldFacts, Release, new_id
+from gptutor.money.journal_records import HoldRecord
+from gptutor.money.pricing import Charge
 from gptutor.money.reconciliation import reconcile
-from gptutor.money.records import reconciliation_json
+from gptutor.money.records import reconciliation_json, unbooked_json
 from tests.support.gateway import make_client
 from tests.support.ledger import hold, ledger_of, settlement
 
@@ -99,3 +101,15 @@ async def test_what_waits_for_evidence_and_what_was_given_up_is_named_with_the_m
 
     await ledger.settle(settlement(given_up, "0.01"))
     assert [one.generation_id for one in (await reconcile(database, {})).waiting.oldest] == ["gen-1"]
+
+
+def test_a_request_that_cannot_be_charged_is_listed_with_what_is_known_of_it() -> None:
+    facts = HoldFacts(Nano(5 * 10**9), Decimal(90), b"12345678", "request-1", "a/b")
+    charged = unbooked_json(new_id(), HoldRecord(AccountId(7), "gen-1", Charge(Nano(9 * 10**8), Decimal("0.01")), facts))
+    assert str(today().year) in charged.pop("created_at")
+    assert charged == {
+        "user_id": 7, "charge": "0.9", "cost_usd": "0.01", "at_most": "5", "model": "a/b", "request_id": "request-1",
+        "generation_id": "gen-1",
+    }  # fmt: skip
+    unknown = unbooked_json(new_id(), HoldRecord(AccountId(7)))
+    assert {name for name, value in unknown.items() if value is not None} == {"user_id", "created_at"}
