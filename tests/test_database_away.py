@@ -366,6 +366,7 @@ def lines_of(directory: Path) -> list[dict[str, Any]]:
 
 
 async def test_a_server_that_became_read_only_is_left_and_used_again_when_it_is_not(postgres: str, tmp_path: Path) -> None:
+    """Row sum-7."""
     async with a_database_of_its_own(postgres) as (url, server), gateway_of(url, tmp_path) as gateway:
         client = await gateway.client()
         for read_only in ("on", "off"):
@@ -431,6 +432,7 @@ async def test_while_the_database_is_away_at_the_start_a_stop_is_for_good(door: 
 
 
 async def test_a_host_that_falls_silent_is_left_within_seconds(door: Door, database: Database, tmp_path: Path) -> None:
+    """Row sum-7."""
     async with gateway_behind(door, database, tmp_path) as gateway:
         await gateway.ready()
         client = await make_client(database, "100")

@@ -151,6 +151,7 @@ def test_refused_requests_have_a_limit_for_each_kind_and_others_have_none(tmp_pa
 
 
 def test_a_blocked_standard_output_stops_nothing_else(tmp_path: Path) -> None:
+    """Row sum-4."""
     service = start(tmp_path)  # its output is a pipe, which nobody reads after the banner
     for _ in range(1500):
         with urllib.request.urlopen(service.url + "/health", timeout=10) as response:

@@ -299,6 +299,7 @@ QUICK = {"yookassa": {"poll_s": 0.05, "lookup_interval_s": 0.05, "lookup_interva
 
 @pytest.mark.parametrize("tuned", [QUICK])
 async def test_a_payment_whose_notification_never_arrives_is_credited_by_the_job(shop: Shop) -> None:
+    """Row sum-8."""
     client = await shop.gateway.client("0")
     _, body, _ = await shop.order(client, "100")
     _, canceled, _ = await shop.order(client, "200")

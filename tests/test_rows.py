@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROWS = {"input": 22, "upstream": 20, "client": 11, "auth": 14, "operator": 10}
+ROWS = {"input": 22, "upstream": 20, "client": 11, "auth": 14, "operator": 10, "sum": 10}
 NAME = re.compile(r"(?:\b(?P<part>[a-z]+)-|(?P<range>to )-|(?<=[ (,])-)(?P<number>\d+)\b")
 
 

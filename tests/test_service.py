@@ -69,7 +69,7 @@ def test_a_stop_finishes_running_requests_and_settles_their_charges(tmp_path: Pa
 
 @pytest.mark.parametrize("text", ["Hello", "fault:blanks=100"])
 def test_at_the_end_of_a_stop_a_plain_request_gets_an_error_that_is_not_repeated(tmp_path: Path, text: str) -> None:
-    """Contract B8: an empty reply would be requested again by every SDK, and bought twice. The charge follows."""
+    """Contract B8; row sum-9: an empty reply would be requested again by every SDK, and bought twice. The charge follows."""
     running = start(tmp_path, GPTUTOR_SIMULATOR__FIRST_WORD_S="3", GPTUTOR_SERVER__SHUTDOWN_S="1")
     (status, headers, document) = answer_during_stop(running, text, stream=False)
     assert (status, headers["X-Error-Code"], headers["x-should-retry"]) == (504, "upstream_timeout", "false")

@@ -300,6 +300,7 @@ async def test_without_headers_a_hold_waits_until_recovery_gives_up(gateway: Gat
 
 
 async def test_a_plain_response_after_blank_lines_passes_unchanged_and_is_charged(gateway: Gateway) -> None:
+    """Row sum-10."""
     client = await gateway.client()
     _, document = await gateway.chat(client, "fault:blanks=3")
     assert document.startswith(b"\n\n\n{")

@@ -23,8 +23,6 @@ LOGGER = logging.getLogger("gptutor.http_server")
 SHUTDOWN_POLL_S = 0.05
 HEADERS_BYTES_MAX = 64 * 1024
 """Of one request in all, while they arrive. aiohttp limits each line and their number, which together are a megabyte."""
-DISCARD_PAUSE_S = 0.05
-"""The rest of a rejected body is read so slowly that a flood of them costs little: about five megabytes a second."""
 LAST_RESORT_S = 0.5
 """How long a connection may take that has one of the last descriptors."""
 HEALTHY = (
@@ -165,15 +163,21 @@ class ClientConnection(web.RequestHandler):
         """Called when what was read of a body has been taken. If it is discarded only, because its request has been answered,
         reading goes on after a pause.
         """
-        if self._is_in_body and not self._request_in_progress:
+        if self._limits is not None and self._is_in_body and not self._request_in_progress:
             if self._discard_timer is None:
-                self._discard_timer = asyncio.get_running_loop().call_later(DISCARD_PAUSE_S, self._discard_more)
+                self._discard_timer = asyncio.get_running_loop().call_later(self._limits.begin_discard(), self._discard_more)
         else:
             super().resume_reading(resume_parser)
 
     def _discard_more(self) -> None:
-        self._discard_timer = None
+        self._end_discard()
         super().resume_reading()
+
+    def _end_discard(self) -> None:
+        if self._discard_timer is not None and self._limits is not None:
+            self._discard_timer.cancel()
+            self._discard_timer = None
+            self._limits.end_discard()
 
     def _reject_headers(self) -> None:
         MALFORMED_REQUESTS.inc()
@@ -211,8 +215,7 @@ class ClientConnection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._cancel_header_timeout()
-        if self._discard_timer is not None:
-            self._discard_timer.cancel()
+        self._end_discard()
         if not self._is_admitted:
             self.transport = None
             return

@@ -1,4 +1,5 @@
-"""How many connections clients may have: in all, and from one address; and what is kept for `/health` if descriptors run out."""
+"""How many connections clients may have, in all and from one address; what is kept for `/health` if descriptors run out; how
+fast rejected bodies are read."""
 
 import ipaddress
 import resource
@@ -10,6 +11,10 @@ from gptutor.http.address_limits import Network, network_of
 RESERVED_MAX = 32
 RESERVED_PART = 8
 """An eighth of the file descriptors, but at most RESERVED_MAX, is not for ordinary connections."""
+DISCARD_PAUSE_S = 0.05
+"""Before the next part of a rejected body is read: about five megabytes a second …"""
+DISCARDED_AT_FULL_SPEED = 4
+"""… for so many connections at a time; more of them share that speed, so that a flood of large bodies costs little."""
 
 
 def is_reserved(descriptor: int) -> bool:
@@ -27,6 +32,7 @@ class ConnectionLimits:
         self._trusted_proxies = trusted_proxies
         self._by_address: Counter[str] = Counter()
         self._count = 0
+        self._discards = 0
 
     def add(self, host: str) -> bool:
         """Counts a connection from `host`, or returns False if there are too many."""
@@ -44,6 +50,14 @@ class ConnectionLimits:
             self._by_address[address] -= 1
             if not self._by_address[address]:
                 del self._by_address[address]
+
+    def begin_discard(self) -> float:
+        """The pause in seconds before a connection reads more of a body that is discarded. It ends with `end_discard`."""
+        self._discards += 1
+        return DISCARD_PAUSE_S * max(1, self._discards / DISCARDED_AT_FULL_SPEED)
+
+    def end_discard(self) -> None:
+        self._discards -= 1
 
     def _address(self, host: str) -> str:
         """Empty for connections that are not counted by their address."""

@@ -114,6 +114,7 @@ async def flood(gateways: tuple[Gateway, Gateway], kind: str, balance: str) -> t
 
 
 async def test_no_kind_of_request_takes_a_balance_below_the_setting(gateways: tuple[Gateway, Gateway]) -> None:
+    """Row sum-1."""
     worst, served, overruns = {}, {}, CHARGE_OVERRUNS._value.get()
     for kind in KINDS:
         results = await asyncio.gather(*(flood(gateways, kind, balance) for balance in BALANCES))

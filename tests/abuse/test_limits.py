@@ -17,6 +17,7 @@ from gptutor.api.chat.large_bodies import LargeBodies
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import SERVICES
 from gptutor.http.byte_budget import BudgetExceeded, ByteBudget, ByteShare
+from gptutor.http.connection_limits import DISCARD_PAUSE_S, DISCARDED_AT_FULL_SPEED, ConnectionLimits
 from gptutor.money.amounts import AccountId
 from gptutor.money.keys import make_key
 from tests.support.gateway import Client, Gateway
@@ -287,3 +288,39 @@ async def test_the_connection_of_a_body_that_never_ends_is_closed(gateway: Gatew
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.key}\r\nContent-Length: 100\r\n\r\n"
     answer = await raw(gateway, head.encode() + b"{", until_close_s=3)
     assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+async def test_rejected_bodies_are_discarded_at_a_speed_that_all_connections_share(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, end, discards, pauses = ConnectionLimits.begin_discard, ConnectionLimits.end_discard, 0, []
+
+    def begin_counted(limits: ConnectionLimits) -> float:
+        nonlocal discards
+        discards += 1
+        pauses.append((discards, begin(limits)))
+        return pauses[-1][1]
+
+    def end_counted(limits: ConnectionLimits) -> None:
+        nonlocal discards
+        discards -= 1
+        end(limits)
+
+    monkeypatch.setattr(ConnectionLimits, "begin_discard", begin_counted)
+    monkeypatch.setattr(ConnectionLimits, "end_discard", end_counted)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n"
+    connections = [await asyncio.open_connection(*address_of(gateway)) for _ in range(8)]
+    for _, writer in connections:
+        writer.write(head + b" " * 8_000_000)
+    for reader, _ in connections:
+        assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+    async with asyncio.timeout(10):
+        while max((count for count, _ in pauses), default=0) < len(connections):
+            await asyncio.sleep(0.01)
+    for count, pause in pauses:
+        assert pause / max(count, DISCARDED_AT_FULL_SPEED) == pytest.approx(DISCARD_PAUSE_S / DISCARDED_AT_FULL_SPEED)
+    for _, writer in connections:
+        writer.transport.abort()
+    async with asyncio.timeout(10):
+        while discards:
+            await asyncio.sleep(0.01)
