@@ -203,7 +203,7 @@ class PaymentService:
         return outcome
 
     async def _is_ours(self, payment_id: str) -> bool:
-        """Whether the payment is remembered or booked: strangers do not know its id."""
+        """Whether the payment is remembered or booked: nobody else knows its id."""
         return await self._pending.contains(payment_id) or await self._booking_of(payment_id) is not None
 
     async def _booking_of(self, payment_id: str) -> Booking | None:
@@ -223,7 +223,7 @@ class PaymentService:
                 payment = await self.require_configured().payment(payment_id)
             outcome = "not_found" if payment is None else await self._credit(payment)
             if payment is None:
-                _refuse(outcome, "YooKassa has no payment %s: it was named by a stranger, or it is another shop's", payment_id)
+                _refuse(outcome, "YooKassa has no payment %s: it was made up, or it is another shop's", payment_id)
         if outcome not in OPEN:
             await self._pending.forget(payment_id)
         return outcome
@@ -267,7 +267,7 @@ class PaymentService:
         with limit.acquire(), _translated_errors():
             refund = await self.require_configured().refund(refund_id)
         if refund is None:
-            _refuse("not_found", "YooKassa has no refund %s: it was named by a stranger, or it is another shop's", refund_id)
+            _refuse("not_found", "YooKassa has no refund %s: it was made up, or it is another shop's", refund_id)
             return "not_found"
         if refund.status != "succeeded":
             return "nothing" if refund.status == "canceled" else "pending"
