@@ -13,7 +13,6 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from gptutor.api.chat.exchange import TRUNCATED_EVENT
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.http.app_keys import DATABASE
 from gptutor.web import page
@@ -168,11 +167,6 @@ def observed(service: Service, node: str) -> dict[str, dict[str, Any]]:
     return {python: observe_python(url, rich, poor), **named}
 
 
-SWALLOWED = pytest.mark.xfail(
-    b"choices" in TRUNCATED_EVENT, reason="clients take `choices` for the end of an answer", strict=True
-)
-
-
 def test_every_client_shows_the_text_of_an_error(observed: dict[str, dict[str, Any]]) -> None:
     assert len(observed) == 6
     for client, told in observed.items():
@@ -181,13 +175,11 @@ def test_every_client_shows_the_text_of_an_error(observed: dict[str, dict[str, A
         assert "Simulated error 400" in told["invalid"]["text"], client
 
 
-@SWALLOWED
 def test_every_client_reports_a_broken_stream_and_no_client_a_complete_one(observed: dict[str, dict[str, Any]]) -> None:
     assert [client for client, told in observed.items() if told["broken"] is None] == []
     assert [client for client, told in observed.items() if told["complete"] is not None] == []
 
 
-@SWALLOWED
 @pytest.mark.parametrize("language", page.LANGUAGES)
 def test_the_table_of_clients_is_what_they_do(observed: dict[str, dict[str, Any]], language: str) -> None:
     text = (page.HERE / "pages" / f"errors.{language}.md").read_text(encoding="utf-8")

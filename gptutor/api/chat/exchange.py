@@ -94,7 +94,7 @@ class Exchange:
 
     async def end_at_stop(self) -> None:
         """Ends the response; if something may have been bought, once a repeat of the request would be recognised."""
-        if self._purchase is not None and self._purchase.is_sent and not self._has_started and not self.response.done():
+        if self._purchase is not None and self._is_sent and not self._has_started and not self.response.done():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(MARK_AT_STOP_S):
                     await self._purchase.mark_outcome_unknown(self._context.body_hash)
