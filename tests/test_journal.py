@@ -277,6 +277,15 @@ def test_garbage_with_a_right_checksum_is_skipped_as_well(slot: Path, caplog: py
     assert f"has {len(odd)} lines with a wrong checksum or format" in caplog.text
 
 
+def test_the_end_of_a_hold_without_its_beginning_is_no_damage(slot: Path) -> None:
+    """The beginning may have been in a segment that was compacted, or in a line that was lost."""
+    written(slot)
+    with the_file(slot).open("ab") as file:
+        file.write(_with_checksum(b"closed %s" % hold_id(5).hex.encode()))
+        file.write(_with_checksum(b"handed_over %s" % hold_id(77).hex.encode()))
+    assert (read(slot).is_complete, read(slot).open_holds) == (True, WRITTEN)
+
+
 def test_a_flipped_bit_is_counted_even_if_the_last_line_has_no_line_end(slot: Path) -> None:
     """Row process-11."""
     written(slot)
