@@ -152,8 +152,8 @@ def test_every_setting_is_in_the_settings_file() -> None:
 
 
 @pytest.mark.parametrize("language", page.LANGUAGES)
-def test_the_operation_page_contains_the_settings_file(language: str) -> None:
-    body = page.load_pages()[language, "operation"].body
+def test_the_settings_page_contains_the_settings_file(language: str) -> None:
+    body = page.load_pages()[language, "settings"].body
     assert "  balance_min_rub: 1 " in body
     assert all(f"\n{section.name}:\n" in body for section in msgspec.structs.fields(Config))
 

@@ -15,7 +15,7 @@ from gptutor.telemetry.metrics import CLOCK_SKEW, build_metrics
 from tests.support.gateway import Gateway
 from tests.support.service import start
 
-PAGES = sorted((Path(__file__).parent.parent / "gptutor" / "web" / "pages").glob("operation.*.md"))
+PAGES = sorted((Path(__file__).parent.parent / "gptutor" / "web" / "pages").glob("monitoring.*.md"))
 
 
 def value(name: str, **labels: str) -> float:

@@ -13,7 +13,12 @@ from markdown_it.token import Token
 from gptutor.config.load import DEFAULT_FILE
 
 HERE = Path(__file__).parent
-NAMES = ("start", "account", "request", "response", "money", "usage", "errors", "limits", "operation")
+CLIENT_PAGES = ("start", "account", "request", "response", "money", "usage", "errors", "limits")
+OPERATOR_PAGES = (
+    *("install", "settings", "proxy", "processes", "monitoring", "backup", "upgrade"),
+    *("commands", "admin-api", "payments"),
+)
+NAMES = (*CLIENT_PAGES, *OPERATOR_PAGES)
 """The pages in reading order; the first is the start page."""
 
 LANGUAGES: Mapping[str, Mapping[str, str]] = {
@@ -21,6 +26,7 @@ LANGUAGES: Mapping[str, Mapping[str, str]] = {
         "name": "Русский",
         "about": "Документация",
         "guide": "Руководство",
+        "operation": "Эксплуатация",
         "reference": "Справочник API",
         "previous": "Назад",
         "next": "Дальше",
@@ -30,6 +36,7 @@ LANGUAGES: Mapping[str, Mapping[str, str]] = {
         "name": "English",
         "about": "Documentation",
         "guide": "Guide",
+        "operation": "Operating it",
         "reference": "API reference",
         "previous": "Back",
         "next": "Next",
@@ -119,10 +126,12 @@ def language_link(language: str, name: str, *, current: bool) -> str:
 
 
 def navigation(pages: Pages, language: str, current: str) -> list[str]:
-    """List items of every page, with the sections of the current page below it."""
+    """List items of every page, with the sections of the current page below it. The pages for operators have a heading."""
     items = []
     for name in NAMES:
         page = pages[language, name]
+        if name == OPERATOR_PAGES[0]:
+            items.append(f'<li class="apart">{html.escape(LANGUAGES[language]["operation"])}</li>')
         attribute = ' aria-current="page"' if name == current else ""
         items.append(f'<li><a href="{name}"{attribute}>{html.escape(page.title)}</a>')
         if name == current and page.headings:

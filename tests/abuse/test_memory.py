@@ -1,7 +1,7 @@
 """What clients can make the service keep in memory, however many they are (row sum-3).
 
 Each phase is slow: headers, bodies, running streams and plain answers that end only when the client goes. The bound is the one of
-the operation guide, for the settings of the test. `python -m tests.abuse.test_memory 2000` uses so many connections and
+the guide (processes.en.md), for the settings of the test. `python -m tests.abuse.test_memory 2000` uses so many connections and
 the default settings, and prints a table.
 """
 
@@ -207,10 +207,10 @@ async def test_memory_stays_within_the_documented_bound(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("language", ["en", "ru"])
-def test_the_operation_guide_has_the_worst_case_of_the_default_settings(language: str) -> None:
+def test_the_guide_has_the_worst_case_of_the_default_settings(language: str) -> None:
     server, openrouter = ServerSettings(), OpenRouterSettings()
     budgets = server.bodies_bytes_max + openrouter.plain_bytes_total
-    text = (GUIDE / f"operation.{language}.md").read_text()
+    text = (GUIDE / f"processes.{language}.md").read_text()
     for connections in (server.connections_max, 2000):
         worst_mb = math.ceil((REST_BYTES + bound(connections, budgets)) / MB / 10) * 10
         assert re.search(rf"\b{worst_mb}\b", text), worst_mb
