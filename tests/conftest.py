@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 import uvloop
 from aiohttp import web
@@ -23,7 +24,7 @@ from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.server import Simulator
 from tests.support import javascript
 from tests.support.gateway import Gateway, config_for, gateway_on
-from tests.support.postgres import BINARIES, CLUSTER, TestDatabase, running_postgres
+from tests.support.postgres import BINARIES, CLUSTER, ArrayTypes, TestDatabase, running_postgres
 from tests.support.service import Service, start
 
 TEARDOWN_S = 60
@@ -105,9 +106,11 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> d
 
 @pytest.fixture(scope="session", autouse=True)
 def read_once() -> Iterator[None]:
-    """The simulator's models are the same for every gateway: they are parsed once, and not a thousand times."""
+    """What is the same for every gateway: the simulator's models are parsed once, and PostgreSQL's types are described once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalogue, "parse_models", functools.lru_cache(maxsize=8)(catalogue.parse_models))
+        array_types = ArrayTypes()
+        patch.setattr(asyncpg.Connection, "_introspect_types", lambda *arguments: array_types.types(*arguments))
         yield
 
 
