@@ -13,10 +13,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
 from gptutor.database.embedded import PostgresServer, embedded_postgres  # type: ignore[attr-defined]
+from tests.support.forked import Forked
 from tests.support.service import environment
 
 ROOT = Path(__file__).parent.parent.parent
@@ -82,7 +84,9 @@ def postgres(directory: Path) -> Iterator[Postgres]:
 @asynccontextmanager
 async def simulator(port: int, output: Path) -> AsyncIterator[str]:
     """Runs the simulator, and yields its URL."""
-    process = _spawn("tests.chaos.upstream", str(port), output=output, cwd=ROOT)
+    command = [sys.executable, "-m", "tests.chaos.upstream", str(port)]
+    with output.open("ab") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)  # noqa: ASYNC220 - a moment, before the storm
     try:
         await _until_listening(port, process)
         yield f"http://127.0.0.1:{port}"
@@ -101,7 +105,7 @@ class Worker:
     directory: Path
     is_listening: bool = False
     unexpected_exits: list[str] = field(default_factory=list)
-    _process: subprocess.Popen[bytes] | None = None
+    _process: Forked | None = None
     _was_killed: bool = False
     _is_stopping: bool = False
 
@@ -152,7 +156,8 @@ class Worker:
 
     def _start(self) -> None:
         self._was_killed = False
-        self._process = _spawn("gptutor", "serve", output=self._output, cwd=self.directory, env=self.environ)
+        with self._output.open("ab") as file:
+            self._process = Forked(["serve"], cwd=self.directory, env=self.environ, stdout=file, stderr=file, text=True)
 
     @property
     def _output(self) -> Path:
@@ -194,11 +199,6 @@ def free_port(rng: random.Random) -> int:
             return port
 
 
-def _spawn(module: str, *arguments: str, output: Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    with output.open("ab") as file:
-        return subprocess.Popen([sys.executable, "-m", module, *arguments], cwd=cwd, env=env, stdout=file, stderr=file)
-
-
 async def all_listening(running: list[Worker]) -> None:
     """Waits for all workers to listen. Raises ChildProcessError, with their output, if one does not."""
     try:
@@ -209,7 +209,7 @@ async def all_listening(running: list[Worker]) -> None:
         raise ChildProcessError("\n".join(exit_text for worker in running for exit_text in worker.unexpected_exits)) from None
 
 
-async def _until_listening(port: int, process: subprocess.Popen[bytes]) -> None:
+async def _until_listening(port: int, process: subprocess.Popen[Any]) -> None:
     """Raises ChildProcessError if the process ends first, TimeoutError if it takes too long."""
     async with asyncio.timeout(START_S), aiohttp.ClientSession() as session:
         while process.poll() is None:

@@ -102,7 +102,7 @@ class ArrayTypes:
     """asyncpg takes this object for the statement with its question: one with a name has not replaced the unnamed one."""
 
     def __init__(self) -> None:
-        self._ask = asyncpg.Connection._introspect_types
+        self._ask: Any = asyncpg.Connection._introspect_types  # type: ignore[attr-defined]
         self._known: dict[tuple[int, ...], Any] = {}
 
     async def types(self, connection: Any, ids: Iterable[int], timeout_s: float) -> Any:

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -14,10 +13,9 @@ from typing import Any
 import orjson
 import psutil
 
-from tests.support.command_server import CommandServer
+from tests.support.forked import Forked, run_forked
 from tests.support.postgres import CLUSTER
 
-COMMANDS = CommandServer()
 START_S = 60
 STOP_S = 50
 
@@ -95,12 +93,8 @@ def running_with(text: str) -> list[int]:
 
 
 def run(environ: dict[str, str], *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """`gptutor <arguments>`, until it ends; the service itself is started for real, the other commands by a fork."""
-    if arguments[:1] == ("serve",):
-        return subprocess.run(
-            [sys.executable, "-m", "gptutor", *arguments], env=environ, check=check, capture_output=True, text=True
-        )
-    ended = COMMANDS.run(environ, arguments)
+    """`gptutor <arguments>`, until it ends."""
+    ended = run_forked(environ, arguments)
     if check:
         ended.check_returncode()
     return ended
@@ -117,9 +111,7 @@ def start(directory: Path, **settings: str) -> Service:
 def start_bare(directory: Path, **settings: str) -> Service:
     """Starts the service, which makes its database if `directory` has none."""
     environ = environment(directory, **settings)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gptutor", "serve"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = Forked(["serve"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
     assert process.stdout is not None
     for line in process.stdout:
@@ -152,9 +144,7 @@ class RunningSimulator:
 
 def start_simulator(directory: Path) -> RunningSimulator:
     """Runs `gptutor simulator` as a process."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "gptutor", "simulator"], env=environment(directory), stdout=subprocess.PIPE, text=True
-    )
+    process = Forked(["simulator"], env=environment(directory, PYTHONUNBUFFERED="1"), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return RunningSimulator(process, re.search(r"http://\S+/api/v1", process.stdout.readline())[0])  # type: ignore[index]
 
