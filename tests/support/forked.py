@@ -55,7 +55,7 @@ class Forker:
         ours, theirs = socket.socketpair()
         with theirs:
             number = theirs.fileno()
-            process = subprocess.Popen([sys.executable, "-c", START, str(number)], cwd=ROOT, pass_fds=[number])
+            process = subprocess.Popen([sys.executable, "-c", START, str(number), "gptutor"], cwd=ROOT, pass_fds=[number])
         atexit.register(self._stop, ours, process)
         return ours, process
 
