@@ -114,11 +114,16 @@ def start(directory: Path, **settings: str) -> Service:
     return start_bare(directory, **settings)
 
 
-def start_bare(directory: Path, **settings: str) -> Service:
-    """Starts the service, which makes its database if `directory` has none."""
+def start_bare(directory: Path, package: Path | None = None, /, **settings: str) -> Service:
+    """Starts the service, which makes its database if `directory` has none. `package`: a folder with another `gptutor`."""
     environ = environment(directory, **settings)
     process = subprocess.Popen(
-        [sys.executable, "-m", "gptutor", "serve"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "gptutor", "serve"],
+        cwd=package,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     lines: list[str] = []
     assert process.stdout is not None
