@@ -75,10 +75,15 @@ def load_functions(directory: Path = SQL / "functions") -> list[Migration]:
 
 async def pending_migrations(url: str) -> list[str]:
     """Names of the migrations and functions that the database lacks. Raises MigrationError, DatabaseUnavailable."""
+    return (await find_pending(url)).names
+
+
+async def find_pending(url: str) -> Pending:
+    """What the database lacks. Raises MigrationError, DatabaseUnavailable."""
     with translate_errors():
         connection = await asyncpg.connect(url, timeout=CONNECT_S, command_timeout=CHECK_S)
         try:
-            return (await _pending(connection)).names
+            return await _pending(connection)
         finally:
             await connection.close()
 
