@@ -42,7 +42,7 @@ def doctor(
             for finding in each.findings:
                 level = f"[{COLOURS[finding.level]}]{finding.level:<7}[/]"
                 out.print(f"{level} {each.name + ':':<12} {shown(finding.sentence)}", highlight=False)
-        out.print(f"{errors} errors, {warnings} warnings.", highlight=False)
+        out.print(f"Errors: {errors}, warnings: {warnings}.", highlight=False)
     if errors:
         raise typer.Exit(1)
 

@@ -54,7 +54,8 @@ def files(installation: Installation) -> Sequence[Finding]:
     findings: list[Finding] = []
     for path in _secret_files(config):
         findings += _private(path, owner)
-    findings += _folder(data, owner, OTHERS) + (_folder(logs, owner, stat.S_IWOTH) if logs.exists() else [])
+    for folder in (data, logs):
+        findings += _folder(folder, owner) if folder.exists() else []
     for folder in (data / JOURNALS, logs):
         foreign = [path for path in islice(_below(folder), FILES_MAX) if path.lstat().st_uid != owner]
         if foreign:
@@ -87,10 +88,10 @@ def _private(path: Path, owner: int) -> list[Finding]:
     return findings
 
 
-def _folder(path: Path, owner: int, forbidden: int) -> list[Finding]:
+def _folder(path: Path, owner: int) -> list[Finding]:
     found, findings = path.stat(), []
-    if stat.S_IMODE(found.st_mode) & forbidden & ~stat.S_IXOTH:
-        findings.append(error(f"Other users of this machine may enter {path}: chmod o-rwx {path}"))
+    if found.st_mode & stat.S_IWOTH:
+        findings.append(error(f"Other users of this machine may write into {path}: chmod o-w {path}"))
     if found.st_uid != owner:
         findings.append(
             error(f"{path} belongs to {_name(found.st_uid)}, and not to {_name(owner)}: chown -R {_name(owner)} {path}")

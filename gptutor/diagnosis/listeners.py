@@ -44,9 +44,10 @@ class Answer:
 async def _get(url: str) -> Answer:
     """Raises aiohttp.ClientError, OSError, TimeoutError."""
     timeout = aiohttp.ClientTimeout(total=HTTP_S)
+    tls = ssl.create_default_context() if url.startswith("https:") else True
     async with (
         aiohttp.ClientSession(timeout=timeout, trust_env=False) as session,
-        session.get(url, allow_redirects=False) as response,
+        session.get(url, allow_redirects=False, ssl=tls) as response,
     ):
         body = await response.content.read(BODY_BYTES_MAX)
         headers = response.headers

@@ -58,7 +58,7 @@ def unreachable(failure: UpstreamError, settings: OpenRouterSettings) -> Finding
         return error("OpenRouter rejects OPENROUTER_API_KEY (401): create a key at openrouter.ai/settings/keys, and set it.")
     if status in (402, 403):
         return error(f"OpenRouter refuses the key ({status}): add credit, or raise the limit of the key.")
-    if status is not None:
+    if status:
         return error(f"OpenRouter answers with status {status}: try again, and see status.openrouter.ai.")
     advice = "is the proxy running?" if settings.proxy else "check DNS and the firewall, or set openrouter.proxy."
     return error(
