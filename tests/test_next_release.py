@@ -30,7 +30,7 @@ from gptutor.money.invariants import check
 from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.server import Simulator
 from tests.support.gateway import SECRET, Client, make_client
-from tests.support.schema import database, drop
+from tests.support.schema import database, drop, interface, read_interfaces
 from tests.support.service import Service, environment, refused, start_bare
 
 MAJOR, MINOR, _ = __version__.split(".")
@@ -255,3 +255,47 @@ async def test_a_newer_database_that_lacks_something_is_not_mended(database_url:
     finally:
         await connection.execute("DELETE FROM schema_migrations WHERE name LIKE '999%'")
         await connection.close()
+
+
+# -- what makes it possible
+
+
+def missing(earlier: list[str], today: list[str]) -> list[str]:
+    """What an earlier release names and today's schema lacks or has otherwise, and new columns that it cannot leave out."""
+    gone = [line for line in earlier if line not in today and line.removesuffix(" NOT NULL") not in today]
+    return gone + [
+        line for line in today if line.endswith(" NOT NULL") and line not in earlier and is_of_old_table(line, earlier)
+    ]
+
+
+def is_of_old_table(column: str, earlier: list[str]) -> bool:
+    return any(line.startswith(column.partition(".")[0] + ".") for line in earlier)
+
+
+EARLIER = ["column a.x bigint NOT NULL", "column a.y text", "function f(one bigint) TABLE(two text)"]
+
+
+@pytest.mark.parametrize(
+    ("today", "expected"),
+    [
+        (EARLIER, []),
+        ([*EARLIER, "column a.z text", "column b.x bigint NOT NULL", "function f_with_more(one bigint, more text) void"], []),
+        (["column a.x bigint", *EARLIER[1:]], []),
+        ([*EARLIER, "column a.z text NOT NULL"], ["column a.z text NOT NULL"]),
+        (EARLIER[:1] + EARLIER[2:], ["column a.y text"]),
+        ([EARLIER[0], "column a.y bigint", EARLIER[2]], ["column a.y text"]),
+        ([*EARLIER[:2], "function f(one bigint, more text) TABLE(two text)"], [EARLIER[2]]),
+        ([*EARLIER[:2], "function f(one bigint) TABLE(two text, three text)"], [EARLIER[2]]),
+    ],
+)
+def test_what_an_earlier_release_would_miss(today: list[str], expected: list[str]) -> None:
+    assert missing(EARLIER, today) == expected
+
+
+async def test_nothing_is_taken_from_the_releases_that_may_still_run(database_url: str) -> None:
+    """sql/interfaces.txt has the columns and functions of each release (CONTRIBUTING.md, "A migration")."""
+    interfaces, today = read_interfaces(), await interface(database_url)
+    assert interfaces[__version__] == today, "make schema"
+    for release, earlier in interfaces.items():
+        if release.split(".")[0] == MAJOR and int(release.split(".")[1]) >= int(MINOR) - 1:
+            assert missing(earlier, today) == [], f"{release} needs it, and may still run"
