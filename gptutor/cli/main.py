@@ -15,6 +15,7 @@ from gptutor.cli.console import Json, embedded_directory, fail, out, print_json,
 from gptutor.cli.doctor import doctor
 from gptutor.cli.export import export_app
 from gptutor.cli.keys import keys_app
+from gptutor.cli.lost import lost
 from gptutor.cli.users import user_app
 from gptutor.config.load import load
 from gptutor.config.schema import Config, ConfigError
@@ -53,6 +54,7 @@ user_app.add_typer(keys_app)
 app.add_typer(user_app, name="user")
 app.add_typer(export_app, name="export")
 app.command()(doctor)
+app.command()(lost)
 
 
 # Errors whose text is written for the operator.

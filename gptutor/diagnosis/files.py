@@ -53,7 +53,7 @@ def files(installation: Installation) -> Sequence[Finding]:
     owner = data.stat().st_uid
     findings: list[Finding] = []
     for path in _secret_files(config):
-        findings += _private(path, owner)
+        findings += _private(path, data.stat())
     for folder in (data, logs):
         findings += _folder(folder, owner) if folder.exists() else []
     for folder in (data / JOURNALS, logs):
@@ -77,14 +77,17 @@ def _secret_files(config: Config) -> list[Path]:
     return [path for path in candidates if path.is_file()]
 
 
-def _private(path: Path, owner: int) -> list[Finding]:
+def _private(path: Path, service: os.stat_result) -> list[Finding]:
+    """A secret belongs to the service or to root; only the service's group may read it as well."""
     found, findings = path.stat(), []
-    if found.st_mode & GROUP_AND_OTHERS:
-        findings.append(error(f"Other users of this machine may read or change {path}: chmod 600 {path}"))
-    if found.st_uid != owner:
+    allowed = stat.S_IRGRP if found.st_gid == service.st_gid and found.st_uid != service.st_uid else 0
+    if found.st_mode & GROUP_AND_OTHERS & ~allowed:
         findings.append(
-            error(f"{path} belongs to {_name(found.st_uid)}, and the service runs as {_name(owner)}: chown {_name(owner)} {path}")
+            error(f"Other users of this machine may read or change {path}: chmod {'640' if allowed else '600'} {path}")
         )
+    if found.st_uid not in (0, service.st_uid):
+        name = _name(service.st_uid)
+        findings.append(error(f"{path} belongs to {_name(found.st_uid)}, and the service runs as {name}: chown {name} {path}"))
     return findings
 
 
@@ -102,6 +105,9 @@ def _folder(path: Path, owner: int) -> list[Finding]:
 def credentials(installation: Installation) -> Sequence[Finding]:
     """systemd's LoadCredential=: the folder is visible to the service alone, and to a `systemd-run` with the same credentials."""
     folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    source = Path(os.environ.get(CONFIG_PATH_VARIABLE, "")).parent / "credentials"
+    if source.is_dir() and source.stat().st_mode & GROUP_AND_OTHERS:
+        return [error(f"Others than root may enter {source}, where the secrets are: chmod 700 {source}")]
     if not folder:
         return [ok("No credentials of systemd are visible to this command.")]
     findings: list[Finding] = []
