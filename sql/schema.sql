@@ -976,7 +976,8 @@ CREATE TABLE public.schema_functions (
 CREATE TABLE public.schema_migrations (
     name text NOT NULL,
     checksum text NOT NULL,
-    applied_at timestamp with time zone DEFAULT now() NOT NULL
+    applied_at timestamp with time zone DEFAULT now() NOT NULL,
+    version text
 );
 
 CREATE TABLE public.usage_days (

@@ -26,8 +26,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "routes": ("http", "api"),
     "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
     "server": ("telemetry", "config", "simulator", "database", "money", "http", "admin", "app"),
+    "diagnosis": ("telemetry", "config", "integrations", "database", "openrouter", "money", "server"),
     "web": ("errors", "config", "api.keys", "api.chat.request", "server.listener", "server.runners"),
-    "cli": ("telemetry", "text", "config", "simulator", "database", "openrouter", "money", "server", "web"),
+    "cli": ("telemetry", "text", "config", "simulator", "database", "openrouter", "money", "server", "diagnosis", "web"),
     "__main__": ("cli",),
 }
 # The keys of `app[…]` name types of higher packages, for the type checker only.
@@ -42,6 +43,7 @@ FORBIDDEN_LIBRARIES = {
     "http": {"asyncpg"},
     "api": {"asyncpg"},
     "admin": {"asyncpg"},
+    "diagnosis": {"asyncpg"},
 }
 # Pure modules → the only modules of ours that they may import.
 PURE = {

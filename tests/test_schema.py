@@ -92,20 +92,6 @@ async def test_a_changed_function_is_replaced_and_an_unchanged_one_is_not(postgr
     await server.close()
 
 
-@pytest.mark.parametrize("newer", ["99.0.0", "0.1000.0"])
-async def test_functions_of_a_newer_version_are_not_replaced(database_url: str, newer: str) -> None:
-    connection = await asyncpg.connect(database_url)
-    versions = await connection.fetch("SELECT name, version FROM schema_functions")
-    await connection.execute("UPDATE schema_functions SET version = $1 WHERE name = 'functions/place_holds'", newer)
-    try:
-        for apply in (pending_migrations, migrate):
-            with pytest.raises(MigrationError, match=f"newer than this version: its functions are of {newer}"):
-                await apply(database_url)
-    finally:
-        await connection.executemany("UPDATE schema_functions SET version = $2 WHERE name = $1", [tuple(row) for row in versions])
-        await connection.close()
-
-
 async def test_functions_that_are_replaced_in_the_midst_of_settlements_lose_none(
     postgres: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,7 @@ def with_database(
 
     async def run(url: str) -> T:
         if settings.embedded:
-            await migrations.migrate(url)
+            await migrations.migrate(url, accept_newer=True)
         elif pending := await migrations.pending_migrations(url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
         async with pool.open_database(url, statement_s=statement_s, idle_s=idle_s) as database:

@@ -99,7 +99,7 @@ async def prepare_database(config: Config, *, embedded: bool) -> None:
     """
     try:
         if embedded:
-            await migrations.migrate(config.database.url)
+            await migrations.migrate(config.database.url, accept_newer=True)
         elif pending := await migrations.pending_migrations(config.database.url):
             raise StartError(f"The database lacks the migrations {', '.join(pending)}. Apply them with: gptutor migrate")
     except DatabaseRefused:

@@ -88,3 +88,27 @@ SELECT
         new_encrypted_key => $9::bytea,
         new_secret_id => $10::text
     ) AS key_id;
+
+-- name: find_present_accounts
+-- Those of the accounts $1 that exist.
+SELECT account_id
+FROM accounts
+WHERE account_id = any($1::bigint[]);
+
+-- name: find_latest_change
+-- The time of the latest change of an account or a key. NULL: there are none. One row. Reads all accounts and keys.
+SELECT greatest(
+    (
+        SELECT max(accounts.updated_at)
+        FROM accounts
+        WHERE accounts.account_id > 0
+    ),
+    (
+        SELECT max(api_keys.created_at)
+        FROM api_keys
+    ),
+    (
+        SELECT max(api_keys.revoked_at)
+        FROM api_keys
+    )
+) AS latest;

@@ -3,8 +3,13 @@
 CREATE TABLE IF NOT EXISTS schema_migrations (
     name text PRIMARY KEY,
     checksum text NOT NULL,
-    applied_at timestamptz NOT NULL DEFAULT now()
+    applied_at timestamptz NOT NULL DEFAULT now(),
+    version text -- of GPTutor; NULL: an early 0.2.0
 );
+
+-- name: add_version_to_migrations
+-- To the table of an early 0.2.0. Harmless when it exists.
+ALTER TABLE schema_migrations ADD COLUMN IF NOT EXISTS version text;
 
 -- name: create_functions_table
 -- The applied files of functions, with the SHA-256 of their text. Harmless when it exists.
@@ -26,17 +31,18 @@ SELECT
     to_regclass('schema_functions') IS NOT NULL AS has_functions;
 
 -- name: list_migrations
--- The applied migrations.
+-- The applied migrations, and the version of GPTutor that applied each. The table of an early 0.2.0 has no such column: NULL.
 SELECT
     name,
-    checksum
+    checksum,
+    to_jsonb(schema_migrations) ->> 'version' AS version
 FROM schema_migrations
 ORDER BY name;
 
 -- name: record_migration
--- $1 name, $2 checksum.
-INSERT INTO schema_migrations (name, checksum)
-VALUES ($1::text, $2::text);
+-- $1 name, $2 checksum, $3 version of GPTutor.
+INSERT INTO schema_migrations (name, checksum, version)
+VALUES ($1::text, $2::text, $3::text);
 
 -- name: list_functions
 -- The applied files of functions, and the version of GPTutor that applied each.

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -108,10 +109,14 @@ def start(directory: Path, **settings: str) -> Service:
     return start_bare(directory, **settings)
 
 
-def start_bare(directory: Path, **settings: str) -> Service:
-    """Starts the service, which makes its database if `directory` has none."""
+def start_bare(directory: Path, package: Path | None = None, /, **settings: str) -> Service:
+    """Starts the service, which makes its database if `directory` has none. `package`: a folder with another `gptutor`."""
     environ = environment(directory, **settings)
-    process = Forked(["serve"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    outputs: dict[str, Any] = {"env": environ, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    if package is None:
+        process: subprocess.Popen[str] = Forked(["serve"], **outputs)
+    else:
+        process = subprocess.Popen([sys.executable, "-m", "gptutor", "serve"], cwd=package, **outputs)
     lines: list[str] = []
     assert process.stdout is not None
     for line in process.stdout:

@@ -1,0 +1,1 @@
+"""What `gptutor doctor` looks at: an installation, with the service running or without."""
