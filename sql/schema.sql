@@ -271,7 +271,12 @@ BEGIN
     IF NOT FOUND THEN
         RETURN;
     END IF;
-    balance_nano := present.balance_nano;
+    balance_nano := CASE
+        WHEN present.erased_at IS NULL THEN present.balance_nano
+        ELSE coalesce(
+            (SELECT -amount_nano FROM ledger WHERE account_id = erased_account_id AND entry_id = forfeit_entry_id), 0
+        )
+    END;
     outcome := CASE
         WHEN present.erased_at IS NOT NULL THEN 'already_erased'
         WHEN EXISTS (SELECT FROM holds WHERE state = 'open' AND account_id = erased_account_id) THEN 'holds_open'

@@ -1,8 +1,8 @@
--- Removes what identifies the user of an account: name, contact, note, identities, and the names and encrypted copies of keys. All
--- its keys are revoked, and the account is deactivated for good. Its entries and holds stay. No row: there is no such account.
+-- Removes what identifies the user of an account: name, contact, note, identities, and the names and encrypted copies of keys.
+-- All its keys are revoked, and the account is deactivated for good. Its entries and holds stay. No row: no such account.
 -- Outcomes:
---   erased            done; balance_nano is what was forfeited by an adjustment with forfeit_entry_id, if it was not 0
---   already_erased    nothing was done
+--   erased            done; balance_nano is what the adjustment forfeit_entry_id has taken, 0 if there was nothing to take
+--   already_erased    nothing was done; balance_nano as above, if the reply to this very call was lost
 --   holds_open        nothing was done: requests run, or recovery looks for their cost
 --   payments_pending  nothing was done: payments have not ended
 --   balance_left      nothing was done: the balance, balance_nano, is not 0, and it is not to be forfeited
@@ -18,7 +18,12 @@ BEGIN
     IF NOT FOUND THEN
         RETURN;
     END IF;
-    balance_nano := present.balance_nano;
+    balance_nano := CASE
+        WHEN present.erased_at IS NULL THEN present.balance_nano
+        ELSE coalesce(
+            (SELECT -amount_nano FROM ledger WHERE account_id = erased_account_id AND entry_id = forfeit_entry_id), 0
+        )
+    END;
     outcome := CASE
         WHEN present.erased_at IS NOT NULL THEN 'already_erased'
         WHEN EXISTS (SELECT FROM holds WHERE state = 'open' AND account_id = erased_account_id) THEN 'holds_open'

@@ -1,6 +1,6 @@
 -- What was missing: a user's contact and a note about them, finding users by name and contact, and erasing a user.
--- The columns are added at once; the constraints and the index read all accounts, for which requests wait: about a second for each
--- hundred thousand accounts, whatever the number of entries.
+-- The columns are added at once; the constraints and the index read all accounts, for which requests wait: about a second for
+-- each hundred thousand accounts, whatever the number of entries.
 ALTER TABLE accounts
 ADD COLUMN contact text NOT NULL DEFAULT '',
 ADD COLUMN note text NOT NULL DEFAULT '',

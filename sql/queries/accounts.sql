@@ -140,8 +140,7 @@ LIMIT $4::integer;
 -- Accounts whose name and contact contain all texts of $1, each word in them at the beginning of a word, in upper or lower case.
 -- At most $2, in no order, so that no more are read. No row: none does, or there is no letter or digit in $1.
 WITH asked AS (
-    SELECT
-        translate(lower(term), 'АБВГДЕЁЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯё', 'абвгдеежзийклмнопрстуфхцчшщъыьэюяе') AS term
+    SELECT translate(lower(term), 'АБВГДЕЁЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯё', 'абвгдеежзийклмнопрстуфхцчшщъыьэюяе') AS term
     FROM unnest($1::text[]) AS term
 ),
 
@@ -156,16 +155,16 @@ asked_words AS (
 )
 
 SELECT
-    account_id,
-    name,
-    contact,
-    note,
-    balance_nano,
-    held_nano,
-    is_active,
-    created_at,
-    updated_at,
-    erased_at
+    accounts.account_id,
+    accounts.name,
+    accounts.contact,
+    accounts.note,
+    accounts.balance_nano,
+    accounts.held_nano,
+    accounts.is_active,
+    accounts.created_at,
+    accounts.updated_at,
+    accounts.erased_at
 FROM accounts
 WHERE
     -- The expression of the index accounts_by_words, literally.
