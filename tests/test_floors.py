@@ -26,7 +26,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "routes": ("http", "api"),
     "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
     "server": ("telemetry", "config", "simulator", "database", "money", "http", "admin", "app"),
-    "web": ("errors", "config", "api.keys", "api.chat.request", "server.listener", "server.runners"),
+    "web": (
+        "errors",
+        "text",
+        "config",
+        "api.keys",
+        "api.chat.request",
+        "admin.money",
+        "admin.users",
+        "server.listener",
+        "server.runners",
+    ),
     "cli": ("telemetry", "text", "config", "simulator", "database", "openrouter", "money", "server", "web"),
     "__main__": ("cli",),
 }

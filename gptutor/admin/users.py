@@ -38,7 +38,7 @@ Note = Annotated[PrintableText, msgspec.Meta(max_length=NOTE_MAX, description=li
 
 class NewUser(msgspec.Struct, forbid_unknown_fields=True):
     name: Name = ""
-    balance: Annotated[Amount, msgspec.Meta(description=AN_AMOUNT)] = Amount(0)
+    balance: Annotated[Amount, msgspec.Meta(description=AN_AMOUNT)] = msgspec.field(default_factory=Amount)
 
 
 class UserDescription(msgspec.Struct, forbid_unknown_fields=True):
