@@ -11,7 +11,7 @@ from gptutor.cli.arguments import ID_MAX, row_id, whole_number
 from gptutor.cli.console import Json, fail, out, print_json, shown, warn, with_administration, with_database
 from gptutor.config.load import load
 from gptutor.database.pool import Database
-from gptutor.money.administration import CONTACT_MAX, NOTE_MAX, REASON_MAX, REFERENCE_MAX, BookingKind
+from gptutor.money.administration import CONTACT_MAX, NOTE_MAX, REASON_MAX, REFERENCE_MAX, BookingKind, require_bookable
 from gptutor.money.amounts import AccountId, decimal_text, parse_roubles, roubles
 from gptutor.money.bookings import Bookings, LedgerEntry
 from gptutor.money.key_limits import NAME_MAX
@@ -47,6 +47,8 @@ def user_create(
 ) -> None:
     """Create a user with an API key. The key is shown once."""
     name, amount = _line("--name", name, NAME_MAX), parse_roubles(balance)
+    if amount:
+        require_bookable("topup", amount)
     user, key = with_administration(lambda administration: administration.create_user(name, amount), may_create=True)
     if json:
         print_json(user_json(user) | {"apiKey": key})
@@ -257,6 +259,7 @@ def user_ledger(
 
 def _book(user_id: int, kind: BookingKind, amount: str, reason: str, reference: str | None, json: bool) -> None:
     nano = parse_roubles(amount)
+    require_bookable(kind, nano)
     reason = _line("--reason", reason, REASON_MAX)
     reference = reference and _line("--reference", reference, REFERENCE_MAX)
     _show(

@@ -33,6 +33,14 @@ class ReasonMissing(Exception):
     """An adjustment has no reason; the text is a sentence."""
 
 
+def require_bookable(kind: BookingKind, amount: Nano) -> None:
+    """Raises InvalidAmount for an amount that no booking of this kind may have."""
+    if amount == 0 or (amount < 0 and kind != "adjustment"):
+        needed = "other than zero" if kind == "adjustment" else "more than zero"
+        instead = "" if amount == 0 else INSTEAD.get(kind, "; to take roubles, book a refund or a negative adjustment")
+        raise InvalidAmount(f"The amount of a booking of kind {kind} must be {needed}, not {roubles(amount)}{instead}")
+
+
 @dataclass(frozen=True, slots=True)
 class UserDetails:
     """A user, their identities (provider and subject) and their keys."""
@@ -56,10 +64,7 @@ class Bookkeeper:
 
         Raises NoSuchUser, AlreadyBooked, InvalidAmount, ReasonMissing, and Uncovered if a refund exceeds what is available.
         """
-        if amount == 0 or (amount < 0 and kind != "adjustment"):
-            needed = "other than zero" if kind == "adjustment" else "more than zero"
-            instead = "" if amount == 0 else INSTEAD.get(kind, "; to take roubles, book a refund or a negative adjustment")
-            raise InvalidAmount(f"The amount of a booking of kind {kind} must be {needed}, not {roubles(amount)}{instead}")
+        require_bookable(kind, amount)
         if kind == "adjustment" and not reason.strip():
             raise ReasonMissing("An adjustment needs a reason")
         signed = Nano(-amount) if kind == "refund" else amount
@@ -105,10 +110,8 @@ class Administration(Bookkeeper):
 
         Raises InvalidAmount, and what the vault raises if there is no secret.
         """
-        if balance < 0:
-            raise InvalidAmount(
-                f"The balance of a new user must be zero or more, not {roubles(balance)}; a later adjustment may be negative"
-            )
+        if balance:
+            require_bookable("topup", balance)
         account_id, entry_id, reason = await self.users.next_id(), new_id(), "initial balance"
         key = self._keys.make(account_id)
         key_id = await retry_lost_response(
