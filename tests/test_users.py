@@ -16,6 +16,8 @@ from gptutor.admin.money import NewBooking, NewPayment
 from gptutor.admin.users import Erasure, UserDescription
 from gptutor.api.keys import KeyLimitsPatch
 from gptutor.api.keys import NewKey as NewOwnKey
+from gptutor.api.payments import NewPayment as NewOwnPayment
+from gptutor.api.payments import Notification
 from gptutor.cli.keys import keys_app
 from gptutor.cli.main import app as cli
 from gptutor.cli.main import main
@@ -371,7 +373,7 @@ def test_every_command_about_users_has_json_and_says_what_it_does(capsys: pytest
 
 # -- over HTTP
 
-STRUCTS = (*openapi.ADMIN_BODIES, NewOwnKey, KeyLimitsPatch, NewPayment)
+STRUCTS = (*openapi.ADMIN_BODIES, NewOwnKey, KeyLimitsPatch, NewOwnPayment, Notification)
 VALUES = [b"null", b"true", b"[]", b"{}", b'""', b'" "', b'"1e400"', b"1e400", b'"NaN"', b"NaN", '"٣"'.encode(), b'"1_0"', b"-1", b"1.5",
           b'"1,000.5"', b'"a\\u0000b"', b'"\\ud800"', b'"' + b"x" * 3000 + b'"', b"1" * 401, b'{"a": {"b": [1]}}']  # fmt: skip
 
@@ -405,6 +407,9 @@ def test_a_wrong_value_in_a_body_gets_a_sentence_without_the_words_of_python(str
         (NewBooking, {"kind": "topup", "amount": 1, "reason": 5}, "reason must be one line of at most 500 printable characters"),
         (NewPayment, {"amount": 1, "reference": "1", "provider": "Ы"}, "provider must be 1 to 32 characters of a to z, 0 to 9, _ and -"),
         (UserDescription, {"contact": "a\nb"}, "contact must be one line of at most 200 printable characters"),
+        (Notification, {"event": "e", "object": {"id": 5}}, "object must be an object with the id of a payment or a refund"),
+        (Notification, {"event": "e", "object": {}}, "object must be an object with the id of a payment or a refund"),
+        (Notification, {"object": {"id": "1"}}, "event must be a string such as payment.succeeded"),
         (Erasure, {"forfeit": "yes"}, "forfeit must be true or false"),
     ],
 )  # fmt: skip

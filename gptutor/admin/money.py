@@ -9,11 +9,11 @@ from aiohttp import web
 
 from gptutor.admin.auth import administration_of
 from gptutor.admin.responses import data_response
-from gptutor.admin.users import AN_AMOUNT, ID_MAX, PAGE, PAGE_MAX, account_id_of, line
+from gptutor.admin.users import ID_MAX, PAGE, PAGE_MAX, account_id_of, line
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import DATABASE
 from gptutor.http.body import read_json_body
-from gptutor.http.json_body import Amount, PrintableText
+from gptutor.http.json_body import AN_AMOUNT, Amount, PrintableText
 from gptutor.http.query import Query, encode_cursor
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles

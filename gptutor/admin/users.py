@@ -11,7 +11,7 @@ from gptutor.admin.responses import data_response
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import CONFIG
 from gptutor.http.body import read_json_body
-from gptutor.http.json_body import Amount, PrintableText, whole
+from gptutor.http.json_body import AN_AMOUNT, Amount, PrintableText, whole
 from gptutor.http.query import Query
 from gptutor.money.administration import CONTACT_MAX, NOTE_MAX
 from gptutor.money.amounts import AccountId, Nano, nano_of
@@ -23,7 +23,6 @@ from gptutor.money.users import FOUND_MAX
 PAGE = 100
 PAGE_MAX = 1000
 ID_MAX = 10**18 - 1
-AN_AMOUNT = "an amount in roubles, such as 99.50"
 
 
 def line(length: int) -> str:

@@ -33,6 +33,10 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 PrintableText = Annotated[str, msgspec.Meta(pattern=ONE_LINE)]
 
 
+AN_AMOUNT = "an amount in roubles, such as 99.50"
+"""The description of a field."""
+
+
 class Amount(Decimal):
     """Roubles: a JSON number, or a plain decimal in a string, `"99.50"` or `"99,50"`. Decimal alone would read `"1_0"` as ten."""
 
@@ -135,9 +139,10 @@ def _error_text(error: msgspec.ValidationError, struct: type[msgspec.Struct]) ->
     if unknown := UNKNOWN_FIELD.search(message):
         known = ", ".join(struct.__struct_encode_fields__)
         return f"{unknown[1][:NAME_CHARACTERS_SHOWN]!r} is not a field of this request; known fields: {known}"
-    found = MISSING_FIELD.search(message) or ERROR_PATH.search(message)
-    if found is None:
-        return "Request body must be a JSON object"
-    if isinstance(error.__cause__, AmbiguousAmount):
-        return f"{found[1]}: {error.__cause__}"
-    return must_be(struct, found[1])
+    found = [match[1] for match in (MISSING_FIELD.search(message), ERROR_PATH.search(message)) if match]
+    for field in (re.split(r"[.\[]", path)[0] for path in found):
+        if isinstance(error.__cause__, AmbiguousAmount):
+            return f"{field}: {error.__cause__}"
+        if _description(struct, field):
+            return must_be(struct, field)
+    return "Request body must be a JSON object"
