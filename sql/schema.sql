@@ -260,6 +260,49 @@ BEGIN
     RETURN main_key_id;
 END $$;
 
+CREATE FUNCTION public.erase_user(erased_account_id bigint, forfeit_balance boolean, forfeit_entry_id uuid, forfeit_reason text) RETURNS TABLE(outcome text, balance_nano bigint)
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+DECLARE
+    present accounts;
+BEGIN
+    SELECT * INTO present FROM accounts WHERE account_id = erased_account_id FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    balance_nano := CASE
+        WHEN present.erased_at IS NULL THEN present.balance_nano
+        ELSE coalesce(
+            (SELECT -amount_nano FROM ledger WHERE account_id = erased_account_id AND entry_id = forfeit_entry_id), 0
+        )
+    END;
+    outcome := CASE
+        WHEN present.erased_at IS NOT NULL THEN 'already_erased'
+        WHEN EXISTS (SELECT FROM holds WHERE state = 'open' AND account_id = erased_account_id) THEN 'holds_open'
+        WHEN EXISTS (SELECT FROM pending_payments WHERE account_id = erased_account_id) THEN 'payments_pending'
+        WHEN present.balance_nano <> 0 AND NOT forfeit_balance THEN 'balance_left'
+        ELSE 'erased'
+    END;
+    IF outcome <> 'erased' THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
+
+    IF present.balance_nano <> 0 THEN
+        INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason)
+        VALUES (erased_account_id, forfeit_entry_id, 'adjustment', -present.balance_nano, 'corrections', forfeit_reason);
+    END IF;
+    UPDATE accounts
+    SET balance_nano = 0, name = '', contact = '', note = '', is_active = FALSE, erased_at = now(), updated_at = now()
+    WHERE account_id = erased_account_id;
+    UPDATE api_keys
+    SET name = '', encrypted_key = NULL, secret_id = NULL, revoked_at = coalesce(revoked_at, now())
+    WHERE account_id = erased_account_id;
+    DELETE FROM identities WHERE account_id = erased_account_id;
+    RETURN NEXT;
+END $$;
+
 CREATE FUNCTION public.find_or_create_account(new_provider text, new_subject text, new_name text, bonus_entry_id uuid, bonus_nano bigint) RETURNS TABLE(account_id bigint, is_new boolean)
     LANGUAGE plpgsql
     AS $$
@@ -277,10 +320,8 @@ BEGIN
         INSERT INTO identities (provider, subject, account_id) VALUES (new_provider, new_subject, account_id);
         IF bonus_nano > 0 THEN
             INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference)
-            VALUES (
-                account_id, bonus_entry_id, 'bonus', bonus_nano, 'goodwill', 'sign-up',
-                'sign-up:' || new_provider || ':' || new_subject
-            );
+            -- The reference does not name the person: entries stay when a user is erased.
+            VALUES (account_id, bonus_entry_id, 'bonus', bonus_nano, 'goodwill', 'sign-up', 'sign-up:' || account_id);
         END IF;
     END IF;
     RETURN NEXT;
@@ -744,14 +785,22 @@ CREATE TABLE public.accounts (
     is_active boolean DEFAULT true NOT NULL,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
     updated_at timestamp with time zone DEFAULT now() NOT NULL,
+    contact text DEFAULT ''::text NOT NULL,
+    note text DEFAULT ''::text NOT NULL,
+    erased_at timestamp with time zone,
     CONSTRAINT balance_is_bounded CHECK (((balance_nano >= '-4000000000000000000'::bigint) AND (balance_nano <= '4000000000000000000'::bigint))),
     CONSTRAINT charge_count_is_not_negative CHECK ((charge_count >= 0)),
+    CONSTRAINT contact_is_short CHECK ((length(contact) <= 200)),
+    CONSTRAINT erased_accounts_are_nameless_and_inactive CHECK (((erased_at IS NULL) OR ((name = ''::text) AND (contact = ''::text) AND (note = ''::text) AND (NOT is_active)))),
     CONSTRAINT held_is_not_negative CHECK ((held_nano >= 0)),
+    CONSTRAINT note_is_short CHECK ((length(note) <= 500)),
     CONSTRAINT open_requests_is_not_negative CHECK ((open_requests >= 0))
 )
 WITH (fillfactor='50');
 
 COMMENT ON TABLE public.accounts IS 'The money of one user. A transaction that opens or closes holds, or books an entry, first locks the account''s row.';
+
+COMMENT ON COLUMN public.accounts.name IS 'In the administrator''s words, or "vk" and the VK id.';
 
 COMMENT ON COLUMN public.accounts.balance_nano IS 'The sum of the account''s ledger entries.';
 
@@ -766,6 +815,12 @@ COMMENT ON COLUMN public.accounts.minute IS 'The minute of its latest request, f
 COMMENT ON COLUMN public.accounts.minute_requests IS 'How many requests it had in that minute.';
 
 COMMENT ON COLUMN public.accounts.is_active IS 'FALSE: all its keys are rejected.';
+
+COMMENT ON COLUMN public.accounts.contact IS 'How to reach the user: an e-mail address, a telephone number, or other words.';
+
+COMMENT ON COLUMN public.accounts.note IS 'What administrators want to remember about the user.';
+
+COMMENT ON COLUMN public.accounts.erased_at IS 'When all that identifies the user was removed, for good. NULL: it was not.';
 
 ALTER TABLE public.accounts ALTER COLUMN account_id ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME public.accounts_account_id_seq
@@ -1028,6 +1083,8 @@ ALTER TABLE ONLY public.schema_migrations
 
 ALTER TABLE ONLY public.usage_days
     ADD CONSTRAINT usage_days_pkey PRIMARY KEY (account_id, day, model);
+
+CREATE INDEX accounts_by_words ON public.accounts USING gin (array_to_tsvector(array_remove(string_to_array(translate(lower((("left"(name, 200) || ' '::text) || contact)), 'АБВГДЕЁЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯё!"#$%&''()*+,-./:;<=>?@[\]^_`{|}~'::text, 'абвгдеежзийклмнопрстуфхцчшщъыьэюяе                                '::text), ' '::text), ''::text)));
 
 CREATE INDEX api_keys_by_prefix ON public.api_keys USING btree (prefix text_pattern_ops);
 

@@ -119,7 +119,7 @@ def test_people_are_found(service: Service) -> None:
     ("arguments", "words"),
     [
         (("refund", "ID", "500"), "The refund exceeds the available balance"),
-        (("refund", "ID", "-5"), "No such option"),
+        (("refund", "ID", "-5"), "must be more than zero, not -5"),
         (("refund", "ID", "0"), "must be more than zero"),
         (("refund", "ID", "0.0000000001"), "more than nine decimal places"),
         (("adjust", "ID", "0", "--reason", "x"), "must be other than zero, not 0"),
@@ -130,7 +130,7 @@ def test_people_are_found(service: Service) -> None:
         (("adjust", "999999999", "1", "--reason", "x"), "There is no user with this id"),
         (("topup", "ID", "5", "--reason", "x" * 501), "at most 500 characters"),
         (("topup", "ID", "5", "--reference", "a\nb"), "one line"),
-        (("issue-key", "ID", "--limit", "-5"), "must be zero or more"),
+        (("issue-key", "ID", "--limit", "-5"), "limit must be from 1, which each request needs"),
         (("issue-key", "ID", "--limit", "0.5"), "limit must be from 1, which each request needs, to 1000000000 roubles, not 0.5"),
         (("issue-key", "ID", "--limit-reset", "daily"), "limit_reset needs a limit"),
         (("issue-key", "ID", "--expires-at", "2020-01-01"), "must be in the future"),

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from gptutor.money.amounts import (
     NANO_MAX,
+    AmbiguousAmount,
     InvalidAmount,
     decimal_text,
     nano_ceiling,
     nano_half_up,
     nano_of,
-    parse_positive,
     parse_roubles,
     roubles,
 )
@@ -36,7 +36,7 @@ def test_an_amount_is_parsed_exactly(text: str, nano: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "ten", "NaN", "Infinity", "-Infinity", "1e1000000", "1e-1000000", "0.0000000001", "1000000000.1", "1,5", "9" * 50],
+    ["", "ten", "NaN", "Infinity", "-Infinity", "1e1000000", "1e-1000000", "0.0000000001", "1000000000.1", "1,5,0", "9" * 50],
 )
 def test_an_invalid_amount_is_rejected_with_a_sentence(text: str) -> None:
     with pytest.raises(InvalidAmount, match=r"roubles|decimal places"):
@@ -63,19 +63,41 @@ def test_a_ceiling_is_rounded_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e3", "1_0", "1__0", "１００", "٣", " 7", "7 ", "1\n", "\xa01", "5e-9", "0x1", ".5", "1.", "1,5", "--1"]
+    "text",
+    ["1e3", "1_0", "1__0", "１００", "٣", " 7", "7 ", "1\n", "\xa01", "5e-9", "0x1", ".5", ",5", "1.", "1,", "1,5.0", "--1"],
 )
 def test_only_a_plain_decimal_is_an_amount(text: str) -> None:
     with pytest.raises(InvalidAmount):
         parse_roubles(text)
 
 
-@pytest.mark.parametrize(("text", "or_zero"), [("-1", False), ("-1", True), ("0", False)])
-def test_an_amount_to_give_or_take_is_positive(text: str, or_zero: bool) -> None:
-    with pytest.raises(InvalidAmount, match="must be zero or more" if or_zero else "must be more than zero"):
-        parse_positive(text, or_zero=or_zero)
-    assert parse_positive("0", or_zero=True) == 0
-    assert parse_positive("0.5") == 500_000_000
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("1,5", "1.5"), ("-0,000000001", "-0.000000001"), ("0,125", "0.125"), ("1,0000", "1"), ("1234,567", "1234.567")],
+)
+def test_a_comma_is_a_decimal_separator(text: str, amount: str) -> None:
+    assert roubles(parse_roubles(text)) == amount
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1,000",
+        "-12,345",
+        "+999,999",
+        "1,000.5",
+        "1.000,5",
+        "1,000,000",
+        "1.000.000",
+        "1 000",
+        "1\u00a0000,50",
+        "1\u202f000",
+        "1'000.00",
+    ],
+)
+def test_an_amount_that_may_be_a_thousand_times_as_much_is_rejected(text: str) -> None:
+    with pytest.raises(AmbiguousAmount, match=r"is ambiguous: write a thousand and a half as 1000\.5"):
+        parse_roubles(text)
 
 
 @pytest.mark.parametrize("number", ["1e-999", "1e999", "1e-999999999", "1e999999999", "NaN", "0e-999", "1e-10", "1e10"])

@@ -27,7 +27,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
     "server": ("telemetry", "config", "simulator", "database", "money", "http", "admin", "app"),
     "diagnosis": ("telemetry", "config", "integrations", "database", "openrouter", "money", "server"),
-    "web": ("errors", "config", "api.keys", "api.chat.request", "server.listener", "server.runners"),
+    "web": (
+        "errors",
+        "text",
+        "config",
+        "api.keys",
+        "api.chat.request",
+        "admin.money",
+        "admin.users",
+        "server.listener",
+        "server.runners",
+    ),
     "cli": ("telemetry", "text", "config", "simulator", "database", "openrouter", "money", "server", "diagnosis", "web"),
     "__main__": ("cli",),
 }

@@ -119,6 +119,7 @@ FORBIDDEN = [
     "DELETE FROM ledger",
     "TRUNCATE ledger",
     "DELETE FROM accounts",
+    "DELETE FROM usage_days",
     "DELETE FROM holds",
     "DELETE FROM api_keys",
     "UPDATE schema_migrations SET checksum = ''",
@@ -153,9 +154,10 @@ async def test_the_role_of_the_service_can_do_all_that_the_service_does(
                 assert response.status == 200
             await gateway.recovered(client)
         await KeyRing(database, VAULT).renew(client.account_id, others_too=True)
-        await UserRepository(database).of_person("vk", "1", bonus=parse_roubles("1"))
+        person, _ = await UserRepository(database).of_person("vk", "1", bonus=parse_roubles("1"))
         await UserRepository(database).set_active(client.account_id, False)
         await Administration(database, VAULT, "test").create_user("new", parse_roubles("1"))
+        await Administration(database, VAULT, "test").erase_user(person.account_id, forfeit=True)
         pending = PendingPayments(database, interval_s=0.001, interval_max_s=1, give_up_s=1)
         await pending.remember(client.account_id, "p")
         await asyncio.sleep(0.01)

@@ -15,6 +15,7 @@ from gptutor.database.statements import STATEMENTS
 from tests.support.schema import database, drop
 
 ACCOUNTS = 200
+UNUSED_ACCOUNTS = 10_000
 HOLDS = 40_000
 DAYS = 400
 GROWING = {"holds", "ledger", "usage_days", "api_keys", "accounts", "pending_payments"}
@@ -24,6 +25,8 @@ LAST = uuid.UUID(int=2**128 - 1)
 FILL = f"""
 SET session_replication_role = replica;
 INSERT INTO accounts (name) SELECT '' FROM generate_series(1, {ACCOUNTS});
+INSERT INTO accounts (name, contact)
+SELECT 'vk ' || i, CASE i % 1000 WHEN 7 THEN 'Иван' || i ELSE 'user' || i END || '@example.org' FROM generate_series(1, {UNUSED_ACCOUNTS}) AS i;
 INSERT INTO api_keys (account_id, key_hash, prefix, revoked_at)
 SELECT 1 + i % {ACCOUNTS}, sha256(i::text::bytea), 'sk-user-' || i, CASE WHEN i > {ACCOUNTS} THEN now() END
 FROM generate_series(1, {ACCOUNTS * 30}) AS i;
@@ -119,6 +122,8 @@ STATEMENTS_OF_GROWTH: dict[str, tuple[str, tuple[Any, ...], int, int]] = {
     "a payment that is due": ("claim_due_payment", (30.0, 3600.0, 60.0), 1, 60),
     "a pending payment": ("find_pending_payment", ("payment-7",), 1, 10),
     "pending payments of an account": ("count_pending_payments", (1,), 1, 250),
+    "users by a rare word": ("find_accounts_by_words", (["ИВАН", "@example.org"], 101), 10, 60),
+    "users by a word that all have": ("find_accounts_by_words", (["vk"], 101), 101, 60),
     "a live key": ("find_live_key", (1, b"x" * 32), 0, 10),
 }
 

@@ -9,24 +9,24 @@ from aiohttp import web
 
 from gptutor.admin.auth import administration_of
 from gptutor.admin.responses import data_response
-from gptutor.admin.users import AN_AMOUNT, ID_MAX, PAGE, PAGE_MAX, account_id_of
+from gptutor.admin.users import ID_MAX, PAGE, PAGE_MAX, account_id_of, line
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import DATABASE
 from gptutor.http.body import read_json_body
-from gptutor.http.json_body import Amount
+from gptutor.http.json_body import AN_AMOUNT, Amount, PrintableText
 from gptutor.http.query import Query, encode_cursor
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
 from gptutor.money.reconciliation import waiting_holds
 from gptutor.money.records import booking_json, csv_header, csv_lines, entry_json, user_json, waiting_hold_json
 from gptutor.money.usage import Cursor
-from gptutor.text import ONE_LINE
 
 LOGGER = logging.getLogger("gptutor.admin")
 
 EXACT_FLOAT_MAX = 2**53
-Reason = Annotated[str, msgspec.Meta(max_length=REASON_MAX, pattern=ONE_LINE)]
-Reference = Annotated[str, msgspec.Meta(min_length=1, max_length=REFERENCE_MAX, pattern=ONE_LINE)]
+Reason = Annotated[PrintableText, msgspec.Meta(max_length=REASON_MAX, description=line(REASON_MAX))]
+A_REFERENCE = f"one line of 1 to {REFERENCE_MAX} printable characters"
+Reference = Annotated[PrintableText, msgspec.Meta(min_length=1, max_length=REFERENCE_MAX, description=A_REFERENCE)]
 
 # `5.0` is an integer in JSON; above EXACT_FLOAT_MAX a double may be another one.
 Id = Annotated[int, msgspec.Meta(ge=1, lt=10**18)] | Annotated[float, msgspec.Meta(ge=1, le=EXACT_FLOAT_MAX, multiple_of=1)]
@@ -38,7 +38,7 @@ class NewBooking(msgspec.Struct, forbid_unknown_fields=True):
     kind: BookingKind
     amount: Annotated[Amount, msgspec.Meta(description=AN_AMOUNT)]
     reason: Reason = ""
-    reference: Reference | None = None
+    reference: Annotated[Reference | None, msgspec.Meta(description=f"{A_REFERENCE}, or null")] = None
 
 
 class NewPayment(msgspec.Struct, forbid_unknown_fields=True):
@@ -46,7 +46,9 @@ class NewPayment(msgspec.Struct, forbid_unknown_fields=True):
 
     amount: Annotated[Amount, msgspec.Meta(description=AN_AMOUNT)]
     reference: Reference
-    provider: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,32}\Z")]
+    provider: Annotated[
+        str, msgspec.Meta(pattern=r"^[a-z0-9_-]{1,32}\Z", description="1 to 32 characters of a to z, 0 to 9, _ and -")
+    ]
     user_id: Annotated[Id | None, msgspec.Meta(description="a user's id, from 1 to 999999999999999999")] = None
     vk_id: Annotated[
         Id | Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,17}\Z")] | None,
@@ -75,7 +77,7 @@ async def pay(request: web.Request) -> web.Response:
         account_id = AccountId(int(body.user_id))
     reference = f"{body.provider}:{body.reference}"
     if (amount := nano_of(body.amount)) <= 0:
-        raise InvalidAmount("A payment must be more than zero")
+        raise InvalidAmount(f"A payment must be more than zero, not {roubles(amount)}; book what you pay back as a refund")
     booking = await administration.pay(account_id, amount, reference, "payment")
     return data_response(booking_json(booking) | {"reference": reference})
 

@@ -12,7 +12,7 @@ from gptutor.money.amounts import InvalidAmount
 from gptutor.money.bookings import AlreadyBooked, Uncovered
 from gptutor.money.key_limits import InvalidLimit
 from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
-from gptutor.money.users import NoSuchUser
+from gptutor.money.users import NoSuchUser, NotErasable, UserErased
 
 # Exceptions of the administration → code and text of the error; None: the exception's own text.
 ERRORS: dict[type[Exception], tuple[str, str | None]] = {
@@ -24,6 +24,8 @@ ERRORS: dict[type[Exception], tuple[str, str | None]] = {
     InvalidAmount: ("invalid_request", None),
     InvalidLimit: ("invalid_request", None),
     ReasonMissing: ("invalid_request", None),
+    NotErasable: ("invalid_request", None),
+    UserErased: ("invalid_request", None),
 }
 
 

@@ -8,26 +8,50 @@ from msgspec import UNSET, UnsetType
 
 from gptutor.admin.auth import administration_of
 from gptutor.admin.responses import data_response
+from gptutor.errors import ApiError
 from gptutor.http.app_keys import CONFIG
 from gptutor.http.body import read_json_body
-from gptutor.http.json_body import Amount, PrintableText, whole
+from gptutor.http.json_body import AN_AMOUNT, Amount, PrintableText, whole
 from gptutor.http.query import Query
-from gptutor.money.amounts import AccountId, InvalidAmount, Nano, nano_of
+from gptutor.money.administration import CONTACT_MAX, NOTE_MAX
+from gptutor.money.amounts import AccountId, Nano, nano_of
 from gptutor.money.key_limits import NAME_MAX, REQUESTS_PER_MINUTE_MAX, KeyLimitChanges, changed_limits, parse_expiry
 from gptutor.money.keyring import NO_LIMITS
 from gptutor.money.records import key_json, user_details_json, user_json
+from gptutor.money.users import FOUND_MAX
 
 PAGE = 100
 PAGE_MAX = 1000
 ID_MAX = 10**18 - 1
-AN_AMOUNT = "an amount in roubles, such as 99.50"
 
-Name = Annotated[PrintableText, msgspec.Meta(max_length=NAME_MAX)]
+
+def line(length: int) -> str:
+    """The description of a field."""
+    return f"one line of at most {length} printable characters"
+
+
+Name = Annotated[PrintableText, msgspec.Meta(max_length=NAME_MAX, description=line(NAME_MAX))]
+Contact = Annotated[PrintableText, msgspec.Meta(max_length=CONTACT_MAX, description=line(CONTACT_MAX))]
+Note = Annotated[PrintableText, msgspec.Meta(max_length=NOTE_MAX, description=line(NOTE_MAX))]
 
 
 class NewUser(msgspec.Struct, forbid_unknown_fields=True):
     name: Name = ""
-    balance: Annotated[Amount, msgspec.Meta(description=AN_AMOUNT)] = Amount(0)
+    balance: Annotated[Amount, msgspec.Meta(description=AN_AMOUNT)] = msgspec.field(default_factory=Amount)
+
+
+class UserDescription(msgspec.Struct, forbid_unknown_fields=True):
+    """An absent field stays as it is; an empty text removes it."""
+
+    name: Annotated[Name | UnsetType, msgspec.Meta(description=line(NAME_MAX))] = UNSET
+    contact: Annotated[Contact | UnsetType, msgspec.Meta(description=line(CONTACT_MAX))] = UNSET
+    note: Annotated[Note | UnsetType, msgspec.Meta(description=line(NOTE_MAX))] = UNSET
+
+
+class Erasure(msgspec.Struct, forbid_unknown_fields=True):
+    """With `forfeit`, an adjustment takes a balance that is left."""
+
+    forfeit: Annotated[bool, msgspec.Meta(description="true or false")] = False
 
 
 class KeyLimitsBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -51,7 +75,7 @@ class KeyLimitsBody(msgspec.Struct, forbid_unknown_fields=True):
         """Raises InvalidAmount, InvalidLimit."""
         changes = KeyLimitChanges()
         if self.limit is not UNSET:
-            changes["limit"] = None if self.limit is None else not_negative(self.limit)
+            changes["limit"] = None if self.limit is None else nano_of(self.limit)
         if self.limit_reset is not UNSET:
             changes["limit_reset"] = self.limit_reset
         if self.requests_per_minute is not UNSET:
@@ -66,16 +90,21 @@ class NewKey(KeyLimitsBody, forbid_unknown_fields=True):
 
 
 async def list_users(request: web.Request) -> web.Response:
-    """`?query=` finds users by id, VK id, or the beginning of a key; without it all users come in pages, by id."""
+    """`?query=` finds users by id, VK id, the beginning of a key, or words of name and contact. Without it all users come in
+    pages, by id; the first page says how many there are in all."""
     query = Query(request, ("query", "cursor", "limit"))
     users = administration_of(request).users
     if text := (query.text("query") or "").strip():
-        return data_response([user_json(user) for user in await users.search(text)], next_cursor=None)
+        found = await users.search(text, FOUND_MAX + 1)
+        total = len(found) if len(found) <= FOUND_MAX else None
+        return data_response([user_json(user) for user in found[:FOUND_MAX]], next_cursor=None, total=total)
     limit = query.integer("limit", minimum=1, maximum=PAGE_MAX, default=PAGE)
-    found = await users.page(query.integer("cursor", minimum=0, maximum=ID_MAX, default=0), limit + 1)
+    cursor = query.integer("cursor", minimum=0, maximum=ID_MAX, default=0)
+    found = await users.page(cursor, limit + 1)
     page = found[:limit]
     next_cursor = str(page[-1].account_id) if len(found) > limit else None
-    return data_response([user_json(user) for user in page], next_cursor=next_cursor)
+    total = None if cursor else await users.count()
+    return data_response([user_json(user) for user in page], next_cursor=next_cursor, total=total)
 
 
 async def show_user(request: web.Request) -> web.Response:
@@ -85,8 +114,22 @@ async def show_user(request: web.Request) -> web.Response:
 
 async def create_user(request: web.Request) -> web.Response:
     body = await read_json_body(request, NewUser)
-    user, key = await administration_of(request).create_user(body.name, not_negative(body.balance))
+    user, key = await administration_of(request).create_user(body.name, nano_of(body.balance))
     return data_response(user_json(user) | {"apiKey": key}, 201)
+
+
+async def describe_user(request: web.Request) -> web.Response:
+    body = await read_json_body(request, UserDescription)
+    given = {field: text for field, text in msgspec.structs.asdict(body).items() if text is not UNSET}
+    if not given:
+        raise ApiError("invalid_request", "Give name, contact or note")
+    return data_response(user_json(await administration_of(request).describe_user(account_id_of(request), **given)))
+
+
+async def erase_user(request: web.Request) -> web.Response:
+    body = await read_json_body(request, Erasure) if request.body_exists else Erasure()
+    user = await administration_of(request).erase_user(account_id_of(request), forfeit=body.forfeit)
+    return data_response(user_json(user))
 
 
 async def activate_user(request: web.Request) -> web.Response:
@@ -95,6 +138,12 @@ async def activate_user(request: web.Request) -> web.Response:
 
 async def deactivate_user(request: web.Request) -> web.Response:
     return data_response(user_json(await administration_of(request).set_active(account_id_of(request), False)))
+
+
+async def rotate_keys(request: web.Request) -> web.Response:
+    account_id = account_id_of(request)
+    key = await administration_of(request).rotate_keys(account_id)
+    return data_response({"id": account_id, "apiKey": key}, 201)
 
 
 async def list_keys(request: web.Request) -> web.Response:
@@ -130,11 +179,3 @@ def account_id_of(request: web.Request) -> AccountId:
 def _limit_min(request: web.Request) -> Nano:
     """The least that a key's limit may be."""
     return nano_of(request.app[CONFIG].billing.balance_min_rub)
-
-
-def not_negative(amount: Amount) -> Nano:
-    """Raises InvalidAmount."""
-    nano = nano_of(amount)
-    if nano < 0:
-        raise InvalidAmount(f"{amount:f} must be zero or more")
-    return nano

@@ -15,7 +15,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 from aiohttp import web
@@ -25,7 +25,7 @@ from gptutor.errors import ApiError
 from gptutor.http.address_limits import Network, RequestCounter, client_address
 from gptutor.http.app_keys import PAYMENTS, READINESS, USER
 from gptutor.http.body import read_json_body
-from gptutor.http.json_body import Amount
+from gptutor.http.json_body import AN_AMOUNT, Amount
 from gptutor.http.rate_limit import RateLimit
 from gptutor.integrations.yookassa import ID_PATTERN, Payment, YooKassa, YooKassaUnavailable, format_created
 from gptutor.money.administration import Bookkeeper
@@ -55,7 +55,7 @@ HOW_TO_BOOK = "Find out who paid, and pay it back at YooKassa or book it: gptuto
 class NewPayment(msgspec.Struct, forbid_unknown_fields=True):
     """`amount` is roubles with at most two decimal places."""
 
-    amount: Amount
+    amount: Annotated[Amount, msgspec.Meta(description=AN_AMOUNT)]
 
 
 class NotificationObject(msgspec.Struct):
@@ -68,8 +68,8 @@ class NotificationObject(msgspec.Struct):
 class Notification(msgspec.Struct):
     """The trusted part of YooKassa's notification: neither its status nor its amounts are read."""
 
-    event: str
-    object: NotificationObject
+    event: Annotated[str, msgspec.Meta(description="a string such as payment.succeeded")]
+    object: Annotated[NotificationObject, msgspec.Meta(description="an object with the id of a payment or a refund")]
 
 
 class ConcurrencyLimit:

@@ -9,6 +9,7 @@ from typing import Annotated, TextIO
 
 import typer
 
+from gptutor.cli.arguments import day, row_id
 from gptutor.cli.console import err, fail, progress, with_database
 from gptutor.database.pool import Database
 from gptutor.money.amounts import AccountId
@@ -16,7 +17,6 @@ from gptutor.money.bookings import Bookings
 from gptutor.money.records import csv_header, csv_lines
 from gptutor.money.users import UserRepository
 
-DAY_FORMATS = ["%Y-%m-%d"]
 EXPORT_S = 86_400
 """The most that one export may take: a pager that reads the output may pause for hours."""
 
@@ -30,11 +30,15 @@ def export() -> None:
 
 @export_app.command("ledger")
 def export_ledger(
-    first: Annotated[datetime.datetime | None, typer.Option("--from", formats=DAY_FORMATS, help="The first day (UTC).")] = None,
-    last: Annotated[
-        datetime.datetime | None, typer.Option("--to", formats=DAY_FORMATS, help="The last day (UTC), included.")
+    first: Annotated[
+        datetime.date | None, typer.Option("--from", parser=day, metavar="DAY", help="The first day (UTC), such as 2026-01-31.")
     ] = None,
-    user: Annotated[int | None, typer.Option(min=1, max=2**63 - 1, help="The entries of one user only.")] = None,
+    last: Annotated[
+        datetime.date | None, typer.Option("--to", parser=day, metavar="DAY", help="The last day (UTC), included.")
+    ] = None,
+    user: Annotated[
+        int | None, typer.Option(parser=row_id("the user's id"), metavar="ID", help="The entries of one user only.")
+    ] = None,
     file: Annotated[
         Path | None, typer.Option("--out", help="A file instead of standard output; the file appears when it is complete.")
     ] = None,
@@ -48,7 +52,7 @@ def export_ledger(
         count = 0
         if account is not None:
             await UserRepository(database).find(account)
-        pages = Bookings(database).export(first.date() if first else None, last.date() if last else None, account)
+        pages = Bookings(database).export(first, last, account)
         with _output(file) as target, progress() as bar:
             task = bar.add_task("entries", total=None)
             target.write(csv_header())

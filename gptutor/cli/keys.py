@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from gptutor.cli.arguments import row_id
 from gptutor.cli.console import Json, out, print_json, shown, with_administration
 from gptutor.cli.users import UserId, describe
 from gptutor.config.load import load
-from gptutor.money.amounts import AccountId, Nano, nano_of, parse_positive
+from gptutor.money.amounts import AccountId, Nano, nano_of, parse_roubles
 from gptutor.money.key_limits import NAME_MAX, InvalidLimit, KeyLimitChanges, changed_limits, parse_expiry
 from gptutor.money.keyring import NO_LIMITS, Key
 from gptutor.money.records import key_json
@@ -18,7 +19,9 @@ NONE = "none"
 
 keys_app = typer.Typer()
 
-KeyId = Annotated[int, typer.Argument(metavar="KEY", help="The key's id, as `gptutor user keys` shows it.", min=1, max=2**63 - 1)]
+KeyId = Annotated[
+    int, typer.Argument(parser=row_id("the key's id"), metavar="KEY", help="The key's id, as `gptutor user keys` shows it.")
+]
 Limit = Annotated[str | None, typer.Option(metavar="ROUBLES", help="The most that the key may spend; `none` lifts the limit.")]
 LimitReset = Annotated[
     Literal["daily", "never"] | None,
@@ -97,7 +100,7 @@ def _changes(
     """Raises InvalidAmount, InvalidLimit."""
     changes = KeyLimitChanges()
     if limit is not None:
-        changes["limit"] = None if limit == NONE else parse_positive(limit, or_zero=True)
+        changes["limit"] = None if limit == NONE else parse_roubles(limit)
     if limit_reset is not None:
         changes["limit_reset"] = None if limit_reset == "never" else limit_reset
     if requests_per_minute is not None:

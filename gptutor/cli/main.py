@@ -31,7 +31,7 @@ from gptutor.money.key_limits import InvalidLimit
 from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
 from gptutor.money.reconciliation import WaitingHolds, reconcile, waiting_holds
 from gptutor.money.records import reconciliation_json, unbooked_json, waiting_holds_json
-from gptutor.money.users import NoSuchUser
+from gptutor.money.users import NoSuchUser, NotErasable, UserErased
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.totals import totals
 from gptutor.server.listener import StartError
@@ -60,7 +60,7 @@ app.command()(lost)
 # Errors whose text is written for the operator.
 OPERATOR_ERRORS = (
     *(ConfigError, StartError, JournalError, migrations.MigrationError, DatabaseRefused),
-    *(InvalidAmount, InvalidLimit, ReasonMissing),
+    *(InvalidAmount, InvalidLimit, ReasonMissing, NotErasable, UserErased),
 )
 
 

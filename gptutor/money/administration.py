@@ -14,17 +14,31 @@ from gptutor.money.holds import new_id
 from gptutor.money.key_limits import KeyLimitChanges, changed_limits
 from gptutor.money.keyring import NO_LIMITS, Key, KeyLimits, KeyRing
 from gptutor.money.records import key_limits_json
-from gptutor.money.users import User, UserRepository
+from gptutor.money.users import User, UserRepository, require_not_erased
 from gptutor.money.vault import Vault
 from gptutor.telemetry.logs import audit
 
 BookingKind = Literal["topup", "refund", "adjustment", "bonus"]
 REASON_MAX = 500
 REFERENCE_MAX = 200
+CONTACT_MAX = 200
+NOTE_MAX = 500
+FORFEITED = "the balance of an erased user"
+"""The reason of the adjustment that takes it."""
+INSTEAD = {"refund": "; a refund takes a positive amount from the balance"}
+"""What to use instead of a negative amount, by kind of booking."""
 
 
 class ReasonMissing(Exception):
     """An adjustment has no reason; the text is a sentence."""
+
+
+def require_bookable(kind: BookingKind, amount: Nano) -> None:
+    """Raises InvalidAmount for an amount that no booking of this kind may have."""
+    if amount == 0 or (amount < 0 and kind != "adjustment"):
+        needed = "other than zero" if kind == "adjustment" else "more than zero"
+        instead = "" if amount == 0 else INSTEAD.get(kind, "; to take roubles, book a refund or a negative adjustment")
+        raise InvalidAmount(f"The amount of a booking of kind {kind} must be {needed}, not {roubles(amount)}{instead}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +64,7 @@ class Bookkeeper:
 
         Raises NoSuchUser, AlreadyBooked, InvalidAmount, ReasonMissing, and Uncovered if a refund exceeds what is available.
         """
-        if amount == 0 or (amount < 0 and kind != "adjustment"):
-            needed = "other than zero" if kind == "adjustment" else "more than zero"
-            raise InvalidAmount(f"The amount of a booking of kind {kind} must be {needed}, not {roubles(amount)}")
+        require_bookable(kind, amount)
         if kind == "adjustment" and not reason.strip():
             raise ReasonMissing("An adjustment needs a reason")
         signed = Nano(-amount) if kind == "refund" else amount
@@ -96,8 +108,10 @@ class Administration(Bookkeeper):
     async def create_user(self, name: str, balance: Nano) -> tuple[User, str]:
         """The new user and their main key, which is shown only now. All in one transaction; the key is encrypted before it.
 
-        Raises what the vault raises if there is no secret.
+        Raises InvalidAmount, and what the vault raises if there is no secret.
         """
+        if balance:
+            require_bookable("topup", balance)
         account_id, entry_id, reason = await self.users.next_id(), new_id(), "initial balance"
         key = self._keys.make(account_id)
         key_id = await retry_lost_response(
@@ -109,22 +123,52 @@ class Administration(Bookkeeper):
         audit(self._who, "issue key", user_id=account_id, key_id=key_id, limits=key_limits_json(NO_LIMITS))
         return await self.bookings.user(account_id), key.key
 
+    async def describe_user(
+        self, account_id: AccountId, *, name: str | None = None, contact: str | None = None, note: str | None = None
+    ) -> User:
+        """Sets what is given. The audit line has no values: it must not outlive them. Raises NoSuchUser, UserErased."""
+        user = await self.users.describe(account_id, name=name, contact=contact, note=note)
+        given = {"name": name, "contact": contact, "note": note}
+        audit(self._who, "describe user", user_id=account_id, fields=[field for field, text in given.items() if text is not None])
+        return user
+
+    async def erase_user(self, account_id: AccountId, *, forfeit: bool = False) -> User:
+        """Removes what identifies the user, revokes all keys and deactivates the account, for good; entries and requests stay.
+        Erasing again changes nothing. With `forfeit`, an adjustment takes a balance that is left.
+
+        Raises NoSuchUser, NotErasable.
+        """
+        entry_id = new_id()
+        attempts = 0
+
+        async def erase() -> tuple[bool, Nano]:
+            nonlocal attempts
+            attempts += 1
+            return await self.users.erase(account_id, forfeit=forfeit, entry_id=entry_id, reason=FORFEITED)
+
+        is_new, balance = await retry_lost_response(erase)
+        if is_new or attempts > 1:  # the response to the first attempt may have been lost, and its audit line with it
+            if balance:
+                self._audit_booking("adjustment", account_id, Nano(-balance), None, FORFEITED)
+            audit(self._who, "erase user", user_id=account_id)
+        return await self.bookings.user(account_id)
+
     async def set_active(self, account_id: AccountId, active: bool) -> User:
-        """Raises NoSuchUser."""
+        """Raises NoSuchUser, UserErased."""
         user = await self.users.set_active(account_id, active)
         audit(self._who, "activate" if active else "deactivate", user_id=account_id)
         return user
 
     async def issue_key(self, account_id: AccountId, name: str, limits: KeyLimits = NO_LIMITS) -> tuple[str, Key]:
-        """The secret key, which is shown only now, and its record. Raises NoSuchUser, TooManyKeys."""
-        await self.users.find(account_id)
+        """The secret key, which is shown only now, and its record. Raises NoSuchUser, UserErased, TooManyKeys."""
+        require_not_erased(await self.users.find(account_id))
         secret, key = await self._keys.issue(account_id, name, limits)
         audit(self._who, "issue key", user_id=account_id, key_id=key.key_id, limits=key_limits_json(key.limits))
         return secret, key
 
     async def rotate_keys(self, account_id: AccountId) -> str:
-        """Revokes all keys and returns a new main key. Raises NoSuchUser."""
-        await self.users.find(account_id)
+        """Revokes all keys and returns a new main key. Raises NoSuchUser, UserErased."""
+        require_not_erased(await self.users.find(account_id))
         secret = await self._keys.renew(account_id, others_too=True)
         audit(self._who, "rotate keys", user_id=account_id)
         return secret

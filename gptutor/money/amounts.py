@@ -15,8 +15,15 @@ NANO_MAX = Nano(10**18)
 # 200 digits: no product of a price, a token count and an exchange rate is rounded before the one intended rounding.
 EXACT = Context(prec=200, traps=[InvalidOperation])
 
-PLAIN_DECIMAL = re.compile(r"[+-]?[0-9]{1,13}(?:\.[0-9]{1,20})?")
-
+PLAIN_DECIMAL = re.compile(r"[+-]?[0-9]{1,13}(?:[.,][0-9]{1,20})?")
+THOUSANDS = re.compile(
+    r"[+-]?[1-9][0-9]{0,2}"
+    r"(?:,[0-9]{3}"
+    r"|[ '\u00a0\u202f][0-9]{3}"
+    r"|(?:[ ,.'\u00a0\u202f][0-9]{3}){2,}"
+    r"|(?:[ ,.'\u00a0\u202f][0-9]{3})+[.,][0-9]+)"
+)
+"""`1,000` may be a thousand or one; the other forms have separators of thousands. `0,125` and `1,5` are clear."""
 
 PLACES_MAX = 60
 """Of a decimal that is shown in full; OpenRouter's costs have about twenty."""
@@ -27,11 +34,24 @@ class InvalidAmount(ValueError):
     """The text is not a valid amount in roubles; the message says why."""
 
 
-def parse_roubles(text: str) -> Nano:
-    """`"99.5"` → 99 500 000 000. Raises InvalidAmount for anything but a plain decimal with at most nine places."""
+class AmbiguousAmount(InvalidAmount):
+    """The text may be one amount or a thousand times as much."""
+
+
+def parse_decimal(text: str) -> Decimal:
+    """A plain decimal: `"99.5"`, or `"99,5"`. Raises InvalidAmount."""
+    if THOUSANDS.fullmatch(text):
+        raise AmbiguousAmount(
+            f"{text[:40]!r} is ambiguous: write a thousand and a half as 1000.5, and one as 1, without more separators"
+        )
     if not PLAIN_DECIMAL.fullmatch(text):  # Decimal also accepts 1_0, exponents, and the digits of every script
         raise InvalidAmount(f"{text[:40]!r} is not an amount in roubles, such as 100 or 99.50")
-    amount = Decimal(text)
+    return Decimal(text.replace(",", "."))
+
+
+def parse_roubles(text: str) -> Nano:
+    """`"99.5"` → 99 500 000 000. Raises InvalidAmount for anything but a plain decimal with at most nine places."""
+    amount = parse_decimal(text)
     scaled = EXACT.multiply(amount, Decimal(NANO_PER_RUB))
     nano = int(scaled)
     if scaled != nano:
@@ -47,14 +67,6 @@ def nano_of(amount: Decimal) -> Nano:
     if not amount.is_finite() or abs(amount.adjusted()) > 12:
         raise InvalidAmount(f"{str(amount)[:40]} is not an amount in roubles, such as 100 or 99.50")
     return parse_roubles(f"{amount:f}")
-
-
-def parse_positive(text: str, *, or_zero: bool = False) -> Nano:
-    """Like parse_roubles, but rejects negative amounts, and zero unless `or_zero`. Raises InvalidAmount."""
-    amount = parse_roubles(text)
-    if amount < 0 or (amount == 0 and not or_zero):
-        raise InvalidAmount(f"{text[:40]} must be {'zero or more' if or_zero else 'more than zero'}")
-    return amount
 
 
 def roubles(nano: int) -> str:

@@ -43,12 +43,15 @@ def user_json(user: User) -> dict[str, Any]:
     return {
         "id": user.account_id,
         "name": user.name,
+        "contact": user.contact,
+        "note": user.note,
         "balance": roubles(user.balance),
         "held": roubles(user.held),
         "available": roubles(user.available),
         "is_active": user.is_active,
         "created_at": timestamp(user.created_at),
         "updated_at": timestamp(user.updated_at),
+        "erased_at": None if user.erased_at is None else timestamp(user.erased_at),
     }
 
 

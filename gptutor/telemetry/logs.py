@@ -138,8 +138,12 @@ def audit(
     reason: str | None = None,
     key_id: int | None = None,
     limits: dict[str, object] | None = None,
+    fields: list[str] | None = None,
 ) -> None:
-    """Writes the audit line of a change made by `actor` (an administrator, the CLI, a payment). Keys appear by `key_id` only."""
+    """Writes the audit line of a change made by `actor` (an administrator, the CLI, a payment). Keys appear by `key_id` only.
+
+    `fields` are the names of what was changed, without the values.
+    """
     AUDIT_LOGGER.info(
         "Audit: %s",
         action,
@@ -153,5 +157,6 @@ def audit(
             "reason": reason,
             "keyId": key_id,
             **({} if limits is None else {"limits": limits}),
+            **({} if fields is None else {"fields": fields}),
         },
     )

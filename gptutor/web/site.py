@@ -15,10 +15,11 @@ from aiohttp import web
 from gptutor.config.schema import Config
 from gptutor.server.listener import listening_on
 from gptutor.server.runners import connection_factory
-from gptutor.web.openapi import describe
+from gptutor.web.openapi import describe, describe_admin
 from gptutor.web.page import LANGUAGES, NAMES, load_pages, render
 
 HERE = Path(__file__).parent
+OPENAPI, OPENAPI_ADMIN = "/openapi.json", "/openapi-admin.json"
 
 # The guide uses no scripts.
 GUIDE_POLICY = (
@@ -46,10 +47,11 @@ def build_site() -> web.Application:
         for name in NAMES:
             site.router.add_get(f"/{language}/{name}", static(render(pages, language, name), "text/html"))
     site.router.add_get("/style.css", static((HERE / "style.css").read_text(encoding="utf-8"), "text/css"))
-    site.router.add_get(
-        "/reference", static((HERE / "reference.html").read_text(encoding="utf-8"), "text/html", REFERENCE_POLICY)
-    )
-    site.router.add_get("/openapi.json", static(json.dumps(describe(), ensure_ascii=False), "application/json"))
+    reference = (HERE / "reference.html").read_text(encoding="utf-8")
+    site.router.add_get("/reference", static(reference, "text/html", REFERENCE_POLICY))
+    site.router.add_get("/reference-admin", static(reference.replace(OPENAPI, OPENAPI_ADMIN), "text/html", REFERENCE_POLICY))
+    site.router.add_get(OPENAPI, static(json.dumps(describe(), ensure_ascii=False), "application/json"))
+    site.router.add_get(OPENAPI_ADMIN, static(json.dumps(describe_admin(), ensure_ascii=False), "application/json"))
     site.router.add_static("/vendor", HERE / "vendor")
     return site
 

@@ -17,10 +17,8 @@ BEGIN
         INSERT INTO identities (provider, subject, account_id) VALUES (new_provider, new_subject, account_id);
         IF bonus_nano > 0 THEN
             INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference)
-            VALUES (
-                account_id, bonus_entry_id, 'bonus', bonus_nano, 'goodwill', 'sign-up',
-                'sign-up:' || new_provider || ':' || new_subject
-            );
+            -- The reference does not name the person: entries stay when a user is erased.
+            VALUES (account_id, bonus_entry_id, 'bonus', bonus_nano, 'goodwill', 'sign-up', 'sign-up:' || account_id);
         END IF;
     END IF;
     RETURN NEXT;
