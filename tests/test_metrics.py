@@ -11,7 +11,8 @@ from aiohttp import web
 from prometheus_client import REGISTRY
 
 from gptutor.openrouter.service import UpstreamLimits, connected
-from gptutor.telemetry.metrics import CLOCK_SKEW, build_metrics
+from gptutor.telemetry.metrics import CLOCK_SKEW
+from gptutor.telemetry.metrics_page import build_metrics
 from tests.support.gateway import Gateway
 from tests.support.service import start
 
