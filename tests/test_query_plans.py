@@ -119,6 +119,8 @@ STATEMENTS_OF_GROWTH: dict[str, tuple[str, tuple[Any, ...], int, int]] = {
     "a payment that is due": ("claim_due_payment", (30.0, 3600.0, 60.0), 1, 60),
     "a pending payment": ("find_pending_payment", ("payment-7",), 1, 10),
     "pending payments of an account": ("count_pending_payments", (1,), 1, 250),
+    "open holds, for the metrics": ("sum_open_holds", (), 1, 200),
+    "a part of all balances": ("sum_balances", (0, 20), 1, 10),
     "a live key": ("find_live_key", (1, b"x" * 32), 0, 10),
 }
 

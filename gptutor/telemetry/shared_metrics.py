@@ -76,7 +76,8 @@ def shared_metrics(folder: Path) -> Iterator[MetricsText]:
 class Member:
     """One process. Raises OSError if the folder or the socket cannot be made."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, take: Callable[[], Snapshot] = take_snapshot) -> None:
+        self._take = take
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._path = folder
@@ -112,7 +113,7 @@ class Member:
                     others[name] = seen.get(name, {})
             for name in seen.keys() - others.keys() - {self._name}:
                 ended = _added(ended, seen[name])
-            own = take_snapshot()
+            own = self._take()
             self._write_totals(ended, {**others, self._name: own})
         merged = merge(own, [ended, *others.values()])
         states = {"answering": len(others) + 1 - silent, "silent": silent}
@@ -127,7 +128,7 @@ class Member:
             with self._locked():
                 ended, seen = self._read_totals()
                 seen.pop(self._name, None)
-                self._write_totals(_added(ended, take_snapshot()), seen)
+                self._write_totals(_added(ended, self._take()), seen)
                 self._unlink(self._name)
         except MetricsBusy as error:
             LOGGER.warning("This process is counted as it was last scraped: %s", error)
@@ -153,7 +154,7 @@ class Member:
             with connection:
                 connection.settimeout(ANSWERS_S)
                 try:
-                    connection.sendall(encode(dump(take_snapshot())))
+                    connection.sendall(encode(dump(self._take())))
                 except OSError:
                     pass  # whoever asked has gone
                 except Exception:
