@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gptutor.telemetry import shared_metrics as module
 from gptutor.telemetry.loop_metrics import LoopCounter, LoopHistogram, OptionalGauge
+from gptutor.telemetry.metrics import PROCESSES
 from gptutor.telemetry.metrics_page import build_metrics
 from gptutor.telemetry.shared_metrics import TOTALS, Member, MetricsBusy, shared_metrics
 from gptutor.telemetry.snapshots import decode, dump, encode, load, merge, take_snapshot, to_text
@@ -35,7 +36,7 @@ class Process:
         self.running = Gauge("gptutor_in_flight_requests", "", registry=registry)
         self.started = Gauge("process_start_time_seconds", "", registry=registry)
         self.oldest = OptionalGauge("oldest", "", registry=registry)
-        OptionalGauge("gptutor_processes", "", ["state"], registry=registry)
+        registry.register(PROCESSES)
         self.member = Member(folder, lambda: take_snapshot(registry))
 
     def samples(self) -> dict[str, float]:

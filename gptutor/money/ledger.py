@@ -51,8 +51,8 @@ from gptutor.money.journal import Journal
 from gptutor.money.journal_records import HoldRecord
 from gptutor.money.overruns import report_overrun
 from gptutor.tasks import BackgroundTasks
-from gptutor.telemetry.metrics import UNBOOKED_CHARGES, count_charge
-from gptutor.telemetry.model_labels import MODEL_LABELS
+from gptutor.telemetry.metrics import UNBOOKED_CHARGES
+from gptutor.telemetry.model_labels import count_charge
 
 LOGGER = logging.getLogger("gptutor.ledger")
 CONCURRENT_STATEMENTS_MAX = 3
@@ -193,7 +193,7 @@ class Ledger:
     def _report_charge(self, settlement: Settlement) -> None:
         hold, charge = settlement.facts, settlement.charge
         count_charge(
-            MODEL_LABELS.model("" if hold is None else hold.model),
+            "" if hold is None else hold.model,
             prompt_tokens=charge.prompt_tokens,
             completion_tokens=charge.completion_tokens,
             cost_usd=float(charge.cost_usd),

@@ -8,14 +8,10 @@ A scrape adds up the counters and histograms of all processes, also of those tha
 ones: the largest, unless it is in SUMMED or SMALLEST (`shared_metrics.py`).
 """
 
-import platform
-
 from prometheus_client import Counter, Gauge
 
-from gptutor import __version__
 from gptutor.errors import ERRORS
 from gptutor.telemetry.loop_metrics import LoopCounter, LoopHistogram, OptionalGauge
-from gptutor.telemetry.revision import revision
 
 SUMMED = frozenset(
     {
@@ -259,7 +255,6 @@ JOURNAL_FILLED = Gauge(
 BUILD_INFO = Gauge(
     "gptutor_build_info", "1, with the version, Python's version and the commit, if it is known.", ["version", "python", "commit"]
 )
-BUILD_INFO.labels(__version__, platform.python_version(), revision()).set(1)
 PROCESSES = OptionalGauge(
     "gptutor_processes",
     "Processes of the service, by state: answering, silent (it did not answer the scrape within a second; its latest values are "
@@ -284,23 +279,7 @@ LOG_LINES_LOST = _counter(
 )
 
 
-def begin_models(models: list[str]) -> None:
-    """The counters by model are present for these models."""
-    TOKENS.begin((model, direction) for model in models for direction in ("in", "out"))
-    for counter in (COST_DOLLARS, CHARGES_ROUBLES):
-        counter.begin((model,) for model in models)
-
-
-def count_charge(
-    model: str, *, prompt_tokens: int | None, completion_tokens: int | None, cost_usd: float, charge_rub: float
-) -> None:
-    """Counts a charge that was booked now. `model` is a label, not a client's word."""
-    TOKENS.add((model, "in"), prompt_tokens or 0)
-    TOKENS.add((model, "out"), completion_tokens or 0)
-    COST_DOLLARS.add((model,), cost_usd)
-    CHARGES_ROUBLES.add((model,), charge_rub)
-
-
-def count_upstream_failure(kind: str, status: int) -> None:
+def status_label(status: int) -> str:
+    """OpenRouter's status as a label: those that are not listed are `other`, and 0, no status, is empty."""
     shown = str(status or "")
-    UPSTREAM_FAILURES.add((kind, shown if shown in UPSTREAM_STATUSES else OTHER_STATUS))
+    return shown if shown in UPSTREAM_STATUSES else OTHER_STATUS

@@ -1,6 +1,7 @@
 """`GET /metrics`: one page, on `metrics.port` and on the administrators' listener."""
 
 import asyncio
+import platform
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -8,9 +9,14 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from gptutor import __version__
 from gptutor.telemetry.event_loop import LoopLag
+from gptutor.telemetry.metrics import BUILD_INFO
+from gptutor.telemetry.revision import revision
 from gptutor.telemetry.shared_metrics import FOLDER, MetricsBusy, MetricsText, own_text, shared_metrics
 from gptutor.telemetry.snapshots import CONTENT_TYPE
+
+BUILD_INFO.labels(__version__, platform.python_version(), revision()).set(1)
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ A client can name any model, and must not make time series.
 
 from collections.abc import Mapping
 
-from gptutor.telemetry.metrics import begin_models
+from gptutor.telemetry.metrics import CHARGES_ROUBLES, COST_DOLLARS, TOKENS
 
 OTHER = "other"
 MODELS_MAX = 2000
@@ -20,7 +20,7 @@ class ModelLabels:
         """Ids and permanent slugs, each with the id that is its label."""
         self._shown: set[str] = set()
         self._families: set[str] = set()
-        begin_models([OTHER])
+        _begin([OTHER])
 
     def learn(self, models: Mapping[str, str]) -> None:
         """`models`: by id or slug, the id that is shown."""
@@ -31,7 +31,7 @@ class ModelLabels:
                 new.append(shown)
             if shown in self._shown:
                 self._models[name] = shown
-        begin_models(new)
+        _begin(new)
         self._families.update(sorted({_author(shown) for shown in new})[: FAMILIES_MAX - len(self._families)])
 
     def model(self, name: str) -> str:
@@ -49,4 +49,22 @@ def _author(model: str) -> str:
     return model.partition("/")[0]
 
 
+def _begin(models: list[str]) -> None:
+    """The counters by model are present for these models."""
+    TOKENS.begin((model, direction) for model in models for direction in ("in", "out"))
+    for counter in (COST_DOLLARS, CHARGES_ROUBLES):
+        counter.begin((model,) for model in models)
+
+
 MODEL_LABELS = ModelLabels()
+
+
+def count_charge(
+    model: str, *, prompt_tokens: int | None, completion_tokens: int | None, cost_usd: float, charge_rub: float
+) -> None:
+    """Counts a charge that was booked now. `model` is what the client named."""
+    label = MODEL_LABELS.model(model)
+    TOKENS.add((label, "in"), prompt_tokens or 0)
+    TOKENS.add((label, "out"), completion_tokens or 0)
+    COST_DOLLARS.add((label,), cost_usd)
+    CHARGES_ROUBLES.add((label,), charge_rub)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptutor.telemetry.metrics import PROCESS_DEATHS, PROCESS_STARTS
+from gptutor.telemetry.metrics import PROCESS_DEATHS, PROCESS_STARTS, PROCESSES
 from gptutor.telemetry.snapshots import Snapshot, decode, dump, encode, load, merge, take_snapshot, to_text, without_gauges
 
 LOGGER = logging.getLogger("gptutor.metrics")
@@ -113,14 +113,12 @@ class Member:
                     others[name] = seen.get(name, {})
             for name in seen.keys() - others.keys() - {self._name}:
                 ended = _added(ended, seen[name])
+            PROCESSES.set(len(others) + 1 - silent, ("answering",))
+            PROCESSES.set(silent, ("silent",))
             own = self._take()
+            PROCESSES.clear()  # what the next scrape finds is another's to say
             self._write_totals(ended, {**others, self._name: own})
-        merged = merge(own, [ended, *others.values()])
-        states = {"answering": len(others) + 1 - silent, "silent": silent}
-        merged["gptutor_processes"].samples = {
-            f'gptutor_processes{{state="{state}"}}': float(count) for state, count in states.items()
-        }
-        return to_text(merged)
+        return to_text(merge(own, [ended, *others.values()]))
 
     def leave(self) -> None:
         """At the stop: the process's numbers are added to those of the ended ones."""
