@@ -22,7 +22,7 @@ from gptutor.telemetry.loop_metrics import LoopCounter, LoopHistogram, OptionalG
 from gptutor.telemetry.metrics import PROCESSES
 from gptutor.telemetry.metrics_page import build_metrics
 from gptutor.telemetry.shared_metrics import TOTALS, Member, MetricsBusy, shared_metrics
-from gptutor.telemetry.snapshots import decode, dump, encode, load, merge, take_snapshot, to_text
+from gptutor.telemetry.snapshots import decode, dump, encode, load, merge, take_snapshot, to_text, without_gauges
 
 
 class Process:
@@ -115,6 +115,7 @@ def test_no_counter_goes_down_when_a_process_ends(start: Start, end: Callable[[P
     for _ in range(2):  # the first scrape finds a killed one
         after = first.samples()
         assert after["requests_total,kind=a"] == 11
+        assert after["times_bucket,kind=x,le=1.0"] == 0
         assert after["times_bucket,kind=x,le=10.0"] == after["times_count,kind=x"] == 1
         assert after["gptutor_in_flight_requests"] == 0  # it has none any more
         assert after["gptutor_processes,state=answering"] == 1
@@ -277,6 +278,18 @@ def test_histograms_of_another_release_are_left_out(start: Start) -> None:
     assert "times_bucket,kind=x,le=5.0" not in page
     new.member.leave()
     assert start().samples()["times_count,kind=x"] == 1
+
+
+def test_what_is_kept_of_an_ended_process_has_no_gauges_and_no_counters_of_0(start: Start) -> None:
+    process = start()
+    process.requests.add(("b",), 2)
+    process.times.observe(3, ("x",))
+    kept = without_gauges(take_snapshot(process.registry))
+    assert {name: family.samples for name, family in kept.items() if name != "times"} == {
+        "requests": {'requests_total{kind="b"}': 2},
+        "errors": {},
+    }
+    assert kept["times"].samples['times_bucket{kind="x",le="1.0"}'] == 0  # all bounds, in their order
 
 
 def test_a_snapshot_survives_json_with_all_numbers_and_names() -> None:
