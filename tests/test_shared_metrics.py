@@ -152,7 +152,7 @@ def test_a_silent_process_is_counted_as_it_was_seen(start: Start, monkeypatch: p
     first.samples()
     monkeypatch.setattr(module, "ANSWERS_S", 0.05)
     waiting = threading.Event()
-    second.member._take = lambda: (waiting.wait() and {}) or {}
+    second.member._take = lambda: (waiting.wait(2) and {}) or {}
     page = first.samples()
     assert page["requests_total,kind=a"] == 10
     assert (page["gptutor_processes,state=answering"], page["gptutor_processes,state=silent"]) == (1, 1)
