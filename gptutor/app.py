@@ -44,12 +44,14 @@ from gptutor.http.cors import add_cors_headers, cors
 from gptutor.http.errors import errors
 from gptutor.http.health import Readiness
 from gptutor.http.rate_limit import RateLimit
+from gptutor.http.request_counts import count_routes
 from gptutor.http.routing import add_routes
 from gptutor.integrations import yookassa
 from gptutor.integrations.vk import ExpiredLaunch
 from gptutor.money import journal
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.balance_auditor import BalanceAuditor
+from gptutor.money.figures import Figures
 from gptutor.money.journal import JOURNALS, AbandonedJournal
 from gptutor.money.keyring import KeyRing
 from gptutor.money.ledger import Ledger
@@ -62,7 +64,8 @@ from gptutor.openrouter.headers import FORWARDED_HEADERS, RETURNED_HEADERS
 from gptutor.routes import METHODS, ROUTES
 from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.logs import LoggerService
-from gptutor.telemetry.metrics import IN_FLIGHT_REQUESTS
+from gptutor.telemetry.metrics import IN_FLIGHT_REQUESTS, JOURNAL_BYTES, JOURNAL_FILLED
+from gptutor.telemetry.shared_metrics import FOLDER
 
 LOGGER = logging.getLogger("gptutor.app")
 HOLD_SLACK_S = 60
@@ -107,6 +110,7 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
     app.cleanup_ctx.append(services_context)
     app.on_shutdown.append(_stop_accepting)
     add_routes(app, ROUTES)
+    count_routes(app)
     return app
 
 
@@ -177,6 +181,8 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
         )
         in_flight = BackgroundTasks()
         IN_FLIGHT_REQUESTS.set_function(in_flight.__len__)
+        JOURNAL_BYTES.set_function(app[JOURNAL].size_bytes)
+        JOURNAL_FILLED.set_function(app[JOURNAL].filled)
         app[SERVICES] = Services(
             ledger=ledger,
             evaluate=_cost_evaluation(config.billing),
@@ -247,6 +253,8 @@ async def _become_ready(
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(recovery.run(unreplayed), name="recovery")
         tasks.create_task(BalanceAuditor(app[DATABASE], config.recovery.audit_interval_s).run(), name="balance auditor")
+        if config.serves_metrics:
+            tasks.create_task(Figures(app[DATABASE], config.paths.data / FOLDER).run(), name="figures")
         if app[PAYMENTS].is_configured:
             tasks.create_task(payment_lookups.run(), name="payment look-ups")
 

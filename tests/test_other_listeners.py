@@ -12,7 +12,7 @@ from aiohttp import web
 from gptutor.config.schema import Config, DocsSettings
 from gptutor.server.listener import listening_on
 from gptutor.server.runners import connection_factory
-from gptutor.telemetry.metrics import build_metrics
+from gptutor.telemetry.metrics_page import build_metrics
 from gptutor.web.site import documentation
 
 SECRET = b"sk-user-1-secret"

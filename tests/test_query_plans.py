@@ -124,6 +124,8 @@ STATEMENTS_OF_GROWTH: dict[str, tuple[str, tuple[Any, ...], int, int]] = {
     "pending payments of an account": ("count_pending_payments", (1,), 1, 250),
     "users by a rare word": ("find_accounts_by_words", (["ИВАН", "@example.org"], 101), 10, 60),
     "users by a word that all have": ("find_accounts_by_words", (["vk"], 101), 101, 60),
+    "open holds, for the metrics": ("sum_open_holds", (), 1, 200),
+    "a part of all balances": ("sum_balances", (0, 20), 1, 10),
     "a live key": ("find_live_key", (1, b"x" * 32), 0, 10),
 }
 

@@ -23,6 +23,7 @@ from gptutor.config.schema import Config, DocsSettings, ServerSettings
 from gptutor.server.banner import banner
 from gptutor.server.listener import host_and_port
 from gptutor.server.workers import Master, Worker
+from gptutor.telemetry.shared_metrics import FOLDER, TOTALS
 from tests.support.service import RunningSimulator, Service, environment, run, start, start_simulator
 
 
@@ -42,8 +43,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSimula
 
 @pytest.fixture
 def workers(tmp_path: Path, upstream: RunningSimulator) -> Iterator[Service]:
-    port = free_ports(3)
-    metrics = port + 1
+    port = free_ports(2)
     settings = tmp_path / "settings.yaml"
     settings.write_text("rate_limit:\n  chat_per_minute: 0\n")
     service = start(
@@ -51,7 +51,7 @@ def workers(tmp_path: Path, upstream: RunningSimulator) -> Iterator[Service]:
         PORT=str(port),
         GPTUTOR_WORKERS="2",
         GPTUTOR_CONFIG=str(settings),
-        GPTUTOR_METRICS__PORT=str(metrics),
+        GPTUTOR_METRICS__PORT=str(port + 1),
         GPTUTOR_LOGS__STDOUT="false",
         OPENROUTER_API_KEY="sk-or-x",
         OPENROUTER_BASE_URL=upstream.base_url,
@@ -80,16 +80,13 @@ def is_free(port: int) -> bool:
 
 
 def wait_until_ready(service: Service) -> None:
-    """Waits for both workers: /ready is answered by either, and its metrics port is the last thing that each opens."""
+    """Waits for both workers: /ready is answered by either."""
     for _ in range(200):
-        try:
+        with contextlib.suppress(OSError):
             urllib.request.urlopen(f"{service.url}/ready", timeout=5).close()
-            for number in (0, 1):
-                completions_of(service, number)
-        except OSError:
-            time.sleep(0.05)
-        else:
-            return
+            if metric(service, 'gptutor_processes{state="answering"}') == 2:
+                return
+        time.sleep(0.05)
     raise AssertionError("the workers are not ready")
 
 
@@ -129,11 +126,28 @@ def wait_for_others(service: Service, before: set[int]) -> None:
     raise AssertionError(f"{before} are not replaced: {children(service)}")
 
 
-def completions_of(service: Service, number: int) -> float:
-    port = int(service.environ["GPTUTOR_METRICS__PORT"]) + number
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
-        counts = re.findall(r'^gptutor_completions_total\{outcome="settled"\} (\S+)$', response.read().decode(), re.MULTILINE)
-    return sum(map(float, counts))
+SETTLED = 'gptutor_completions_total{outcome="settled"}'
+
+
+def metric(service: Service, sample: str) -> float:
+    """From the one page of all workers; whichever answers."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{service.environ['GPTUTOR_METRICS__PORT']}/metrics", timeout=5) as response:
+        (found,) = re.findall(rf"^{re.escape(sample)} (\S+)$", response.read().decode(), re.MULTILINE)
+    return float(found)
+
+
+def completions_by_worker(service: Service) -> list[float]:
+    """As the latest scrape saw them."""
+    totals = orjson.loads((service.directory / "var" / FOLDER / TOTALS).read_bytes())
+    return [snapshot["gptutor_completions"][1].get(SETTLED, 0) for snapshot in totals["seen"].values()]
+
+
+def wait_until_settled(service: Service, count: int) -> None:
+    for _ in range(50):
+        if metric(service, SETTLED) == count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{metric(service, SETTLED)} of {count} completions are counted")
 
 
 def test_both_workers_serve_and_a_dead_one_is_replaced(workers: Service) -> None:
@@ -143,10 +157,10 @@ def test_both_workers_serve_and_a_dead_one_is_replaced(workers: Service) -> None
         while not all(counts) and sent < 600:  # the kernel chooses the worker that accepts a connection
             assert set(pool.map(lambda _: complete(workers, key), range(60))) == {200}
             sent += 60
-            time.sleep(0.5)
-            counts = [completions_of(workers, number) for number in (0, 1)]
+            wait_until_settled(workers, sent)
+            counts = completions_by_worker(workers)
+    assert len(counts) == 2
     assert all(counts)
-    assert sum(counts) == sent
     before = children(workers)
     assert len(before) == 2
     os.kill(min(before), signal.SIGKILL)
@@ -156,7 +170,10 @@ def test_both_workers_serve_and_a_dead_one_is_replaced(workers: Service) -> None
         time.sleep(0.1)
     else:
         raise AssertionError("the dead worker is not replaced")
+    assert metric(workers, SETTLED) == sent  # the killed worker's are not lost
+    assert metric(workers, "gptutor_process_deaths_total") == 1
     assert {complete(workers, key) for _ in range(10)} == {200}
+    wait_until_settled(workers, sent + 10)
     assert len(workers.command("user", "ledger", str(user), "--limit", "1000")) == sent + 11
 
 
@@ -186,6 +203,8 @@ def test_workers_are_replaced_under_load_and_no_request_is_lost(workers: Service
         time.sleep(0.2)
     else:
         raise AssertionError("not every request is charged")
+    wait_until_settled(workers, len(statuses))  # those of the workers that have stopped are counted, too
+    assert metric(workers, "gptutor_process_deaths_total") == 0
 
 
 @pytest.mark.parametrize(("number", "all_processes"), [(signal.SIGTERM, False), (signal.SIGINT, True)])

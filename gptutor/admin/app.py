@@ -18,10 +18,12 @@ from gptutor.http import middlewares
 from gptutor.http.app_keys import CONFIG, DATABASE, VAULT
 from gptutor.http.body import SMALL_BODY_LIMITS, defer_continue
 from gptutor.http.errors import errors
+from gptutor.http.request_counts import count_routes
 from gptutor.money.vault import Vault
-from gptutor.telemetry import metrics
 from gptutor.telemetry.log_writer import require_room
 from gptutor.telemetry.logs import LoggerService
+from gptutor.telemetry.metrics_page import metrics_handler
+from gptutor.telemetry.shared_metrics import MetricsText, own_text
 
 LOGGER = logging.getLogger("gptutor.admin")
 CONNECTIONS_MAX = 3
@@ -32,7 +34,9 @@ USER = r"/admin/users/{user_id:[1-9][0-9]{0,17}}"
 KEY = USER + r"/keys/{key_id:[1-9][0-9]{0,17}}"
 
 
-def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -> web.Application:
+def build_admin(
+    config: Config, *, log: LoggerService, secrets: Sequence[bytes], metrics: MetricsText = own_text
+) -> web.Application:
     """`config.database.url` is set here, as in `build_app`."""
     app = web.Application(
         client_max_size=SMALL_BODY_LIMITS.bytes_max,
@@ -69,9 +73,10 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
             web.post("/admin/payments", money.pay, expect_handler=defer_continue),
             web.get("/admin/holds", money.holds),
             web.get("/admin/export/ledger", money.export_ledger),
-            web.get("/metrics", metrics.show_metrics),
+            web.get("/metrics", metrics_handler(metrics)),
         ]
     )
+    count_routes(app)
     return app
 
 

@@ -329,6 +329,11 @@ class Config(Section, frozen=True):
     docs: DocsSettings = DocsSettings()
 
     @property
+    def serves_metrics(self) -> bool:
+        """Whether anybody can ask for the metrics."""
+        return bool(self.metrics.port) or self.admin.is_enabled
+
+    @property
     def embedded(self) -> bool:
         """Whether the embedded PostgreSQL is used (contract F9)."""
         return not self.database.url

@@ -12,6 +12,7 @@ import asyncpg
 
 from gptutor.database.errors import USELESS_CONNECTION, TransactionLost, translate_errors
 from gptutor.database.statements import STATEMENTS
+from gptutor.telemetry.metrics import POOL_WAIT, STATEMENT_DURATION
 
 ATTEMPTS_MAX = 8
 PAGE_ROWS = 1000
@@ -45,10 +46,12 @@ class IdleConnectionCache:
             except asyncpg.InterfaceError:
                 continue  # the server closed it, and the pool has taken it back
         self._waiting += 1
+        since = time.monotonic()
         try:
             return await self._pool.acquire(timeout=self._acquire_s)
         finally:
             self._waiting -= 1
+            POOL_WAIT.observe(time.monotonic() - since)
 
     async def release(self, connection: Any, *, is_sound: bool) -> None:
         """Caches the connection, or returns it to the pool: if somebody waits there, or (not `is_sound`) a statement failed."""
@@ -91,17 +94,19 @@ class Database:
         while True:
             try:
                 with translate_errors():
-                    return await self._fetch_once(STATEMENTS[statement], arguments)
+                    return await self._fetch_once(statement, arguments)
             except TransactionLost:
                 if attempt == ATTEMPTS_MAX:
                     raise
             await asyncio.sleep(random.uniform(0, 0.01 * 2**attempt))  # noqa: S311 - jitter
             attempt += 1
 
-    async def _fetch_once(self, text: str, arguments: Sequence[Any]) -> list[Row]:
+    async def _fetch_once(self, statement: str, arguments: Sequence[Any]) -> list[Row]:
         connection = await self._connections.acquire()
         async with self._returned(connection):
-            rows: list[Row] = await connection.fetch(text, *arguments)
+            since = time.monotonic()
+            rows: list[Row] = await connection.fetch(STATEMENTS[statement], *arguments)
+            STATEMENT_DURATION.observe(time.monotonic() - since, (statement,))
             return rows
 
     async def check(self) -> None:

@@ -1,5 +1,6 @@
 """Middlewares that every request passes; their order is in `app.py`, and `errors` is in `errors.py`."""
 
+import asyncio
 import itertools
 import os
 import re
@@ -12,6 +13,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import ERROR_CODE, LOGGED, REQUEST_ID
+from gptutor.http.request_counts import count_request
 from gptutor.telemetry.logs import LoggerService
 
 API_KEY = re.compile(r"sk-[A-Za-z0-9_-]+")
@@ -56,12 +58,17 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
 
 
 def access_log(log: LoggerService) -> Middleware:
-    """Logs one line per request, unless the handler logs the request itself (LOGGED)."""
+    """Counts each request, and logs one line for it, unless the handler logs the request itself (LOGGED)."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         started = time.monotonic()
-        response = await handler(request)
+        try:
+            response = await handler(request)
+        except asyncio.CancelledError:
+            count_request(request, None)
+            raise
+        count_request(request, response.status)
         if LOGGED not in request:
             log.http(
                 method=request.method,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from gptutor.database.errors import DatabaseUnavailable, RowsLocked
+from gptutor.telemetry.metrics import BATCH_ITEMS
 
 OVERTAKE_AFTER_S = 0.05
 
@@ -138,6 +139,7 @@ class Batcher(Generic[Item, Result]):
         batch = [entry for entry in batch if not entry.future.done()]  # items whose submitter was cancelled are dropped
         if not batch:
             return
+        BATCH_ITEMS.observe(len(batch))
         try:
             results = await self._execute([entry.item for entry in batch])
         except RowsLocked as error:

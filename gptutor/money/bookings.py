@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gptutor.database.errors import ConstraintViolated, DatabaseUnavailable
 from gptutor.database.pool import Database, Row
-from gptutor.money.amounts import AccountId, InvalidAmount, Nano
+from gptutor.money.amounts import NANO_PER_RUB, AccountId, InvalidAmount, Nano
 from gptutor.money.holds import new_id
 from gptutor.money.users import NoSuchUser, User, UserRepository
+from gptutor.telemetry.metrics import BOOKINGS_ROUBLES
 
 if TYPE_CHECKING:
     from gptutor.money.usage import Cursor
@@ -131,7 +132,10 @@ class Bookings:
         if row["outcome"] == "insufficient":
             raise Uncovered
         booking = booking_of(row)
-        return booking, row["outcome"] == "booked" or booking.entry_id == entry_id
+        is_new = row["outcome"] == "booked" or booking.entry_id == entry_id
+        if is_new:
+            BOOKINGS_ROUBLES.add((kind, "to" if amount > 0 else "from"), abs(amount) / NANO_PER_RUB)
+        return booking, is_new
 
     async def find(self, reference: str) -> Booking | None:
         """The entry with this reference."""

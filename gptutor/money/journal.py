@@ -140,6 +140,14 @@ class Journal:
         """A small number that no other living process of this machine has."""
         return int(self.slot.name)
 
+    def size_bytes(self) -> int:
+        """Of the file that is written to."""
+        return self._size
+
+    def filled(self) -> float:
+        """Which part of `bytes_max` is used; above 1 nothing can be bought."""
+        return self._size / self._bytes_max
+
     # -- what is written down
 
     def record_sent(self, account_id: AccountId, hold_id: HoldId, facts: HoldFacts | None = None) -> None:

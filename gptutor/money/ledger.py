@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeVar
 
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database, Row
-from gptutor.money.amounts import Nano
+from gptutor.money.amounts import NANO_PER_RUB, Nano
 from gptutor.money.batch import Batcher
 from gptutor.money.holds import (
     ConcurrencyLimitReached,
@@ -52,6 +52,7 @@ from gptutor.money.journal_records import HoldRecord
 from gptutor.money.overruns import report_overrun
 from gptutor.tasks import BackgroundTasks
 from gptutor.telemetry.metrics import UNBOOKED_CHARGES
+from gptutor.telemetry.model_labels import count_charge
 
 LOGGER = logging.getLogger("gptutor.ledger")
 CONCURRENT_STATEMENTS_MAX = 3
@@ -185,10 +186,21 @@ class Ledger:
         if row["outcome"] == "no_hold" and await self._restore(settlement):
             row = await _retry_until_done(self._submit, settlement)
         outcome: Outcome = row["outcome"]
-        hold, charged = settlement.facts, settlement.charge.amount
-        if hold is not None and charged > hold.amount and outcome in NEWLY_SETTLED:
-            report_overrun(settlement.account_id, hold, charged, overdraft_max=self._overdraft_max)
+        if outcome in NEWLY_SETTLED:
+            self._report_charge(settlement)
         return outcome
+
+    def _report_charge(self, settlement: Settlement) -> None:
+        hold, charge = settlement.facts, settlement.charge
+        count_charge(
+            "" if hold is None else hold.model,
+            prompt_tokens=charge.prompt_tokens,
+            completion_tokens=charge.completion_tokens,
+            cost_usd=float(charge.cost_usd),
+            charge_rub=charge.amount / NANO_PER_RUB,
+        )
+        if hold is not None and charge.amount > hold.amount:
+            report_overrun(settlement.account_id, hold, charge.amount, overdraft_max=self._overdraft_max)
 
     async def release(self, item: Release) -> None:
         """Closes a hold without a charge. A hold that is already closed stays as it is."""

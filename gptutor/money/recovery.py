@@ -39,6 +39,7 @@ from gptutor.money.journal_records import HoldRecord
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Charge, charge_amount
 from gptutor.money.rollback import RollbackCheck
+from gptutor.telemetry.metrics import HOLDS_GIVEN_UP
 
 LOGGER = logging.getLogger("gptutor.recovery")
 MACHINE_LOST_S = 3600
@@ -218,6 +219,7 @@ class Recovery:
             await with_timeout(self._ledger.hand_over(HandOver(account_id, hold_id, row["generation_id"])))
         if too_old:
             await with_timeout(self._ledger.release(Release(account_id, hold_id, unresolved=True)))
+            HOLDS_GIVEN_UP.inc()
             LOGGER.error(
                 "Recovery gives up a hold: no evidence of what it bought",
                 extra={"type": "recovery", "userId": str(account_id), "requestId": row["request_id"]},

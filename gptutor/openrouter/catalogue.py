@@ -23,6 +23,7 @@ import msgspec
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.service import OpenRouterService
 from gptutor.telemetry.metrics import CATALOGUE_AGE
+from gptutor.telemetry.model_labels import MODEL_LABELS
 
 LOGGER = logging.getLogger("gptutor.catalogue")
 PRICE_USD_MAX = Decimal(1000)
@@ -134,6 +135,7 @@ class Catalogue:
             self.models, self._document = models, document
             self._by_slug = {model.slug: model for model in models.values() if ":" not in model.id}
             self.version += 1
+            MODEL_LABELS.learn({**{slug: model.id for slug, model in self._by_slug.items()}, **{name: name for name in models}})
 
 
 class _TopProvider(msgspec.Struct):

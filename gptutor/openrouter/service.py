@@ -24,7 +24,7 @@ from gptutor.openrouter.connection_pool import ConnectionPool, pooled
 from gptutor.openrouter.errors import PoolExhausted, UpstreamError, error_from_response
 from gptutor.openrouter.response import UpstreamResponse
 from gptutor.openrouter.retry import Failure, retry_delay_s
-from gptutor.telemetry.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RETRIES
+from gptutor.telemetry.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RETRIES, status_label
 
 LOGGER = logging.getLogger("gptutor.openrouter")
 
@@ -99,7 +99,7 @@ class OpenRouterService:
                     attempts_max=self._limits.attempts_max,
                     left_s=deadline - clock(),
                 )
-                UPSTREAM_FAILURES.labels(error.failure.kind, error.failure.status or "").inc()
+                UPSTREAM_FAILURES.add((error.failure.kind, status_label(error.failure.status)))
                 if delay_s is None or not is_wanted():
                     raise
                 failed = error

@@ -29,7 +29,7 @@ from gptutor.server.runners import admin_runner, connection_factory, public_runn
 from gptutor.simulator.server import Simulator
 from gptutor.telemetry.console import print_notice
 from gptutor.telemetry.log_writer import logging_to
-from gptutor.telemetry.metrics import build_metrics
+from gptutor.telemetry.metrics_page import build_metrics, process_metrics
 
 
 async def serve(config: Config) -> None:
@@ -52,19 +52,20 @@ async def serve(config: Config) -> None:
     ):
         await prepare_database(resolved, embedded=config.embedded)
         async with AsyncExitStack() as stack:
+            metrics = await stack.enter_async_context(process_metrics(config.paths.data, is_served=config.serves_metrics))
             if config.simulated:
                 simulator = Simulator(word_s=config.simulator.word_s, first_word_s=config.simulator.first_word_s)
                 base_url = await stack.enter_async_context(simulated_openrouter(simulator, config.simulator))
                 resolved = with_simulator(resolved, base_url)
             url = await stack.enter_async_context(listening(build_app(resolved, log=log, secrets=secrets), resolved))
             if config.metrics.port:
-                runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
-                metrics = listening_on(
+                runner = web.AppRunner(build_metrics(metrics), access_log=None, shutdown_timeout=1)
+                listener = listening_on(
                     runner, config.metrics.host, config.metrics.port, connection_factory(config), setting="GPTUTOR_METRICS__PORT"
                 )
-                await stack.enter_async_context(metrics)
+                await stack.enter_async_context(listener)
             if config.admin.is_enabled:
-                admin = build_admin(resolved, log=log, secrets=secrets)
+                admin = build_admin(resolved, log=log, secrets=secrets, metrics=metrics)
                 await stack.enter_async_context(admin_listening(admin, resolved))
             key = await demo_key(resolved, Vault(secrets)) if config.embedded and config.simulated else None
             tune_garbage_collection()

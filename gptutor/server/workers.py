@@ -7,7 +7,6 @@ accept on the same port.
 """
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -26,16 +25,15 @@ from gptutor.app import build_app
 from gptutor.config.load import load
 from gptutor.config.schema import Config, ConfigError
 from gptutor.config.secrets import secret_keys
-from gptutor.http.app_keys import JOURNAL, READINESS
+from gptutor.http.app_keys import READINESS
 from gptutor.server.banner import banner
-from gptutor.server.listener import StartError, host_and_port, listening_on, listening_on_inherited_socket
+from gptutor.server.listener import StartError, host_and_port, listening_on_inherited_socket
 from gptutor.server.process import report_descriptor_exhaustion, run_loop, tune_garbage_collection
 from gptutor.server.runners import admin_runner, connection_factory, public_runner, require_c_parser
 from gptutor.server.serve import prepare_database, resolved_database
 from gptutor.telemetry.log_writer import logging_to
-from gptutor.telemetry.metrics import build_metrics
+from gptutor.telemetry.metrics_page import build_metrics, process_metrics
 
-LOGGER = logging.getLogger("gptutor.workers")
 BOOT_S = 5.0
 """A worker waits so long for its database before it accepts connections; then it accepts them, and /ready says 503."""
 NOTIFY_S = 0.5
@@ -69,10 +67,12 @@ class Master(BaseApplication):  # type: ignore[misc]
         super().__init__()
 
     def load_config(self) -> None:
-        server, admin = self.config.server, self.config.admin
+        server, admin, metrics = self.config.server, self.config.admin, self.config.metrics
         addresses = [host_and_port(server.host, server.port)]
         if admin.is_enabled:
             addresses.append(f"unix:{admin.socket}" if admin.socket else f"127.0.0.1:{admin.port}")
+        if metrics.port:
+            addresses.append(host_and_port(metrics.host, metrics.port))
         for name, value in {
             "bind": addresses,
             "umask": 0o117,  # of the administrators' Unix socket
@@ -135,25 +135,20 @@ class Worker(GunicornWorker):  # type: ignore[misc]
                     refused_per_minute=logs.refused_per_minute,
                 )
             )
+            metrics = await stack.enter_async_context(process_metrics(config.paths.data, is_served=config.serves_metrics))
             app = build_app(config, log=log, secrets=secrets)
             await stack.enter_async_context(
                 listening_on_inherited_socket(
                     public_runner(app, config.server), public.sock, connection_factory(config), lambda: _ready(app)
                 )
             )
+            runners = []
+            if config.admin.is_enabled:
+                runners.append(admin_runner(build_admin(config, log=log, secrets=secrets, metrics=metrics)))
             if config.metrics.port:
-                runner = web.AppRunner(build_metrics(), access_log=None, shutdown_timeout=1)
-                port = config.metrics.port + app[JOURNAL].slot_number
-                metrics = listening_on(
-                    runner, config.metrics.host, port, connection_factory(config), setting="GPTUTOR_METRICS__PORT"
-                )
-                try:
-                    await stack.enter_async_context(metrics)
-                except StartError as error:  # gunicorn stops the service if a worker fails to start; metrics are not worth that
-                    LOGGER.error("This process serves no metrics: %s", error)
-            for one in private:
-                admin = admin_runner(build_admin(config, log=log, secrets=secrets))
-                await stack.enter_async_context(listening_on_inherited_socket(admin, one.sock, connection_factory(config)))
+                runners.append(web.AppRunner(build_metrics(metrics), access_log=None, shutdown_timeout=1))
+            for runner, listener in zip(runners, private, strict=True):
+                await stack.enter_async_context(listening_on_inherited_socket(runner, listener.sock, connection_factory(config)))
             tune_garbage_collection()
             while self.alive and self.ppid == os.getppid():  # noqa: ASYNC110 - a signal handler changes it
                 await asyncio.sleep(NOTIFY_S)

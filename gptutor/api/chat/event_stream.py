@@ -1,6 +1,7 @@
 """The client's side of a stream: headers of an `EventSourceResponse`, then raw bytes. The client may disconnect at any time."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,6 +68,8 @@ class EventStream:
         self._pause_left_s = limits.write_timeout_s
         self._paused_at = 0.0
         self._pause_timer: asyncio.TimerHandle | None = None
+        self.started_at: float | None = None
+        """When the first byte was written."""
         self._is_disconnected = False
         self._undelivered_bytes = 0
 
@@ -99,6 +102,7 @@ class EventStream:
             chunk = b"%x\r\n%b\r\n%b" % (len(chunk), chunk, end) if chunk else end
         if self._headers:
             chunk, self._headers = self._headers + chunk, b""
+            self.started_at = time.monotonic()
             self.response.is_written = True
             self._request.writer.output_size = len(chunk)
         if chunk:

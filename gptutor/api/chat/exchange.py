@@ -10,7 +10,6 @@ is interrupted, the hold is closed by that evidence.
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
 
@@ -19,6 +18,7 @@ from aiohttp import web
 from gptutor.api.chat.context import RequestContext, Services
 from gptutor.api.chat.errors import error_for_hold, error_for_upstream
 from gptutor.api.chat.event_stream import EventStream
+from gptutor.api.chat.exchange_metrics import ExchangeTimes, count_exchange
 from gptutor.api.chat.purchase import Purchase
 from gptutor.api.verified_keys import hide_duration
 from gptutor.database.errors import DatabaseUnavailable
@@ -34,7 +34,6 @@ from gptutor.openrouter.bill import BillScanner, read_usage_report
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.relay import relay
 from gptutor.openrouter.response import UpstreamResponse
-from gptutor.telemetry.metrics import COMPLETION_DURATION, COMPLETIONS
 
 LOGGER = logging.getLogger("gptutor.exchange")
 
@@ -42,8 +41,6 @@ RELEASE_S = 1.0
 """How long a client with an idempotency key waits for its error, so that the key is free when it repeats the request."""
 MARK_AT_STOP_S = 0.5
 """How long a response waits for the database when the service stops: it must leave before the connections are closed."""
-
-outcome_counter = functools.cache(COMPLETIONS.labels)
 
 # Without `choices`: with them, several clients take the event for the regular end of a response.
 TRUNCATED_EVENT = (
@@ -67,6 +64,10 @@ class Exchange:
         self._context = context
         self._parsed = context.parsed
         self._started = time.monotonic()
+        self._ended: float | None = None
+        self._called_at: float | None = None
+        self._answered_at: float | None = None
+        """When OpenRouter was called, and when the headers of its response were here."""
         self._downstream: EventStream | None = None
         self._scanner: BillScanner | None = None
         self._purchase: Purchase | None = None
@@ -134,6 +135,7 @@ class Exchange:
         except Exception as error:
             await self._prepare_for_repeat()
             self._respond_with_internal_error(error)
+        self._ended = time.monotonic()
         if self._purchase is not None:
             try:
                 self._set_outcome(await self._purchase.close())
@@ -193,6 +195,7 @@ class Exchange:
             )
         ]
         self._parsed.members.clear()  # the body is in memory once from here on, and not twice
+        self._called_at = time.monotonic()
         try:
             upstream, left_s = await self._services.upstream.complete(
                 body.pop(),  # no variable here keeps it while the response is read
@@ -202,6 +205,7 @@ class Exchange:
                 before_attempt=purchase.mark_sent,
                 nothing_bought=purchase.mark_not_sent,
             )
+            self._answered_at = time.monotonic()
             self._context.body_share.release()
             try:
                 if not upstream.connection.is_finished:  # a finished response states its bill in the next moment
@@ -359,16 +363,27 @@ class Exchange:
     def _log_response(self) -> None:
         purchase = self._purchase
         charge = purchase.charge if purchase else None
-        duration_s = time.monotonic() - self._started
-        outcome_counter(self._outcome).inc()
-        COMPLETION_DURATION.observe(duration_s)
+        now = time.monotonic()
+        count_exchange(
+            self._parsed.model,
+            stream=self._parsed.stream,
+            outcome=self._outcome,
+            times=ExchangeTimes(
+                arrived=self._started,
+                called=self._called_at,
+                answered=self._answered_at,
+                first_byte=self._downstream.started_at if self._downstream is not None else None,
+                ended=self._ended or now,
+                closed=now,
+            ),
+        )
         self._services.log.llm_response(
             model=self._parsed.model,
             user_id=self._context.claim.account_id,
             request_id=self._context.request_id,
             stream=self._parsed.stream,
             outcome=self._outcome,
-            duration_ms=round(duration_s * 1000),
+            duration_ms=round((now - self._started) * 1000),
             generation_id=purchase.generation_id if purchase else None,
             prompt_tokens=charge.prompt_tokens if charge else None,
             completion_tokens=charge.completion_tokens if charge else None,
