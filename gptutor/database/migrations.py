@@ -1,7 +1,8 @@
 """Applies `sql/migrations` (tables, forward only, never changed once applied) and `sql/functions` (replaced when a file changes).
 
 Each migration has a transaction of its own; then all changed functions are replaced together, in one. A function whose parameters
-or columns change, or that goes, needs a migration that drops the old one: CREATE OR REPLACE cannot.
+change stays beside the new one of the same name: processes of the previous release go on calling it. A function whose columns
+change, or that goes, needs a migration that drops the old one.
 """
 
 import hashlib

@@ -64,8 +64,11 @@ class LedgerEntry:
 
 
 class Bookings:
-    def __init__(self, database: Database) -> None:
+    """`booked_by` stands on the entries that it books: see Bookkeeper."""
+
+    def __init__(self, database: Database, booked_by: str | None = None) -> None:
         self._database = database
+        self._booked_by = booked_by
         self._users = UserRepository(database)
 
     async def book(
@@ -117,7 +120,16 @@ class Bookings:
         try:
             row = await retry_lost_response(
                 lambda: self._database.fetchrow(
-                    "book_entry", account_id, entry_id, kind, amount, CONTRA[kind], reason, reference, covered
+                    "book_entry",
+                    account_id,
+                    entry_id,
+                    kind,
+                    amount,
+                    CONTRA[kind],
+                    reason,
+                    reference,
+                    self._booked_by,
+                    covered,
                 )
             )
         except ConstraintViolated as violation:

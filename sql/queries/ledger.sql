@@ -1,6 +1,6 @@
 -- name: book_entry
 -- Changes a balance by an entry. $1 account, $2 entry, $3 kind, $4 amount in nano-roubles, $5 counter-account, $6 reason, $7
--- reference or NULL, $8 whether what is taken must be available. No row: there is no such account. Outcomes: see the function.
+-- reference or NULL, $8 who books it, $9 whether what is taken must be available. No row: there is no such account. Outcomes: see the function.
 SELECT
     outcome,
     account_id,
@@ -16,7 +16,8 @@ FROM book_entry(
     new_contra => $5::text,
     new_reason => $6::text,
     new_reference => $7::text,
-    must_be_available => $8::boolean
+    new_booked_by => $8::text,
+    must_be_available => $9::boolean
 );
 
 -- name: find_reference
