@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from gptutor.database.errors import ConstraintViolated, DatabaseUnavailable
 from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import AccountId, InvalidAmount, Nano
-from gptutor.money.holds import new_id
+from gptutor.money.holds import Evidence, new_id
 from gptutor.money.users import NoSuchUser, User, UserRepository
 
 if TYPE_CHECKING:
@@ -56,10 +56,18 @@ class LedgerEntry:
     contra: str
     reason: str
     reference: str | None
+    booked_by: str | None
+    """None for charges, and for entries that are older than the column."""
     model: str | None
     generation_id: str | None
+    request_id: str | None
+    key: str | None
+    """The display prefix of the API key."""
     cost_usd: Decimal | None
     rub_per_usd: Decimal | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    evidence: Evidence | None
     created_at: datetime.datetime
 
 
@@ -186,9 +194,15 @@ def entry_of(row: Row) -> LedgerEntry:
         contra=row["contra"],
         reason=row["reason"],
         reference=row["reference"],
+        booked_by=row["booked_by"],
         model=row["model"],
         generation_id=row["generation_id"],
+        request_id=row["request_id"],
+        key=row["key_prefix"],
         cost_usd=row["cost_usd"],
         rub_per_usd=row["rub_per_usd"],
+        prompt_tokens=row["prompt_tokens"],
+        completion_tokens=row["completion_tokens"],
+        evidence=row["evidence"],
         created_at=row["created_at"],
     )

@@ -15,8 +15,8 @@ from gptutor.money.pricing import Ceiling, Charge
 
 HoldId = NewType("HoldId", uuid.UUID)
 Evidence = Literal["response", "generation", "journal"]
-"""What proved the cost of a charge: OpenRouter's response, a look-up at /generation, or the journal of a process that did not settle
-it itself: of a dead one, or of what the database has lost."""
+"""What proved the cost of a charge: OpenRouter's response, a look-up at /generation, or the journal, which kept what a response
+stated to a process that did not settle it, or what the database has lost."""
 
 
 class HoldRejected(Exception):

@@ -1,6 +1,6 @@
--- What was missing: who booked an entry stood only in the log, which is deleted after a month, and what proved the cost of a charge
--- stood nowhere. Both columns are added at once, whatever the number of entries, under a lock of the ledger for a moment; older
--- entries have NULL. The constraints are not checked for them, which would read the whole ledger.
+-- What was missing: who booked an entry stood only in the log, which is deleted after a month, and what proved the cost of a
+-- charge stood nowhere. Both columns are added at once, whatever the number of entries, under a lock of the ledger for a moment;
+-- older entries have NULL. The constraints are not checked for them, which would read the whole ledger.
 ALTER TABLE ledger ADD COLUMN booked_by text;
 ALTER TABLE ledger ADD COLUMN evidence text;
 ALTER TABLE ledger ADD CONSTRAINT booked_by_is_short CHECK (length(booked_by) <= 200) NOT VALID;
