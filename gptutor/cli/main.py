@@ -14,6 +14,7 @@ from gptutor import __version__
 from gptutor.cli.console import Json, embedded_directory, fail, out, print_json, progress, with_administration, with_database
 from gptutor.cli.export import export_app
 from gptutor.cli.keys import keys_app
+from gptutor.cli.report import report_app
 from gptutor.cli.requests import requests_app
 from gptutor.cli.users import user_app
 from gptutor.config.load import load
@@ -52,6 +53,7 @@ app = typer.Typer(
 user_app.add_typer(keys_app)
 app.add_typer(user_app, name="user")
 app.add_typer(export_app, name="export")
+app.add_typer(report_app)
 app.add_typer(requests_app)
 
 

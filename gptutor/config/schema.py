@@ -176,6 +176,7 @@ def _check_places(name: str, roubles: Decimal) -> None:
 
 class BillingSettings(Section, frozen=True):
     rub_per_usd: Decimal = Decimal(90)
+    cost_rub_per_usd: Decimal = Decimal(0)
     balance_min_rub: Decimal = Decimal(1)
     margin: Decimal = Decimal("1.1")
     overdraft_max_rub: Decimal = Decimal(1)
@@ -197,6 +198,7 @@ class BillingSettings(Section, frozen=True):
     def __post_init__(self) -> None:
         # msgspec has no ranges for Decimal.
         _check_decimal("rub_per_usd", self.rub_per_usd, Decimal("0.0001"), Decimal(100_000))
+        _check_decimal("cost_rub_per_usd", self.cost_rub_per_usd, Decimal(0), Decimal(100_000))
         _check_decimal("balance_min_rub", self.balance_min_rub, Decimal(0), Decimal(1_000_000))
         _check_decimal("margin", self.margin, Decimal(1), Decimal(10))
         _check_decimal("overdraft_max_rub", self.overdraft_max_rub, Decimal(0), Decimal(1_000_000))

@@ -233,12 +233,12 @@ def csv_lines(entries: Iterable[tuple[AccountId, LedgerEntry]]) -> str:
             entry.entry_id,
             entry.kind,
             roubles(entry.amount),
-            *map(_cell, (entry.contra, entry.reason, entry.reference, entry.model, entry.generation_id)),
+            *map(csv_cell, (entry.contra, entry.reason, entry.reference, entry.model, entry.generation_id)),
             _plain(entry.cost_usd) or "",
             _plain(entry.rub_per_usd) or "",
-            *map(_cell, (entry.request_id, entry.key)),
+            *map(csv_cell, (entry.request_id, entry.key)),
             *("" if count is None else count for count in (entry.prompt_tokens, entry.completion_tokens)),
-            *map(_cell, (entry.evidence, entry.booked_by)),
+            *map(csv_cell, (entry.evidence, entry.booked_by)),
         )
         for account_id, entry in entries
     )
@@ -262,6 +262,6 @@ def _csv_text(rows: Iterable[Iterable[Any]]) -> str:
     return text.getvalue()
 
 
-def _cell(text: str | None) -> str:
+def csv_cell(text: str | None) -> str:
     text = escaped(text or "")
     return f"'{text}" if text.startswith(FORMULA_STARTS) else text
