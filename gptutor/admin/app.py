@@ -8,7 +8,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from gptutor.admin import money, reports, requests, users
+from gptutor.admin import audit, money, reports, requests, users
 from gptutor.admin.auth import authenticate_administrator
 from gptutor.admin.responses import administration_errors
 from gptutor.config.schema import Config
@@ -50,6 +50,7 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
     app[CONFIG] = config
     app[VAULT] = Vault(secrets)
     app[requests.SEARCH] = asyncio.Lock()
+    app[audit.AUDIT] = asyncio.Lock()
     app.cleanup_ctx.append(database_context)
     app.add_routes(
         [
@@ -69,6 +70,8 @@ def build_admin(config: Config, *, log: LoggerService, secrets: Sequence[bytes])
             web.get("/admin/export/ledger", money.export_ledger),
             web.get("/admin/requests/{id:[^/]+}", requests.show_request),
             web.get("/admin/report", reports.show_report),
+            web.get("/admin/verify", audit.verify),
+            web.get("/admin/reconcile", audit.show_reconciliation),
             web.get("/metrics", metrics.show_metrics),
         ]
     )

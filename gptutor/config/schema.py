@@ -244,6 +244,19 @@ class RecoverySettings(Section, frozen=True):
     audit_interval_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 30
 
 
+class ReconcileSettings(Section, frozen=True):
+    difference_usd_max: Decimal = Decimal("0.5")
+    difference_percent_max: Decimal = Decimal(2)
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("difference_usd_max", self.difference_usd_max, 1_000_000),
+            ("difference_percent_max", self.difference_percent_max, 100),
+        ):
+            if not (value.is_finite() and 0 <= value <= most):
+                raise ValueError(f"reconcile.{name} must be a number from 0 to {most}, not {value}")
+
+
 class SecuritySettings(Section, frozen=True):
     secret_key: str = ""
     old_secret_keys: str = ""
@@ -323,6 +336,7 @@ class Config(Section, frozen=True):
     rate_limit: RateLimitSettings = RateLimitSettings()
     relay: RelaySettings = RelaySettings()
     recovery: RecoverySettings = RecoverySettings()
+    reconcile: ReconcileSettings = ReconcileSettings()
     errors: ErrorSettings = ErrorSettings()
     security: SecuritySettings = SecuritySettings()
     vk: VkSettings = VkSettings()

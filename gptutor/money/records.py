@@ -204,11 +204,13 @@ def reconciliation_json(found: Reconciliation, unbooked: Mapping[HoldId, HoldRec
             "ours_usd": _plain(day.ours_usd),
             "openrouter_usd": _plain(day.theirs_usd),
             "difference_usd": _plain(day.difference_usd),
+            "is_too_different": day.is_too_different,
         }
         for day in found.days
     ]
     return {
         "days": days,
+        "is_too_different": found.is_too_different,
         **waiting_holds_json(found.waiting),
         "unbooked": [unbooked_json(hold_id, record) for hold_id, record in unbooked.items()],
     }
