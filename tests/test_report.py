@@ -27,7 +27,7 @@ async def users(database: Database, database_url: str) -> list[int]:
     connection = await asyncpg.connect(database_url)
     await connection.execute("UPDATE accounts SET name = '=1+1' WHERE account_id = $1", ids[1])
     charges = [
-        (ids[0], "2026-10-29", "a/b", 1, 7, 7, "100", 10**13), (ids[0], "2026-10-30", "a/b", 2, 10, 20, "0.0000000000000000001", 9),
+        (ids[0], "2026-10-29", "a/b", 1, 7, 7, "100", 10**13), (ids[0], "2026-10-30", "a/b", 2, 10, 20, "0.0000000000000000000000000000001", 9),
         (ids[0], "2026-11-01", "a/b", 1, None, None, "1", 90 * 10**9), (ids[1], "2026-11-01", "c/d", 1, 5, None, "2", 100 * 10**9),
         (ids[1], "2026-11-02", "a/b", 1, 1, 1, "0", 0), (ids[2], "2026-11-03", "a/b", 1, 7, 7, "100", 10**13),
     ]  # fmt: skip
@@ -47,10 +47,10 @@ def lines(found: Report) -> list[dict[str, str]]:
 async def test_sums_and_margins_are_exact(database: Database, users: list[int]) -> None:
     found = await report(database, FIRST, LAST, "day", RATE)
     assert [list(row.values()) for row in lines(found)] == [
-        ["2026-10-30", "2", "10", "20", "0.000000009", "0.0000000000000000001", "0.00000000000000000825", "0.00000000899999999175", "100"],
+        ["2026-10-30", "2", "10", "20", "0.000000009", "0.0000000000000000000000000000001", "0.00000000000000000000000000000825", "0.00000000899999999999999999999175", "100"],
         ["2026-11-01", "2", "5", "", "190", "3", "247.5", "-57.5", "-30.26"],
         ["2026-11-02", "1", "1", "1", "0", "0", "0", "0", ""],
-        ["total", "5", "16", "21", "190.000000009", "3.0000000000000000001", "247.50000000000000000825", "-57.49999999100000000825", "-30.26"],
+        ["total", "5", "16", "21", "190.000000009", "3.0000000000000000000000000000001", "247.50000000000000000000000000000825", "-57.49999999100000000000000000000825", "-30.26"],
     ]  # fmt: skip
     months = await report(database, FIRST, LAST, "month", None)
     assert [(row.label, row.requests, row.paid_rub, row.margin_percent) for row in months.rows] == [
@@ -86,7 +86,7 @@ async def test_the_command_and_the_endpoint_say_the_same(
         assert (await anna.data(f"/admin/report?{query}"))["total"]["margin_rub"] is None
         for wrong in ("by=hour", "cost_rub_per_usd=x", "cost_rub_per_usd=-1", "from=2000-01-01", "group=day"):
             assert (await anna.request("GET", f"/admin/report?{wrong}"))[0] == 400
-    assert json.loads(run(environ, *days, "--json").stdout)["total"]["paid_rub"] == "210.000000000000000007"
+    assert json.loads(run(environ, *days, "--json").stdout)["total"]["paid_rub"] == "210.000000000000000000000000000007"
     text = run(environ, *days, "--csv").stdout
     assert text.splitlines()[0].startswith("day,requests,")
     table = run(environ, *days, "--by", "model").stdout
