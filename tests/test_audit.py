@@ -117,17 +117,21 @@ async def test_verify_runs_once_at_a_time_and_not_for_ever(config: Config, monke
 
     monkeypatch.setattr(audit, "check", slow)
     async with administrator_of(config) as anna:
-        first = asyncio.create_task(anna.data("/admin/verify"))
-        await begun.wait()
-        for path in ("/admin/verify", "/admin/reconcile"):
-            busy = await anna.request("GET", path)
-            assert busy == (503, "verify or reconcile is running already; try again when it has ended")
-        ended.set()
-        assert (await first)["broken"] == 0
-        ended.clear()
-        monkeypatch.setattr(audit, "VERIFY_S", 0.01)
-        status, text = await anna.request("GET", "/admin/verify")
-        assert (status, text.partition(";")[2]) == (503, " gptutor verify takes as long as it needs")
+        try:
+            async with asyncio.timeout(10):
+                first = asyncio.create_task(anna.data("/admin/verify"))
+                await begun.wait()
+                for path in ("/admin/verify", "/admin/reconcile"):
+                    busy = await anna.request("GET", path)
+                    assert busy == (503, "verify or reconcile is running already; try again when it has ended")
+                ended.set()
+                assert (await first)["broken"] == 0
+                ended.clear()
+                monkeypatch.setattr(audit, "VERIFY_S", 0.01)
+                status, text = await anna.request("GET", "/admin/verify")
+                assert (status, text.partition(";")[2]) == (503, " gptutor verify takes as long as it needs")
+        finally:
+            ended.set()
 
 
 @pytest.mark.parametrize(
