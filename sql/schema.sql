@@ -37,7 +37,7 @@ BEGIN
     RETURN NULL;
 END $$;
 
-CREATE FUNCTION public.book_charges(locked_account_ids bigint[], account_ids bigint[], hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[], prompt_tokens bigint[], completion_tokens bigint[]) RETURNS TABLE(hold_id uuid, outcome text)
+CREATE FUNCTION public.book_charges(locked_account_ids bigint[], account_ids bigint[], hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[], prompt_tokens bigint[], completion_tokens bigint[], evidence text[]) RETURNS TABLE(hold_id uuid, outcome text)
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -48,8 +48,9 @@ BEGIN
     FOR hold_id, outcome IN
         WITH item AS MATERIALIZED (
             SELECT DISTINCT ON (account_id, hold_id) *
-            FROM unnest(account_ids, hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens, completion_tokens)
-                AS i (account_id, hold_id, charge_nano, cost_usd, generation_id, prompt_tokens, completion_tokens)
+            FROM unnest(
+                account_ids, hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens, completion_tokens, evidence
+            ) AS i (account_id, hold_id, charge_nano, cost_usd, generation_id, prompt_tokens, completion_tokens, evidence)
             WHERE account_id <> ALL(locked_account_ids)
         ),
         settled AS (
@@ -60,15 +61,15 @@ BEGIN
                 is_late = holds.state = 'released'
             FROM item
             WHERE holds.hold_id = item.hold_id AND holds.account_id = item.account_id AND holds.state <> 'settled'
-            RETURNING holds.*, item.prompt_tokens, item.completion_tokens
+            RETURNING holds.*, item.prompt_tokens, item.completion_tokens, item.evidence
         ),
         booked AS (
             INSERT INTO ledger (
                 account_id, entry_id, kind, amount_nano, contra, model, generation_id, cost_usd, rub_per_usd,
-                prompt_tokens, completion_tokens
+                prompt_tokens, completion_tokens, evidence
             )
             SELECT account_id, hold_id, 'charge', -charge_nano, 'revenue', model, generation_id, cost_usd, rub_per_usd,
-                settled.prompt_tokens, settled.completion_tokens
+                settled.prompt_tokens, settled.completion_tokens, settled.evidence
             FROM settled
         ),
         account_total AS (
@@ -115,7 +116,7 @@ BEGIN
     END IF;
 END $$;
 
-CREATE FUNCTION public.book_entry(new_account_id bigint, new_entry_id uuid, new_kind public.entry_kind, new_amount_nano bigint, new_contra text, new_reason text, new_reference text, must_be_available boolean) RETURNS TABLE(outcome text, account_id bigint, entry_id uuid, kind text, amount_nano bigint, created_at timestamp with time zone)
+CREATE FUNCTION public.book_entry(new_account_id bigint, new_entry_id uuid, new_kind public.entry_kind, new_amount_nano bigint, new_contra text, new_reason text, new_reference text, new_booked_by text, must_be_available boolean) RETURNS TABLE(outcome text, account_id bigint, entry_id uuid, kind text, amount_nano bigint, created_at timestamp with time zone)
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -149,8 +150,8 @@ BEGIN
 
     UPDATE accounts SET balance_nano = balance_nano + new_amount_nano, updated_at = now() WHERE account_id = new_account_id;
     RETURN QUERY
-    INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference)
-    VALUES (new_account_id, new_entry_id, new_kind, new_amount_nano, new_contra, new_reason, new_reference)
+    INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference, booked_by)
+    VALUES (new_account_id, new_entry_id, new_kind, new_amount_nano, new_contra, new_reason, new_reference, new_booked_by)
     RETURNING 'booked', account_id, entry_id, kind::text, amount_nano, created_at;
 END $$;
 
@@ -237,7 +238,7 @@ BEGIN
     END IF;
 END $$;
 
-CREATE FUNCTION public.create_user(new_account_id bigint, new_name text, new_entry_id uuid, new_balance_nano bigint, new_contra text, new_reason text, new_key_hash bytea, new_prefix text, new_encrypted_key bytea, new_secret_id text) RETURNS bigint
+CREATE FUNCTION public.create_user(new_account_id bigint, new_name text, new_entry_id uuid, new_balance_nano bigint, new_contra text, new_reason text, new_booked_by text, new_key_hash bytea, new_prefix text, new_encrypted_key bytea, new_secret_id text) RETURNS bigint
     LANGUAGE plpgsql
     AS $$
 DECLARE
@@ -251,8 +252,8 @@ BEGIN
         RETURN main_key_id;
     END IF;
     IF new_balance_nano <> 0 THEN
-        INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason)
-        VALUES (new_account_id, new_entry_id, 'topup', new_balance_nano, new_contra, new_reason);
+        INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, booked_by)
+        VALUES (new_account_id, new_entry_id, 'topup', new_balance_nano, new_contra, new_reason, new_booked_by);
     END IF;
     INSERT INTO api_keys (account_id, key_hash, prefix, is_main, encrypted_key, secret_id)
     VALUES (new_account_id, new_key_hash, new_prefix, TRUE, new_encrypted_key, new_secret_id)
@@ -319,9 +320,11 @@ BEGIN
         INSERT INTO accounts (name, balance_nano) VALUES (new_name, bonus_nano) RETURNING accounts.account_id INTO account_id;
         INSERT INTO identities (provider, subject, account_id) VALUES (new_provider, new_subject, account_id);
         IF bonus_nano > 0 THEN
-            INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference)
-            -- The reference does not name the person: entries stay when a user is erased.
-            VALUES (account_id, bonus_entry_id, 'bonus', bonus_nano, 'goodwill', 'sign-up', 'sign-up:' || account_id);
+            INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference, booked_by)
+            VALUES (
+                account_id, bonus_entry_id, 'bonus', bonus_nano, 'goodwill', 'sign-up',
+                'sign-up:' || new_provider || ':' || new_subject, new_provider
+            );
         END IF;
     END IF;
     RETURN NEXT;
@@ -710,7 +713,7 @@ BEGIN
     RETURN 'done';
 END $$;
 
-CREATE FUNCTION public.settle_and_hold(wait_for_locks boolean, settled_account_ids bigint[], settled_hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[], prompt_tokens bigint[], completion_tokens bigint[], owner uuid, hold_ttl_s double precision, rub_per_usd numeric, account_requests_per_minute integer, account_concurrency_limit integer, account_ids bigint[], key_hashes bytea[], hold_ids uuid[], ceilings_nano bigint[], holds_min_nano bigint[], minimums_nano bigint[], models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]) RETURNS TABLE(hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text, minute_requests integer)
+CREATE FUNCTION public.settle_and_hold(wait_for_locks boolean, settled_account_ids bigint[], settled_hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[], prompt_tokens bigint[], completion_tokens bigint[], evidence text[], owner uuid, hold_ttl_s double precision, rub_per_usd numeric, account_requests_per_minute integer, account_concurrency_limit integer, account_ids bigint[], key_hashes bytea[], hold_ids uuid[], ceilings_nano bigint[], holds_min_nano bigint[], minimums_nano bigint[], models text[], request_ids text[], idempotency_keys text[], body_hashes bytea[]) RETURNS TABLE(hold_id uuid, outcome text, amount_nano bigint, available_nano bigint, earlier_request_id text, minute_requests integer)
     LANGUAGE plpgsql
     SET plan_cache_mode TO 'force_generic_plan'
     SET enable_seqscan TO 'off'
@@ -747,7 +750,8 @@ BEGIN
             costs_usd => costs_usd,
             generation_ids => generation_ids,
             prompt_tokens => prompt_tokens,
-            completion_tokens => completion_tokens
+            completion_tokens => completion_tokens,
+            evidence => evidence
         );
     END IF;
     IF cardinality(hold_ids) > 0 THEN
@@ -938,6 +942,8 @@ CREATE TABLE public.ledger (
     prompt_tokens bigint,
     completion_tokens bigint,
     created_at timestamp with time zone DEFAULT now() NOT NULL,
+    booked_by text,
+    evidence text,
     CONSTRAINT amount_is_bounded CHECK (((amount_nano >= '-1000000000000000000'::bigint) AND (amount_nano <= '1000000000000000000'::bigint))),
     CONSTRAINT charges_take_and_have_their_cost CHECK (((kind <> 'charge'::public.entry_kind) OR ((amount_nano <= 0) AND (cost_usd IS NOT NULL) AND (rub_per_usd IS NOT NULL)))),
     CONSTRAINT contra_is_the_counter_account_of_the_kind CHECK ((contra =
@@ -970,6 +976,10 @@ COMMENT ON COLUMN public.ledger.generation_id IS 'OpenRouter''s id of what was b
 COMMENT ON COLUMN public.ledger.prompt_tokens IS 'Of a charge, where OpenRouter''s usage tells them.';
 
 COMMENT ON COLUMN public.ledger.completion_tokens IS 'Of a charge, where OpenRouter''s usage tells them.';
+
+COMMENT ON COLUMN public.ledger.booked_by IS 'Who booked the entry: cli:<user of the system>, admin:<name of the token>, yookassa, vk (the bonus at sign-in), demo. NULL: a charge, or an entry from before this column.';
+
+COMMENT ON COLUMN public.ledger.evidence IS 'What proved the cost of a charge: response (OpenRouter''s response stated it), generation (it was looked up at /generation), journal (the response stated it to a process that died or was cut off). NULL: not a charge, or one from before this column.';
 
 CREATE TABLE public.pending_payments (
     payment_id text NOT NULL,
@@ -1062,6 +1072,12 @@ ALTER TABLE ONLY public.accounts
 
 ALTER TABLE ONLY public.api_keys
     ADD CONSTRAINT api_keys_pkey PRIMARY KEY (account_id, key_hash);
+
+ALTER TABLE public.ledger
+    ADD CONSTRAINT booked_by_is_short CHECK ((length(booked_by) <= 200)) NOT VALID;
+
+ALTER TABLE public.ledger
+    ADD CONSTRAINT evidence_is_of_a_charge CHECK (((evidence IS NULL) OR ((kind = 'charge'::public.entry_kind) AND (evidence = ANY (ARRAY['response'::text, 'generation'::text, 'journal'::text]))))) NOT VALID;
 
 ALTER TABLE ONLY public.holds
     ADD CONSTRAINT holds_pkey PRIMARY KEY (hold_id, account_id);

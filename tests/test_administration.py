@@ -393,10 +393,14 @@ async def test_a_user_is_created_with_balance_and_key_in_one_transaction(databas
     account_id = await users.next_id()
     key = KeyRing(database, VAULT).make(account_id)
     with pytest.raises(ConstraintViolated):
-        await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", dataclasses.replace(key, key_hash=b""))
+        await users.create_whole(
+            account_id, "second", entry_id, Nano(7), "payments", "", "test", dataclasses.replace(key, key_hash=b"")
+        )
     assert [user.account_id async for user in users.all()] == [before.account_id]
-    key_id = await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", key)
-    assert await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", key) == key_id  # the reply was lost
+    key_id = await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", "test", key)
+    assert (
+        await users.create_whole(account_id, "second", entry_id, Nano(7), "payments", "", "test", key) == key_id
+    )  # the reply was lost
     (entry,) = await Bookings(database).entries(account_id, 10)
     assert (entry.amount, (await users.find(account_id)).balance) == (7, 7)
     assert await KeyRing(database, VAULT).main(account_id) == key.key

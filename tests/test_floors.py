@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "money": ("database", "tasks", "telemetry", "text"),
     "http": ("errors", "telemetry", "text", "database", "money.amounts"),
     "api": ("errors", "tasks", "telemetry", "text", "integrations", "database", "openrouter", "money", "http"),
-    "admin": ("errors", "telemetry", "text", "config", "database", "money", "http"),
+    "admin": ("errors", "telemetry", "text", "config", "database", "openrouter", "money", "http"),
     "routes": ("http", "api"),
     "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
     "server": ("telemetry", "config", "simulator", "database", "money", "http", "admin", "app"),

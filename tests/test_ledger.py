@@ -315,9 +315,10 @@ async def pages_read(connection: asyncpg.Connection, client: Client, times: int)
             [f"gen-{hold_id}"],
             [1],
             [1],
+            ["response"],
         )
         if number == 0:
-            charges = ([],) * 7
+            charges = ([],) * 8
         hold_id = new_id()
         holds = ([of.account_id], [of.key_hash], [hold_id], *[[10**8]] * 3, ["a/b"], [f"r-{hold_id}"], [None], [None])
         explained = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {STATEMENTS['settle_and_hold']}"

@@ -67,6 +67,7 @@ async def test_a_days_charges_are_compared_to_the_last_digit(database: Database,
         "ours_usd": "0.033",
         "openrouter_usd": "0.0330000000000000001",
         "difference_usd": "0.0000000000000000001",  # never 1E-19
+        "is_too_different": True,
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from gptutor.admin import money, users
+from gptutor.admin import audit, money, reports, requests, users
 from gptutor.admin.auth import authenticate_administrator
 from gptutor.admin.responses import administration_errors
 from gptutor.config.schema import Config
@@ -53,6 +53,8 @@ def build_admin(
     app.on_response_prepare.append(middlewares.add_request_id)
     app[CONFIG] = config
     app[VAULT] = Vault(secrets)
+    app[requests.SEARCH] = asyncio.Lock()
+    app[audit.AUDIT] = asyncio.Lock()
     app.cleanup_ctx.append(database_context)
     app.add_routes(
         [
@@ -73,6 +75,10 @@ def build_admin(
             web.post("/admin/payments", money.pay, expect_handler=defer_continue),
             web.get("/admin/holds", money.holds),
             web.get("/admin/export/ledger", money.export_ledger),
+            web.get("/admin/requests/{id:[^/]+}", requests.show_request),
+            web.get("/admin/report", reports.show_report),
+            web.get("/admin/verify", audit.verify),
+            web.get("/admin/reconcile", audit.show_reconciliation),
             web.get("/metrics", metrics_handler(metrics)),
         ]
     )

@@ -18,7 +18,7 @@ from gptutor.http.query import Query, encode_cursor
 from gptutor.money.administration import REASON_MAX, REFERENCE_MAX, BookingKind
 from gptutor.money.amounts import AccountId, InvalidAmount, nano_of, roubles
 from gptutor.money.reconciliation import waiting_holds
-from gptutor.money.records import booking_json, csv_header, csv_lines, entry_json, user_json, waiting_hold_json
+from gptutor.money.records import booking_json, csv_header, csv_lines, entry_json, json_lines, user_json, waiting_hold_json
 from gptutor.money.usage import Cursor
 
 LOGGER = logging.getLogger("gptutor.admin")
@@ -107,23 +107,29 @@ async def holds(request: web.Request) -> web.Response:
 
 
 async def export_ledger(request: web.Request) -> web.StreamResponse:
-    """CSV, streamed from one snapshot: `?from=&to=&user=`. A failed export aborts the connection: it must not look complete."""
-    query = Query(request, ("from", "to", "user"))
+    """CSV or JSON lines, streamed from one snapshot: `?from=&to=&user=&format=`.
+
+    A failed export aborts the connection: it must not look complete.
+    """
+    query = Query(request, ("from", "to", "user", "format"))
+    is_csv = query.one_of("format", ("csv", "jsonl")) == "csv"
     period = query.period(days_max=None)
     user = AccountId(query.integer("user", minimum=1, maximum=ID_MAX, default=0))
     administration = administration_of(request)
     if user:
         await administration.users.find(user)
     pages = administration.bookings.export(period.first, period.last, user or None)
-    response = web.StreamResponse(headers={"Content-Disposition": 'attachment; filename="ledger.csv"'})
-    response.content_type = "text/csv"
+    name = "ledger.csv" if is_csv else "ledger.jsonl"
+    response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{name}"'})
+    response.content_type = "text/csv" if is_csv else "application/jsonl"
     response.charset = "utf-8"
     await response.prepare(request)
     try:
-        await response.write(csv_header().encode())
+        if is_csv:
+            await response.write(csv_header().encode())
         async with aclosing(pages):
             async for entries in pages:
-                await response.write(csv_lines(entries).encode())
+                await response.write(csv_lines(entries).encode() if is_csv else json_lines(entries))
     except ConnectionResetError:
         return response  # the client disconnected
     except Exception:

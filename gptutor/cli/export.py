@@ -1,4 +1,4 @@
-"""`gptutor export ledger`: all ledger entries as CSV, in constant memory."""
+"""`gptutor export ledger`: all ledger entries as CSV or JSON lines, in constant memory."""
 
 import datetime
 import sys
@@ -14,7 +14,7 @@ from gptutor.cli.console import err, fail, progress, with_database
 from gptutor.database.pool import Database
 from gptutor.money.amounts import AccountId
 from gptutor.money.bookings import Bookings
-from gptutor.money.records import csv_header, csv_lines
+from gptutor.money.records import csv_header, csv_lines, json_lines
 from gptutor.money.users import UserRepository
 
 EXPORT_S = 86_400
@@ -42,8 +42,9 @@ def export_ledger(
     file: Annotated[
         Path | None, typer.Option("--out", help="A file instead of standard output; the file appears when it is complete.")
     ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Write JSON lines, one for each entry.")] = False,
 ) -> None:
-    """Write the ledger as CSV, by user and time, from one snapshot of the database."""
+    """Write the ledger as CSV, or as JSON lines, by user and time, from one snapshot of the database."""
     if first and last and first > last:
         fail("--from must not be later than --to.")
     account = None if user is None else AccountId(user)
@@ -55,9 +56,10 @@ def export_ledger(
         pages = Bookings(database).export(first, last, account)
         with _output(file) as target, progress() as bar:
             task = bar.add_task("entries", total=None)
-            target.write(csv_header())
+            if not json:
+                target.write(csv_header())
             async for entries in pages:
-                target.write(csv_lines(entries))
+                target.write(json_lines(entries).decode() if json else csv_lines(entries))
                 count += len(entries)
                 bar.update(task, completed=count)
         return count

@@ -11,34 +11,31 @@ from typing import Annotated, Any
 import typer
 
 from gptutor import __version__
-from gptutor.cli.console import Json, embedded_directory, fail, out, print_json, progress, with_administration, with_database
+from gptutor.cli.audit import audit_app
+from gptutor.cli.console import Json, embedded_directory, fail, out, print_json, progress, with_administration
 from gptutor.cli.doctor import doctor
 from gptutor.cli.export import export_app
 from gptutor.cli.keys import keys_app
 from gptutor.cli.lost import lost
+from gptutor.cli.report import report_app
+from gptutor.cli.requests import requests_app
 from gptutor.cli.users import user_app
 from gptutor.config.load import load
 from gptutor.config.schema import Config, ConfigError
 from gptutor.database import migrations
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
-from gptutor.database.pool import Database
 from gptutor.money.administration import Administration, ReasonMissing
-from gptutor.money.amounts import InvalidAmount, decimal_text, roubles
+from gptutor.money.amounts import InvalidAmount
 from gptutor.money.bookings import AlreadyBooked, Uncovered
-from gptutor.money.invariants import check, load_invariants
-from gptutor.money.journal import JOURNALS, UNBOOKED, JournalError, read_unbooked
+from gptutor.money.journal import JournalError
 from gptutor.money.key_limits import InvalidLimit
 from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
-from gptutor.money.reconciliation import WaitingHolds, reconcile, waiting_holds
-from gptutor.money.records import reconciliation_json, unbooked_json, waiting_holds_json
+from gptutor.money.requests import InvalidId
 from gptutor.money.users import NoSuchUser, NotErasable, UserErased
-from gptutor.openrouter.errors import UpstreamError
-from gptutor.openrouter.totals import totals
 from gptutor.server.listener import StartError
 from gptutor.server.process import run_loop
 from gptutor.server.serve import resolved_database, serve, simulated_openrouter
 from gptutor.simulator.server import Simulator
-from gptutor.text import escaped
 
 app = typer.Typer(
     name="gptutor",
@@ -55,12 +52,15 @@ app.add_typer(user_app, name="user")
 app.add_typer(export_app, name="export")
 app.command()(doctor)
 app.command()(lost)
+app.add_typer(audit_app)
+app.add_typer(report_app)
+app.add_typer(requests_app)
 
 
 # Errors whose text is written for the operator.
 OPERATOR_ERRORS = (
     *(ConfigError, StartError, JournalError, migrations.MigrationError, DatabaseRefused),
-    *(InvalidAmount, InvalidLimit, ReasonMissing, NotErasable, UserErased),
+    *(InvalidAmount, InvalidId, InvalidLimit, ReasonMissing, NotErasable, UserErased),
 )
 
 
@@ -159,75 +159,6 @@ def docs() -> None:
     _until_interrupted(run(load()))
 
 
-@app.command()
-def verify() -> None:
-    """Check every accounting invariant over one snapshot. If one is broken, print the offending rows and exit with 1."""
-
-    async def run(database: Database) -> int:
-        broken = number = 0
-        total = len(load_invariants())
-        async for finding in check(database):
-            number += 1
-            mark = "[red]BROKEN[/]" if finding.rows else "[green]ok[/]"
-            out.print(f"{number:>3}/{total} {mark:<6} {finding.invariant.meaning}", highlight=False)
-            for row in finding.rows:
-                out.print(
-                    "        " + ", ".join(f"{name}={escaped(str(value))}" for name, value in row.items()),
-                    highlight=False,
-                    markup=False,
-                )
-            broken += bool(finding.rows)
-        out.print(f"{broken} of {total} invariants are broken." if broken else f"All {total} invariants hold.")
-        return 1 if broken else 0
-
-    if code := with_database(run, statement_s=86_400):
-        raise typer.Exit(code)
-
-
-@app.command("reconcile")
-def reconcile_command(json: Json = False) -> None:
-    """Compare our charges with OpenRouter's own totals, by day, and list what is not charged.
-
-    Those are the holds whose cost is unknown, and the requests of accounts that the database has lost.
-    """
-    settings = load()
-    if settings.simulated:
-        fail("There are no totals to compare with: OPENROUTER_API_KEY is not set.")
-    try:
-        upstream = settings.openrouter
-        theirs = asyncio.run(totals(upstream.base_url, upstream.api_key, upstream.management_key, proxy=upstream.proxy))
-    except UpstreamError as error:
-        fail(f"OpenRouter's totals cannot be read: {error}.")
-    found = with_database(lambda database: reconcile(database, theirs))
-    unbooked = read_unbooked(settings.paths.data / JOURNALS)
-    if json:
-        print_json(reconciliation_json(found, unbooked))
-        return
-    for day in found.days:
-        usd = [decimal_text(number) for number in (day.ours_usd, day.theirs_usd, day.difference_usd)]
-        out.print(f"{day.day}  ours {usd[0]}  OpenRouter {usd[1]}  difference {usd[2]} dollars")
-    _print_waiting(found.waiting)
-    if unbooked:
-        out.print(
-            f"{len(unbooked)} requests cannot be charged, because the database has lost their accounts ({JOURNALS}/*/{UNBOOKED}):"
-        )
-    for hold_id, record in unbooked.items():
-        named = unbooked_json(hold_id, record)
-        out.print(
-            "  " + "  ".join(f"{name} {escaped(str(value))}" for name, value in named.items()), highlight=False, markup=False
-        )
-
-
-@app.command("holds")
-def holds_command(json: Json = False) -> None:
-    """List the holds whose cost is unknown: recovery still looks for it, or has given up."""
-    waiting = with_database(waiting_holds)
-    if json:
-        print_json(waiting_holds_json(waiting))
-    else:
-        _print_waiting(waiting)
-
-
 @app.command("rekey")
 def rekey_command(json: Json = False) -> None:
     """Encrypt the copies of all keys with the current GPTUTOR_SECRET_KEY, after a change. May be interrupted and repeated."""
@@ -253,17 +184,6 @@ def rekey_command(json: Json = False) -> None:
         out.print(
             f"{unreadable} copies cannot be decrypted with any configured secret: add the missing one to "
             "security.old_secret_keys. Their keys keep working, but cannot be shown again."
-        )
-
-
-def _print_waiting(waiting: WaitingHolds) -> None:
-    out.print(f"{waiting.count} holds of unknown cost, together at most {roubles(waiting.at_most)} roubles:")
-    for hold in waiting.oldest:
-        out.print(
-            f"  user {hold.account_id}  {hold.created_at:%Y-%m-%d %H:%M}  {hold.state}  at most {roubles(hold.amount)} roubles  "
-            f"{escaped(hold.model)}  {escaped(hold.generation_id or 'no generation id')}  request {escaped(hold.request_id)}",
-            highlight=False,
-            markup=False,
         )
 
 

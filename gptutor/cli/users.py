@@ -241,7 +241,7 @@ def user_ledger(
     if json:
         print_json([entry_json(entry) for entry in entries])
         return
-    table = Table("time", "kind", "roubles", "dollars", "rate", "model", "generation id or reason")
+    table = Table("time", "kind", "roubles", "dollars", "rate", "model", "tokens", "key or booked by", "request id or reason")
     for column in table.columns:
         column.no_wrap = True
     for entry in entries:
@@ -252,9 +252,17 @@ def user_ledger(
             "" if entry.cost_usd is None else decimal_text(entry.cost_usd),
             "" if entry.rub_per_usd is None else decimal_text(entry.rub_per_usd),
             shown(entry.model or ""),
-            shown(entry.generation_id or entry.reason),
+            _tokens(entry),
+            shown(entry.key or entry.booked_by or ""),
+            shown(entry.request_id or entry.reason),
         )
     out.print(table)
+
+
+def _tokens(entry: LedgerEntry) -> str:
+    """Of the prompt and of the output, where they are known."""
+    counts = (entry.prompt_tokens, entry.completion_tokens)
+    return "" if counts == (None, None) else " + ".join("?" if count is None else str(count) for count in counts)
 
 
 def _book(user_id: int, kind: BookingKind, amount: str, reason: str, reference: str | None, json: bool) -> None:

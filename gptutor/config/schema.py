@@ -176,6 +176,7 @@ def _check_places(name: str, roubles: Decimal) -> None:
 
 class BillingSettings(Section, frozen=True):
     rub_per_usd: Decimal = Decimal(90)
+    cost_rub_per_usd: Decimal = Decimal(0)
     balance_min_rub: Decimal = Decimal(1)
     margin: Decimal = Decimal("1.1")
     overdraft_max_rub: Decimal = Decimal(1)
@@ -197,6 +198,7 @@ class BillingSettings(Section, frozen=True):
     def __post_init__(self) -> None:
         # msgspec has no ranges for Decimal.
         _check_decimal("rub_per_usd", self.rub_per_usd, Decimal("0.0001"), Decimal(100_000))
+        _check_decimal("cost_rub_per_usd", self.cost_rub_per_usd, Decimal(0), Decimal(100_000))
         _check_decimal("balance_min_rub", self.balance_min_rub, Decimal(0), Decimal(1_000_000))
         _check_decimal("margin", self.margin, Decimal(1), Decimal(10))
         _check_decimal("overdraft_max_rub", self.overdraft_max_rub, Decimal(0), Decimal(1_000_000))
@@ -240,6 +242,19 @@ class RecoverySettings(Section, frozen=True):
     journal_kept_s: Annotated[float, msgspec.Meta(ge=0, le=30 * 86_400)] = 86_400
     journal_kept_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 32 << 20
     audit_interval_s: Annotated[float, msgspec.Meta(gt=0, le=60)] = 30
+
+
+class ReconcileSettings(Section, frozen=True):
+    difference_usd_max: Decimal = Decimal("0.5")
+    difference_percent_max: Decimal = Decimal(2)
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("difference_usd_max", self.difference_usd_max, 1_000_000),
+            ("difference_percent_max", self.difference_percent_max, 100),
+        ):
+            if not (value.is_finite() and 0 <= value <= most):
+                raise ValueError(f"reconcile.{name} must be a number from 0 to {most}, not {value}")
 
 
 class SecuritySettings(Section, frozen=True):
@@ -321,6 +336,7 @@ class Config(Section, frozen=True):
     rate_limit: RateLimitSettings = RateLimitSettings()
     relay: RelaySettings = RelaySettings()
     recovery: RecoverySettings = RecoverySettings()
+    reconcile: ReconcileSettings = ReconcileSettings()
     errors: ErrorSettings = ErrorSettings()
     security: SecuritySettings = SecuritySettings()
     vk: VkSettings = VkSettings()

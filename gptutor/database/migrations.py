@@ -6,6 +6,9 @@ A release works with the schema of the next minor version as well, so that the s
 side meanwhile: 0.2 with the schemas of 0.2 and 0.3. What a newer release has added or replaced stays as it is: an older one
 replaces none of it. (CONTRIBUTING.md has the rules for migrations and functions that make this possible.) The database knows
 which release applied each file.
+
+A function whose parameters change stays beside the new one of the same name: processes of the previous release go on calling it. A
+function whose columns change, or that goes, needs a migration that drops the old one.
 """
 
 import hashlib

@@ -51,10 +51,11 @@ class UserDetails:
 
 
 class Bookkeeper:
-    """Changes balances. `who` stands in the audit lines: `cli:<os user>`, `admin:<token name>`, or a payment provider's name."""
+    """Changes balances. `who` stands on the entries and in the audit lines: `cli:<os user>`, `admin:<token name>`, or a payment
+    provider's name."""
 
     def __init__(self, database: Database, who: str) -> None:
-        self.bookings = Bookings(database)
+        self.bookings = Bookings(database, who)
         self._who = who
 
     async def book(
@@ -115,7 +116,7 @@ class Administration(Bookkeeper):
         account_id, entry_id, reason = await self.users.next_id(), new_id(), "initial balance"
         key = self._keys.make(account_id)
         key_id = await retry_lost_response(
-            lambda: self.users.create_whole(account_id, name, entry_id, balance, CONTRA["topup"], reason, key)
+            lambda: self.users.create_whole(account_id, name, entry_id, balance, CONTRA["topup"], reason, self._who, key)
         )
         audit(self._who, "create user", user_id=account_id)
         if balance:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from gptutor.database.errors import ConstraintViolated, DatabaseUnavailable
 from gptutor.database.pool import Database, Row
 from gptutor.money.amounts import NANO_PER_RUB, AccountId, InvalidAmount, Nano
-from gptutor.money.holds import new_id
+from gptutor.money.holds import Evidence, new_id
 from gptutor.money.users import NoSuchUser, User, UserRepository
 from gptutor.telemetry.metrics import BOOKINGS_ROUBLES
 
@@ -57,16 +57,27 @@ class LedgerEntry:
     contra: str
     reason: str
     reference: str | None
+    booked_by: str | None
+    """None for charges, and for entries that are older than the column."""
     model: str | None
     generation_id: str | None
+    request_id: str | None
+    key: str | None
+    """The display prefix of the API key."""
     cost_usd: Decimal | None
     rub_per_usd: Decimal | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    evidence: Evidence | None
     created_at: datetime.datetime
 
 
 class Bookings:
-    def __init__(self, database: Database) -> None:
+    """`booked_by` stands on the entries that it books: see Bookkeeper."""
+
+    def __init__(self, database: Database, booked_by: str | None = None) -> None:
         self._database = database
+        self._booked_by = booked_by
         self._users = UserRepository(database)
 
     async def book(
@@ -118,7 +129,16 @@ class Bookings:
         try:
             row = await retry_lost_response(
                 lambda: self._database.fetchrow(
-                    "book_entry", account_id, entry_id, kind, amount, CONTRA[kind], reason, reference, covered
+                    "book_entry",
+                    account_id,
+                    entry_id,
+                    kind,
+                    amount,
+                    CONTRA[kind],
+                    reason,
+                    reference,
+                    self._booked_by,
+                    covered,
                 )
             )
         except ConstraintViolated as violation:
@@ -178,9 +198,15 @@ def entry_of(row: Row) -> LedgerEntry:
         contra=row["contra"],
         reason=row["reason"],
         reference=row["reference"],
+        booked_by=row["booked_by"],
         model=row["model"],
         generation_id=row["generation_id"],
+        request_id=row["request_id"],
+        key=row["key_prefix"],
         cost_usd=row["cost_usd"],
         rub_per_usd=row["rub_per_usd"],
+        prompt_tokens=row["prompt_tokens"],
+        completion_tokens=row["completion_tokens"],
+        evidence=row["evidence"],
         created_at=row["created_at"],
     )

@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 async def settle_or_hand_over(ledger: Ledger, hold_id: HoldId, record: HoldRecord) -> None:
     """Settles a hold with a known charge, and hands over any other. Raises TimeoutError, JournalError."""
     if record.charge is not None:
-        settlement = Settlement(record.account_id, hold_id, record.charge, record.generation_id, record.facts)
+        settlement = Settlement(record.account_id, hold_id, record.charge, record.generation_id, record.facts, "journal")
         await with_timeout(ledger.settle(settlement))
     else:
         await with_timeout(ledger.hand_over(HandOver(record.account_id, hold_id, record.generation_id, record.facts)))

@@ -4,7 +4,7 @@ import random
 import time
 import uuid
 from decimal import Decimal
-from typing import NewType
+from typing import Literal, NewType
 
 import msgspec
 from asyncpg.pgproto.pgproto import UUID  # the class that rows contain: hashed, compared and formatted in C
@@ -14,6 +14,9 @@ from gptutor.money.keys import KeyClaim
 from gptutor.money.pricing import Ceiling, Charge
 
 HoldId = NewType("HoldId", uuid.UUID)
+Evidence = Literal["response", "generation", "journal"]
+"""What proved the cost of a charge: OpenRouter's response, a look-up at /generation, or the journal, which kept what a response
+stated to a process that did not settle it, or what the database has lost."""
 
 
 class HoldRejected(Exception):
@@ -108,6 +111,7 @@ class Settlement(msgspec.Struct, frozen=True):
     generation_id: str | None
     facts: HoldFacts | None = None
     """To place the hold again if the database has lost it, and to report a charge above it."""
+    evidence: Evidence = "response"
 
 
 class Release(msgspec.Struct, frozen=True):

@@ -1,12 +1,16 @@
 """The invariants of the ledger (contract C9): each file of `sql/invariants` is a query that must return no rows."""
 
+import datetime
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from gptutor.database.pool import Database
 from gptutor.database.statements import SQL
+from gptutor.money.amounts import decimal_text
+from gptutor.money.records import timestamp
 
 ROWS_MAX = 20
 
@@ -16,6 +20,11 @@ class Invariant:
     name: str
     meaning: str
     query: str
+
+    @property
+    def remedy(self) -> str:
+        """Where the guide says what to do if it is broken: the page and the anchor."""
+        return f"troubleshooting#{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,37 @@ def load_invariants(directory: Path = SQL / "invariants") -> list[Invariant]:
         comment, _, query = text.partition("\n")
         invariants.append(Invariant(path.stem, comment.removeprefix("-- "), query.strip().rstrip(";")))
     return invariants
+
+
+def rows_json(finding: Finding) -> list[dict[str, Any]]:
+    """Amounts in nano-roubles and decimals are plain texts, as many programs read long numbers inexactly."""
+    return [{name: _value(name, value) for name, value in row.items()} for row in finding.rows]
+
+
+def finding_json(finding: Finding) -> dict[str, Any]:
+    return {
+        "name": finding.invariant.name,
+        "meaning": finding.invariant.meaning,
+        "is_broken": bool(finding.rows),
+        "rows": rows_json(finding),
+        "remedy": finding.invariant.remedy,
+    }
+
+
+def findings_json(findings: list[Finding]) -> dict[str, Any]:
+    return {
+        "broken": sum(bool(finding.rows) for finding in findings),
+        "invariants": [finding_json(finding) for finding in findings],
+    }
+
+
+def _value(name: str, value: Any) -> Any:
+    if isinstance(value, datetime.datetime):
+        return timestamp(value)
+    if isinstance(value, Decimal):
+        return decimal_text(value)
+    is_plain = value is None or isinstance(value, bool) or (isinstance(value, int) and not name.endswith("_nano"))
+    return value if is_plain else str(value)
 
 
 async def check(database: Database) -> AsyncIterator[Finding]:

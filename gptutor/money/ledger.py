@@ -345,7 +345,7 @@ class Ledger:
 def _columns_of_charges(settlements: Sequence[Settlement]) -> Sequence[list[Any]]:
     """In the order of the parameters of `settle_and_hold`."""
     if not settlements:
-        return [[]] * 7
+        return [[]] * 8
     return [
         [settlement.account_id for settlement in settlements],
         [settlement.hold_id for settlement in settlements],
@@ -354,6 +354,7 @@ def _columns_of_charges(settlements: Sequence[Settlement]) -> Sequence[list[Any]
         [settlement.generation_id for settlement in settlements],
         [settlement.charge.prompt_tokens for settlement in settlements],
         [settlement.charge.completion_tokens for settlement in settlements],
+        [settlement.evidence for settlement in settlements],
     ]
 
 

@@ -1,7 +1,7 @@
 """Our charges compared with OpenRouter's own totals, day by day: a difference is a lost or doubled charge (contract C9).
 
-Small differences around midnight are not losses: OpenRouter counts a request on the day on which it ends, we on the day on which
-its charge is booked.
+Small differences are not losses: today's total moves while requests run, and around midnight OpenRouter counts a request on the
+day on which it ends, we on the day on which its charge is booked. `Tolerance` says what is small.
 """
 
 import datetime
@@ -11,9 +11,24 @@ from decimal import Decimal
 from typing import Literal
 
 from gptutor.database.pool import Database
-from gptutor.money.amounts import AccountId, Nano
+from gptutor.money.amounts import EXACT, AccountId, Nano
 
 WAITING_MAX = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """A day's difference is too large if it is above both: so many dollars, and this percentage of OpenRouter's total."""
+
+    usd: Decimal
+    percent: Decimal
+
+    def is_exceeded_by(self, difference_usd: Decimal, theirs_usd: Decimal) -> bool:
+        relative = EXACT.multiply(EXACT.multiply(theirs_usd, self.percent), Decimal("0.01"))
+        return abs(difference_usd) > max(self.usd, relative)
+
+
+NO_TOLERANCE = Tolerance(Decimal(0), Decimal(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +38,15 @@ class DailyCost:
     day: datetime.date
     ours_usd: Decimal
     theirs_usd: Decimal
+    tolerance: Tolerance
 
     @property
     def difference_usd(self) -> Decimal:
-        return self.theirs_usd - self.ours_usd
+        return EXACT.subtract(self.theirs_usd, self.ours_usd)
+
+    @property
+    def is_too_different(self) -> bool:
+        return self.tolerance.is_exceeded_by(self.difference_usd, self.theirs_usd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +76,20 @@ class Reconciliation:
     days: list[DailyCost]
     waiting: WaitingHolds
 
+    @property
+    def is_too_different(self) -> bool:
+        return any(day.is_too_different for day in self.days)
 
-async def reconcile(database: Database, theirs_usd: Mapping[datetime.date, Decimal]) -> Reconciliation:
+
+async def reconcile(
+    database: Database, theirs_usd: Mapping[datetime.date, Decimal], tolerance: Tolerance = NO_TOLERANCE
+) -> Reconciliation:
     """Compares the days of OpenRouter's totals with ours, newest first. Raises DatabaseUnavailable."""
     ours_usd: dict[datetime.date, Decimal] = {}
     if theirs_usd:
         rows = await database.fetch("cost_by_day", min(theirs_usd), max(theirs_usd))
         ours_usd = {row["day"]: row["cost_usd"] for row in rows}
-    days = [DailyCost(day, ours_usd.get(day, Decimal(0)), theirs_usd[day]) for day in sorted(theirs_usd, reverse=True)]
+    days = [DailyCost(day, ours_usd.get(day, Decimal(0)), theirs_usd[day], tolerance) for day in sorted(theirs_usd, reverse=True)]
     return Reconciliation(days, await waiting_holds(database))
 
 

@@ -10,14 +10,17 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from gptutor.money.amounts import AccountId, decimal_text, roubles
 from gptutor.money.bookings import Booking, LedgerEntry
 from gptutor.money.holds import HoldId, placed_at_ms
 from gptutor.money.journal_records import HoldRecord
 from gptutor.money.keyring import Key, KeyLimits
 from gptutor.money.reconciliation import Reconciliation, WaitingHold, WaitingHolds
+from gptutor.money.requests import FoundRequest, RequestAnswer
 from gptutor.money.users import User
-from gptutor.text import escaped
+from gptutor.text import escaped, escaped_json
 
 if TYPE_CHECKING:
     from gptutor.money.administration import UserDetails
@@ -35,7 +38,14 @@ CSV_COLUMNS = (
     "generation_id",
     "cost_usd",
     "rub_per_usd",
+    "request_id",
+    "key",
+    "prompt_tokens",
+    "completion_tokens",
+    "evidence",
+    "booked_by",
 )
+"""New columns come last: programs may read the others by their places."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -96,10 +106,16 @@ def entry_json(entry: LedgerEntry) -> dict[str, Any]:
         "cost_usd": _plain(entry.cost_usd),
         "rub_per_usd": _plain(entry.rub_per_usd),
         "model": entry.model,
+        "prompt_tokens": entry.prompt_tokens,
+        "completion_tokens": entry.completion_tokens,
         "generation_id": entry.generation_id,
+        "request_id": entry.request_id,
+        "key": entry.key,
+        "evidence": entry.evidence,
         "contra": entry.contra,
         "reason": entry.reason,
         "reference": entry.reference,
+        "booked_by": entry.booked_by,
         "created_at": timestamp(entry.created_at),
     }
 
@@ -134,6 +150,41 @@ def waiting_holds_json(holds: WaitingHolds) -> dict[str, Any]:
     }
 
 
+def request_json(request: FoundRequest) -> dict[str, Any]:
+    """`charged`, `cost_usd` and the tokens are null until they are known; `next_lookup_at` is null unless the hold is open."""
+    return {
+        "id": str(request.hold_id),
+        "request_id": request.request_id,
+        "generation_id": request.generation_id,
+        "user_id": request.account_id,
+        "user_name": request.account_name,
+        "key": {"id": request.key_id, "label": request.key, "name": request.key_name},
+        "model": request.model,
+        "state": request.state,
+        "evidence": request.proof,
+        "prompt_tokens": request.prompt_tokens,
+        "completion_tokens": request.completion_tokens,
+        "cost_usd": _plain(request.cost_usd),
+        "rub_per_usd": _plain(request.rub_per_usd),
+        "charged": None if request.charge is None else roubles(request.charge),
+        "held_at_most": roubles(request.amount),
+        "held": roubles(request.held),
+        "recovery_attempts": request.recovery_attempts,
+        "next_lookup_at": timestamp(request.due_at) if request.closed_at is None else None,
+        "created_at": timestamp(request.created_at),
+        "closed_at": None if request.closed_at is None else timestamp(request.closed_at),
+    }
+
+
+def request_answer_json(answer: RequestAnswer) -> dict[str, Any]:
+    """`log` has the lines as they were logged; they are all if `log_is_complete`."""
+    return {
+        "requests": [request_json(request) for request in answer.requests],
+        "log": answer.log.lines,
+        "log_is_complete": answer.log.is_complete,
+    }
+
+
 def unbooked_json(hold_id: HoldId, record: HoldRecord) -> dict[str, Any]:
     """A request that the journal knows, and whose account the database has lost. None: not known."""
     facts, charge = record.facts, record.charge
@@ -156,11 +207,13 @@ def reconciliation_json(found: Reconciliation, unbooked: Mapping[HoldId, HoldRec
             "ours_usd": _plain(day.ours_usd),
             "openrouter_usd": _plain(day.theirs_usd),
             "difference_usd": _plain(day.difference_usd),
+            "is_too_different": day.is_too_different,
         }
         for day in found.days
     ]
     return {
         "days": days,
+        "is_too_different": found.is_too_different,
         **waiting_holds_json(found.waiting),
         "unbooked": [unbooked_json(hold_id, record) for hold_id, record in unbooked.items()],
     }
@@ -185,10 +238,21 @@ def csv_lines(entries: Iterable[tuple[AccountId, LedgerEntry]]) -> str:
             entry.entry_id,
             entry.kind,
             roubles(entry.amount),
-            *map(_cell, (entry.contra, entry.reason, entry.reference, entry.model, entry.generation_id)),
+            *map(csv_cell, (entry.contra, entry.reason, entry.reference, entry.model, entry.generation_id)),
             _plain(entry.cost_usd) or "",
             _plain(entry.rub_per_usd) or "",
+            *map(csv_cell, (entry.request_id, entry.key)),
+            *("" if count is None else count for count in (entry.prompt_tokens, entry.completion_tokens)),
+            *map(csv_cell, (entry.evidence, entry.booked_by)),
         )
+        for account_id, entry in entries
+    )
+
+
+def json_lines(entries: Iterable[tuple[AccountId, LedgerEntry]]) -> bytes:
+    """A line of JSON for each entry, with characters that control a terminal escaped."""
+    return b"".join(
+        escaped_json(orjson.dumps({"user_id": account_id, **entry_json(entry)}, option=orjson.OPT_APPEND_NEWLINE))
         for account_id, entry in entries
     )
 
@@ -203,6 +267,6 @@ def _csv_text(rows: Iterable[Iterable[Any]]) -> str:
     return text.getvalue()
 
 
-def _cell(text: str | None) -> str:
+def csv_cell(text: str | None) -> str:
     text = escaped(text or "")
     return f"'{text}" if text.startswith(FORMULA_STARTS) else text

@@ -235,7 +235,7 @@ class Recovery:
         facts = HoldFacts(
             Nano(row["amount_nano"]), row["rub_per_usd"], row["key_hash_beginning"], row["request_id"], row["model"]
         )
-        settlement = Settlement(AccountId(row["account_id"]), HoldId(row["hold_id"]), charge, generation_id, facts)
+        settlement = Settlement(AccountId(row["account_id"]), HoldId(row["hold_id"]), charge, generation_id, facts, "generation")
         outcome = await with_timeout(self._ledger.settle(settlement))
         LOGGER.info(
             "LLM Recovered: %s",

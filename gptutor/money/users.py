@@ -73,7 +73,15 @@ class UserRepository:
         return AccountId(row["account_id"])
 
     async def create_whole(
-        self, account_id: AccountId, name: str, entry_id: uuid.UUID, balance: Nano, contra: str, reason: str, key: NewKey
+        self,
+        account_id: AccountId,
+        name: str,
+        entry_id: uuid.UUID,
+        balance: Nano,
+        contra: str,
+        reason: str,
+        booked_by: str,
+        key: NewKey,
     ) -> int:
         """Creates an account, its first top-up (unless it is 0) and its main key in one transaction, and returns the key's id.
 
@@ -87,6 +95,7 @@ class UserRepository:
             balance,
             contra,
             reason,
+            booked_by,
             key.key_hash,
             key.prefix,
             key.encrypted.data,

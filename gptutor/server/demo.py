@@ -24,6 +24,6 @@ async def demo_key(config: Config, vault: Vault) -> str:
                 return key
             path.unlink()
         user = await users.create("demo")
-        await Bookings(database).book(user.account_id, "bonus", parse_roubles(DEMO_ROUBLES), reason="demo")
+        await Bookings(database, "demo").book(user.account_id, "bonus", parse_roubles(DEMO_ROUBLES), reason="demo")
         key, _ = await keys.issue(user.account_id, "demo")
         return read_or_create_secret(path, lambda: key)

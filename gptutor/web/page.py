@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 CLIENT_PAGES = ("start", "account", "request", "response", "money", "usage", "errors", "limits")
 OPERATOR_PAGES = (
     *("install", "settings", "proxy", "processes", "machines", "monitoring", "backup", "upgrade"),
-    *("commands", "admin-api", "payments"),
+    *("commands", "admin-api", "payments", "troubleshooting"),
 )
 NAMES = (*CLIENT_PAGES, *OPERATOR_PAGES)
 """The pages in reading order; the first is the start page."""

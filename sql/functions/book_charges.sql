@@ -7,7 +7,7 @@
 CREATE OR REPLACE FUNCTION book_charges(
     locked_account_ids bigint[],
     account_ids bigint[], hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[],
-    prompt_tokens bigint[], completion_tokens bigint[]
+    prompt_tokens bigint[], completion_tokens bigint[], evidence text[]
 ) RETURNS TABLE (hold_id uuid, outcome text)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -18,8 +18,9 @@ BEGIN
     FOR hold_id, outcome IN
         WITH item AS MATERIALIZED (
             SELECT DISTINCT ON (account_id, hold_id) *
-            FROM unnest(account_ids, hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens, completion_tokens)
-                AS i (account_id, hold_id, charge_nano, cost_usd, generation_id, prompt_tokens, completion_tokens)
+            FROM unnest(
+                account_ids, hold_ids, charges_nano, costs_usd, generation_ids, prompt_tokens, completion_tokens, evidence
+            ) AS i (account_id, hold_id, charge_nano, cost_usd, generation_id, prompt_tokens, completion_tokens, evidence)
             WHERE account_id <> ALL(locked_account_ids)
         ),
         settled AS (
@@ -30,15 +31,15 @@ BEGIN
                 is_late = holds.state = 'released'
             FROM item
             WHERE holds.hold_id = item.hold_id AND holds.account_id = item.account_id AND holds.state <> 'settled'
-            RETURNING holds.*, item.prompt_tokens, item.completion_tokens
+            RETURNING holds.*, item.prompt_tokens, item.completion_tokens, item.evidence
         ),
         booked AS (
             INSERT INTO ledger (
                 account_id, entry_id, kind, amount_nano, contra, model, generation_id, cost_usd, rub_per_usd,
-                prompt_tokens, completion_tokens
+                prompt_tokens, completion_tokens, evidence
             )
             SELECT account_id, hold_id, 'charge', -charge_nano, 'revenue', model, generation_id, cost_usd, rub_per_usd,
-                settled.prompt_tokens, settled.completion_tokens
+                settled.prompt_tokens, settled.completion_tokens, settled.evidence
             FROM settled
         ),
         account_total AS (

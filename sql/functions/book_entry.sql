@@ -7,7 +7,7 @@
 -- measured against the balance that the first one has lowered.
 CREATE OR REPLACE FUNCTION book_entry(
     new_account_id bigint, new_entry_id uuid, new_kind entry_kind, new_amount_nano bigint, new_contra text,
-    new_reason text, new_reference text, must_be_available boolean
+    new_reason text, new_reference text, new_booked_by text, must_be_available boolean
 ) RETURNS TABLE (
     outcome text, account_id bigint, entry_id uuid, kind text, amount_nano bigint, created_at timestamptz
 )
@@ -43,7 +43,7 @@ BEGIN
 
     UPDATE accounts SET balance_nano = balance_nano + new_amount_nano, updated_at = now() WHERE account_id = new_account_id;
     RETURN QUERY
-    INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference)
-    VALUES (new_account_id, new_entry_id, new_kind, new_amount_nano, new_contra, new_reason, new_reference)
+    INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference, booked_by)
+    VALUES (new_account_id, new_entry_id, new_kind, new_amount_nano, new_contra, new_reason, new_reference, new_booked_by)
     RETURNING 'booked', account_id, entry_id, kind::text, amount_nano, created_at;
 END $$;

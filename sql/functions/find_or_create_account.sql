@@ -16,9 +16,11 @@ BEGIN
         INSERT INTO accounts (name, balance_nano) VALUES (new_name, bonus_nano) RETURNING accounts.account_id INTO account_id;
         INSERT INTO identities (provider, subject, account_id) VALUES (new_provider, new_subject, account_id);
         IF bonus_nano > 0 THEN
-            INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference)
+            INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference, booked_by)
             -- The reference does not name the person: entries stay when a user is erased.
-            VALUES (account_id, bonus_entry_id, 'bonus', bonus_nano, 'goodwill', 'sign-up', 'sign-up:' || account_id);
+            VALUES (
+                account_id, bonus_entry_id, 'bonus', bonus_nano, 'goodwill', 'sign-up', 'sign-up:' || account_id, new_provider
+            );
         END IF;
     END IF;
     RETURN NEXT;

@@ -13,7 +13,7 @@
 CREATE OR REPLACE FUNCTION settle_and_hold(
     wait_for_locks boolean,
     settled_account_ids bigint[], settled_hold_ids uuid[], charges_nano bigint[], costs_usd numeric[], generation_ids text[],
-    prompt_tokens bigint[], completion_tokens bigint[],
+    prompt_tokens bigint[], completion_tokens bigint[], evidence text[],
     owner uuid, hold_ttl_s double precision, rub_per_usd numeric,
     account_requests_per_minute integer, account_concurrency_limit integer,
     account_ids bigint[], key_hashes bytea[], hold_ids uuid[],
@@ -58,7 +58,8 @@ BEGIN
             costs_usd => costs_usd,
             generation_ids => generation_ids,
             prompt_tokens => prompt_tokens,
-            completion_tokens => completion_tokens
+            completion_tokens => completion_tokens,
+            evidence => evidence
         );
     END IF;
     IF cardinality(hold_ids) > 0 THEN

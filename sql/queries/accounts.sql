@@ -201,8 +201,8 @@ LIMIT $2::integer; -- noqa: AM09
 SELECT nextval(pg_get_serial_sequence('accounts', 'account_id')) AS account_id;
 
 -- name: create_user
--- Creates account $1 with the name $2, its top-up ($3 the entry, $4 nano-roubles or 0 for none, $5 counter-account, $6 reason)
--- and its main key ($7 SHA-256, $8 prefix, $9 the key, encrypted, $10 with which secret). One row.
+-- Creates account $1 with the name $2, its top-up ($3 the entry, $4 nano-roubles or 0 for none, $5 counter-account, $6 reason,
+-- $7 who books it) and its main key ($8 SHA-256, $9 prefix, $10 the key, encrypted, $11 with which secret). One row.
 SELECT
     create_user(
         new_account_id => $1::bigint,
@@ -211,10 +211,11 @@ SELECT
         new_balance_nano => $4::bigint,
         new_contra => $5::text,
         new_reason => $6::text,
-        new_key_hash => $7::bytea,
-        new_prefix => $8::text,
-        new_encrypted_key => $9::bytea,
-        new_secret_id => $10::text
+        new_booked_by => $7::text,
+        new_key_hash => $8::bytea,
+        new_prefix => $9::text,
+        new_encrypted_key => $10::bytea,
+        new_secret_id => $11::text
     ) AS key_id;
 
 -- name: find_present_accounts

@@ -1,11 +1,11 @@
 -- name: settle_and_hold
 -- Settles some holds, each once, and places others. $1 whether to wait for accounts that are locked.
 -- Of the settlements, arrays: $2 accounts, $3 holds, $4 charges in nano-roubles, $5 costs in dollars, $6 generation ids or NULL,
--- $7 prompt and $8 completion tokens or NULL.
--- Of the new holds: $9 the owner (a run of a process), $10 seconds until recovery looks at one, $11 roubles per dollar, $12
--- requests per minute and $13 concurrent requests of an account (0: no limit); arrays: $14 accounts, $15 SHA-256 of the keys, $16
--- holds, $17 ceilings, $18 smallest holds and $19 least available amounts in nano-roubles, $20 models, $21 request ids, $22
--- idempotency keys or NULL, $23 SHA-256 of the bodies.
+-- $7 prompt and $8 completion tokens or NULL, $9 what proved the cost.
+-- Of the new holds: $10 the owner (a run of a process), $11 seconds until recovery looks at one, $12 roubles per dollar, $13
+-- requests per minute and $14 concurrent requests of an account (0: no limit); arrays: $15 accounts, $16 SHA-256 of the keys, $17
+-- holds, $18 ceilings, $19 smallest holds and $20 least available amounts in nano-roubles, $21 models, $22 request ids, $23
+-- idempotency keys or NULL, $24 SHA-256 of the bodies.
 -- One row for each settlement and each new hold: for the outcomes see book_charges and place_holds.
 SELECT
     hold_id,
@@ -23,21 +23,22 @@ FROM settle_and_hold(
     generation_ids => $6::text[],
     prompt_tokens => $7::bigint[],
     completion_tokens => $8::bigint[],
-    owner => $9::uuid,
-    hold_ttl_s => $10::double precision,
-    rub_per_usd => $11::numeric,
-    account_requests_per_minute => $12::integer,
-    account_concurrency_limit => $13::integer,
-    account_ids => $14::bigint[],
-    key_hashes => $15::bytea[],
-    hold_ids => $16::uuid[],
-    ceilings_nano => $17::bigint[],
-    holds_min_nano => $18::bigint[],
-    minimums_nano => $19::bigint[],
-    models => $20::text[],
-    request_ids => $21::text[],
-    idempotency_keys => $22::text[],
-    body_hashes => $23::bytea[]
+    evidence => $9::text[],
+    owner => $10::uuid,
+    hold_ttl_s => $11::double precision,
+    rub_per_usd => $12::numeric,
+    account_requests_per_minute => $13::integer,
+    account_concurrency_limit => $14::integer,
+    account_ids => $15::bigint[],
+    key_hashes => $16::bytea[],
+    hold_ids => $17::uuid[],
+    ceilings_nano => $18::bigint[],
+    holds_min_nano => $19::bigint[],
+    minimums_nano => $20::bigint[],
+    models => $21::text[],
+    request_ids => $22::text[],
+    idempotency_keys => $23::text[],
+    body_hashes => $24::bytea[]
 );
 
 -- name: release_holds

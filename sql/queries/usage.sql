@@ -145,3 +145,56 @@ LEFT JOIN ledger ON found.account_id = ledger.account_id AND found.hold_id = led
 LEFT JOIN api_keys ON found.account_id = api_keys.account_id AND found.key_id = api_keys.key_id
 ORDER BY found.created_at DESC
 LIMIT 1;
+
+-- name: report_charges
+-- The charges of all accounts on the UTC days from $1 to $2, added up by $3: day, month, model or user. The first row is the
+-- total (is_total); then, at most $4, those of days and months in their order, the others by what was charged, most first.
+WITH selected AS (
+    SELECT
+        requests,
+        prompt_tokens,
+        completion_tokens,
+        cost_usd,
+        charge_nano,
+        CASE WHEN $3::text = 'user' THEN account_id END AS account_id,
+        CASE $3::text WHEN 'day' THEN day::text WHEN 'month' THEN to_char(day, 'YYYY-MM') WHEN 'model' THEN model END AS label
+    FROM usage_days
+    WHERE day BETWEEN $1::date AND $2::date
+),
+
+summed AS (
+    SELECT
+        account_id,
+        label,
+        grouping(label) = 1 AS is_total,
+        coalesce(sum(requests), 0)::bigint AS requests,
+        sum(prompt_tokens) AS prompt_tokens,
+        sum(completion_tokens) AS completion_tokens,
+        coalesce(sum(cost_usd), 0) AS cost_usd,
+        coalesce(sum(charge_nano), 0) AS charge_nano
+    FROM selected
+    GROUP BY GROUPING SETS ((account_id, label), ())
+)
+
+SELECT
+    account_id,
+    label,
+    is_total,
+    requests,
+    prompt_tokens,
+    completion_tokens,
+    cost_usd,
+    charge_nano,
+    (
+        SELECT accounts.name
+        FROM accounts
+        WHERE accounts.account_id = summed.account_id
+    ) AS account_name
+FROM summed
+ORDER BY
+    is_total DESC,
+    CASE WHEN $3::text IN ('day', 'month') THEN label END ASC,
+    charge_nano DESC,
+    label ASC,
+    account_id ASC
+LIMIT $4::integer + 1;
