@@ -261,7 +261,7 @@ BEGIN
     RETURN main_key_id;
 END $$;
 
-CREATE FUNCTION public.erase_user(erased_account_id bigint, forfeit_balance boolean, forfeit_entry_id uuid, forfeit_reason text) RETURNS TABLE(outcome text, balance_nano bigint)
+CREATE FUNCTION public.erase_user(erased_account_id bigint, forfeit_balance boolean, forfeit_entry_id uuid, forfeit_reason text, forfeit_booked_by text) RETURNS TABLE(outcome text, balance_nano bigint)
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -291,8 +291,10 @@ BEGIN
     END IF;
 
     IF present.balance_nano <> 0 THEN
-        INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason)
-        VALUES (erased_account_id, forfeit_entry_id, 'adjustment', -present.balance_nano, 'corrections', forfeit_reason);
+        INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, booked_by)
+        VALUES (
+            erased_account_id, forfeit_entry_id, 'adjustment', -present.balance_nano, 'corrections', forfeit_reason, forfeit_booked_by
+        );
     END IF;
     UPDATE accounts
     SET balance_nano = 0, name = '', contact = '', note = '', is_active = FALSE, erased_at = now(), updated_at = now()
@@ -321,9 +323,9 @@ BEGIN
         INSERT INTO identities (provider, subject, account_id) VALUES (new_provider, new_subject, account_id);
         IF bonus_nano > 0 THEN
             INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, reference, booked_by)
+            -- The reference does not name the person: entries stay when a user is erased.
             VALUES (
-                account_id, bonus_entry_id, 'bonus', bonus_nano, 'goodwill', 'sign-up',
-                'sign-up:' || new_provider || ':' || new_subject, new_provider
+                account_id, bonus_entry_id, 'bonus', bonus_nano, 'goodwill', 'sign-up', 'sign-up:' || account_id, new_provider
             );
         END IF;
     END IF;

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from gptutor.cli.arguments import day
 from gptutor.cli.console import Json, fail, out, print_json, shown, with_database
-from gptutor.cli.export import DAY_FORMATS
 from gptutor.config.load import load
 from gptutor.money.amounts import PLAIN_DECIMAL
 from gptutor.money.report import By, Report, ReportRow, report, report_csv, report_json, value_texts
@@ -23,12 +23,12 @@ REPORT_S = 600
 @report_app.command("report")
 def report_command(
     first: Annotated[
-        datetime.datetime | None,
-        typer.Option("--from", formats=DAY_FORMATS, help="The first day (UTC); by default this month's."),
+        datetime.date | None,
+        typer.Option("--from", parser=day, metavar="DAY", help="The first day (UTC); by default this month's."),
     ] = None,
     last: Annotated[
-        datetime.datetime | None,
-        typer.Option("--to", formats=DAY_FORMATS, help="The last day (UTC), included; by default today."),
+        datetime.date | None,
+        typer.Option("--to", parser=day, metavar="DAY", help="The last day (UTC), included; by default today."),
     ] = None,
     by: Annotated[By, typer.Option(help="What the rows are.")] = "day",
     cost_rub_per_usd: Annotated[
@@ -40,8 +40,8 @@ def report_command(
 ) -> None:
     """Show the roubles that were charged, the dollars that OpenRouter charged for them, and the margin."""
     today = datetime.datetime.now(datetime.UTC).date()
-    to_day = last.date() if last else today
-    from_day = first.date() if first else min(today, to_day).replace(day=1)
+    to_day = last or today
+    from_day = first or min(today, to_day).replace(day=1)
     if from_day > to_day:
         fail("--from must not be later than --to.")
     rate = load().billing.cost_rub_per_usd if cost_rub_per_usd is None else _rate(cost_rub_per_usd)

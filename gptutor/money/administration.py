@@ -145,7 +145,7 @@ class Administration(Bookkeeper):
         async def erase() -> tuple[bool, Nano]:
             nonlocal attempts
             attempts += 1
-            return await self.users.erase(account_id, forfeit=forfeit, entry_id=entry_id, reason=FORFEITED)
+            return await self.users.erase(account_id, forfeit=forfeit, entry_id=entry_id, reason=FORFEITED, booked_by=self._who)
 
         is_new, balance = await retry_lost_response(erase)
         if is_new or attempts > 1:  # the response to the first attempt may have been lost, and its audit line with it

@@ -169,13 +169,15 @@ class UserRepository:
         """The account in the row of a change. Raises NoSuchUser and UserErased, if there is no row."""
         return user_of(row) if row is not None else require_not_erased(await self.find(account_id))
 
-    async def erase(self, account_id: AccountId, *, forfeit: bool, entry_id: uuid.UUID, reason: str) -> tuple[bool, Nano]:
-        """Removes what identifies the user, for good; the books stay. With `forfeit`, an adjustment with this id and reason takes
-        the balance. Whether the user was not erased before, and the balance that was forfeited.
+    async def erase(
+        self, account_id: AccountId, *, forfeit: bool, entry_id: uuid.UUID, reason: str, booked_by: str
+    ) -> tuple[bool, Nano]:
+        """Removes what identifies the user, for good; the books stay. With `forfeit`, an adjustment by `booked_by`, with this id and
+        reason, takes the balance. Whether the user was not erased before, and the balance that was forfeited.
 
         Raises NoSuchUser, NotErasable.
         """
-        row = await self._database.fetchrow("erase_user", account_id, forfeit, entry_id, reason)
+        row = await self._database.fetchrow("erase_user", account_id, forfeit, entry_id, reason, booked_by)
         if row is None:
             raise NoSuchUser
         balance = Nano(row["balance_nano"])

@@ -7,7 +7,8 @@
 --   payments_pending  nothing was done: payments have not ended
 --   balance_left      nothing was done: the balance, balance_nano, is not 0, and it is not to be forfeited
 CREATE OR REPLACE FUNCTION erase_user(
-    erased_account_id bigint, forfeit_balance boolean, forfeit_entry_id uuid, forfeit_reason text
+    erased_account_id bigint, forfeit_balance boolean, forfeit_entry_id uuid, forfeit_reason text,
+    forfeit_booked_by text
 ) RETURNS TABLE (outcome text, balance_nano bigint)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -37,8 +38,10 @@ BEGIN
     END IF;
 
     IF present.balance_nano <> 0 THEN
-        INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason)
-        VALUES (erased_account_id, forfeit_entry_id, 'adjustment', -present.balance_nano, 'corrections', forfeit_reason);
+        INSERT INTO ledger (account_id, entry_id, kind, amount_nano, contra, reason, booked_by)
+        VALUES (
+            erased_account_id, forfeit_entry_id, 'adjustment', -present.balance_nano, 'corrections', forfeit_reason, forfeit_booked_by
+        );
     END IF;
     UPDATE accounts
     SET balance_nano = 0, name = '', contact = '', note = '', is_active = FALSE, erased_at = now(), updated_at = now()

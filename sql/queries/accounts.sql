@@ -90,7 +90,7 @@ RETURNING
 
 -- name: erase_user
 -- Removes what identifies the user of account $1. With $2, a balance is forfeited by an adjustment with the id $3 and the reason
--- $4. No row: there is no such account. Outcomes: see the function.
+-- $4, booked by $5. No row: there is no such account. Outcomes: see the function.
 SELECT
     outcome,
     balance_nano
@@ -98,7 +98,8 @@ FROM erase_user(
     erased_account_id => $1::bigint,
     forfeit_balance => $2::boolean,
     forfeit_entry_id => $3::uuid,
-    forfeit_reason => $4::text
+    forfeit_reason => $4::text,
+    forfeit_booked_by => $5::text
 );
 
 -- name: count_accounts
