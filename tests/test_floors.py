@@ -15,7 +15,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "text": (),
     "telemetry": ("text",),
     "config": (),
-    "integrations": (),
+    "integrations": ("telemetry",),
     "simulator": (),
     "database": (),
     "openrouter": ("telemetry",),
@@ -54,6 +54,7 @@ PURE = {
     "gptutor.openrouter.headers": (),
     "gptutor.openrouter.bill": (),
     "gptutor.openrouter.retry": (),
+    "gptutor.openrouter.account_state": ("gptutor.openrouter.bill",),
     "gptutor.openrouter.circuit": (),
     "gptutor.api.chat.request": (
         "gptutor.http.json_body",

@@ -4,6 +4,8 @@ They are served on a listener of their own, which is off unless `metrics.port` i
 public. The client library adds `_total` to the names of counters.
 """
 
+import math
+
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, Counter, Gauge, Histogram, generate_latest
 
@@ -102,3 +104,28 @@ def build_metrics() -> web.Application:
     app = web.Application()
     app.router.add_get("/metrics", show_metrics)
     return app
+
+
+# -- our account at OpenRouter, and alerts
+
+OPENROUTER_LIMIT = Gauge(
+    "gptutor_openrouter_limit_dollars", "The limit of our API key at OpenRouter; +Inf: none; NaN: not read yet."
+)
+OPENROUTER_LIMIT_LEFT = Gauge(
+    "gptutor_openrouter_limit_left_dollars", "What is left of the limit of our API key; +Inf: no limit; NaN: not read yet."
+)
+OPENROUTER_CREDIT_LEFT = Gauge(
+    "gptutor_openrouter_credit_left_dollars",
+    "What is left of our credit at OpenRouter; NaN: not read, as it takes openrouter.management_key.",
+)
+OPENROUTER_REFUSES = Gauge(
+    "gptutor_openrouter_refuses", "1 while OpenRouter refuses our account, and completions are rejected with 503. Alert on 1."
+)
+for _gauge in (OPENROUTER_LIMIT, OPENROUTER_LIMIT_LEFT, OPENROUTER_CREDIT_LEFT):
+    _gauge.set(math.nan)
+ALERTS_ON = Gauge("gptutor_alerts_on", "Conditions that this process finds wrong now; gptutor alerts lists them.")
+ALERTS_SENT = Counter(
+    "gptutor_alerts_sent",
+    "Alerts, by outcome: sent, failed (given up, and in the log). Look at the settings if any failed.",
+    ["outcome"],
+)
