@@ -124,10 +124,10 @@ def read_credit(document: bytes) -> Decimal:
 
 
 def describe(key: KeyReport, credit_usd: Decimal | None) -> str:
-    """For the operator, such as `key limit $50, $12.34 left; credit left $3.20`."""
+    """For the operator, such as `key limit $50.00, $12.34 left; credit left $3.20`."""
     limit = "the key has no limit"
     if key.limit_usd is not None:
-        limit = f"key limit ${key.limit_usd:f}"
+        limit = f"key limit ${key.limit_usd:.2f}"
     if key.limit_left_usd is not None:
         limit += f", ${key.limit_left_usd:.2f} left"
     return limit if credit_usd is None else f"{limit}; credit left ${credit_usd:.2f}"

@@ -32,6 +32,8 @@ def free_bytes(folders: Iterable[Path]) -> dict[Path, int]:
     for folder in folders:
         try:
             free[folder] = shutil.disk_usage(folder).free
+        except FileNotFoundError:
+            continue  # nothing is written there yet
         except OSError as error:
             LOGGER.warning("The free space of %s cannot be read: %s", folder, error.strerror)
     return free
