@@ -350,14 +350,7 @@ async def _alerting(config: Config, database: Database, journal: Journal) -> Asy
     """Tells the operator what goes wrong, as long as the database is open."""
     settings, paths = config.alerts, config.paths
     ALERTS.clear()
-    async with webhook.connected(
-        url=settings.url,
-        form=settings.form,
-        token=settings.token,
-        chat_id=settings.chat_id,
-        proxy=settings.proxy,
-        timeout_s=settings.timeout_s,
-    ) as receiver:
+    async with webhook.connected(settings) as receiver:
         alerter = Alerter(
             ALERTS,
             AlertBook(database),

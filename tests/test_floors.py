@@ -15,7 +15,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "text": (),
     "telemetry": ("text",),
     "config": (),
-    "integrations": ("telemetry",),
+    "integrations": ("telemetry", "config"),
     "simulator": (),
     "database": (),
     "openrouter": ("telemetry",),
@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
     "server": ("telemetry", "config", "simulator", "database", "openrouter", "money", "http", "admin", "app"),
     "web": ("errors", "config", "api.keys", "api.chat.request", "server.listener", "server.runners"),
-    "cli": ("telemetry", "text", "config", "simulator", "database", "openrouter", "money", "server", "web"),
+    "cli": ("telemetry", "text", "config", "simulator", "integrations", "database", "openrouter", "money", "server", "web"),
     "__main__": ("cli",),
 }
 # The keys of `app[…]` name types of higher packages, for the type checker only.

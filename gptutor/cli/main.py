@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gptutor import __version__
+from gptutor.cli.alerts import alerts_app
 from gptutor.cli.console import Json, embedded_directory, fail, out, print_json, progress, with_administration, with_database
 from gptutor.cli.export import export_app
 from gptutor.cli.keys import keys_app
@@ -51,6 +52,7 @@ app = typer.Typer(
 user_app.add_typer(keys_app)
 app.add_typer(user_app, name="user")
 app.add_typer(export_app, name="export")
+app.add_typer(alerts_app, name="alerts")
 
 
 # Errors whose text is written for the operator.

@@ -6,11 +6,12 @@ The address and the token are secrets: neither is in an exception or a log line.
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 import orjson
 
+from gptutor.config.schema import AlertSettings
 from gptutor.telemetry.alerts import Alert, Undelivered, in_words
 
 TELEGRAM_URL = "https://api.telegram.org"
@@ -19,22 +20,18 @@ TEXT_CHARACTERS_MAX = 4000
 """Telegram takes 4096."""
 DESCRIPTION_CHARACTERS_MAX = 200
 
-Form = Literal["json", "telegram"]
-
 
 class Webhook:
-    """`token` is the bot's, or with form `json` sent as a bearer token; `chat_id` is Telegram's."""
-
-    def __init__(
-        self, session: aiohttp.ClientSession, *, url: str, form: Form, token: str = "", chat_id: str = "", proxy: str = ""
-    ) -> None:
+    def __init__(self, session: aiohttp.ClientSession, settings: AlertSettings) -> None:
         self._session = session
-        self._form = form
-        self._token = token
-        self._chat_id = chat_id
-        self._proxy = proxy or None
+        self._form = settings.form
+        self._token = settings.token
+        self._chat_id = settings.chat_id
+        self._proxy = settings.proxy or None
         self._host = socket.gethostname()
-        self._url = f"{(url or TELEGRAM_URL).rstrip('/')}/bot{token}/sendMessage" if form == "telegram" else url
+        self._url = settings.url
+        if settings.form == "telegram":
+            self._url = f"{(settings.url or TELEGRAM_URL).rstrip('/')}/bot{settings.token}/sendMessage"
 
     async def send(self, alert: Alert) -> None:
         """One attempt. Raises Undelivered."""
@@ -92,13 +89,11 @@ def _retry_after_s(answer: Mapping[str, Any]) -> float | None:
 
 
 @asynccontextmanager
-async def connected(
-    *, url: str, form: Form, token: str, chat_id: str, proxy: str, timeout_s: float
-) -> AsyncIterator[Webhook | None]:
+async def connected(settings: AlertSettings) -> AsyncIterator[Webhook | None]:
     """A webhook with a session of its own; None: nobody is to be told. Without `proxy` HTTPS_PROXY counts, as everywhere."""
-    if not url and form == "json":
+    if not settings.url and settings.form == "json":
         yield None
         return
-    timeout = aiohttp.ClientTimeout(total=timeout_s)
-    async with aiohttp.ClientSession(timeout=timeout, trust_env=not proxy) as session:
-        yield Webhook(session, url=url, form=form, token=token, chat_id=chat_id, proxy=proxy)
+    timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
+    async with aiohttp.ClientSession(timeout=timeout, trust_env=not settings.proxy) as session:
+        yield Webhook(session, settings)
