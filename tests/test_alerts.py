@@ -470,7 +470,7 @@ async def test_two_real_processes_tell_once_that_our_key_is_refused_and_once_tha
         async with asyncio.timeout(30):
             while len(receiving.requests) < len(expected):
                 await asyncio.sleep(0.02)
-        await asyncio.sleep(0.5)  # several polls of both processes: whoever would tell it again has done so
+        await asyncio.sleep(2.5)  # more than two polls of both processes: whoever would tell it again has done so
         assert [document["kind"] for _, _, document in receiving.requests] == expected
 
     service: Service = await asyncio.to_thread(
@@ -484,7 +484,7 @@ async def test_two_real_processes_tell_once_that_our_key_is_refused_and_once_tha
         GPTUTOR_OPENROUTER__ACCOUNT_PROBE_S="0.1",
         GPTUTOR_ALERTS__URL=f"{url}/hooks/secret-path",
         GPTUTOR_ALERTS__TOKEN="secret-token",
-        GPTUTOR_ALERTS__POLL_S="0.1",
+        GPTUTOR_ALERTS__POLL_S="1",
         GPTUTOR_ALERTS__DISK_FREE_BYTES_MIN="0",
         GPTUTOR_LOGS__LEVEL="debug",
         GPTUTOR_LOGS__STDOUT="false",

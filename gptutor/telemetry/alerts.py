@@ -200,9 +200,10 @@ class Alerter:
                 await self.check()
             except Exception:
                 LOGGER.exception("Alerts failed, and continue")
-            await asyncio.sleep(min(CHECKS_APART_S, self._poll_s))
+            apart_s = min(CHECKS_APART_S, self._poll_s)
+            await asyncio.sleep(apart_s)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._poll_s):
+                async with asyncio.timeout(self._poll_s - apart_s):
                     await self._woken.wait()
 
     async def check(self) -> None:
