@@ -221,6 +221,19 @@ async def test_without_credit_a_completion_finds_out_when_there_is_some(
 
 
 @pytest.mark.parametrize("tuned", [QUICK])
+async def test_a_completion_that_began_before_the_refusal_does_not_end_it(gateway: Gateway) -> None:
+    gateway.app[SERVICES].upstream.account.gate.probe_s = 60
+    client = await gateway.client()
+    gateway.simulator.first_word_s = 0.5
+    before = asyncio.create_task(gateway.chat(client))
+    await until(lambda: len(gateway.simulator.billing.records) == 1)
+    gateway.simulator.account.credit_usd = Decimal(0)
+    assert (await gateway.chat(client))[0].status == 500
+    assert (await before)[0].status == 200
+    assert gate(gateway).refusal == "no_credit"
+
+
+@pytest.mark.parametrize("tuned", [QUICK])
 async def test_a_request_that_is_too_dear_is_refused_alone(gateway: Gateway) -> None:
     gateway.simulator.account.credit_usd = Decimal("0.001")
     client = await gateway.client()
