@@ -4,6 +4,7 @@ alerts without Prometheus)."""
 import asyncio
 import socket
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,12 @@ from gptutor.database.alert_book import AlertBook
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database
 from gptutor.integrations import webhook
+from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.balance_auditor import BalanceAuditor
+from gptutor.money.holds import HoldFacts
+from gptutor.money.overruns import report_overrun
 from gptutor.openrouter import service
+from gptutor.openrouter.account import Account
 from gptutor.telemetry import alerts as alerts_module
 from gptutor.telemetry.alerts import ALERTS, CONDITIONS, EVENTS, Alert, Alerter, Alerts, Undelivered, deliver
 from gptutor.telemetry.disk import GIGABYTE, free_bytes, report_room
@@ -440,6 +445,17 @@ async def test_a_dead_process_and_a_hold_that_is_given_up_are_counted(
         await by_hand.close()
         assert await living.recovery.process_due_holds() == 1
     assert ALERTS.events["hold_given_up"] == ("The cost of the request r was not found out: its hold is released", 1)
+
+
+def test_a_charge_above_its_hold_is_counted() -> None:
+    facts = HoldFacts(Nano(1), Decimal(90), None, "r-1", "a/b")
+    report_overrun(AccountId(1), facts, Nano(2), overdraft_max=Nano(5))
+    assert ALERTS.events == {"charge_overrun": ("The charge of the request r-1 (a/b) exceeds its hold", 1)}
+
+
+async def test_a_request_that_is_too_dear_for_our_credit_is_counted() -> None:
+    Account().record_trouble("too_dear")
+    assert [*ALERTS.events] == ["request_too_dear"]
 
 
 @pytest.mark.parametrize("reason", ["conflict", "not_found"])
