@@ -448,7 +448,7 @@ async def test_a_dead_process_and_a_hold_that_is_given_up_are_counted(
 
 
 def test_a_charge_above_its_hold_is_counted() -> None:
-    facts = HoldFacts(Nano(1), Decimal(90), None, "r-1", "a/b")
+    facts = HoldFacts(Nano(1), Decimal(90), b"", "r-1", "a/b")
     report_overrun(AccountId(1), facts, Nano(2), overdraft_max=Nano(5))
     assert ALERTS.events == {"charge_overrun": ("The charge of the request r-1 (a/b) exceeds its hold", 1)}
 
