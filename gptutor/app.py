@@ -21,6 +21,7 @@ from gptutor.api.payments import PaymentService
 from gptutor.api.verified_keys import VerifiedKeys
 from gptutor.config.schema import BillingSettings, Config, OpenRouterSettings, RelaySettings, VkSettings
 from gptutor.database import migrations, pool
+from gptutor.database.alert_book import AlertBook
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.database.pool import Database
 from gptutor.http import middlewares
@@ -46,13 +47,13 @@ from gptutor.http.health import Readiness
 from gptutor.http.rate_limit import RateLimit
 from gptutor.http.request_counts import count_routes
 from gptutor.http.routing import add_routes
-from gptutor.integrations import yookassa
+from gptutor.integrations import webhook, yookassa
 from gptutor.integrations.vk import ExpiredLaunch
 from gptutor.money import journal
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.balance_auditor import BalanceAuditor
 from gptutor.money.figures import Figures
-from gptutor.money.journal import JOURNALS, AbandonedJournal
+from gptutor.money.journal import JOURNALS, AbandonedJournal, Journal
 from gptutor.money.keyring import KeyRing
 from gptutor.money.ledger import Ledger
 from gptutor.money.pending_payments import PendingPayments
@@ -60,9 +61,12 @@ from gptutor.money.pricing import LLMCostEvaluate
 from gptutor.money.recovery import Recovery, connection_name
 from gptutor.money.vault import Vault
 from gptutor.openrouter import catalogue, service
+from gptutor.openrouter.account import Account
 from gptutor.openrouter.headers import FORWARDED_HEADERS, RETURNED_HEADERS
 from gptutor.routes import METHODS, ROUTES
 from gptutor.tasks import BackgroundTasks
+from gptutor.telemetry.alerts import ALERTS, Alerter
+from gptutor.telemetry.disk import watch_disk
 from gptutor.telemetry.logs import LoggerService
 from gptutor.telemetry.metrics import IN_FLIGHT_REQUESTS, JOURNAL_BYTES, JOURNAL_FILLED
 from gptutor.telemetry.shared_metrics import FOLDER
@@ -154,6 +158,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             )
         )
         app[KEYRING] = KeyRing(database, app[VAULT])
+        await stack.enter_async_context(_alerting(config, database, app[JOURNAL]))
 
         pending_payments = PendingPayments(
             database,
@@ -165,6 +170,7 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
         payment_lookups = PaymentLookups(app[PAYMENTS], pending_payments, config.yookassa.poll_s)
 
         upstream = await stack.enter_async_context(_openrouter(config.openrouter))
+        app[READINESS].account_obstacle = lambda: upstream.account.obstacle
         models = await stack.enter_async_context(
             catalogue.refreshed(upstream, config.openrouter.models_refresh_s, config.paths.data / MODELS_FILE)
         )
@@ -324,6 +330,12 @@ async def _openrouter(settings: OpenRouterSettings) -> AsyncIterator[service.Ope
         end_s=settings.end_s,
         attempts_max=settings.attempts_max,
     )
+    account = Account(
+        poll_s=settings.account_poll_s,
+        probe_s=settings.account_probe_s,
+        credit_warning_usd=settings.credit_warning_usd,
+        management_key=settings.management_key,
+    )
     async with service.connected(
         settings.base_url,
         settings.api_key,
@@ -333,8 +345,34 @@ async def _openrouter(settings: OpenRouterSettings) -> AsyncIterator[service.Ope
         connections_max=settings.connections_max,
         proxy=settings.proxy,
         old_api_keys=settings.old_api_keys.split(),
+        account=account,
     ) as openrouter:
+        watching = asyncio.create_task(account.watch(lambda path, headers: openrouter.get(path, headers=headers)), name="account")
         yield openrouter
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _alerting(config: Config, database: Database, journal: Journal) -> AsyncIterator[None]:
+    """Tells the operator what goes wrong, as long as the database is open."""
+    settings, paths = config.alerts, config.paths
+    ALERTS.clear()
+    async with webhook.connected(settings) as receiver:
+        alerter = Alerter(
+            ALERTS,
+            AlertBook(database),
+            receiver.send if receiver is not None else None,
+            poll_s=settings.poll_s,
+            unavailable=(DatabaseUnavailable,),
+        )
+        disk = watch_disk({paths.data, paths.logs}, settings.disk_free_bytes_min, lambda: journal.share_used)
+        tasks = [asyncio.create_task(alerter.run(), name="alerts"), asyncio.create_task(disk, name="disk")]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await alerter.close()
 
 
 def _cost_evaluation(settings: BillingSettings) -> LLMCostEvaluate:

@@ -60,6 +60,7 @@ ERRORS: dict[str, ErrorKind] = {
     "upstream_error": ErrorKind(500, "Internal server error"),
     "upstream_unreachable": ErrorKind(500, "Internal server error"),
     "upstream_account": ErrorKind(500, "Internal server error", DO_NOT_RETRY),
+    "upstream_account_refused": ErrorKind(503, "Service temporarily unavailable", {"Retry-After": "15"}),
     "upstream_outcome_unknown": ErrorKind(500, "Internal server error", DO_NOT_RETRY),
     "upstream_timeout": ErrorKind(504, "OpenRouter did not answer in time"),
     "database_unavailable": ErrorKind(503, "Service temporarily unavailable", RETRY_SOON),

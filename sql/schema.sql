@@ -837,6 +837,33 @@ ALTER TABLE public.accounts ALTER COLUMN account_id ADD GENERATED ALWAYS AS IDEN
     CACHE 1
 );
 
+CREATE TABLE public.alert_events (
+    name text NOT NULL,
+    text text NOT NULL,
+    events bigint NOT NULL,
+    since timestamp with time zone DEFAULT now() NOT NULL,
+    told_at timestamp with time zone,
+    CONSTRAINT events_is_not_negative CHECK ((events >= 0))
+);
+
+COMMENT ON TABLE public.alert_events IS 'Events that the operator is told: the latest of each kind. No row depends on an account.';
+
+COMMENT ON COLUMN public.alert_events.events IS 'How many have happened since `since`, and are not told.';
+
+CREATE TABLE public.alerts (
+    name text NOT NULL,
+    text text NOT NULL,
+    since timestamp with time zone DEFAULT now() NOT NULL,
+    seen_at timestamp with time zone DEFAULT now() NOT NULL,
+    may_expire boolean NOT NULL
+);
+
+COMMENT ON TABLE public.alerts IS 'Conditions that are on, as gptutor alerts lists them. No row depends on an account.';
+
+COMMENT ON COLUMN public.alerts.seen_at IS 'When a process has last found the condition on.';
+
+COMMENT ON COLUMN public.alerts.may_expire IS 'Whether the condition is over as soon as no process finds it on; otherwise a process must have seen its end, too.';
+
 ALTER TABLE public.api_keys ALTER COLUMN key_id ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME public.api_keys_key_id_seq
     START WITH 1
@@ -1071,6 +1098,12 @@ COMMENT ON COLUMN public.usage_days.completion_tokens IS 'Of the charges whose t
 
 ALTER TABLE ONLY public.accounts
     ADD CONSTRAINT accounts_pkey PRIMARY KEY (account_id);
+
+ALTER TABLE ONLY public.alert_events
+    ADD CONSTRAINT alert_events_pkey PRIMARY KEY (name);
+
+ALTER TABLE ONLY public.alerts
+    ADD CONSTRAINT alerts_pkey PRIMARY KEY (name);
 
 ALTER TABLE ONLY public.api_keys
     ADD CONSTRAINT api_keys_pkey PRIMARY KEY (account_id, key_hash);

@@ -27,6 +27,7 @@ from gptutor.money.pricing import Charge
 from gptutor.money.rollback import Position, lost_action, may_have_gone_back, read_position, write_position
 from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.server import Simulator
+from gptutor.telemetry.alerts import ALERTS
 from tests.support.accounting import assert_charges_match_bills
 from tests.support.gateway import Client, Gateway, config_for, gateway_on, make_client
 from tests.support.ledger import assert_invariants_hold, hold, settlement
@@ -211,6 +212,7 @@ async def test_what_is_lost_is_charged_again_once_and_told_once(
         reopened = await hold(database, client, "5", ledger=living.ledger)
         record_bill(living, reopened)
         assert await checked(living, caplog) == []
+        ALERTS.clear()
         await live.back_up()
         await reconnected(database)
         await living.ledger.settle(settlement(reopened, "0.01"))
@@ -221,6 +223,7 @@ async def test_what_is_lost_is_charged_again_once_and_told_once(
         await reconnected(database)
         (told,) = await checked(living, caplog)
         assert told.startswith(f"{WENT_BACK}: 11 holds")
+        assert ALERTS.events["commits_lost"][1] == 11
         assert (await client.balance(), await client.held()) == (Decimal("90.1"), 0)
         assert await checked(living, caplog) == []
         await buy(database, client, living)

@@ -15,7 +15,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "text": (),
     "telemetry": ("errors", "text"),
     "config": (),
-    "integrations": (),
+    "integrations": ("telemetry", "config"),
     "simulator": (),
     "database": ("telemetry",),
     "openrouter": ("telemetry",),
@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "admin": ("errors", "telemetry", "text", "config", "database", "openrouter", "money", "http"),
     "routes": ("http", "api"),
     "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
-    "server": ("telemetry", "config", "simulator", "database", "money", "http", "admin", "app"),
+    "server": ("telemetry", "config", "simulator", "database", "openrouter", "money", "http", "admin", "app"),
     "diagnosis": ("telemetry", "config", "integrations", "database", "openrouter", "money", "server"),
     "web": (
         "errors",
@@ -38,7 +38,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "server.listener",
         "server.runners",
     ),
-    "cli": ("telemetry", "text", "config", "simulator", "database", "openrouter", "money", "server", "diagnosis", "web"),
+    "cli": (
+        "telemetry",
+        "text",
+        "config",
+        "simulator",
+        "integrations",
+        "database",
+        "openrouter",
+        "money",
+        "server",
+        "diagnosis",
+        "web",
+    ),
     "__main__": ("cli",),
 }
 # The keys of `app[…]` name types of higher packages, for the type checker only.
@@ -66,6 +78,7 @@ PURE = {
     "gptutor.openrouter.headers": (),
     "gptutor.openrouter.bill": (),
     "gptutor.openrouter.retry": (),
+    "gptutor.openrouter.account_state": ("gptutor.openrouter.bill",),
     "gptutor.openrouter.circuit": (),
     "gptutor.api.chat.request": (
         "gptutor.http.json_body",

@@ -34,6 +34,7 @@ from gptutor.money.bookings import AlreadyBooked, Booking
 from gptutor.money.pending_payments import DuePayment, PendingPayments
 from gptutor.money.users import NoSuchUser, User, UserRepository
 from gptutor.tasks import BackgroundTasks
+from gptutor.telemetry.alerts import ALERTS
 from gptutor.telemetry.metrics import PAYMENT_NOTIFICATIONS, PAYMENTS_NOT_CREDITED
 
 LOGGER = logging.getLogger("gptutor.payments")
@@ -289,6 +290,8 @@ def _reference(payment_id: str) -> str:
 def _refuse(reason: str, message: str, *arguments: object) -> None:
     PAYMENTS_NOT_CREDITED.labels(reason).inc()
     LOGGER.error(message, *arguments)
+    if reason != "not_found":  # anybody can make up ids
+        ALERTS.count("payment_not_credited", message % arguments)
 
 
 async def _book(

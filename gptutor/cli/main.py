@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gptutor import __version__
+from gptutor.cli.alerts import alerts_app
 from gptutor.cli.audit import audit_app
 from gptutor.cli.console import Json, embedded_directory, fail, out, print_json, progress, with_administration
 from gptutor.cli.doctor import doctor
@@ -55,6 +56,7 @@ app.command()(lost)
 app.add_typer(audit_app)
 app.add_typer(report_app)
 app.add_typer(requests_app)
+app.add_typer(alerts_app, name="alerts")
 
 
 # Errors whose text is written for the operator.

@@ -22,9 +22,13 @@ Secret = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*\Z", description="printabl
 Secrets = Annotated[str, msgspec.Meta(pattern=r"^[!-~]*( [!-~]+)*\Z", description="keys separated by one space")]
 HeaderText = Annotated[str, msgspec.Meta(pattern=r"^[ -~]*\Z", description="printable ASCII")]
 BaseUrl = Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z", description="an address such as https://host/path")]
+AlertUrl = Annotated[
+    str, msgspec.Meta(pattern=r"^(https?://[^/\s]+(/\S*)?)?\Z", description="an address such as https://host/path")
+]
 ReturnUrl = Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z", description="an address such as https://example.com/paid")]
 
 ROUBLE_PLACES = 9
+TELEGRAM_TOKEN = re.compile(r"[0-9]+:[A-Za-z0-9_-]+")
 ADMIN_CREDENTIAL = r"(?:(?P<name>[a-z][a-z0-9_-]{0,31}):)?(?P<secret>[!-9;-~]{32,256})"
 
 
@@ -154,8 +158,13 @@ class OpenRouterSettings(Section, frozen=True):
     plain_bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 32 * 1024 * 1024
     plain_bytes_total: Annotated[int, msgspec.Meta(ge=65_536)] = 256 * 1024 * 1024
     models_refresh_s: Seconds = 600
+    account_poll_s: Seconds = 300
+    account_probe_s: Seconds = 15
+    credit_warning_usd: Decimal = Decimal(5)
 
     def __post_init__(self) -> None:
+        if not (self.credit_warning_usd.is_finite() and 0 <= self.credit_warning_usd <= 1_000_000):
+            raise ValueError(f"openrouter.credit_warning_usd must be a number from 0 to 1000000, not {self.credit_warning_usd}")
         for name, url in (("base_url", self.base_url), ("proxy", self.proxy)):
             if url and not is_address(url, with_path=name == "base_url"):
                 raise ValueError(f"openrouter.{name} must be an address such as https://host:port")
@@ -312,6 +321,26 @@ class YookassaSettings(Section, frozen=True):
         return bool(self.shop_id)
 
 
+class AlertSettings(Section, frozen=True):
+    url: AlertUrl = ""
+    form: Literal["json", "telegram"] = "json"
+    token: Secret = ""
+    chat_id: Secret = ""
+    proxy: str = ""
+    timeout_s: Seconds = 10
+    poll_s: Annotated[float, msgspec.Meta(ge=0.05, le=3600)] = 10
+    disk_free_bytes_min: Annotated[int, msgspec.Meta(ge=0)] = 2 << 30
+
+    def __post_init__(self) -> None:
+        if self.form == "telegram" and not (TELEGRAM_TOKEN.fullmatch(self.token) and self.chat_id):
+            raise ValueError(
+                "alerts.token and alerts.chat_id must be set for Telegram: the token of a bot, such as 123456789:AbC-…, "
+                "from @BotFather, and the id of a chat in which the bot may write"
+            )
+        if self.proxy and not is_address(self.proxy, with_path=False):
+            raise ValueError("alerts.proxy must be an address such as http://host:port")
+
+
 class SimulatorSettings(Section, frozen=True):
     host: Name = "127.0.0.1"
     port: Port = 3002
@@ -341,6 +370,7 @@ class Config(Section, frozen=True):
     security: SecuritySettings = SecuritySettings()
     vk: VkSettings = VkSettings()
     yookassa: YookassaSettings = YookassaSettings()
+    alerts: AlertSettings = AlertSettings()
     simulator: SimulatorSettings = SimulatorSettings()
     docs: DocsSettings = DocsSettings()
 

@@ -12,10 +12,13 @@ from typing import Any
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database
 from gptutor.money.amounts import roubles
+from gptutor.telemetry.alerts import ALERTS
 from gptutor.telemetry.metrics import INCONSISTENT_ACCOUNTS
 
 LOGGER = logging.getLogger("gptutor.balance_auditor")
 ACCOUNTS_PER_QUERY = 500
+NAMED_MAX = 5
+"""Accounts that an alert names."""
 
 
 class BalanceAuditor:
@@ -55,6 +58,8 @@ class BalanceAuditor:
                         _log_broken_account(row)
             self._broken = broken
             INCONSISTENT_ACCOUNTS.set(len(broken))
+            some = ", ".join(map(str, sorted(broken)[:NAMED_MAX]))
+            ALERTS.report("books_broken", f"{len(broken)} accounts do not match their ledger, such as {some}" if broken else None)
         self._oldest_transaction = oldest_transaction
         return self._broken
 

@@ -8,6 +8,7 @@ import logging
 
 from gptutor.money.amounts import AccountId, Nano, roubles
 from gptutor.money.holds import HoldFacts
+from gptutor.telemetry.alerts import ALERTS
 from gptutor.telemetry.metrics import CHARGE_OVERRUNS
 
 LOGGER = logging.getLogger("gptutor.overruns")
@@ -16,6 +17,7 @@ LOGGER = logging.getLogger("gptutor.overruns")
 def report_overrun(account_id: AccountId, hold: HoldFacts, charged: Nano, *, overdraft_max: Nano) -> None:
     """Counts and logs a charge above its hold; an error if the difference alone is more than a balance may fall below zero."""
     CHARGE_OVERRUNS.inc()
+    ALERTS.count("charge_overrun", f"The charge of the request {hold.request_id} ({hold.model}) exceeds its hold")
     LOGGER.log(
         logging.ERROR if charged - hold.amount > overdraft_max else logging.WARNING,
         "A charge exceeds its hold",

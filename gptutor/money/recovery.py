@@ -39,6 +39,7 @@ from gptutor.money.journal_records import HoldRecord
 from gptutor.money.ledger import Ledger
 from gptutor.money.pricing import Charge, charge_amount
 from gptutor.money.rollback import RollbackCheck
+from gptutor.telemetry.alerts import ALERTS
 from gptutor.telemetry.metrics import HOLDS_GIVEN_UP
 
 LOGGER = logging.getLogger("gptutor.recovery")
@@ -140,6 +141,9 @@ class Recovery:
         if not await self._settle_or_hand_over(abandoned.open_holds) or not all_closed:
             return False
         abandoned.retire()
+        ALERTS.count(
+            "process_died", "A process ended without closing its requests: it was killed, or crashed, and recovery does it"
+        )
         if abandoned.open_holds or unrecorded:
             LOGGER.info(
                 "Replayed the journal of a dead process: %d holds recorded, %d not", len(abandoned.open_holds), unrecorded
@@ -224,6 +228,7 @@ class Recovery:
                 "Recovery gives up a hold: no evidence of what it bought",
                 extra={"type": "recovery", "userId": str(account_id), "requestId": row["request_id"]},
             )
+            ALERTS.count("hold_given_up", f"The cost of the request {row['request_id']} was not found out: its hold is released")
 
     async def _look_up(self, row: Row) -> bool:
         """Asks OpenRouter for the cost of a generation id, and settles the hold. Returns False if OpenRouter does not know it."""

@@ -33,6 +33,7 @@ from gptutor.money.closings import CONCURRENT_MAX, all_succeed, settle_or_hand_o
 from gptutor.money.holds import HoldId, Release
 from gptutor.money.journal_records import HoldRecord, parse_line, position_line
 from gptutor.money.ledger import Ledger
+from gptutor.telemetry.alerts import ALERTS
 from gptutor.telemetry.metrics import LOST_COMMITS
 
 LOGGER = logging.getLogger("gptutor.recovery")
@@ -154,6 +155,7 @@ class RollbackCheck:
                     break
         if self._booked_again:
             LOST_COMMITS.inc(self._booked_again)
+            ALERTS.count("commits_lost", "The database has gone back, and lost what it had committed", self._booked_again)
             LOGGER.error(
                 "The database has gone back: %d holds that it had closed were lost, and are closed again by the journal. "
                 "What was paid or changed meanwhile is lost too. Run: gptutor verify, gptutor reconcile",

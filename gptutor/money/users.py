@@ -172,8 +172,8 @@ class UserRepository:
     async def erase(
         self, account_id: AccountId, *, forfeit: bool, entry_id: uuid.UUID, reason: str, booked_by: str
     ) -> tuple[bool, Nano]:
-        """Removes what identifies the user, for good; the books stay. With `forfeit`, an adjustment by `booked_by`, with this id and
-        reason, takes the balance. Whether the user was not erased before, and the balance that was forfeited.
+        """Removes what identifies the user, for good; the books stay. With `forfeit`, an adjustment by `booked_by`, with this id
+        and reason, takes the balance. Whether the user was not erased before, and the balance that was forfeited.
 
         Raises NoSuchUser, NotErasable.
         """

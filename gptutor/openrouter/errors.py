@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
+from gptutor.openrouter.account_state import Trouble, trouble_of
 from gptutor.openrouter.bill import valid_generation_id
 from gptutor.openrouter.retry import Failure
 
@@ -17,12 +19,16 @@ API_KEY = re.compile(r"sk-[A-Za-z0-9_-]+")
 
 
 class UpstreamError(Exception):
-    """OpenRouter gave no usable response. `message` is OpenRouter's own text for the client, where there is one."""
+    """OpenRouter gave no usable response. `message` is OpenRouter's own text for the client, where there is one.
 
-    def __init__(self, failure: Failure, message: str | None = None) -> None:
+    `trouble` is what the error says of our own account.
+    """
+
+    def __init__(self, failure: Failure, message: str | None = None, trouble: Trouble | None = None) -> None:
         super().__init__(f"{failure.kind} {failure.status or ''}".strip())
         self.failure = failure
         self.message = message
+        self.trouble = trouble
 
 
 class PoolExhausted(UpstreamError):
@@ -32,17 +38,28 @@ class PoolExhausted(UpstreamError):
         super().__init__(Failure("unreachable"))
 
 
+class AccountRefused(UpstreamError):
+    """OpenRouter refuses our account, so the request is not sent. `message` says why, `retry_after_s` when more is known."""
+
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        super().__init__(Failure("unreachable", retry_after_s=retry_after_s), reason)
+
+
 def error_from_response(status: int, headers: Mapping[str, str], body: bytes) -> UpstreamError:
     """The error for an error status, with OpenRouter's message if the body has one."""
     error = _read_error(body)
     is_refusal = status in REFUSALS and isinstance(error, _Error)
+    retry_after_s = _seconds(headers.get("retry-after"))
     failure = Failure(
         "broken" if status >= 500 and error is None else "status",  # without an error of OpenRouter's: a page of its edge
         status=status,
-        retry_after_s=_seconds(headers.get("retry-after")),
+        retry_after_s=retry_after_s,
         generation_id=None if is_refusal else valid_generation_id(headers.get("x-generation-id")),
     )
-    return UpstreamError(failure, _message(error))
+    metadata = error.metadata if isinstance(error, _Error) and isinstance(error.metadata, dict) else {}
+    message = _message(error)
+    trouble = trouble_of(status, message, metadata, has_retry_after=retry_after_s is not None, is_own=isinstance(error, _Error))
+    return UpstreamError(failure, message, trouble)
 
 
 def _seconds(text: str | None) -> float | None:
@@ -52,6 +69,7 @@ def _seconds(text: str | None) -> float | None:
 
 class _Error(msgspec.Struct):
     message: str | None = None
+    metadata: Any = None
 
 
 class _ErrorBody(msgspec.Struct):

@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 
 import msgspec
 
+from gptutor.openrouter.account import Account
 from gptutor.openrouter.bill import Bill, parse_usd
 from gptutor.openrouter.circuit import CircuitBreaker
 from gptutor.openrouter.connection import ERROR_STATUS_MIN, UpstreamConnection
@@ -24,11 +25,14 @@ from gptutor.openrouter.connection_pool import ConnectionPool, pooled
 from gptutor.openrouter.errors import PoolExhausted, UpstreamError, error_from_response
 from gptutor.openrouter.response import UpstreamResponse
 from gptutor.openrouter.retry import Failure, retry_delay_s
+from gptutor.telemetry.alerts import ALERTS
 from gptutor.telemetry.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RETRIES, status_label
 
 LOGGER = logging.getLogger("gptutor.openrouter")
 
 GET_TIMEOUT_S = 30.0
+CLOCK_SKEW_MAX_S = 60.0
+"""With more, the operator is told: sign-in with VK and the days of the books need a correct clock."""
 OLD_KEY_STATUSES = frozenset({401, 403, 404})
 """OpenRouter's statuses for a generation that was made with an old API key."""
 
@@ -54,8 +58,10 @@ class OpenRouterService:
         target_prefix: str,
         headers: Mapping[str, str],
         limits: UpstreamLimits,
+        account: Account,
         old_api_keys: Sequence[str] = (),
     ) -> None:
+        self.account = account
         self._pool = pool
         self._target_prefix = target_prefix.encode()
         self._headers = headers
@@ -83,14 +89,20 @@ class OpenRouterService:
         """
         clock = self._clock
         deadline = clock() + (self._limits.first_byte_s if stream else self._limits.total_s)
+        is_probe = self.account.begin_completion()
         attempt = 1
         while True:
             if not self._circuit.allows_request(clock()):
                 raise UpstreamError(Failure("unreachable"))
             before_attempt()
             try:
-                return await self._attempt(body, headers, deadline - clock()), deadline - clock()
+                response = await self._attempt(body, headers, deadline - clock())
+                if is_probe:
+                    self.account.record_success()
+                return response, deadline - clock()
             except UpstreamError as error:
+                if error.trouble is not None:
+                    self.account.record_trouble(error.trouble)
                 if error.failure.bought_nothing:
                     nothing_bought()
                 delay_s = retry_delay_s(
@@ -198,10 +210,17 @@ class OpenRouterService:
         try:
             if (date := connection.headers.get("date")) is not None:
                 with contextlib.suppress(ValueError):
-                    CLOCK_SKEW.set(time.time() - parsedate_to_datetime(date).timestamp())
+                    _report_clock(time.time() - parsedate_to_datetime(date).timestamp())
             return await response.read_body(GET_TIMEOUT_S)
         finally:
             response.close()
+
+
+def _report_clock(skew_s: float) -> None:
+    """`skew_s`: our clock minus OpenRouter's."""
+    CLOCK_SKEW.set(skew_s)
+    text = f"The clock of this machine is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} OpenRouter's"
+    ALERTS.report("clock_skew", text if abs(skew_s) > CLOCK_SKEW_MAX_S else None)
 
 
 def _encode_headers(headers: Mapping[str, str]) -> bytes:
@@ -238,8 +257,9 @@ async def connected(
     connections_max: int,
     proxy: str = "",
     old_api_keys: Sequence[str] = (),
+    account: Account | None = None,
 ) -> AsyncIterator[OpenRouterService]:
-    """A service with a connection pool of its own, which is closed on exit."""
+    """A service with a connection pool of its own, which is closed on exit. `account` is not watched here."""
     async with pooled(base_url, proxy, connections_max=connections_max, connect_s=limits.connect_s) as (pool, origin):
         headers = {
             "Host": origin.host_header,
@@ -252,4 +272,4 @@ async def connected(
             **({"X-Title": title} if title else {}),
             **pool.headers,
         }
-        yield OpenRouterService(pool, pool.target_prefix, headers, limits, old_api_keys)
+        yield OpenRouterService(pool, pool.target_prefix, headers, limits, account or Account(), old_api_keys)

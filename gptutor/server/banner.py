@@ -5,7 +5,8 @@ from gptutor.config.schema import Config
 from gptutor.server.listener import host_and_port
 
 
-def banner(config: Config, *, url: str, demo_key: str | None) -> str:
+def banner(config: Config, *, url: str, demo_key: str | None, account: str | None = None) -> str:
+    """`account` is what OpenRouter says of ours, or what is wrong with it."""
     upstream = (
         "the built-in SIMULATOR: no model is called and no dollar is spent. Set OPENROUTER_API_KEY to use OpenRouter."
         if config.simulated
@@ -18,6 +19,7 @@ def banner(config: Config, *, url: str, demo_key: str | None) -> str:
         f"  GPTutor            {url}/v1",
         f"  Version            {__version__}",
         f"  Upstream           {upstream}",
+        *([f"  Account            {account}"] if account else []),
         f"  Data               {data}",
         f"  Logs               {config.paths.logs.resolve()}/combined-YYYY-MM-DD.log",
         f"  Documentation      make docs → http://{docs}",

@@ -21,6 +21,7 @@ from gptutor.config.secrets import secret_keys
 from gptutor.database import migrations
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.money.vault import Vault
+from gptutor.server.account_line import account_line
 from gptutor.server.banner import banner
 from gptutor.server.demo import demo_key
 from gptutor.server.listener import StartError, listening_on, listening_on_unix_socket
@@ -69,7 +70,8 @@ async def serve(config: Config) -> None:
                 await stack.enter_async_context(admin_listening(admin, resolved))
             key = await demo_key(resolved, Vault(secrets)) if config.embedded and config.simulated else None
             tune_garbage_collection()
-            print(banner(config, url=url, demo_key=key), flush=True)
+            account = await account_line(config) if not config.simulated else None
+            print(banner(config, url=url, demo_key=key, account=account), flush=True)
             await stop.wait()
             print_notice("Stopping: running requests are finished and their charges are settled …")
 

@@ -26,6 +26,7 @@ from gptutor.config.load import load
 from gptutor.config.schema import Config, ConfigError
 from gptutor.config.secrets import secret_keys
 from gptutor.http.app_keys import READINESS
+from gptutor.server.account_line import account_line
 from gptutor.server.banner import banner
 from gptutor.server.listener import StartError, host_and_port, listening_on_inherited_socket
 from gptutor.server.process import report_descriptor_exhaustion, run_loop, tune_garbage_collection
@@ -54,7 +55,8 @@ def serve(config: Config) -> None:
     secrets = secret_keys(config)
     with resolved_database(config) as resolved:
         asyncio.run(prepare_database(resolved, embedded=config.embedded))
-        print(banner(config, url=f"http://{host_and_port(config.server.host, config.server.port)}", demo_key=None), flush=True)
+        url = f"http://{host_and_port(config.server.host, config.server.port)}"
+        print(banner(config, url=url, demo_key=None, account=asyncio.run(account_line(config))), flush=True)
         Arbiter(Master(resolved, secrets)).run()
 
 

@@ -1,4 +1,5 @@
-"""The simulator as an HTTP application: OpenRouter's API below `/api/v1`, and the bills at `/simulator/bills`."""
+"""The simulator as an HTTP application: OpenRouter's API below `/api/v1`, the bills at `/simulator/bills`, and the account that
+is used, which can be changed, at `/simulator/account`."""
 
 import asyncio
 import datetime
@@ -7,10 +8,12 @@ import itertools
 import json
 import time
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 from aiohttp import web
 
+from gptutor.simulator.account import MANAGEMENT_KEY, SimulatedAccount
 from gptutor.simulator.billing_records import BillingRecord, BillingRecords
 from gptutor.simulator.faults import FaultError, apply_generation_faults, apply_script_faults
 from gptutor.simulator.generation import Generation, as_billed, dumps, generate, last_text
@@ -40,6 +43,7 @@ class Simulator:
 
     def __init__(self, *, word_s: float = 0.0, first_word_s: float = 0.0, generation_delay_s: float = 0.0) -> None:
         self.billing = BillingRecords()
+        self.account = SimulatedAccount()
         self.word_s = word_s
         self.first_word_s = first_word_s
         self.generation_delay_s = generation_delay_s
@@ -57,7 +61,10 @@ class Simulator:
                 web.get("/api/v1/models", self.models),
                 web.get("/api/v1/generation", self.generation),
                 web.get("/api/v1/key", self.key),
+                web.get("/api/v1/credits", self.credits),
                 web.get("/api/v1/activity", self.activity),
+                web.get("/simulator/account", self.show_account),
+                web.post("/simulator/account", self.change_account),
                 web.get("/simulator/bills", self.bills),
             ]
         )
@@ -67,15 +74,20 @@ class Simulator:
         body = await request.read()
         if not request.headers.get("Authorization", "").startswith("Bearer "):
             return self._refuse(error_response(401, "No auth credentials found"))
+        if (refusal := self.account.rejects_key()) is not None:
+            return self._refuse(refusal)
         try:
             document = json.loads(body)
             stream = bool(document.get("stream"))
             model_ids = [document.get("model") or document["models"][0], *(document.get("models") or [])]
-            models = [find_model(self._library, model_id) for model_id in model_ids]
-            if None in models:
-                return self._refuse(error_response(400, f"{model_ids[models.index(None)]} is not a valid model ID"))
+            found = [find_model(self._library, model_id) for model_id in model_ids]
+            if None in found:
+                return self._refuse(error_response(400, f"{model_ids[found.index(None)]} is not a valid model ID"))
+            models = [model for model in found if model is not None]
+            if (refusal := self.account.refuses(models[0], document, self._used_usd)) is not None:
+                return self._refuse(refusal)
             faults = f"{_fault_header(request)} {last_text(document['messages'])}"
-            generation, script = self._respond(document, [model for model in models if model is not None], faults, stream=stream)
+            generation, script = self._respond(document, models, faults, stream=stream)
         except FaultError as error:
             return self._refuse(error_response(400, str(error)))
         except NoEndpoint as error:
@@ -173,23 +185,30 @@ class Simulator:
         return _json({"data": record.stats()})
 
     async def key(self, request: web.Request) -> web.Response:
-        usage = self.billing.total_usd() - self.billing.provider_usd()
-        return _json(
-            {
-                "data": {
-                    "label": "sk-or-simulator",
-                    "limit": None,
-                    "limit_remaining": None,
-                    "usage": usage,
-                    "usage_daily": usage,
-                    "usage_weekly": usage,
-                    "usage_monthly": usage,
-                    "byok_usage": self.billing.provider_usd(),
-                    "is_free_tier": False,
-                    "is_management_key": False,
-                }
-            }
-        )
+        if (refusal := self.account.rejects_key()) is not None:
+            return _send_at_once(refusal)
+        return _json({"data": self.account.key(self._used_usd, self.billing.provider_usd())})
+
+    async def credits(self, request: web.Request) -> web.Response:
+        if request.headers.get("Authorization") != f"Bearer {MANAGEMENT_KEY}":
+            return _send_at_once(error_response(403, "Only management keys can fetch credits for an account"))
+        return _json({"data": self.account.credits(self._used_usd)})
+
+    async def show_account(self, request: web.Request) -> web.Response:
+        return _json(self.account.shown())
+
+    async def change_account(self, request: web.Request) -> web.Response:
+        """Makes the account what the body says; what it does not name is as at the start."""
+        try:
+            self.account.change(json.loads(await request.read()))
+        except (ValueError, ArithmeticError, AttributeError) as error:
+            return _send_at_once(error_response(400, f"Not an account: {error}"))
+        return await self.show_account(request)
+
+    @property
+    def _used_usd(self) -> Decimal:
+        """What the account has paid to OpenRouter."""
+        return self.billing.total_usd() - self.billing.provider_usd()
 
     async def activity(self, request: web.Request) -> web.Response:
         """The usage of past days: one day, without requests, because the simulator keeps no history."""

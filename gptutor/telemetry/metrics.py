@@ -22,7 +22,9 @@ SUMMED = frozenset(
     }
 )
 """Gauges of which all processes have a part."""
-SMALLEST = frozenset({"process_start_time_seconds"})
+SMALLEST = frozenset(
+    {"process_start_time_seconds", "gptutor_openrouter_limit_left_dollars", "gptutor_openrouter_credit_left_dollars"}
+)
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -276,6 +278,30 @@ LOG_LINES_LOST = _counter(
     "Log lines that could not be written, by destination: file (a full disk), stdout, stderr (a reader that does not read).",
     "destination",
     ("file", "stdout", "stderr"),
+)
+
+
+# -- our account at OpenRouter, and alerts
+
+OPENROUTER_LIMIT = OptionalGauge(
+    "gptutor_openrouter_limit_dollars", "The limit of our API key at OpenRouter; +Inf: none; absent until it was read."
+)
+OPENROUTER_LIMIT_LEFT = OptionalGauge(
+    "gptutor_openrouter_limit_left_dollars", "What is left of the limit of our API key; +Inf: no limit; absent until it was read."
+)
+OPENROUTER_CREDIT_LEFT = OptionalGauge(
+    "gptutor_openrouter_credit_left_dollars",
+    "What is left of our credit at OpenRouter; absent until it was read, which takes openrouter.management_key.",
+)
+OPENROUTER_REFUSES = Gauge(
+    "gptutor_openrouter_refuses", "1 while OpenRouter refuses our account, and completions are rejected with 503. Alert on 1."
+)
+ALERTS_ON = Gauge("gptutor_alerts_on", "Conditions that this process finds wrong now; gptutor alerts lists them.")
+ALERTS_SENT = _counter(
+    "gptutor_alerts_sent",
+    "Alerts, by outcome: sent, failed (given up, and in the log). Look at the settings if any failed.",
+    "outcome",
+    ("sent", "failed"),
 )
 
 

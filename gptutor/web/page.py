@@ -15,7 +15,7 @@ from gptutor.config.load import DEFAULT_FILE
 HERE = Path(__file__).parent
 CLIENT_PAGES = ("start", "account", "request", "response", "money", "usage", "errors", "limits")
 OPERATOR_PAGES = (
-    *("install", "settings", "proxy", "processes", "machines", "monitoring", "backup", "upgrade"),
+    *("install", "settings", "proxy", "processes", "machines", "monitoring", "alerts", "backup", "upgrade"),
     *("commands", "admin-api", "payments", "troubleshooting"),
 )
 NAMES = (*CLIENT_PAGES, *OPERATOR_PAGES)

@@ -116,6 +116,7 @@ def config_for(database_url: str, base_url: str, directory: Path, tuned: dict[st
         paths=schema.PathSettings(data=directory / "var", logs=directory / "logs"),
         database=schema.DatabaseSettings(url=database_url),
         openrouter=schema.OpenRouterSettings(base_url=base_url, api_key="sk-or-test", **changed.get("openrouter", {})),
+        alerts=schema.AlertSettings(**changed.get("alerts", {})),
         billing=schema.BillingSettings(**changed.get("billing", {})),
         rate_limit=schema.RateLimitSettings(**changed.get("rate_limit", {})),
         errors=schema.ErrorSettings(**changed.get("errors", {})),

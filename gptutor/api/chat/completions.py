@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from aiohttp import web
 
 from gptutor.api.chat.context import RequestContext, Services
+from gptutor.api.chat.errors import error_for_refusal
 from gptutor.api.chat.exchange import start_exchange
 from gptutor.api.chat.large_bodies import COMMAS_MAX, LARGE_BODY_BYTES_MIN, LARGE_BODY_WEIGHT
 from gptutor.api.chat.request import ParsedRequest, parse_request
@@ -22,6 +23,7 @@ from gptutor.http.app_keys import CLAIM, KEY_VERIFIED, KEYRING, READINESS, REQUE
 from gptutor.http.body import awaits_continue, read_body, require_json
 from gptutor.http.byte_budget import BudgetExceeded, ByteShare
 from gptutor.money.keys import KeyClaim
+from gptutor.openrouter.errors import AccountRefused
 from gptutor.openrouter.headers import FORWARDED_HEADERS
 from gptutor.telemetry.metrics import OFFLOADED_PARSES
 
@@ -32,6 +34,10 @@ IDEMPOTENCY_KEY = re.compile(r"[ -~]{1,255}")
 async def complete(request: web.Request) -> web.StreamResponse:
     require_json(request)
     services, claim = request.app[SERVICES], request[CLAIM]
+    try:
+        services.upstream.account.require()
+    except AccountRefused as error:  # nothing was read of the body, and nothing is asked of the database
+        raise error_for_refusal(error) from None
     admission = Admission(request, services, claim)
     await services.refusals.require_room(admission.counted_as)
     try:

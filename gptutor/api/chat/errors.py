@@ -6,6 +6,7 @@ and an error in the log for the operator.
 """
 
 import logging
+import math
 
 from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.http.rate_limit import UNDISCLOSED, RateLimit
@@ -19,7 +20,7 @@ from gptutor.money.holds import (
     RepeatedRequest,
     UnknownKey,
 )
-from gptutor.openrouter.errors import UpstreamError
+from gptutor.openrouter.errors import AccountRefused, UpstreamError
 from gptutor.telemetry.metrics import UPSTREAM_ACCOUNT_ERRORS
 
 LOGGER = logging.getLogger("gptutor.upstream")
@@ -38,7 +39,7 @@ BY_UPSTREAM_STATUS: dict[int, tuple[str, bool]] = {
     422: ("upstream_rejected", True),  # well-formed, but not what the model takes
     401: ("upstream_account", False),  # our key is wrong
     402: ("upstream_account", False),  # our credit is used up
-    403: ("moderated", True),  # moderation; a limit of our key is recognised by KEY_LIMIT_WORDS
+    403: ("moderated", True),  # moderation, unless it says that the limit of our key is used up
     408: ("upstream_timeout", False),
     429: ("rate_limited_upstream", False),
     504: ("upstream_timeout", False),
@@ -49,7 +50,6 @@ BY_UPSTREAM_FAILURE = {
     "timeout": "upstream_timeout",
     "broken": "upstream_outcome_unknown",
 }
-KEY_LIMIT_WORDS = ("key limit", "limit exceeded", "insufficient", "guardrail budget")
 
 
 def error_for_hold(error: HoldRejected, rate_limit: RateLimit) -> ApiError:
@@ -65,14 +65,21 @@ def error_for_hold(error: HoldRejected, rate_limit: RateLimit) -> ApiError:
     return ApiError(BY_HOLD_ERROR[type(error)])
 
 
+def error_for_refusal(error: AccountRefused) -> ApiError:
+    headers = {"Retry-After": str(math.ceil(error.failure.retry_after_s or 1))}
+    return ApiError("upstream_account_refused", headers=headers, cause=error.message)
+
+
 def error_for_upstream(error: UpstreamError) -> ApiError:
     failure = error.failure
     cause = f"upstream: {error}"
+    if isinstance(error, AccountRefused):
+        return error_for_refusal(error)
     headers = {} if failure.bought_nothing else dict(DO_NOT_RETRY)
     if failure.kind != "status":
         return ApiError(BY_UPSTREAM_FAILURE[failure.kind], headers=headers, cause=cause)
     code, shows_message = BY_UPSTREAM_STATUS.get(failure.status, ("upstream_error", False))
-    if failure.status == 403 and any(word in (error.message or "").lower() for word in KEY_LIMIT_WORDS):
+    if error.trouble is not None:
         code, shows_message = "upstream_account", False
     if code == "upstream_account":
         UPSTREAM_ACCOUNT_ERRORS.labels(failure.status).inc()
