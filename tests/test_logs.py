@@ -140,7 +140,9 @@ def test_refused_requests_have_a_limit_for_each_kind_and_others_have_none(tmp_pa
     with logging_to(tmp_path, level="info", retention_days=1, stdout=False, refused_per_minute=10) as log:
         for _ in range(100):
             for status, code in ((404, "not_found"), (401, "invalid_key"), (200, None)):
-                log.http(method="GET", path="/" + "x" * 7000, status=status, request_id="r", duration_ms=1, code=code)
+                log.http(
+                    method="GET", path="/" + "x" * 7000, status=status, request_id="r", duration_ms=1, code=code, cause="x" * 7000
+                )
     lines = lines_in(tmp_path)
     assert [sum(line.get("status") == status for line in lines) for status in (404, 401, 200)] == [10, 10, 100]
     assert {line["message"]: line["repeated"] for line in lines if "repeated" in line} == {
@@ -148,6 +150,7 @@ def test_refused_requests_have_a_limit_for_each_kind_and_others_have_none(tmp_pa
     }  # fmt: skip
     assert max(len(json.dumps(line)) for line in lines) < 1000
     assert lines[0]["path"] == "/" + "x" * 199 + "…"
+    assert lines[0]["cause"] == "x" * 200 + "…"
 
 
 def test_a_blocked_standard_output_stops_nothing_else(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ async def export_ledger(request: web.Request) -> web.StreamResponse:
     if user:
         await administration.users.find(user)
     pages = administration.bookings.export(period.first, period.last, user or None)
-    response = web.StreamResponse(headers={"Content-Disposition": 'attachment; filename="ledger.csv"'})
+    response = web.StreamResponse(headers={"Content-Disposition": 'attachment; filename="ledger.csv"', "Server": ""})
     response.content_type = "text/csv"
     response.charset = "utf-8"
     await response.prepare(request)

@@ -7,24 +7,23 @@ sent to another host.
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from email.utils import parsedate_to_datetime
 from urllib.parse import urlencode
 
 import msgspec
 
 from gptutor.openrouter.bill import Bill, parse_usd
 from gptutor.openrouter.circuit import CircuitBreaker
+from gptutor.openrouter.clock import ClockSkew
 from gptutor.openrouter.connection import ERROR_STATUS_MIN, UpstreamConnection
 from gptutor.openrouter.connection_pool import ConnectionPool, pooled
 from gptutor.openrouter.errors import PoolExhausted, UpstreamError, error_from_response
 from gptutor.openrouter.response import UpstreamResponse
 from gptutor.openrouter.retry import Failure, retry_delay_s
-from gptutor.telemetry.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RETRIES
+from gptutor.telemetry.metrics import UPSTREAM_FAILURES, UPSTREAM_RETRIES
 
 LOGGER = logging.getLogger("gptutor.openrouter")
 
@@ -63,6 +62,7 @@ class OpenRouterService:
         self._old_api_keys = old_api_keys
         self._limits = limits
         self._circuit = CircuitBreaker()
+        self._clock_skew = ClockSkew()
         self._clock = asyncio.get_running_loop().time
 
     async def complete(
@@ -196,9 +196,7 @@ class OpenRouterService:
         if response.status != 200:
             raise await _read_error(response)
         try:
-            if (date := connection.headers.get("date")) is not None:
-                with contextlib.suppress(ValueError):
-                    CLOCK_SKEW.set(time.time() - parsedate_to_datetime(date).timestamp())
+            self._clock_skew.observe(connection.headers.get("date"))
             return await response.read_body(GET_TIMEOUT_S)
         finally:
             response.close()
