@@ -35,6 +35,8 @@ HOST = "api.example.com"
 NOBODY = 65534
 START_S = 15
 MEGABYTE = 1 << 20
+TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+"""Folders of nginx's temporary files."""
 
 
 def configuration(language: str, fence: str) -> str:
@@ -92,7 +94,7 @@ def nginx_command(folder: Path, ports: dict[str, int], upstream: str) -> list[st
     text = replaced(text, "listen [::]:443 ssl http2", f"listen [::]:{ports['https']} ssl http2", 1)
     text = replaced(text, f"/etc/letsencrypt/live/{HOST}/", f"{folder}/", 2)
     (folder / "site.conf").write_text(text)
-    temporary = "".join(f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    temporary = "".join(f"{name}_temp_path {folder}/{name};" for name in TEMPORARY)
     (folder / "nginx.conf").write_text(
         f"daemon off; master_process off; pid {folder}/pid; error_log {folder}/log info; events {{}}\n"
         f"http {{ access_log off; {temporary} include {folder}/site.conf; }}"
@@ -198,7 +200,7 @@ async def test_requests_pass_through_the_proxy(
 
     plays.append(stream)
     async with proxy_to(address_of(gateway.url), program, folder) as proxy:
-        close_folders_in(folder)  # whatever the proxy wants to store there, it cannot
+        close_temporary_folders(folder)  # whatever nginx wants to store there, it cannot
         body = json.dumps({"messages": [{"role": "user", "content": "x" * (MEGABYTE // 2)}], "stream": True}).encode()
         headers = {**client.headers, "Content-Type": "application/json"}
         async with (
@@ -248,10 +250,10 @@ async def large_answer(request: web.Request) -> web.Response:
     return web.json_response({"id": "gen-2", "choices": choices, "usage": {"cost": 0.001}})
 
 
-def close_folders_in(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            path.chmod(0)
+def close_temporary_folders(folder: Path) -> None:
+    for name in TEMPORARY:
+        if (folder / name).exists():  # Caddy has none
+            (folder / name).chmod(0)
 
 
 LAST_EVENTS = b'data: {"id":"gen-1","choices":[{"delta":{},"finish_reason":"stop"}],"usage":{"cost":0.001}}\n\ndata: [DONE]\n\n'
