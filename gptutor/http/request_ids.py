@@ -5,6 +5,8 @@ import os
 BYTES = 16
 BATCH = 256
 """Ids for which random bytes are read at a time: one system call for each would cost most of the time."""
+VARIANT = {digit: "89ab"[number % 4] for number, digit in enumerate("0123456789abcdef")}
+"""Of a random digit the one that an id has in its place."""
 
 
 class _RequestIds:
@@ -23,8 +25,7 @@ class _RequestIds:
             position = 0
         self._position = position + BYTES
         text = self._random[position : position + BYTES].hex()
-        variant = "89ab"[int(text[16], 16) & 3]
-        return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-{variant}{text[17:20]}-{text[20:]}"
+        return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-{VARIANT[text[16]]}{text[17:20]}-{text[20:]}"
 
 
 new_request_id = _RequestIds()

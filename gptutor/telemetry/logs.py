@@ -43,6 +43,10 @@ class Caller:
     address: str | None
     key: str | None
 
+    @property
+    def fields(self) -> dict[str, str | None]:
+        return {"address": self.address, "key": self.key}
+
 
 class WriteLine(Protocol):
     """Writes one log line. Lines with a `kind`, those of refused requests, are limited per kind and minute."""
@@ -118,7 +122,7 @@ class LoggerService:
                 "costUsd": None if cost_usd is None else str(cost_usd),
                 "costRub": cost_rub,
                 "cause": None if cause is None else _bounded(cause, CAUSE_CHARACTERS_MAX),
-                **_caller_fields(caller),
+                **({} if caller is None else caller.fields),
             },
             None if refusal is None else f"LLM Response: {refusal}",
         )
@@ -151,7 +155,7 @@ class LoggerService:
                 "code": code,
                 **({} if cause is None else {"cause": _bounded(cause, CAUSE_CHARACTERS_MAX)}),
                 **({} if user_id is None else {"userId": str(user_id)}),
-                **_caller_fields(caller),
+                **({} if caller is None else caller.fields),
             },
             f"HTTP {status} {code}" if status >= REFUSED else None,
         )
@@ -161,10 +165,6 @@ def _bounded(text: str, characters_max: int) -> str:
     """Without API keys, and cut."""
     text = API_KEY.sub("sk-…", text)
     return text if len(text) <= characters_max else f"{text[:characters_max]}…"
-
-
-def _caller_fields(caller: Caller | None) -> dict[str, str | None]:
-    return {} if caller is None else {"address": caller.address, "key": caller.key}
 
 
 def audit(
