@@ -36,6 +36,7 @@ from gptutor.http.app_keys import (
     PAYMENTS,
     READINESS,
     SERVICES,
+    TRUSTED_PROXIES,
     VAULT,
     VK_SIGN_IN,
 )
@@ -97,11 +98,12 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             _address_limits(config),  # before any work is done for unauthenticated clients
             middlewares.body_limit(config.server.body_bytes_max),  # before anything reads the body
             # nearest to the handler, so that a 404 or 405 needs no key
-            authenticate(RequestCounter(config.rate_limit.account_pages_per_minute)),
+            authenticate(RequestCounter(config.rate_limit.account_pages_per_minute, "rate_limit.account_pages_per_minute")),
         ],
     )
     app.on_response_prepare.extend([middlewares.add_request_id, add_cors_headers(origins, RETURNED_HEADERS)])
     app[CONFIG] = config
+    app[TRUSTED_PROXIES] = parse_networks(config.server.trusted_proxies)
     app[ERROR_FORM] = config.errors.form
     app[READINESS] = Readiness()
     app[VAULT] = Vault(secrets)
@@ -122,12 +124,12 @@ def _address_limits(config: Config) -> Middleware:
     limits = config.rate_limit
     return limit_by_address(
         {
-            "models_per_minute": RequestCounter(limits.models_per_minute),
-            "sign_ins_per_minute": RequestCounter(limits.sign_ins_per_minute),
-            "notifications_per_minute": RequestCounter(limits.notifications_per_minute),
+            "models_per_minute": RequestCounter(limits.models_per_minute, "rate_limit.models_per_minute"),
+            "sign_ins_per_minute": RequestCounter(limits.sign_ins_per_minute, "rate_limit.sign_ins_per_minute"),
+            "notifications_per_minute": RequestCounter(limits.notifications_per_minute, "rate_limit.notifications_per_minute"),
         },
-        unauthenticated=RequestCounter(limits.unauthenticated_per_minute),
-        not_found=RequestCounter(limits.not_found_per_minute),
+        unauthenticated=RequestCounter(limits.unauthenticated_per_minute, "rate_limit.unauthenticated_per_minute"),
+        not_found=RequestCounter(limits.not_found_per_minute, "rate_limit.not_found_per_minute"),
         trusted_proxies=parse_networks(config.server.trusted_proxies),
         not_counted=(ExpiredLaunch,),  # a page that was left open
     )
@@ -206,8 +208,8 @@ async def running_services(app: web.Application, *, log: LoggerService, secret: 
             answer_budget=ByteBudget(config.openrouter.plain_bytes_total, account_bytes_min=config.openrouter.plain_bytes_max),
             balance_min=parse_roubles(f"{config.billing.balance_min_rub:f}"),
             verified_keys=VerifiedKeys(),
-            refusals=RequestCounter(config.rate_limit.refused_per_minute),
-            free_models=RequestCounter(config.rate_limit.free_models_per_minute),
+            refusals=RequestCounter(config.rate_limit.refused_per_minute, "rate_limit.refused_per_minute"),
+            free_models=RequestCounter(config.rate_limit.free_models_per_minute, "rate_limit.free_models_per_minute"),
             default_model=config.openrouter.default_model,
             pseudonym_key=derived_key(secret, b"pseudonym"),
             stream_limits=_stream_limits(config.relay),
@@ -313,7 +315,7 @@ async def _payment_service(config: Config, database: Database, pending: PendingP
             amount_max_rub=settings.payment_max_rub,
             concurrent_max=settings.concurrent_max,
             credits_tests=settings.test_mode,
-            unknown_ids=RequestCounter(config.rate_limit.unknown_payments_per_minute),
+            unknown_ids=RequestCounter(config.rate_limit.unknown_payments_per_minute, "rate_limit.unknown_payments_per_minute"),
             trusted_proxies=parse_networks(config.server.trusted_proxies),
         )
         yield payments

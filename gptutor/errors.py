@@ -73,7 +73,7 @@ ERRORS: dict[str, ErrorKind] = {
 
 
 class ApiError(Exception):
-    """An error for the client. `extra` are fields beside `error` in the body; `cause` is for the log only."""
+    """An error for the client. `extra` are fields beside `error` in the body; `cause`, by default the text, is for the log."""
 
     def __init__(
         self,
@@ -90,5 +90,5 @@ class ApiError(Exception):
         self.text = text or kind.text
         self.headers = {**kind.headers, **(headers or {})}
         self.extra = extra or {}
-        self.cause = cause
+        self.cause = cause or self.text
         super().__init__(self.text)

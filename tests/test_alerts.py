@@ -5,6 +5,7 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from decimal import Decimal
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from gptutor.money.amounts import AccountId, Nano
 from gptutor.money.balance_auditor import BalanceAuditor
 from gptutor.money.holds import HoldFacts
 from gptutor.money.overruns import report_overrun
-from gptutor.openrouter import service
 from gptutor.openrouter.account import Account
+from gptutor.openrouter.clock import ClockSkew
 from gptutor.telemetry import alerts as alerts_module
 from gptutor.telemetry.alerts import ALERTS, CONDITIONS, EVENTS, Alert, Alerter, Alerts, Undelivered, deliver
 from gptutor.telemetry.disk import GIGABYTE, free_bytes, report_room
@@ -398,9 +399,17 @@ def test_settings_that_cannot_work_are_refused_at_the_start(settings: dict[str, 
 # -- each source
 
 
-def test_the_clock_is_told_above_a_minute() -> None:
-    for skew_s, text in ((59, None), (-61, "61 s behind OpenRouter's"), (3600, "3600 s ahead of OpenRouter's"), (0, None)):
-        service._report_clock(skew_s)
+def test_the_clock_is_told_above_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptutor.openrouter.clock.time.time", lambda: 1e9)
+    clock = ClockSkew()
+    for skew_s, text in (
+        (59, None),
+        (-61, "61 s behind OpenRouter's"),
+        (0, None),
+        (3600, "3600 s ahead of OpenRouter's"),
+        (0, None),
+    ):
+        clock.observe(formatdate(1e9 - skew_s, usegmt=True))
         assert ALERTS.conditions.get("clock_skew", "").endswith(text or "")
         assert ("clock_skew" in ALERTS.conditions) is (text is not None)
 

@@ -53,7 +53,8 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_defaults(tmp_p
         ({"PORT": "many"}, ["PORT must be a whole number (it is 'many')."]),
         ({"GPTUTOR_SERVER__HEADER_S": "soon"}, ["GPTUTOR_SERVER__HEADER_S must be a number (it is 'soon')."]),
         ({"GPTUTOR_BILLING__MARGIN": "1,1"}, ["GPTUTOR_BILLING__MARGIN must be a number such as 92.5 (it is '1,1')."]),
-        ({"GPTUTOR_LOGS__STDOUT": "on"}, ["GPTUTOR_LOGS__STDOUT must be true or false (it is 'on')."]),
+        ({"GPTUTOR_LOGS__STDOUT": "on"}, ["GPTUTOR_LOGS__STDOUT must be auto, true or false (it is 'on')."]),
+        ({"GPTUTOR_LOGS__BYTES_MAX": "9000000"}, ["logs.file_bytes_max must be at most a quarter of logs.bytes_max."]),
         (
             {"GPTUTOR_LOGS__LEVEL": "loud"},
             ["GPTUTOR_LOGS__LEVEL must be one of debug, info, warning, error (it is 'loud')."],

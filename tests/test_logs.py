@@ -16,15 +16,20 @@ from prometheus_client import REGISTRY
 from gptutor.telemetry import logs
 from gptutor.telemetry.console import ConsoleWriter
 from gptutor.telemetry.line_limit import LineLimit
-from gptutor.telemetry.log_writer import DailyFile, logging_to
+from gptutor.telemetry.log_files import DailyFile, LogFolder
+from gptutor.telemetry.log_writer import logging_to
 from tests.support.service import start
+
+
+def daily_file(directory: Path, *, retention_days: int) -> DailyFile:
+    return DailyFile(LogFolder(directory, retention_days, bytes_max=1 << 30, file_bytes_max=1 << 26))
 
 
 def test_each_day_has_its_file_and_expired_files_are_deleted(tmp_path: Path) -> None:
     for day in ("2020-01-01", "2099-01-30", "2099-01-31"):
         (tmp_path / f"combined-{day}.log").write_text("old")
     (tmp_path / "other.log").write_text("not ours")
-    file = DailyFile(tmp_path, retention_days=2)
+    file = daily_file(tmp_path, retention_days=2)
     file.write(datetime.date(2099, 2, 1), b"first\n")
     file.write(datetime.date(2099, 2, 2), b"second\n")
     file.close()
@@ -58,7 +63,7 @@ def test_every_record_is_one_json_line_and_is_written_before_logging_ends(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_a_file_created_by_root_stays_writable_for_the_service(tmp_path: Path) -> None:
     os.chown(tmp_path, 12345, 12345)
-    DailyFile(tmp_path, retention_days=1).close()
+    daily_file(tmp_path, retention_days=1).close()
     (path,) = tmp_path.iterdir()
     assert path.stat().st_uid == 12345
 
@@ -85,7 +90,7 @@ def test_a_closed_standard_output_does_not_stop_the_log_file(tmp_path: Path, mon
 
 
 def test_a_file_that_cannot_be_opened_is_tried_again(tmp_path: Path) -> None:
-    file = DailyFile(tmp_path, retention_days=2)
+    file = daily_file(tmp_path, retention_days=2)
     (tmp_path / "combined-2099-02-01.log").mkdir()
     with pytest.raises(OSError, match="directory"):
         file.write(datetime.date(2099, 2, 1), b"first\n")
@@ -140,7 +145,9 @@ def test_refused_requests_have_a_limit_for_each_kind_and_others_have_none(tmp_pa
     with logging_to(tmp_path, level="info", retention_days=1, stdout=False, refused_per_minute=10) as log:
         for _ in range(100):
             for status, code in ((404, "not_found"), (401, "invalid_key"), (200, None)):
-                log.http(method="GET", path="/" + "x" * 7000, status=status, request_id="r", duration_ms=1, code=code)
+                log.http(
+                    method="GET", path="/" + "x" * 7000, status=status, request_id="r", duration_ms=1, code=code, cause="x" * 7000
+                )
     lines = lines_in(tmp_path)
     assert [sum(line.get("status") == status for line in lines) for status in (404, 401, 200)] == [10, 10, 100]
     assert {line["message"]: line["repeated"] for line in lines if "repeated" in line} == {
@@ -148,6 +155,7 @@ def test_refused_requests_have_a_limit_for_each_kind_and_others_have_none(tmp_pa
     }  # fmt: skip
     assert max(len(json.dumps(line)) for line in lines) < 1000
     assert lines[0]["path"] == "/" + "x" * 199 + "…"
+    assert lines[0]["cause"] == "x" * 200 + "…"
 
 
 def test_a_blocked_standard_output_stops_nothing_else(tmp_path: Path) -> None:
@@ -206,7 +214,7 @@ def test_a_full_disk_is_counted_and_ends_nothing_in_an_exception(
 def test_a_line_that_was_cut_by_a_full_disk_does_not_swallow_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = DailyFile(tmp_path, retention_days=1)
+    file = daily_file(tmp_path, retention_days=1)
     day = datetime.datetime.now(datetime.UTC).date()
     write = os.write
     sizes = iter([3])
@@ -216,7 +224,7 @@ def test_a_line_that_was_cut_by_a_full_disk_does_not_swallow_the_next_one(
             return write(descriptor, text[:size])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gptutor.telemetry.log_writer.os.write", nearly_full)
+    monkeypatch.setattr("gptutor.telemetry.log_files.os.write", nearly_full)
     with pytest.raises(OSError, match="space"):
         file.write(day, b"first\n")
     monkeypatch.undo()
@@ -230,7 +238,7 @@ def test_a_line_that_was_cut_by_a_full_disk_does_not_swallow_the_next_one(
 def test_log_files_are_not_for_everybody(tmp_path: Path, umask: int, mode: int) -> None:
     previous = os.umask(umask)
     try:
-        DailyFile(tmp_path / "logs", retention_days=1).close()
+        daily_file(tmp_path / "logs", retention_days=1).close()
     finally:
         os.umask(previous)
     (path,) = (tmp_path / "logs").iterdir()

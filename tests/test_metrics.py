@@ -256,7 +256,7 @@ async def test_clock_skew_is_measured_against_openrouter(
     server = await aiohttp_server(upstream)
     limits = UpstreamLimits(connect_s=5, total_s=5, first_byte_s=5, idle_s=5, end_s=5, attempts_max=1)
     noon = datetime.datetime(2026, 11, 24, 11, tzinfo=datetime.UTC).timestamp()
-    monkeypatch.setattr("gptutor.openrouter.service.time.time", lambda: noon)
+    monkeypatch.setattr("gptutor.openrouter.clock.time.time", lambda: noon)
     CLOCK_SKEW.set(0)
     async with connected(str(server.make_url("")), "x", limits, referer="", title="", connections_max=1) as service:
         await service.models()

@@ -40,7 +40,7 @@ UNDOCUMENTED: list[tuple[Any, tuple[str, ...]]] = [
         web.RequestHandler,
         ("connection_lost", "connection_made", "data_received", "pause_writing", "resume_reading", "resume_writing", "transport"),
     ),
-    (web.RequestHandler, ("close", "force_close", "handle_error", "shutdown", "writing_paused")),
+    (web.RequestHandler, ("close", "finish_response", "force_close", "handle_error", "shutdown", "writing_paused")),
     (web.StreamResponse, ("force_close", "keep_alive", "prepare", "write_eof")),
     (StreamReader, ("exception", "is_eof", "read_nowait", "readany")),
     (AbstractStreamWriter, ("buffer_size", "drain", "output_size", "write")),

@@ -15,7 +15,8 @@ from gptutor.config.schema import Config
 from gptutor.database import pool
 from gptutor.errors import ApiError
 from gptutor.http import middlewares
-from gptutor.http.app_keys import CONFIG, DATABASE, VAULT
+from gptutor.http.address_limits import parse_networks
+from gptutor.http.app_keys import CONFIG, DATABASE, TRUSTED_PROXIES, VAULT
 from gptutor.http.body import SMALL_BODY_LIMITS, defer_continue
 from gptutor.http.errors import errors
 from gptutor.http.request_counts import count_routes
@@ -52,6 +53,7 @@ def build_admin(
     )
     app.on_response_prepare.append(middlewares.add_request_id)
     app[CONFIG] = config
+    app[TRUSTED_PROXIES] = parse_networks(config.server.trusted_proxies)
     app[VAULT] = Vault(secrets)
     app[requests.SEARCH] = asyncio.Lock()
     app[audit.AUDIT] = asyncio.Lock()

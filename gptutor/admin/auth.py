@@ -25,11 +25,11 @@ def authenticate_administrator(tokens: Mapping[str, str]) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             token = bearer_token(request).encode(errors="surrogateescape")
-        except ApiError:
-            raise ApiError("invalid_key", UNAUTHENTICATED) from None
+        except ApiError as error:
+            raise ApiError("invalid_key", UNAUTHENTICATED, cause=error.cause) from None
         names = [name for name, known in tokens.items() if hmac.compare_digest(token, known.encode())]
         if not names:
-            raise ApiError("invalid_key", UNAUTHENTICATED)
+            raise ApiError("invalid_key", UNAUTHENTICATED, cause="the token is none of admin.token")
         request[WHO] = f"admin:{names[0]}"
         return await handler(request)
 

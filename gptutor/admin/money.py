@@ -120,7 +120,7 @@ async def export_ledger(request: web.Request) -> web.StreamResponse:
         await administration.users.find(user)
     pages = administration.bookings.export(period.first, period.last, user or None)
     name = "ledger.csv" if is_csv else "ledger.jsonl"
-    response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{name}"'})
+    response = web.StreamResponse(headers={"Content-Disposition": f'attachment; filename="{name}"', "Server": ""})
     response.content_type = "text/csv" if is_csv else "application/jsonl"
     response.charset = "utf-8"
     await response.prepare(request)

@@ -8,7 +8,7 @@ import time
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from gptutor.api.verified_keys import hide_duration
+from gptutor.api.verified_keys import UNKNOWN, hide_duration
 from gptutor.errors import ApiError
 from gptutor.http.address_limits import RequestCounter
 from gptutor.http.app_keys import CLAIM, DATABASE, KEYRING, LAUNCH, MANAGES_KEYS, READINESS, USER, VK_SIGN_IN
@@ -20,6 +20,7 @@ from gptutor.money.keys import KeyClaim, hash_key, parse_key
 from gptutor.money.users import NoSuchUser, User, UserRepository
 
 CACHED_CLAIMS_MAX = 10_000
+MALFORMED = "the key is not one of ours, or has a typo"
 
 
 class VkSignIn:
@@ -84,7 +85,7 @@ def _claim(key: str, claims: dict[bytes, KeyClaim]) -> KeyClaim:
     if claim is None:
         claim = parse_key(key)
         if claim is None:
-            raise ApiError("invalid_key")
+            raise ApiError("invalid_key", cause=MALFORMED)
         if len(claims) >= CACHED_CLAIMS_MAX:
             claims.clear()
         claims[digest] = claim
@@ -100,13 +101,13 @@ async def _account_owner(request: web.Request, token: str) -> tuple[User, bool]:
         return user, True
     claim = parse_key(token)
     if claim is None:
-        raise ApiError("invalid_key")
+        raise ApiError("invalid_key", cause=MALFORMED)
     started = time.monotonic()
     key = await request.app[KEYRING].opened_by(claim)
     if key is None:
         await hide_duration(started)
-        raise ApiError("invalid_key")
+        raise ApiError("invalid_key", cause=UNKNOWN)
     try:
         return await users.find(claim.account_id), key.is_main
     except NoSuchUser:
-        raise ApiError("invalid_key") from None
+        raise ApiError("invalid_key", cause=UNKNOWN) from None

@@ -10,6 +10,9 @@ import time
 from gptutor.http.address_limits import ADDRESSES_MAX
 from gptutor.money.keys import KeyClaim
 
+UNKNOWN = "the key is unknown, revoked or expired, or its user is inactive"
+"""The cause of a rejection by the database, which does not tell them apart."""
+
 FRESH_S = 2.0
 """For so long a verified key is not looked up again before its body is read."""
 

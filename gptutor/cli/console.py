@@ -99,6 +99,8 @@ def with_administration(
         settings.paths.logs,
         level="warning",
         retention_days=settings.logs.retention_days,
+        bytes_max=settings.logs.bytes_max,
+        file_bytes_max=settings.logs.file_bytes_max,
         stdout=False,
         on_lost=lost.append,
     )

@@ -25,6 +25,7 @@ BaseUrl = Annotated[str, msgspec.Meta(pattern=r"^https?://[^/\s]+(/\S*)?\Z", des
 AlertUrl = Annotated[
     str, msgspec.Meta(pattern=r"^(https?://[^/\s]+(/\S*)?)?\Z", description="an address such as https://host/path")
 ]
+AutoOrBool = Annotated[bool | Literal["auto"], msgspec.Meta(description="auto, true or false")]
 ReturnUrl = Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z", description="an address such as https://example.com/paid")]
 
 ROUBLE_PLACES = 9
@@ -85,9 +86,15 @@ class PathSettings(Section, frozen=True):
 class LogSettings(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     retention_days: Count = 30
-    stdout: bool = True
+    bytes_max: Annotated[int, msgspec.Meta(ge=4 << 20)] = 1 << 30
+    file_bytes_max: Annotated[int, msgspec.Meta(ge=1 << 20)] = 64 << 20
+    stdout: AutoOrBool = "auto"
     warnings_per_minute: Count = 20
     refused_per_minute: Count = 100
+
+    def __post_init__(self) -> None:
+        if self.file_bytes_max * 4 > self.bytes_max:
+            raise ValueError("logs.file_bytes_max must be at most a quarter of logs.bytes_max")
 
 
 class MetricsSettings(Section, frozen=True):

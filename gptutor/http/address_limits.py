@@ -20,10 +20,11 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from gptutor.errors import ApiError
-from gptutor.http.app_keys import KEY_VERIFIED
-from gptutor.http.authorization import credential_hash
+from gptutor.http.app_keys import KEY_VERIFIED, TRUSTED_PROXIES
+from gptutor.http.authorization import credential_hash, public_key_part
 from gptutor.http.rate_limit import MINUTE_S, RateLimit
 from gptutor.http.routing import Limit, route_of
+from gptutor.telemetry.logs import Caller
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 ADDRESSES_MAX = 100_000
@@ -38,9 +39,10 @@ FLOOD_DELAY_S = 1.0
 
 @dataclass(slots=True)
 class RequestCounter:
-    """Requests of this minute by key: an address, or an account. `per_minute` 0: no limit."""
+    """Requests of this minute by key: an address, or an account. `per_minute` 0: no limit. `name`: of the limit, for the log."""
 
     per_minute: int
+    name: str | None = None
     _minute: int = 0
     _counts: dict[Hashable, int] = field(default_factory=dict)
 
@@ -72,7 +74,7 @@ class RequestCounter:
         """Raises ApiError, after a delay if `count` is far above the limit."""
         if count > FLOOD_FACTOR * self.per_minute:
             await asyncio.sleep(FLOOD_DELAY_S)
-        raise RateLimit(self.per_minute).error()
+        raise RateLimit(self.per_minute).error(self.name)
 
     def take_back(self, key: Hashable, weight: int = 1) -> None:
         """The request is not to be counted after all. (If a new minute has begun, there may be nothing to take back.)"""
@@ -173,6 +175,11 @@ def client_address(request: web.Request, trusted_proxies: Sequence[Network]) -> 
         if address := network_of(parsed, trusted_proxies):
             return address
     return ""
+
+
+def caller_of(request: web.Request) -> Caller:
+    """Who sent the request, for the log."""
+    return Caller(client_address(request, request.app[TRUSTED_PROXIES]) or None, public_key_part(request))
 
 
 def _without_port(hop: str) -> str:

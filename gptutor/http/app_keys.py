@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gptutor.api.auth import VkSignIn
     from gptutor.api.chat.context import Services
     from gptutor.api.models import ModelList
     from gptutor.api.payments import PaymentService
     from gptutor.config.schema import Config
     from gptutor.database.pool import Database
+    from gptutor.http.address_limits import Network
     from gptutor.http.error_form import ErrorForm
     from gptutor.http.health import Readiness
     from gptutor.integrations.vk import Launch
@@ -36,6 +39,7 @@ PAYMENTS: "web.AppKey[PaymentService]" = web.AppKey("payments")
 READINESS: "web.AppKey[Readiness]" = web.AppKey("readiness")
 SERVICES: "web.AppKey[Services]" = web.AppKey("services")
 """What a chat completion uses beside the above."""
+TRUSTED_PROXIES: "web.AppKey[Sequence[Network]]" = web.AppKey("trusted_proxies")
 VAULT: "web.AppKey[Vault]" = web.AppKey("vault")
 VK_SIGN_IN: "web.AppKey[VkSignIn]" = web.AppKey("vk_sign_in")
 
@@ -45,6 +49,7 @@ AWAITS_CONTINUE = web.RequestKey("awaits_continue", bool)
 """Whether the client waits for `100 Continue` before it sends the body."""
 CLAIM: "web.RequestKey[KeyClaim]" = web.RequestKey("claim")
 """The API key that the client presented, not yet verified; set on routes for `api_key`."""
+ERROR_CAUSE = web.RequestKey("error_cause", str)
 ERROR_CODE = web.RequestKey("error_code", str)
 KEY_VERIFIED = web.RequestKey("key_verified", bool)
 """Present if the database has verified CLAIM."""

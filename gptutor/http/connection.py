@@ -9,7 +9,7 @@ reading.
 import asyncio
 import logging
 import socket
-import uuid
+from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
 from aiohttp import StreamReader, web
@@ -17,6 +17,7 @@ from aiohttp import StreamReader, web
 from gptutor.errors import ApiError
 from gptutor.http.connection_limits import ConnectionLimits, is_reserved
 from gptutor.http.errors import error_response
+from gptutor.http.request_ids import new_request_id
 from gptutor.telemetry.metrics import HEADER_TIMEOUTS, MALFORMED_REQUESTS, REJECTED_CONNECTIONS
 
 LOGGER = logging.getLogger("gptutor.http_server")
@@ -181,8 +182,19 @@ class ClientConnection(web.RequestHandler):
 
     def _reject_headers(self) -> None:
         MALFORMED_REQUESTS.inc()
-        LOGGER.warning("The headers of a request are larger than %d bytes", HEADERS_BYTES_MAX, extra={"type": "http"})
+        LOGGER.warning(
+            "The headers of a request are larger than %d bytes",
+            HEADERS_BYTES_MAX,
+            extra={"type": "http", "address": self._address},
+        )
         self.force_close()
+
+    @property
+    def _address(self) -> str | None:
+        """Of the client; None where a proxy sends the requests of many clients."""
+        if self._limits is None or self._counted_host is None:
+            return None
+        return self._limits.address(self._counted_host) or None
 
     def close(self) -> None:
         """Called when the service stops. aiohttp reads nothing more from then on, so a request that is arriving is awaited.
@@ -236,14 +248,25 @@ class ClientConnection(web.RequestHandler):
             error = ApiError("malformed_request", cause=cause)
         else:
             error = ApiError("internal_error", cause=cause)
-        request_id = str(uuid.uuid4())
-        LOGGER.warning("HTTP %d before any handler", status, extra={"type": "http", "cause": cause, "requestId": request_id})
+        request_id = new_request_id()
+        LOGGER.warning(
+            "HTTP %d before any handler",
+            status,
+            extra={"type": "http", "cause": cause, "requestId": request_id, "address": self._address},
+        )
         if request.writer.output_size > 0:
             raise ConnectionError("The response has already begun")
         response = error_response(error)
         response.headers["X-Request-ID"] = request_id
         response.force_close()
         return response
+
+    def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        """Of every response: aiohttp would name itself and Python with their versions, by which known faults are looked up."""
+        resp.headers.setdefault("Server", "")
+        return super().finish_response(request, resp, start_time)
 
     def _is_waiting_for_request(self) -> bool:
         """Whether aiohttp waits for a request whose headers are not complete."""

@@ -36,7 +36,7 @@ class ConnectionLimits:
 
     def add(self, host: str) -> bool:
         """Counts a connection from `host`, or returns False if there are too many."""
-        address = self._address(host)
+        address = self.address(host)
         if self._count >= self._connections_max or (address and self._by_address[address] >= self._per_address_max):
             return False
         self._count += 1
@@ -46,7 +46,7 @@ class ConnectionLimits:
 
     def remove(self, host: str) -> None:
         self._count -= 1
-        if address := self._address(host):
+        if address := self.address(host):
             self._by_address[address] -= 1
             if not self._by_address[address]:
                 del self._by_address[address]
@@ -59,7 +59,7 @@ class ConnectionLimits:
     def end_discard(self) -> None:
         self._discards -= 1
 
-    def _address(self, host: str) -> str:
+    def address(self, host: str) -> str:
         """Empty for connections that are not counted by their address."""
         try:
             return network_of(ipaddress.ip_address(host), self._trusted_proxies)

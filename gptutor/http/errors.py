@@ -9,7 +9,7 @@ from aiohttp.typedefs import Handler
 
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
 from gptutor.errors import ApiError
-from gptutor.http.app_keys import AWAITS_CONTINUE, ERROR_CODE, ERROR_FORM, REQUEST_ID
+from gptutor.http.app_keys import AWAITS_CONTINUE, ERROR_CAUSE, ERROR_CODE, ERROR_FORM, REQUEST_ID
 from gptutor.http.error_form import error_document
 from gptutor.telemetry.logs import PATH_CHARACTERS_MAX
 from gptutor.telemetry.metrics import ERROR_RESPONSES
@@ -51,15 +51,15 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _respond(request, ApiError("database_unavailable", cause=str(error)))
     except DatabaseUnavailable as error:
         return _respond(request, ApiError("database_unavailable", cause=str(error)))
-    except Exception:
+    except Exception as error:
         LOGGER.exception(
             "Unexpected exception", extra={"requestId": request[REQUEST_ID], "path": request.path[:PATH_CHARACTERS_MAX]}
         )
-        return _respond(request, ApiError("internal_error"))
+        return _respond(request, ApiError("internal_error", cause=type(error).__name__))
 
 
 def _respond(request: web.Request, error: ApiError) -> web.Response:
-    request[ERROR_CODE] = error.code
+    request[ERROR_CODE], request[ERROR_CAUSE] = error.code, error.cause
     response = error_response(error, request)
     if request.get(AWAITS_CONTINUE):
         response.force_close()  # the client may or may not send the body now: the next bytes on this connection are ambiguous

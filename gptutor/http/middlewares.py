@@ -1,43 +1,21 @@
 """Middlewares that every request passes; their order is in `app.py`, and `errors` is in `errors.py`."""
 
 import asyncio
-import itertools
-import os
 import re
-import secrets
 import time
-import uuid
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from gptutor.errors import ApiError
-from gptutor.http.app_keys import ERROR_CODE, LOGGED, REQUEST_ID
+from gptutor.http.address_limits import caller_of
+from gptutor.http.app_keys import ERROR_CAUSE, ERROR_CODE, LOGGED, REQUEST_ID, USER
 from gptutor.http.request_counts import count_request
-from gptutor.telemetry.logs import LoggerService
+from gptutor.http.request_ids import new_request_id
+from gptutor.telemetry.logs import REFUSED, LoggerService
 
-API_KEY = re.compile(r"sk-[A-Za-z0-9_-]+")
-"""A client may put a key into the path by mistake; the log must not have it."""
 NO_ENCODING = ("", "identity")
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-
-class _RequestIds:
-    """UUIDs: a random prefix of the process, then a counter. A random UUID for each request would cost ten times as much."""
-
-    def __init__(self) -> None:
-        self._start()
-        os.register_at_fork(after_in_child=self._start)
-
-    def _start(self) -> None:
-        self._prefix = str(uuid.uuid4())[:24]
-        self._counter = itertools.count(secrets.randbits(40))
-
-    def __call__(self) -> str:
-        return f"{self._prefix}{next(self._counter):012x}"
-
-
-new_request_id = _RequestIds()
 
 
 @web.middleware
@@ -70,13 +48,17 @@ def access_log(log: LoggerService) -> Middleware:
             raise
         count_request(request, response.status)
         if LOGGED not in request:
+            user = request.get(USER)
             log.http(
                 method=request.method,
-                path=API_KEY.sub("sk-…", request.path),
+                path=request.path,
                 status=response.status,
                 request_id=request[REQUEST_ID],
                 duration_ms=round((time.monotonic() - started) * 1000),
                 code=request.get(ERROR_CODE),
+                cause=request.get(ERROR_CAUSE),
+                caller=caller_of(request) if response.status >= REFUSED else None,
+                user_id=None if user is None else user.account_id,
             )
         return response
 

@@ -24,11 +24,12 @@ class RateLimit:
             "X-RateLimit-Reset": str(_until_next_minute_s()),
         }
 
-    def error(self) -> ApiError:
-        """For a request above the limit."""
+    def error(self, cause: str | None = None) -> ApiError:
+        """For a request above the limit. `cause`, for the log, says which limit that is."""
         retry_after_s = _until_next_minute_s()
         return ApiError(
             "rate_limited",
+            cause=cause,
             headers={**self.headers(self.per_minute), "Retry-After": str(retry_after_s)},
             extra={
                 "message": f"The limit of requests per minute is used up. Try again in {retry_after_s} s.",

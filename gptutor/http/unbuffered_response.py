@@ -13,7 +13,6 @@ from typing import cast
 
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import SERVER_SOFTWARE
 
 from gptutor.http.byte_budget import ResponseBytes
 
@@ -54,7 +53,7 @@ class UnbufferedResponse(web.StreamResponse):
         if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
             raise ValueError("A header contains a line break")
         status_line = f"HTTP/{version.major}.{version.minor} {self.status} {self.reason}\r\n"
-        return f"{status_line}{lines}{_date_and_server(int(time.time()))}".encode("utf-8", "surrogateescape")
+        return f"{status_line}{lines}{_date(int(time.time()))}".encode("utf-8", "surrogateescape")
 
 
 class CompleteResponse(UnbufferedResponse):
@@ -104,6 +103,6 @@ class CompleteResponse(UnbufferedResponse):
 
 
 @functools.lru_cache(maxsize=1)
-def _date_and_server(unix_s: int) -> str:
-    """The last headers of every response in that second, and the empty line after them."""
-    return f"Date: {formatdate(unix_s, usegmt=True)}\r\nServer: {SERVER_SOFTWARE}\r\n\r\n"
+def _date(unix_s: int) -> str:
+    """The last header of every response in that second, and the empty line after it."""
+    return f"Date: {formatdate(unix_s, usegmt=True)}\r\n\r\n"

@@ -7,12 +7,10 @@ sent to another host.
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from email.utils import parsedate_to_datetime
 from urllib.parse import urlencode
 
 import msgspec
@@ -20,19 +18,17 @@ import msgspec
 from gptutor.openrouter.account import Account
 from gptutor.openrouter.bill import Bill, parse_usd
 from gptutor.openrouter.circuit import CircuitBreaker
+from gptutor.openrouter.clock import ClockSkew
 from gptutor.openrouter.connection import ERROR_STATUS_MIN, UpstreamConnection
 from gptutor.openrouter.connection_pool import ConnectionPool, pooled
 from gptutor.openrouter.errors import PoolExhausted, UpstreamError, error_from_response
 from gptutor.openrouter.response import UpstreamResponse
 from gptutor.openrouter.retry import Failure, retry_delay_s
-from gptutor.telemetry.alerts import ALERTS
-from gptutor.telemetry.metrics import CLOCK_SKEW, UPSTREAM_FAILURES, UPSTREAM_RETRIES, status_label
+from gptutor.telemetry.metrics import UPSTREAM_FAILURES, UPSTREAM_RETRIES, status_label
 
 LOGGER = logging.getLogger("gptutor.openrouter")
 
 GET_TIMEOUT_S = 30.0
-CLOCK_SKEW_MAX_S = 60.0
-"""With more, the operator is told: sign-in with VK and the days of the books need a correct clock."""
 OLD_KEY_STATUSES = frozenset({401, 403, 404})
 """OpenRouter's statuses for a generation that was made with an old API key."""
 
@@ -69,6 +65,7 @@ class OpenRouterService:
         self._old_api_keys = old_api_keys
         self._limits = limits
         self._circuit = CircuitBreaker()
+        self._clock_skew = ClockSkew()
         self._clock = asyncio.get_running_loop().time
 
     async def complete(
@@ -208,19 +205,10 @@ class OpenRouterService:
         if response.status != 200:
             raise await _read_error(response)
         try:
-            if (date := connection.headers.get("date")) is not None:
-                with contextlib.suppress(ValueError):
-                    _report_clock(time.time() - parsedate_to_datetime(date).timestamp())
+            self._clock_skew.observe(connection.headers.get("date"))
             return await response.read_body(GET_TIMEOUT_S)
         finally:
             response.close()
-
-
-def _report_clock(skew_s: float) -> None:
-    """`skew_s`: our clock minus OpenRouter's."""
-    CLOCK_SKEW.set(skew_s)
-    text = f"The clock of this machine is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} OpenRouter's"
-    ALERTS.report("clock_skew", text if abs(skew_s) > CLOCK_SKEW_MAX_S else None)
 
 
 def _encode_headers(headers: Mapping[str, str]) -> bytes:

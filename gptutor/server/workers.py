@@ -132,7 +132,10 @@ class Worker(GunicornWorker):  # type: ignore[misc]
                     config.paths.logs,
                     level=logs.level,
                     retention_days=logs.retention_days,
+                    bytes_max=logs.bytes_max,
+                    file_bytes_max=logs.file_bytes_max,
                     stdout=logs.stdout,
+                    compresses=True,
                     warnings_per_minute=logs.warnings_per_minute,
                     refused_per_minute=logs.refused_per_minute,
                 )

@@ -66,6 +66,15 @@ class ConsoleWriter:
             self._queued_bytes -= len(text)
 
 
+def stdout_is_journal() -> bool:
+    """Whether standard output is systemd's journal, which then keeps what is written there (systemd.exec, JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(sys.stdout.fileno())
+    except (AttributeError, OSError, ValueError):  # not a file of the operating system
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 def print_notice(text: str) -> None:
     """Prints a line on standard output, and waits for it at most NOTICE_S: a stop must not hang on a reader."""
     thread = threading.Thread(target=_write_or_count, args=("stdout", text.encode() + b"\n"), name="notice", daemon=True)

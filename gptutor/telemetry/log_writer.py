@@ -1,4 +1,5 @@
-"""Writing the log: JSON lines in `logs/combined-YYYY-MM-DD.log` and on standard output (contract F1, F2).
+"""Writing the log: JSON lines in `logs/combined-YYYY-MM-DD.log` and on standard output (contract F1, F2). `log_files.py` has the
+files.
 
 The lines of LoggerService are serialised at once, by the calling thread: building a LogRecord for another thread would cost more
 than serialising. Records of the standard `logging` are queued as they are. A writer thread serialises those, and writes all
@@ -22,13 +23,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from gptutor.telemetry.console import ConsoleWriter
+from gptutor.telemetry.console import ConsoleWriter, stdout_is_journal
 from gptutor.telemetry.line_limit import MINUTE_S, LineLimit, kinds_of, message_of
+from gptutor.telemetry.log_files import DailyFile, Housekeeper, LogFolder
 from gptutor.telemetry.logs import AUDIT_LOGGER, LOGGER, LoggerService, write_line_by_logging
 from gptutor.telemetry.metrics import LOG_LINES_LOST
 from gptutor.text import escaped_json
@@ -40,60 +42,9 @@ QUEUED_LINES_MAX = 50_000
 CLOSE_S = 5.0
 LOOK_S = 1.0
 """How often the writer looks for counts of repeated lines whose minute is over."""
-FILE_MODE = 0o640
 AUDIT_ROOM_BYTES = 64 * 1024
 """So much must fit on the disk before a change is made whose audit line is to follow."""
 LEVELS = {level: logging.getLevelName(level).lower() for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)}
-
-
-class DailyFile:
-    """`combined-YYYY-MM-DD.log` of the current day (UTC). Files older than `retention_days` are deleted."""
-
-    def __init__(self, directory: Path, retention_days: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
-        self._retention = datetime.timedelta(days=retention_days)
-        self._day = datetime.datetime.now(datetime.UTC).date()
-        self._file = self._open()
-        self._is_torn = False
-        """Whether the file ends in a part of a line."""
-        self._prune()
-
-    def write(self, day: datetime.date, lines: bytes) -> None:
-        """Appends lines that were logged on `day`. Opens a new file when the day changes. Raises OSError."""
-        if day > self._day:
-            previous_file, previous_day = self._file, self._day
-            self._day = day
-            try:
-                self._file = self._open()
-            except OSError:
-                self._day = previous_day  # the next call tries to open the new file again
-                raise
-            os.close(previous_file)
-            self._prune()
-        rest = memoryview(b"\n" + lines if self._is_torn else lines)
-        while rest:
-            written = os.write(self._file, rest)
-            self._is_torn = written < len(rest)  # until the rest follows; on a full disk it does not
-            rest = rest[written:]
-
-    def close(self) -> None:
-        os.close(self._file)
-
-    def _open(self) -> int:
-        path = self._directory / f"combined-{self._day:%Y-%m-%d}.log"
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
-        owner = self._directory.stat()
-        if os.geteuid() == 0 != owner.st_uid:
-            os.fchown(file, owner.st_uid, owner.st_gid)  # the service must be able to append to a file created by root
-        return file
-
-    def _prune(self) -> None:
-        oldest = f"combined-{self._day - self._retention:%Y-%m-%d}.log"
-        for path in self._directory.glob("combined-????-??-??.log"):
-            if path.name < oldest:
-                with contextlib.suppress(OSError):
-                    path.unlink()
 
 
 @functools.lru_cache(maxsize=2)
@@ -126,6 +77,7 @@ class LogWriter(logging.Handler):
         self,
         file: DailyFile,
         *,
+        housekeeper: Housekeeper | None = None,
         stdout: bool,
         warnings_per_minute: int,
         refused_per_minute: int,
@@ -133,6 +85,7 @@ class LogWriter(logging.Handler):
     ) -> None:
         super().__init__()
         self._file = file
+        self._housekeeper = housekeeper
         self._on_lost = on_lost
         self._stdout = stdout
         self._warnings_per_minute = warnings_per_minute
@@ -184,6 +137,8 @@ class LogWriter(logging.Handler):
             LOG_LINES_LOST.labels("file").inc(len(self._queue))
         else:
             self._file.close()
+        if self._housekeeper is not None:
+            self._housekeeper.close()
         self._console.close()
         super().close()
 
@@ -229,7 +184,8 @@ class LogWriter(logging.Handler):
         for day, lines in itertools.groupby(dated, key=operator.itemgetter(0)):
             text = b"".join(line for _, line in lines)
             try:
-                self._file.write(day, text)
+                if self._file.write(day, text) and self._housekeeper is not None:
+                    self._housekeeper.file_finished()
             except OSError as error:  # such as a full disk
                 self._report_lost_lines(text.count(b"\n"), error)
             if self._stdout:
@@ -278,19 +234,26 @@ def logging_to(
     *,
     level: str,
     retention_days: int,
-    stdout: bool,
+    bytes_max: int = 1 << 30,
+    file_bytes_max: int = 1 << 26,
+    stdout: bool | Literal["auto"],
+    compresses: bool = False,
     warnings_per_minute: int = 20,
     refused_per_minute: int = 100,
     on_lost: Callable[[Exception], None] | None = None,
 ) -> Iterator[LoggerService]:
     """Sets up logging for the life of a process; when the context ends, all queued lines are written.
 
-    Lines that could not be written are reported to `on_lost`, in the writer's thread, or on standard error.
+    The lines go to standard output as well if `stdout` is True, or "auto" and standard output is not systemd's journal. With
+    `compresses`, for processes that live long, a thread looks after the files. Lines that could not be written are reported to
+    `on_lost`, in the writer's thread, or on standard error.
     """
     root = logging.getLogger()
+    folder = LogFolder(directory, retention_days, bytes_max, file_bytes_max)
     writer = LogWriter(
-        DailyFile(directory, retention_days),
-        stdout=stdout,
+        DailyFile(folder),
+        housekeeper=Housekeeper(folder) if compresses else None,
+        stdout=not stdout_is_journal() if stdout == "auto" else stdout,
         warnings_per_minute=warnings_per_minute,
         refused_per_minute=refused_per_minute,
         on_lost=on_lost,

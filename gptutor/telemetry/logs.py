@@ -5,6 +5,8 @@ method has a parameter for them.
 """
 
 import logging
+import re
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Protocol
 
@@ -27,8 +29,23 @@ AUDIT_LOGGER.setLevel(logging.INFO)
 
 
 PATH_CHARACTERS_MAX = 200
+CAUSE_CHARACTERS_MAX = 200
+API_KEY = re.compile(r"sk-[A-Za-z0-9_-]+")
+"""A client may put a key into the path or another field by mistake; the log must not have it."""
 REFUSED = 400
 """The lowest HTTP status of a refused request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent a refused request: the address as the rate limits see it, and the public part of the key; None where unknown."""
+
+    address: str | None
+    key: str | None
+
+    @property
+    def fields(self) -> dict[str, str | None]:
+        return {"address": self.address, "key": self.key}
 
 
 class WriteLine(Protocol):
@@ -81,11 +98,12 @@ class LoggerService:
         cost_usd: Decimal | None,
         cost_rub: str | None,
         cause: str | None,
+        caller: Caller | None = None,
         refusal: str | None = None,
     ) -> None:
         """`outcome` is `settled`, `released` or `awaiting_evidence`, or the code of the error that the client received.
 
-        `refusal`: see `llm_request`.
+        `caller` is given if there is a cause. `refusal`: see `llm_request`.
         """
         self._write_line(
             logging.INFO if cause is None else logging.WARNING,
@@ -103,15 +121,27 @@ class LoggerService:
                 "completionTokens": completion_tokens,
                 "costUsd": None if cost_usd is None else str(cost_usd),
                 "costRub": cost_rub,
-                "cause": cause,
+                "cause": None if cause is None else _bounded(cause, CAUSE_CHARACTERS_MAX),
+                **({} if caller is None else caller.fields),
             },
             None if refusal is None else f"LLM Response: {refusal}",
         )
 
-    def http(self, *, method: str, path: str, status: int, request_id: str, duration_ms: int, code: str | None) -> None:
-        """A long path is cut: a client chooses it."""
-        if len(path) > PATH_CHARACTERS_MAX:
-            path = f"{path[:PATH_CHARACTERS_MAX]}…"
+    def http(
+        self,
+        *,
+        method: str,
+        path: str,
+        status: int,
+        request_id: str,
+        duration_ms: int,
+        code: str | None,
+        cause: str | None = None,
+        caller: Caller | None = None,
+        user_id: int | None = None,
+    ) -> None:
+        """A long path or cause is cut: a client chooses it. `caller` is given for refused requests."""
+        path = _bounded(path, PATH_CHARACTERS_MAX)
         self._write_line(
             logging.INFO,
             f"HTTP {method} {path} {status}",
@@ -123,9 +153,18 @@ class LoggerService:
                 "requestId": request_id,
                 "durationMs": duration_ms,
                 "code": code,
+                **({} if cause is None else {"cause": _bounded(cause, CAUSE_CHARACTERS_MAX)}),
+                **({} if user_id is None else {"userId": str(user_id)}),
+                **({} if caller is None else caller.fields),
             },
             f"HTTP {status} {code}" if status >= REFUSED else None,
         )
+
+
+def _bounded(text: str, characters_max: int) -> str:
+    """Without API keys, and cut."""
+    text = API_KEY.sub("sk-…", text)
+    return text if len(text) <= characters_max else f"{text[:characters_max]}…"
 
 
 def audit(

@@ -17,7 +17,7 @@ from gptutor.api.chat.errors import error_for_refusal
 from gptutor.api.chat.exchange import start_exchange
 from gptutor.api.chat.large_bodies import COMMAS_MAX, LARGE_BODY_BYTES_MIN, LARGE_BODY_WEIGHT
 from gptutor.api.chat.request import ParsedRequest, parse_request
-from gptutor.api.verified_keys import hide_duration
+from gptutor.api.verified_keys import UNKNOWN, hide_duration
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import CLAIM, KEY_VERIFIED, KEYRING, READINESS, REQUEST_ID, SERVICES
 from gptutor.http.body import awaits_continue, read_body, require_json
@@ -133,7 +133,7 @@ class Admission:
             if key is None:
                 known.discard(self.claim)
                 await hide_duration(started)
-                raise ApiError("invalid_key") from None
+                raise ApiError("invalid_key", cause=UNKNOWN) from None
             has_money = key.available >= self._services.balance_min
             known.add(self.claim, is_fresh=has_money)
             self._is_verified = self._request[KEY_VERIFIED] = True

@@ -8,6 +8,7 @@ and an error in the log for the operator.
 import logging
 import math
 
+from gptutor.api.verified_keys import UNKNOWN
 from gptutor.errors import DO_NOT_RETRY, ApiError
 from gptutor.http.rate_limit import UNDISCLOSED, RateLimit
 from gptutor.money.holds import (
@@ -55,14 +56,16 @@ BY_UPSTREAM_FAILURE = {
 def error_for_hold(error: HoldRejected, rate_limit: RateLimit) -> ApiError:
     """`rate_limit` is the account's; the numbers of a key's own limit are not disclosed."""
     if isinstance(error, RateLimited):
-        return (UNDISCLOSED if error.of_key else rate_limit).error()
+        if error.of_key:
+            return UNDISCLOSED.error(cause="the key's own requests_per_minute")
+        return rate_limit.error("rate_limit.chat_per_minute")
     if isinstance(error, RepeatedRequest):
         code = "duplicate_request" if error.same_body else "idempotency_mismatch"
         return ApiError(code, f"{ApiError(code).text}: {error.request_id}")
     if isinstance(error, OutcomeUnknown):
         code = "outcome_unknown"
         return ApiError(code, f"{ApiError(code).text}: {error.request_id}")
-    return ApiError(BY_HOLD_ERROR[type(error)])
+    return ApiError(BY_HOLD_ERROR[type(error)], cause=UNKNOWN if isinstance(error, UnknownKey) else None)
 
 
 def error_for_refusal(error: AccountRefused) -> ApiError:
@@ -70,7 +73,7 @@ def error_for_refusal(error: AccountRefused) -> ApiError:
     return ApiError("upstream_account_refused", headers=headers, cause=error.message)
 
 
-def error_for_upstream(error: UpstreamError) -> ApiError:
+def error_for_upstream(error: UpstreamError, request_id: str) -> ApiError:
     failure = error.failure
     cause = f"upstream: {error}"
     if isinstance(error, AccountRefused):
@@ -83,7 +86,12 @@ def error_for_upstream(error: UpstreamError) -> ApiError:
         code, shows_message = "upstream_account", False
     if code == "upstream_account":
         UPSTREAM_ACCOUNT_ERRORS.labels(failure.status).inc()
-        LOGGER.error("OpenRouter rejects our account: %d %s", failure.status, error.message)
+        LOGGER.error(
+            "OpenRouter rejects our account: %d %s",
+            failure.status,
+            error.message,
+            extra={"type": "upstream_account", "requestId": request_id, "status": failure.status},
+        )
     if code == "rate_limited_upstream" and failure.retry_after_s is not None:
         headers["Retry-After"] = f"{failure.retry_after_s:.0f}"
     return ApiError(code, error.message if shows_message else None, headers=headers, cause=cause)

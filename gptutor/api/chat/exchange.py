@@ -23,6 +23,7 @@ from gptutor.api.chat.purchase import Purchase
 from gptutor.api.verified_keys import hide_duration
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.errors import DO_NOT_RETRY, ApiError
+from gptutor.http.address_limits import caller_of
 from gptutor.http.app_keys import KEY_VERIFIED, LOGGED
 from gptutor.http.byte_budget import BudgetExceeded, ResponseBytes, TooLarge
 from gptutor.http.unbuffered_response import CompleteResponse
@@ -221,7 +222,7 @@ class Exchange:
             raise ApiError("journal_unavailable", cause=str(error)) from error
         except UpstreamError as error:
             purchase.record_generation_id(error.failure.generation_id)
-            raise error_for_upstream(error) from error
+            raise error_for_upstream(error, self._context.request_id) from error
 
     async def _relay_document(self, hold: Hold, purchase: Purchase, upstream: UpstreamResponse, left_s: float) -> None:
         """Raises UpstreamError, and ApiError if the response cannot be kept in memory."""
@@ -333,7 +334,7 @@ class Exchange:
 
     def _respond_with_error(self, error: ApiError) -> None:
         self._outcome = error.code
-        self._cause = error.cause or error.code
+        self._cause = error.cause
         # Its tracebacks refer to this exchange, which refers to the error: the body would wait for the garbage collector.
         error.__traceback__ = error.__context__ = error.__cause__ = None
         if self.response.done():
@@ -390,5 +391,6 @@ class Exchange:
             cost_usd=charge.cost_usd if charge else None,
             cost_rub=roubles(charge.amount) if charge else None,
             cause=self._cause,
+            caller=None if self._cause is None else caller_of(self._request),
             refusal=self._refusal,
         )
