@@ -13,6 +13,7 @@ import typer
 from gptutor import __version__
 from gptutor.cli.console import Json, embedded_directory, fail, out, print_json, progress, with_administration, with_database
 from gptutor.cli.export import export_app
+from gptutor.cli.install_service import install_service
 from gptutor.cli.keys import keys_app
 from gptutor.cli.users import user_app
 from gptutor.config.load import load
@@ -51,6 +52,7 @@ app = typer.Typer(
 user_app.add_typer(keys_app)
 app.add_typer(user_app, name="user")
 app.add_typer(export_app, name="export")
+app.command("install-service")(install_service)
 
 
 # Errors whose text is written for the operator.
