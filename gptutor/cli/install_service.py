@@ -2,13 +2,14 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gptutor.cli.console import fail, out, shown
+from gptutor.cli.console import err, fail, out, shown
 from gptutor.cli.installation import PREFIX, Installation, Plan, check_python, look, make_plan
 from gptutor.cli.installation_steps import InstallError, Machine, Step
 
@@ -41,7 +42,7 @@ def install_service(
             check_python(Path(sys.base_prefix))
         plan = make_plan(wanted, machine, look(wanted, machine))
         changed = 0
-        for step, what in carry_out(plan, machine, dry_run=dry_run):
+        for step, what in carry_out(plan, machine, dry_run=dry_run, around=_shown_while_made):
             changed += what in ("done", "to do")
             out.print(f"  {what:<8} {shown(step.text)}", highlight=False)
     except InstallError as error:
@@ -51,7 +52,13 @@ def install_service(
         out.print(shown(note), highlight=False)
 
 
-def carry_out(plan: Plan, machine: Machine, *, dry_run: bool = False) -> Iterator[tuple[Step, str]]:
+def _shown_while_made(step: Step) -> AbstractContextManager[object]:
+    return err.status(shown(step.text))
+
+
+def carry_out(
+    plan: Plan, machine: Machine, *, dry_run: bool = False, around: Callable[[Step], AbstractContextManager[object]] = nullcontext
+) -> Iterator[tuple[Step, str]]:
     """Each step, after it was made, and what became of it: `done`, `to do` in a dry run, `holds` or `skipped`.
 
     What holds is decided before the first change. Raises InstallError.
@@ -67,7 +74,8 @@ def carry_out(plan: Plan, machine: Machine, *, dry_run: bool = False) -> Iterato
             elif dry_run:
                 yield step, "to do"
             else:
-                step.make(machine)
+                with around(step):
+                    step.make(machine)
                 yield step, "done"
     finally:
         os.umask(umask)

@@ -99,7 +99,7 @@ def look(wanted: Installation, machine: Machine) -> Found:
 
 
 def settings_before(folder: Path) -> dict[str, str]:
-    """What a service in this folder is set to, by variables: gptutor.env, and the changes in its config.yaml. Raises ConfigError."""
+    """What a service in this folder is set to, by variables: gptutor.env, and what config.yaml changes. Raises ConfigError."""
     given = read_env_file(folder / ENV_FILE)
     path = Path(folder, given.pop(CONFIG_PATH_VARIABLE, "config.yaml"))
     changed: dict[str, str] = {}
@@ -130,7 +130,6 @@ def is_secret(name: str) -> bool:
 def make_plan(wanted: Installation, machine: Machine, found: Found) -> Plan:
     """Raises InstallError, ConfigError."""
     release = chosen_release(wanted, machine)
-    is_new = wanted.release is None
     current = Link(f"{wanted.prefix}/current", f"releases/{Path(release.path).name}")
     before = _link_now(current, machine)
     files = list(_settings(wanted, machine, found))
@@ -149,18 +148,26 @@ def make_plan(wanted: Installation, machine: Machine, found: Found) -> Plan:
         *files,
         File(WRAPPER, WRAPPER_TEXT % wanted.prefix, "root", "root", 0o755),
     ]
+    reads = Command("systemd reads its units", ("systemctl", "daemon-reload"), (unit,))
+    running = Running(UNIT, (current, unit, *files), before)
+    at_boot = Command(f"The service {UNIT} starts at boot", ("systemctl", "enable", UNIT), (), ("systemctl", "is-enabled", UNIT))
+    # By the new release, before anything leads to it: a fault leaves the service as it is.
     as_service = (f"{release.path}/.venv/bin/python", "-I", "-m", "gptutor.cli.as_service")
-    ready: list[Step] = []
-    if not missing:
-        if is_new and "database.url" in _given(machine, found):
-            ready.append(Command("Migrations of the database", (*as_service, "migrate"), (current,)))
-        ready.append(Command("Check of the settings, with this release", (*as_service, "check"), (current, *files)))
-    steps += [*ready, current, unit, Command("systemd reads its units", ("systemctl", "daemon-reload"), (unit,))]
-    if not missing:
-        steps.append(
-            Command(f"The service {UNIT} starts at boot", ("systemctl", "enable", UNIT), (), ("systemctl", "is-enabled", UNIT))
-        )
-        steps.append(Running(UNIT, (current, unit, *files), before))
+    migrated = Command("Migrations of the database", (*as_service, "migrate"), (running,))
+    checked = Command("Check of the settings, with this release", (*as_service, "check"), (running,))
+    if missing:
+        steps += [current, unit, reads]
+    else:
+        own_database = "database.url" in _given(machine, found)
+        steps += [
+            *([migrated] if own_database and wanted.release is None else []),
+            checked,
+            current,
+            unit,
+            reads,
+            at_boot,
+            running,
+        ]
     steps.append(Prune(f"{wanted.prefix}/releases", _kept(wanted, machine, current, before)))
     return Plan(tuple(steps), tuple(_notes(wanted, machine, found, missing, unit)))
 
@@ -283,8 +290,8 @@ def _notes(wanted: Installation, machine: Machine, found: Found, missing: list[s
     left = wanted.source / "var"
     if not (wanted.data_from or found.folder or machine.path(f"{DATA}/journal").exists()) and (left / "journal").is_dir():
         yield (
-            f"The data in {left} was not taken over. If customers were served from there: stop that service and the new one, empty "
-            f"{DATA}, and run this again with --data-from {left}"
+            f"The data in {left} was not taken over. If customers were served from there: stop that service and the new one, "
+            f"empty {DATA}, and run this again with --data-from {left}"
         )
     if machine.path(UNIT_FILE).exists() and not unit.holds(machine):
         yield f"The unit was changed: limits and secrets that it sets apply from the next start on (systemctl restart {UNIT})."
