@@ -6,7 +6,7 @@ What is where: `<prefix>/releases/<name>` has each release with its environment,
 
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def make_plan(wanted: Installation, machine: Machine, found: Found) -> Plan:
         File(WRAPPER, WRAPPER_TEXT % wanted.prefix, "root", "root", 0o755),
     ]
     reads = Command("systemd reads its units", ("systemctl", "daemon-reload"), (unit,))
-    running = Running(UNIT, (current, unit, *files), before)
+    running = Running(UNIT, (current, unit, *files), (*([before] if before else []), *_file_now(unit, machine)))
     at_boot = Command(f"The service {UNIT} starts at boot", ("systemctl", "enable", UNIT), (), ("systemctl", "is-enabled", UNIT))
     # By the new release, before anything leads to it: a fault leaves the service as it is.
     as_service = (f"{release.path}/.venv/bin/python", "-I", "-m", "gptutor.cli.as_service")
@@ -212,6 +212,12 @@ def installed_releases(prefix: str, machine: Machine) -> dict[str, str]:
 def _link_now(link: Link, machine: Machine) -> Link | None:
     path = machine.path(link.path)
     return Link(link.path, str(path.readlink())) if path.is_symlink() else None
+
+
+def _file_now(file: File, machine: Machine) -> Iterator[File]:
+    path = machine.path(file.path)
+    if path.is_file():
+        yield replace(file, content=path.read_text("utf-8"))
 
 
 def _kept(wanted: Installation, machine: Machine, current: Link, before: Link | None) -> frozenset[str]:

@@ -362,8 +362,8 @@ class Running:
 
     unit: str
     follows: tuple[Step, ...]
-    before: Link | None
-    """Where `current` led before: restored if the reload is refused, so that a crash starts what runs now."""
+    before: tuple[Step, ...]
+    """What was there: restored if the reload is refused, so that a crash starts what runs now."""
     needs_system: bool = True
 
     @property
@@ -386,8 +386,9 @@ class Running:
         try:
             machine.run(["systemctl", "reload", self.unit])
         except InstallError:
-            if self.before is not None:
-                self.before.make(machine)
+            for step in self.before:
+                step.make(machine)
+            machine.run(["systemctl", "daemon-reload"])
             raise InstallError(
                 f"The reload was refused, and what ran before goes on. Why: journalctl -u {self.unit} -n 30"
             ) from None
