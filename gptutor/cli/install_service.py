@@ -13,6 +13,8 @@ from gptutor.cli.console import err, fail, out, shown
 from gptutor.cli.installation import PREFIX, Installation, Plan, check_python, look, make_plan
 from gptutor.cli.installation_steps import InstallError, Machine, Step
 
+SYSTEMD = Path("/run/systemd/system")
+"""Exists where systemd is in charge."""
 CLONE = Path(__file__).resolve().parent.parent.parent
 
 
@@ -36,6 +38,8 @@ def install_service(
         fail(
             "This changes the system: run it with sudo. Without: --dry-run shows the steps, --root FOLDER tries them in a folder."
         )
+    if machine.is_this_one and not SYSTEMD.is_dir() and not dry_run:
+        fail("There is no systemd here. Run the service with: make run, or in a container (deploy/compose.yaml).")
     wanted = Installation(CLONE, prefix, release, data_from.absolute() if data_from else None)
     try:
         if machine.is_this_one:
