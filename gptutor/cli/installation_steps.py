@@ -12,7 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -29,30 +29,9 @@ class InstallError(Exception):
     """The installation cannot go on; the text is a sentence for the operator."""
 
 
-def run_command(command: Sequence[str]) -> None:
-    """Raises InstallError, after the command has said why."""
-    try:
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd="/")  # noqa: S603 - commands of steps
-    except FileNotFoundError:
-        raise InstallError(f"{command[0]} is missing on this machine; install its package.") from None
-    except subprocess.CalledProcessError as error:
-        raise InstallError(f"This failed with status {error.returncode}: {' '.join(command)}") from None
-
-
-def output_of(command: Sequence[str]) -> str:
-    """What a command prints; empty if it fails or does not exist."""
-    try:
-        ran = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
-        return ran.stdout
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
 @dataclass(frozen=True, slots=True)
 class Machine:
     root: Path = Path("/")
-    run: Callable[[Sequence[str]], None] = run_command
-    output: Callable[[Sequence[str]], str] = output_of
 
     @property
     def is_this_one(self) -> bool:
@@ -69,6 +48,23 @@ class Machine:
             return pwd.getpwnam(owner).pw_uid, grp.getgrnam(group).gr_gid
         except KeyError:
             return (-2, -2)  # they are made by an earlier step; no file belongs to them yet
+
+    def run(self, command: Sequence[str]) -> None:
+        """Raises InstallError, after the command has said why."""
+        try:
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL, cwd="/")  # noqa: S603 - commands of steps
+        except FileNotFoundError:
+            raise InstallError(f"{command[0]} is missing on this machine; install its package.") from None
+        except subprocess.CalledProcessError as error:
+            raise InstallError(f"This failed with status {error.returncode}: {' '.join(command)}") from None
+
+    def output(self, command: Sequence[str]) -> str:
+        """What a command prints; empty if it fails or does not exist."""
+        try:
+            ran = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True)  # noqa: S603
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return ran.stdout
 
 
 class Step(Protocol):
@@ -101,10 +97,7 @@ class User:
         return f"User and group {self.name}, without a login"
 
     def holds(self, machine: Machine) -> bool:
-        try:
-            return pwd.getpwnam(self.name).pw_uid >= 0 and grp.getgrnam(self.name).gr_gid >= 0
-        except KeyError:
-            return False
+        return all(machine.output(["getent", database, self.name]) for database in ("group", "passwd"))
 
     def make(self, machine: Machine) -> None:
         if not machine.output(["getent", "group", self.name]):
