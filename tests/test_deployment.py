@@ -107,7 +107,7 @@ def test_the_image_is_built_from_lock_files_and_runs_as_an_ordinary_user() -> No
     assert len(installed) == 3
     assert all("--require-hashes -r requirements/" in command or "--no-deps" in command for command in installed)
     last = [number for number, (step, _) in enumerate(steps) if step == "FROM"][-1]
-    assert [line for step, line in steps[last:] if step == "USER"] == ["gptutor"]
+    assert [line for step, line in steps[last:] if step == "USER"] == ["10001:10001"]
     assert not re.search(
         r"KEY|SECRET|TOKEN|PASSWORD|DATABASE_URL", " ".join(line for step, line in steps if step in ("ENV", "ARG"))
     )
