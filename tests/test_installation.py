@@ -33,6 +33,7 @@ def clone(tmp_path: Path) -> Path:
         else:
             (folder / name).mkdir(parents=True)
             (folder / name / "file").write_text(name)
+    (folder / "sql" / "file").chmod(0o600)  # as git makes files for a root who keeps to themselves
     (folder / "gptutor" / "sql").symlink_to("../sql")
     (folder / "deploy" / "gptutor.service").write_text("ExecStart=/opt/gptutor/current/.venv/bin/gptutor serve\n")
     return folder
@@ -122,7 +123,7 @@ def current(machine: Machine) -> str:
 def test_a_second_run_changes_nothing(clone: Path, tmp_path: Path) -> None:
     machine = trial(tmp_path)
     wanted = Installation(clone)
-    umask = os.umask(0o077)  # of a root who keeps to themselves: the service must read its release all the same
+    umask = os.umask(0o077)  # the service must read its release all the same
     try:
         assert len(changed(install(wanted, machine))) == 12
     finally:
@@ -224,7 +225,9 @@ def test_the_settings_of_a_clone_are_taken_over_once_and_secrets_become_credenti
     list(carry_out(plan, machine))
     assert any("from now on those in /etc/gptutor count" in note for note in plan.notes)
     files = tree(machine.path(SETTINGS))
+    secrets = ("OPENROUTER_API_KEY", "HTTPS_PROXY")
     assert files["gptutor.env"] == (0o640, "GPTUTOR_SERVER__PORT=3005\nGPTUTOR_BILLING__RUB_PER_USD=95\n")
+    assert {name for name in files if name.startswith("credentials/")} == {f"credentials/{name}" for name in secrets}
     assert files["credentials/OPENROUTER_API_KEY"] == (0o600, f"{SECRET}\n")
     assert files["credentials/HTTPS_PROXY"] == (0o600, f"http://u:{SECRET}@h:1\n")
     assert "data: /var/lib/gptutor" in files["config.yaml"][1]
@@ -270,7 +273,7 @@ def test_the_service_is_checked_before_it_is_switched_and_started(clone: Path, t
 
 def test_a_new_version_is_reloaded_and_a_refused_reload_restores_what_was_there(clone: Path, tmp_path: Path) -> None:
     machine = pretended(tmp_path)
-    (clone / "gptutor.env").write_text(ENV)
+    (clone / "gptutor.env").write_text(ENV + "DATABASE_URL=postgresql:///gptutor\nGPTUTOR_SECRET_KEY=x\n")
     install(Installation(clone), machine)
     unit = machine.path(UNIT_FILE).read_text()
     assert changed(install(Installation(clone), machine)) == []
@@ -283,6 +286,7 @@ def test_a_new_version_is_reloaded_and_a_refused_reload_restores_what_was_there(
     assert machine.ran[-2:] == ["systemctl reload gptutor", "systemctl daemon-reload"]
     machine.failing.clear()
     install(Installation(clone), machine)
+    assert [line for line in machine.ran if "migrate" in line]
     assert machine.path(UNIT_FILE).read_text() == "new\n"
     assert machine.path(f"{UNIT_FILE}~").read_text() == unit, "what an administrator may have changed is kept beside"
     del machine.ran[:]

@@ -158,16 +158,9 @@ def make_plan(wanted: Installation, machine: Machine, found: Found) -> Plan:
     if missing:
         steps += [current, unit, reads]
     else:
-        own_database = "database.url" in _given(machine, found)
-        steps += [
-            *([migrated] if own_database and wanted.release is None else []),
-            checked,
-            current,
-            unit,
-            reads,
-            at_boot,
-            running,
-        ]
+        if "database.url" in _given(machine, found) and wanted.release is None:
+            steps.append(migrated)
+        steps += [checked, current, unit, reads, at_boot, running]
     steps.append(Prune(f"{wanted.prefix}/releases", _kept(wanted, machine, current, before)))
     return Plan(tuple(steps), tuple(_notes(wanted, machine, found, missing, unit)))
 
