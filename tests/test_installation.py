@@ -400,6 +400,7 @@ def test_the_administrators_command_has_the_services_settings_secrets_and_user(
     for name in ("initgroups", "setgid", "setuid"):
         monkeypatch.setattr(os, name, lambda *given, name=name: became.append((name, *given)))
     environ = {"SUDO_UID": "1000", "GPTUTOR_WORKERS": "9", "OPENROUTER_BASE_URL": "http://evil", "HOME": "/root", "TERM": "x"}
+    environ |= {"HOST": "workstation", "https_proxy": "http://own:1"}
     as_service.become_service_user(environ)
     assert became == [("initgroups", "gptutor", 4712), ("setgid", 4712), ("setuid", 4711)]
     assert {name: environ.get(name) for name in ("OPENROUTER_API_KEY", "GPTUTOR_CONFIG", "HOME", "GPTUTOR_WORKERS", "TERM")} == {
@@ -409,7 +410,7 @@ def test_the_administrators_command_has_the_services_settings_secrets_and_user(
         "GPTUTOR_WORKERS": None,
         "TERM": "x",
     }
-    assert "OPENROUTER_BASE_URL" not in environ
+    assert not {"OPENROUTER_BASE_URL", "HOST", "https_proxy"} & set(environ)
     assert console.os_user() == "user-1000"
 
 

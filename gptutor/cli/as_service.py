@@ -11,7 +11,7 @@ from collections.abc import MutableMapping
 from gptutor.cli import console
 from gptutor.cli.installation import CREDENTIALS, SETTINGS, USER
 from gptutor.config.credentials import DIRECTORY_VARIABLE, read_credentials
-from gptutor.config.load import CONFIG_PATH_VARIABLE
+from gptutor.config.load import CONFIG_PATH_VARIABLE, PROXY_VARIABLES, SHORT_NAMES
 from gptutor.config.schema import ConfigError
 
 AS_ROOT = "install-service"
@@ -39,8 +39,8 @@ def become_service_user(environ: MutableMapping[str, str]) -> None:
         console.fail("Run this with sudo: only root can read the service's secrets.")
     who = _caller(environ)
     user = pwd.getpwnam(USER)
-    for name in [name for name in environ if name.startswith(("GPTUTOR_", "OPENROUTER_"))]:
-        del environ[name]
+    for name in [name for name in environ if name.startswith("GPTUTOR_") or name.upper() in (*SHORT_NAMES, *PROXY_VARIABLES)]:
+        del environ[name]  # the service does not have it
     environ.update(read_credentials({DIRECTORY_VARIABLE: CREDENTIALS}))
     environ.update({CONFIG_PATH_VARIABLE: f"{SETTINGS}/config.yaml", "HOME": user.pw_dir, "USER": USER, "LOGNAME": USER})
     environ.pop(DIRECTORY_VARIABLE, None)
