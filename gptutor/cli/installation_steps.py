@@ -314,7 +314,7 @@ class Prune:
 
     @property
     def text(self) -> str:
-        return f"Releases in {self.path} older than the last ones removed"
+        return f"No older releases in {self.path} than the last ones"
 
     def holds(self, machine: Machine) -> bool:
         return not self._others(machine)
