@@ -18,7 +18,7 @@ from tests.support.service import environment, refused, run
 
 SECRET = "s3cret-7391"
 ENV = (
-    f"OPENROUTER_API_KEY={SECRET}\nHTTPS_PROXY=http://u:{SECRET}@h:1\nGPTUTOR_BILLING__RUB_PER_USD=95\nGPTUTOR_PATHS__DATA=old\n"
+    f"OPENROUTER_API_KEY={SECRET}\nhttps_proxy=http://u:{SECRET}@h:1\nGPTUTOR_BILLING__RUB_PER_USD=95\nGPTUTOR_PATHS__DATA=old\n"
 )
 
 

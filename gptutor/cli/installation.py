@@ -235,7 +235,7 @@ def _settings(wanted: Installation, machine: Machine, found: Found) -> Iterator[
     yield File(f"{SETTINGS}/config.yaml", CONFIG % wanted.prefix, "root", USER, 0o640, is_kept=True)
     plain = [f"{name}={value}\n" for name, value in found.settings.items() if not is_secret(name)]
     yield File(f"{SETTINGS}/{ENV_FILE}", "".join(plain), "root", USER, 0o640, is_kept=True)
-    secrets = {name: f"{value}\n" for name, value in found.settings.items() if is_secret(name) and value}
+    secrets = {name.upper(): f"{value}\n" for name, value in found.settings.items() if is_secret(name) and value}
     for name in sorted({*secrets, *_credentials(machine)}):
         yield File(f"{CREDENTIALS}/{name}", secrets.get(name, ""), "root", "root", 0o600, is_kept=True)
 
