@@ -1,8 +1,6 @@
 # Everything a person does with the project. `make help` lists the targets.
 SHELL := /bin/sh
 VENV := .venv
-SYSTEMD_RUN ?= systemd-run
-SYSTEMCTL ?= systemctl
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.developed
@@ -126,14 +124,8 @@ convert-0.1: install ## convert the database of GPTutor 0.1 to the schema of 0.2
 migrate: install ## bring the database of DATABASE_URL up to date
 	@$(BIN)/gptutor migrate
 
-# A service that exits at once is restarted after RestartSec (2 s), and a single check could find it running: so there are three.
-service: install ## run as a systemd service, restarted on exit, until the next reboot; settings from gptutor.env
-	@command -v systemd-run >/dev/null || { echo "There is no systemd here. Run it with: make run"; exit 1; }
-	@test -f gptutor.env || { echo "Write gptutor.env first: DATABASE_URL, OPENROUTER_API_KEY and GPTUTOR_SECRET_KEY, a line each (README, Going live)."; exit 1; }
-	@$(SYSTEMD_RUN) --unit=gptutor --collect --working-directory=$(CURDIR) -p User=$$(stat -c %U .) \
-		$$(sed -n -E 's/^((Restart|TimeoutStop|Kill|UMask|Limit|NoNew|PrivateTmp|Runtime)[A-Za-z]*=.*)/-p \1/p' deploy/gptutor.service) \
-		-p "$$(grep '^ExecReload=' deploy/gptutor.service)" $(CURDIR)/$(BIN)/gptutor serve
-	@for second in 1 2 3; do sleep 1; $(SYSTEMCTL) is-active --quiet gptutor || \
-		{ echo "It did not stay up: journalctl -u gptutor"; exit 1; }; done
-	@echo "Running. See it with: systemctl status gptutor; journalctl -u gptutor -f. Stop it with: systemctl stop gptutor"
-	@echo "This unit lasts until the next reboot; deploy/gptutor.service is for good."
+# As root only where that is needed: .venv stays the caller's own.
+SUDO ?= $(if $(filter 0,$(shell id -u)),,sudo)
+
+service: install ## install this version as a systemd service, or bring it up to date: ARGS=--dry-run, ARGS="--release 0.2.0"
+	@$(SUDO) $(CURDIR)/$(BIN)/gptutor install-service $(ARGS)

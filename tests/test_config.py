@@ -270,6 +270,62 @@ def test_a_proxy_in_the_environment_wins_over_gptutor_env(folder: Path, monkeypa
     assert load().openrouter.proxy == ""
 
 
+# -- credentials
+
+
+def test_credentials_are_above_gptutor_env_and_below_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As systemd passes the files of a folder, and as the secrets of a container or of a unit of one's own are named."""
+    secrets = folder / "credentials"
+    secrets.mkdir()
+    (secrets / "gptutor_OPENROUTER_API_KEY").write_text("sk-or-credential\n")
+    (secrets / "DATABASE_URL").write_text("postgresql://h/credential")
+    (secrets / "gptutor_GPTUTOR_ADMIN__TOKEN").write_text("x" * 32)
+    (secrets / "HTTPS_PROXY").write_text("http://credential:1")
+    (secrets / "gptutor_OPENROUTER_API_KEY~").write_text("what an editor left")
+    (secrets / "..data").mkdir()
+    (folder / "gptutor.env").write_text("OPENROUTER_API_KEY=sk-or-file\nHTTPS_PROXY=http://file:1\nPORT=5\n")
+    assert load().openrouter.api_key == "sk-or-file"
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(secrets))
+    config = load()
+    assert (config.openrouter.api_key, config.database.url) == ("sk-or-credential", "postgresql://h/credential")
+    assert (config.admin.tokens, config.openrouter.proxy, config.server.port) == ({"admin": "x" * 32}, "http://credential:1", 5)
+    monkeypatch.setenv("OPENROUTER_API_KEY", "sk-or-environment")
+    assert load().openrouter.api_key == "sk-or-environment"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("OPENROUTR_API_KEY", b"s3cret", "The credential OPENROUTR_API_KEY is not a setting."),
+        ("gptutor_GPTUTOR_CONFIG", b"s3cret", "The credential GPTUTOR_CONFIG is not a setting."),
+        ("GPTUTOR_SEVER__PORT", b"s3cret", "GPTUTOR_SEVER__PORT, a credential, is not a setting."),
+        ("openrouter", b"s3cret", "openrouter cannot be used: name the file like a setting"),
+        ("PORT", b"s3cret", "PORT, a credential, must be a whole number."),
+        ("DATABASE_URL", b"mysql://u:s3cret@h/d", "DATABASE_URL, a credential, must be such as postgresql://"),
+        ("GPTUTOR_SECRET_KEY", b" \n", "GPTUTOR_SECRET_KEY is empty"),
+        ("VK_SECRET_KEY", b"s3cret\nmore\n", "VK_SECRET_KEY is not one line of text"),
+        ("VK_SECRET_KEY", b"s3cret\0", "VK_SECRET_KEY is not one line of text"),
+        ("VK_SECRET_KEY", b"s3cret\xff", "VK_SECRET_KEY is not UTF-8"),
+        ("VK_SECRET_KEY", b"s3cret" * 12_000, "VK_SECRET_KEY is too large"),
+    ],
+)
+def test_a_fault_in_a_credential_is_named_without_its_content(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load({"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert words in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_two_credentials_of_one_name_and_an_unreadable_folder_are_named(tmp_path: Path) -> None:
+    for name in ("gptutor_PORT", "PORT"):
+        (tmp_path / name).write_text("1")
+    with pytest.raises(ConfigError, match=r"gptutor_PORT cannot be used: .* once, or remove it"):
+        load({"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    with pytest.raises(ConfigError, match="The folder of credentials /nowhere cannot be read: No such file"):
+        load({"CREDENTIALS_DIRECTORY": "/nowhere"})
+
+
 def test_tests_do_not_run_with_the_settings_of_a_living_service(folder: Path) -> None:
     (folder / "gptutor.env").write_text("DATABASE_URL=postgresql://h/living\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent / "test_retry.py")]

@@ -3,9 +3,6 @@
 import contextlib
 import http.client
 import json
-import os
-import pwd
-import re
 import shutil
 import signal
 import socket
@@ -218,56 +215,6 @@ def test_the_wheel_is_complete_and_has_the_version(tmp_path: Path) -> None:
     )  # fmt: skip
     assert str(installed) in ran.stdout
     assert f"Applied to the embedded PostgreSQL in {tmp_path / 'var' / 'postgres'}: 0001_accounts" in ran.stdout
-
-
-def test_the_unit_is_valid_and_its_stop_fits_the_drain(tmp_path: Path) -> None:
-    unit = (ROOT / "deploy" / "gptutor.service").read_text()
-    server = schema.ServerSettings()
-    stop_s = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])  # type: ignore[index]
-    assert stop_s > server.shutdown_s + server.drain_s
-    for line in ("User=gptutor", "ProtectSystem=strict", "ReadWritePaths=/opt/gptutor/var /opt/gptutor/logs", "ProtectHome=yes"):
-        assert line in unit.splitlines()
-    assert "EnvironmentFile" not in unit, "the service reads gptutor.env itself, also at a reload"
-    if not shutil.which("systemd-analyze"):
-        pytest.skip("systemd-analyze is not installed: the unit's text is not checked by systemd")
-    here = unit.replace("/opt/gptutor/.venv/bin/gptutor", sys.executable).replace("/opt/gptutor", str(tmp_path))
-    (tmp_path / "gptutor.service").write_text(here)
-    checked = subprocess.run(
-        ["systemd-analyze", "verify", str(tmp_path / "gptutor.service")], check=False, capture_output=True, text=True
-    )
-    assert (checked.returncode, [line for line in checked.stderr.splitlines() if "gptutor.service" in line]) == (0, [])
-
-
-def test_make_service_passes_the_units_own_properties(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    (source / ".venv").mkdir(parents=True)
-    for name in ("Makefile", "setup.cfg", "pyproject.toml", "requirements", "deploy"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, source / name)
-    (source / ".venv" / ".installed").touch()
-    environ = {**os.environ, "MAKEFLAGS": ""}
-    make = ["make", "service", "SYSTEMD_RUN=printf '<%s>\\n'", "SYSTEMCTL=echo systemctl"]
-    refused = subprocess.run(make, cwd=source, env=environ, check=False, capture_output=True, text=True)
-    assert refused.returncode != 0
-    assert "gptutor.env" in refused.stdout
-    (source / "gptutor.env").touch()
-    said = subprocess.run(make, cwd=source, env=environ, check=True, capture_output=True, text=True).stdout
-    owner = pwd.getpwuid(source.stat().st_uid).pw_name
-    for property_ in (
-        "Restart=always",
-        "TimeoutStopSec=100",
-        "PrivateTmp=yes",
-        f"User={owner}",
-        "ExecReload=/bin/kill -HUP $MAINPID",
-    ):
-        assert f"<-p>\n<{property_}>\n" in said
-    assert "EnvironmentFile" not in said
-    assert said.count("systemctl is-active --quiet gptutor") == 3
-    assert "This unit lasts until the next reboot; deploy/gptutor.service is for good." in said
-    make[-1] = "SYSTEMCTL=false"
-    ended = subprocess.run(make, cwd=source, env=environ, check=False, capture_output=True, text=True)
-    assert ended.returncode != 0
-    assert "It did not stay up: journalctl -u gptutor\n" in ended.stdout
-    assert "Running" not in ended.stdout
 
 
 def test_without_a_directory_for_its_journal_the_service_does_not_start(tmp_path: Path, postgres: str) -> None:

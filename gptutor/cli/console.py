@@ -29,6 +29,8 @@ from gptutor.text import escaped, escaped_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 T = TypeVar("T")
+caller: str | None = None
+"""Who runs this command as the service's user, where that is known (`as_service.py`)."""
 
 
 class ResultConsole(Console):
@@ -139,6 +141,8 @@ def _vault(settings: Config) -> Vault:
 
 def os_user() -> str:
     """The user that this process runs as, by its uid: the environment is not trusted."""
+    if caller is not None:
+        return caller
     uid = os.getuid()
     try:
         return pwd.getpwuid(uid).pw_name

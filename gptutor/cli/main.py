@@ -16,6 +16,7 @@ from gptutor.cli.audit import audit_app
 from gptutor.cli.console import Json, embedded_directory, fail, out, print_json, progress, with_administration
 from gptutor.cli.doctor import doctor
 from gptutor.cli.export import export_app
+from gptutor.cli.install_service import install_service
 from gptutor.cli.keys import keys_app
 from gptutor.cli.lost import lost
 from gptutor.cli.report import report_app
@@ -57,6 +58,7 @@ app.add_typer(audit_app)
 app.add_typer(report_app)
 app.add_typer(requests_app)
 app.add_typer(alerts_app, name="alerts")
+app.command("install-service")(install_service)
 
 
 # Errors whose text is written for the operator.

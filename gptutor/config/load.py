@@ -1,16 +1,19 @@
-"""`load()`: the settings of `config.yaml`, overridden by `gptutor.env`, overridden by the environment, as one frozen `Config`.
+"""`load()`: the settings of `config.yaml`, overridden by `gptutor.env`, overridden by credentials, overridden by the environment.
+
+The result is one frozen `Config`.
 
 Every value is read as text and converted to the type that `schema.py` declares, so the same rules hold for the files and the
 environment, and an exact decimal never passes through a float.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
 
+from gptutor.config.credentials import read_credentials
 from gptutor.config.files import ENV_FILE, read_env_file, read_settings
 from gptutor.config.messages import error_sentence
 from gptutor.config.schema import Config, ConfigError, OpenRouterSettings
@@ -29,6 +32,7 @@ SHORT_NAMES = {
     "GPTUTOR_SECRET_KEY": "security.secret_key",
 }
 CONFIG_PATH_VARIABLE = "GPTUTOR_CONFIG"
+PROXY_VARIABLES = ("HTTPS_PROXY", "NO_PROXY")
 DEFAULT_FILE = Path(__file__).parent.parent / "config.yaml"
 
 
@@ -43,13 +47,16 @@ def load(environ: Mapping[str, str] | None = None) -> Config:
     else:
         environment, env_file = environ, {}
     _require_utf8(environment)
+    credentials = read_credentials(environment)
+    _require_settings(credentials)
+    sources = [(env_file, f" in {ENV_FILE}"), (credentials, ", a credential,"), (environment, "")]
     named = environment.get(CONFIG_PATH_VARIABLE) or env_file.get(CONFIG_PATH_VARIABLE)
     path = Path(named) if named else Path("config.yaml")
     if not named and not path.exists():
         path = DEFAULT_FILE
     settings, origin = read_settings(path)
-    for variables, where in ((env_file, f" in {ENV_FILE}"), (environment, "")):
-        for name, dotted in _settings_of(variables, where).items():
+    for variables, where in sources:
+        for name, dotted in settings_of(variables, where).items():
             section, _, key = dotted.partition(".")
             if section not in settings:
                 settings[section], origin[section] = {}, name + where
@@ -57,13 +64,23 @@ def load(environ: Mapping[str, str] | None = None) -> Config:
     try:
         config = msgspec.convert(settings, Config, strict=False, dec_hook=lambda kind, text: kind(text))
     except msgspec.ValidationError as error:
-        raise ConfigError(error_sentence(str(error), settings, origin, str(path))) from error
+        hidden = {dotted for dotted, where in origin.items() if where.endswith(", a credential,")}
+        raise ConfigError(error_sentence(str(error), settings, origin, str(path), hidden)) from error
     if not config.openrouter.proxy and not config.simulated:
-        proxy = _proxy_from_environment(config.openrouter, environment, env_file)
+        proxy = _proxy_from_environment(config.openrouter, sources)
         config = msgspec.structs.replace(config, openrouter=msgspec.structs.replace(config.openrouter, proxy=proxy))
     if config.simulated and "openrouter.base_url" in origin and config.openrouter.base_url != OpenRouterSettings().base_url:
         raise ConfigError("OPENROUTER_BASE_URL is set, but OPENROUTER_API_KEY is not: set both, or neither for the simulator.")
     return config
+
+
+def _require_settings(credentials: Mapping[str, str]) -> None:
+    """A misspelt name must not start the service without its key, with the simulator. Raises ConfigError."""
+    for name in credentials:
+        if name not in (*SHORT_NAMES, *PROXY_VARIABLES) and (name == CONFIG_PATH_VARIABLE or not name.startswith("GPTUTOR_")):
+            raise ConfigError(
+                f"The credential {name} is not a setting. Secrets are named as in gptutor.env: OPENROUTER_API_KEY, DATABASE_URL …"
+            )
 
 
 def _require_utf8(environ: Mapping[str, str]) -> None:
@@ -76,22 +93,22 @@ def _require_utf8(environ: Mapping[str, str]) -> None:
                 raise ConfigError(f"{name.encode(errors='replace').decode()} is not UTF-8.") from None
 
 
-def _proxy_from_environment(openrouter: OpenRouterSettings, environment: Mapping[str, str], env_file: Mapping[str, str]) -> str:
+def _proxy_from_environment(openrouter: OpenRouterSettings, sources: Sequence[tuple[Mapping[str, str], str]]) -> str:
     """HTTPS_PROXY, unless NO_PROXY exempts OpenRouter's host. Raises ConfigError."""
     url = urlsplit(openrouter.base_url)
-    exempt, _ = _in_either_case("NO_PROXY", environment, env_file)
+    exempt, _ = _in_either_case("NO_PROXY", sources)
     if url.scheme != "https" or _is_exempt(url.hostname or "", exempt):
         return ""
-    proxy, where = _in_either_case("HTTPS_PROXY", environment, env_file)
+    proxy, where = _in_either_case("HTTPS_PROXY", sources)
     proxy = proxy if "://" in proxy or not proxy else f"http://{proxy}"
     if proxy and not is_address(proxy, with_path=False):
         raise ConfigError(f"HTTPS_PROXY{where} must be an address such as http://host:3128.")
     return proxy
 
 
-def _in_either_case(name: str, environment: Mapping[str, str], env_file: Mapping[str, str]) -> tuple[str, str]:
-    """The value of NAME or name, and for messages where it is set. An empty variable hides the file's."""
-    for variables, where in ((environment, ""), (env_file, f" in {ENV_FILE}")):
+def _in_either_case(name: str, sources: Sequence[tuple[Mapping[str, str], str]]) -> tuple[str, str]:
+    """The value of NAME or name, and for messages where it is set. An empty variable hides the file's. The last source wins."""
+    for variables, where in reversed(sources):
         if name in variables or name.lower() in variables:
             return variables.get(name) or variables.get(name.lower()) or "", where
     return "", ""
@@ -102,7 +119,7 @@ def _is_exempt(host: str, exempt: str) -> bool:
     return any(name in ("*", host) or host.endswith(f".{name}") for name in names if name)
 
 
-def _settings_of(variables: Mapping[str, str], where: str) -> dict[str, str]:
+def settings_of(variables: Mapping[str, str], where: str) -> dict[str, str]:
     """Variable → `section.key`, for every variable that names a setting. Raises ConfigError."""
     names = {name: dotted for name, dotted in SHORT_NAMES.items() if name in variables}
     for name in variables:

@@ -2,7 +2,7 @@
 
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -33,11 +33,17 @@ UNKNOWN_FIELD = re.compile(r"unknown field `(.*)`")
 WRONG_TYPE = re.compile(r"Expected `\w+`, got |Expected `str` matching |Invalid (enum value|decimal)")
 
 
-def error_sentence(error: str, settings: Mapping[str, Mapping[str, Any]], origin: Mapping[str, str], path: str) -> str:
+def error_sentence(
+    error: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    origin: Mapping[str, str],
+    path: str,
+    hidden: Collection[str] = (),
+) -> str:
     """A sentence for a msgspec error, which ends in the place of the fault: ``… - at `$.server.port` ``.
 
     `settings` are the values by section and key; `origin` names for `section.key` the variable or the line that set it; `path` is
-    the settings file.
+    the settings file. The values of `hidden` are not shown, as those of SECRETS.
     """
     what, _, place = error.partition(" - at ")
     dotted = place.strip("`").removeprefix("$").lstrip(".")
@@ -49,7 +55,7 @@ def error_sentence(error: str, settings: Mapping[str, Mapping[str, Any]], origin
         dotted, _, allowed = what.partition(" must be ")
         return f"{origin.get(dotted, dotted)} must be {allowed}."
     name = origin.get(dotted, dotted)
-    value = "" if dotted in SECRETS else f" (it is {settings.get(section, {}).get(key, '')!r})"
+    value = "" if dotted in SECRETS or dotted in hidden else f" (it is {settings.get(section, {}).get(key, '')!r})"
     if WRONG_TYPE.match(what):
         return f"{name} must be {_expected(section, key)}{value}."
     return f"{name} is wrong{value}: {what[:1].lower()}{what[1:]}."
