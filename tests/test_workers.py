@@ -1,6 +1,6 @@
 """Several processes on one port (`server.workers`), and their replacement under load."""
 
-import asyncio
+import base64
 import concurrent.futures
 import contextlib
 import os
@@ -22,8 +22,9 @@ import pytest
 from gptutor.config.schema import Config, DocsSettings, ServerSettings
 from gptutor.server.banner import banner
 from gptutor.server.listener import host_and_port
-from gptutor.server.workers import Master, Worker
-from tests.support.service import RunningSimulator, Service, environment, run, start, start_simulator
+from gptutor.server.workers import addresses
+from tests.support.gateway import SECRET
+from tests.support.service import RunningSimulator, Service, run, start, start_simulator
 
 
 def completion(text: str) -> bytes:
@@ -41,7 +42,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSimula
 
 
 @pytest.fixture
-def workers(tmp_path: Path, upstream: RunningSimulator) -> Iterator[Service]:
+def workers(tmp_path: Path, upstream: RunningSimulator, database_url: str) -> Iterator[Service]:
     port = free_ports(3)
     metrics = port + 1
     settings = tmp_path / "settings.yaml"
@@ -53,6 +54,8 @@ def workers(tmp_path: Path, upstream: RunningSimulator) -> Iterator[Service]:
         GPTUTOR_CONFIG=str(settings),
         GPTUTOR_METRICS__PORT=str(metrics),
         GPTUTOR_LOGS__STDOUT="false",
+        DATABASE_URL=database_url,
+        GPTUTOR_SECRET_KEY=base64.b64encode(SECRET).decode(),
         OPENROUTER_API_KEY="sk-or-x",
         OPENROUTER_BASE_URL=upstream.base_url,
     )
@@ -233,25 +236,6 @@ def test_a_reload_reads_gptutor_env_again(workers: Service) -> None:
 @pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
 def test_an_address_of_either_kind_is_bound_and_shown(host: str, shown: str) -> None:
     config = Config(server=ServerSettings(host=host, port=3001), docs=DocsSettings(host=host))
-    assert Master(config, [bytes(32)]).cfg.address == [(host, 3001)]
+    assert list(addresses(config)) == [f"{shown}:3001"]
     assert host_and_port(host, 3001) == f"{shown}:3001"
     assert f"http://{shown.replace('127.0.0.1', 'localhost')}:8080" in banner(config, url="", demo_key=None)
-
-
-def test_several_workers_need_an_openrouter_key(tmp_path: Path) -> None:
-    ended = run(environment(tmp_path, GPTUTOR_WORKERS="2"), "serve", check=False)
-    assert ended.returncode == 1
-    assert "needs OPENROUTER_API_KEY" in " ".join(ended.stderr.split())
-
-
-async def test_a_worker_that_finishes_its_requests_keeps_notifying_the_master(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptutor.server.workers.NOTIFY_S", 0.01)
-    worker, notified = Worker.__new__(Worker), []
-    worker.alive = False  # it is stopping
-    worker.notify = lambda: notified.append(1)
-    async with worker._notifying():
-        await asyncio.sleep(0.1)
-    assert len(notified) > 3
-    count = len(notified)
-    await asyncio.sleep(0.05)
-    assert len(notified) == count

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gptutor import __version__
+from gptutor.cli.check import check_command
 from gptutor.cli.console import Json, embedded_directory, fail, out, print_json, progress, with_administration, with_database
 from gptutor.cli.export import export_app
 from gptutor.cli.keys import keys_app
@@ -32,9 +33,11 @@ from gptutor.money.records import reconciliation_json, unbooked_json, waiting_ho
 from gptutor.money.users import NoSuchUser
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.totals import totals
+from gptutor.server import workers
 from gptutor.server.listener import StartError
 from gptutor.server.process import run_loop
 from gptutor.server.serve import resolved_database, serve, simulated_openrouter
+from gptutor.server.supervisor import Handover
 from gptutor.simulator.server import Simulator
 from gptutor.text import escaped
 
@@ -51,6 +54,7 @@ app = typer.Typer(
 user_app.add_typer(keys_app)
 app.add_typer(user_app, name="user")
 app.add_typer(export_app, name="export")
+app.command("check")(check_command)
 
 
 # Errors whose text is written for the operator.
@@ -107,13 +111,12 @@ def main() -> None:
 @app.command("serve")
 def serve_command() -> None:
     """Run the service."""
+    if (predecessor := Handover.take()) is not None:
+        raise typer.Exit(workers.take_over(predecessor))
     settings = load()
-    if settings.server.workers == 1:
-        run_loop(serve(settings))
-    else:
-        from gptutor.server import workers
-
-        workers.serve(settings)
+    if workers.needs_master(settings):
+        raise typer.Exit(workers.serve(settings))
+    run_loop(serve(settings))
 
 
 @app.command()

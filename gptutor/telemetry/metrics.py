@@ -74,6 +74,14 @@ LOG_LINES_LOST = Counter(
     "Log lines that could not be written, by destination: file (a full disk), stdout, stderr (a reader that does not read).",
     ["destination"],
 )
+LAST_RELOAD_SUCCESS = Gauge(
+    "gptutor_last_reload_success",
+    "1: the last reload, or the start, took the settings over. 0: the previous ones stay in effect, and the log says why. "
+    "Alert on 0.",
+)
+LAST_RELOAD_TIMESTAMP = Gauge(
+    "gptutor_last_reload_timestamp_seconds", "When the last reload, or the start, was tried: Unix time."
+)
 PAYMENT_NOTIFICATIONS = Counter(
     "gptutor_payment_notifications",
     "Notifications from the payment provider, by outcome: booked, nothing, pending (to be repeated), unavailable, or a reason of "
