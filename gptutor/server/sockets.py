@@ -14,25 +14,23 @@ UMASK = 0o117
 """Of a Unix socket: its owner and group may use it."""
 
 
-def bind_all(addresses: Mapping[str, str], inherited: Mapping[str, int]) -> dict[str, socket.socket]:
+def bind_all(addresses: Mapping[str, str], inherited: Mapping[str, socket.socket] | None = None) -> dict[str, socket.socket]:
     """Address → listening socket, for addresses of `tcp_address` and `unix_address`, each with the setting that it comes from.
 
-    A socket that a predecessor has bound to an address is used again; those that are not needed any more are closed. Raises
-    StartError, and then no inherited socket is closed.
+    An inherited socket of the same address is used again; those that are not needed any more are closed. Raises StartError, and
+    then the inherited ones are as they were.
     """
+    before = inherited or {}
     bound: dict[str, socket.socket] = {}
     try:
         for address, setting in addresses.items():
-            bound[address] = adopted(inherited[address]) if address in inherited else bind(address, setting)
+            bound[address] = before.get(address) or bind(address, setting)
     except StartError:
-        for address, one in bound.items():
-            if address in inherited:
-                one.detach()
-            else:
-                close(address, one)
+        for address in bound.keys() - before.keys():
+            close(address, bound[address])
         raise
-    for address in inherited.keys() - addresses.keys():
-        close(address, adopted(inherited[address]))
+    for address in before.keys() - addresses.keys():
+        close(address, before[address])
     return bound
 
 

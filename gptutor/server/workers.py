@@ -33,8 +33,18 @@ from gptutor.server.process import report_descriptor_exhaustion, run_loop, tune_
 from gptutor.server.reload import LastReload
 from gptutor.server.runners import admin_runner, connection_factory, public_runner, require_c_parser
 from gptutor.server.serve import logging_of, prepare_database
-from gptutor.server.sockets import bind_all, close, tcp_address, unix_address
-from gptutor.server.supervisor import BOOT_ERROR, SIGNALS, STOP_SIGNALS, Handover, MasterLink, Plan, Supervisor, block_signals
+from gptutor.server.sockets import adopted, bind_all, close, tcp_address, unix_address
+from gptutor.server.supervisor import (
+    BOOT_ERROR,
+    SIGNALS,
+    STOP_SIGNALS,
+    Handover,
+    MasterLink,
+    Plan,
+    Report,
+    Supervisor,
+    block_signals,
+)
 from gptutor.telemetry.metrics import build_metrics
 
 LOGGER = logging.getLogger("gptutor.workers")
@@ -57,7 +67,7 @@ def serve(config: Config) -> int:
     require_c_parser()
     secrets = secret_keys(config)
     asyncio.run(prepare_database(config, embedded=False))
-    listeners = bind_all(addresses(config), {})
+    listeners = bind_all(addresses(config))
     port = listeners[public_address(config)].getsockname()[1]
     url = f"http://{host_and_port({'127.0.0.1': 'localhost'}.get(config.server.host, config.server.host), port)}"
     last_reload = LastReload()
@@ -76,24 +86,24 @@ def take_over(predecessor: Handover) -> int:
     block_signals()
     succeeded, at = predecessor.last_reload
     last_reload = LastReload(succeeded=succeeded, at=at)
+    listeners = {address: adopted(descriptor) for address, descriptor in predecessor.sockets.items()}
+    wanted: Plan | None = None
+    report: Report = _report_on_stderr
+    obstacle = None
     try:
         config = load()
+        report = reporter(config)
         if config.embedded or config.simulated:
             raise StartError("Without DATABASE_URL or OPENROUTER_API_KEY the service needs a restart, not a reload.")
         secrets = secret_keys(config)
-        listeners = bind_all(addresses(config), predecessor.sockets)
-    except (ConfigError, StartError, OSError) as error:
-        kept = {address: socket.socket(fileno=descriptor) for address, descriptor in predecessor.sockets.items()}
-        supervisor = Supervisor(None, kept, _report_on_stderr, last_reload=last_reload, predecessor=predecessor)
-        supervisor.refuse(str(error))
-        return _run(supervisor, kept)
-    supervisor = Supervisor(
-        plan(config, secrets, listeners, last_reload),
-        listeners,
-        reporter(config),
-        last_reload=last_reload,
-        predecessor=predecessor,
-    )
+        wanted = plan(config, secrets, listeners, last_reload)  # replaces what dies, also if the next line fails
+        listeners = bind_all(addresses(config), inherited=listeners)
+        wanted = plan(config, secrets, listeners, last_reload)
+    except (ConfigError, StartError) as error:
+        obstacle = str(error)
+    supervisor = Supervisor(wanted, listeners, report, last_reload=last_reload, predecessor=predecessor)
+    if obstacle is not None:
+        supervisor.refuse(obstacle)
     return _run(supervisor, listeners)
 
 
@@ -128,7 +138,7 @@ def plan(config: Config, secrets: Sequence[bytes], listeners: dict[str, socket.s
     )
 
 
-def reporter(config: Config) -> "functools.partial[None]":
+def reporter(config: Config) -> Report:
     """Writes single lines into the log. Its threads end with each line: a process with threads should not fork."""
     return functools.partial(_report, config)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,10 @@ def start(directory: Path, **settings: str) -> Service:
     return start_bare(directory, **settings)
 
 
-def start_bare(directory: Path, **settings: str) -> Service:
+def start_bare(directory: Path, program: Sequence[str] = (sys.executable, "-m", "gptutor"), **settings: str) -> Service:
     """Starts the service, which makes its database if `directory` has none."""
     environ = environment(directory, **settings)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gptutor", "serve"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = subprocess.Popen([*program, "serve"], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
     assert process.stdout is not None
     for line in process.stdout:
