@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "admin": ("errors", "telemetry", "text", "config", "database", "money", "http"),
     "routes": ("http", "api"),
     "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
-    "server": ("telemetry", "config", "simulator", "database", "money", "http", "admin", "app"),
+    "server": ("tasks", "telemetry", "config", "simulator", "database", "money", "http", "admin", "app"),
     "web": ("errors", "config", "api.keys", "api.chat.request", "server.listener", "server.runners"),
     "cli": ("telemetry", "text", "config", "simulator", "database", "openrouter", "money", "server", "web"),
     "__main__": ("cli",),

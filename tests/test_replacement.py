@@ -370,7 +370,7 @@ def release(directory: Path, version: str) -> Path:
     return directory
 
 
-async def test_a_reload_takes_a_new_release_over_and_a_stop_during_it_waits_for_both_generations(
+async def test_a_reload_takes_a_new_release_and_settings_over_and_a_stop_meanwhile_waits_for_both_generations(
     tmp_path: Path, database_url: str, database: pool.Database, simulator: Simulator
 ) -> None:
     current = tmp_path / "current"
@@ -386,11 +386,12 @@ async def test_a_reload_takes_a_new_release_over_and_a_stop_during_it_waits_for_
         release(tmp_path / "new", "9.9.9")
         current.unlink()
         current.symlink_to(tmp_path / "new")
+        (tmp_path / "gptutor.env").write_text("GPTUTOR_WORKERS=2\n")
         managed.signal(signal.SIGHUP)
-        assert "9.9.9" in await managed.manager.ready(2)
+        assert "GPTutor 9.9.9, 2 processes serve" in await managed.manager.ready(2)
         assert await version_of(managed) == "9.9.9"
-        assert managed.logged(f"GPTutor 9.9.9 serve, in place of {__version__}")
-        assert old in managed.workers(), "it finishes its request"
+        assert managed.logged(f"2 new processes of GPTutor 9.9.9 serve, in place of {__version__}")
+        assert managed.workers() > {old}, "it finishes its request"
 
         on_new = asyncio.create_task(complete_once(managed, client, "fault:slow=1", stream=True))
         await until(lambda: len(managed.logged("LLM Request")) == 2, "the request has not arrived")

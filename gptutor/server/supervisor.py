@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from os import _exit as end_process
 from typing import NoReturn
 
 from gptutor import __version__
@@ -256,7 +257,7 @@ class Supervisor:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
                 sys.stderr.flush()
-            os._exit(code)
+            end_process(code)
 
     def _read_pipes(self) -> None:
         now, has_beaten = time.monotonic(), False
