@@ -54,14 +54,13 @@ def _mistakes(settings: Config) -> Iterator[str]:
             secret_keys(settings)
         except ConfigError as error:
             yield str(error)
-    for setting, folder in {
-        "paths.logs": settings.paths.logs,
-        "paths.data": settings.paths.data,
-        f"paths.data ({JOURNALS})": settings.paths.data / JOURNALS,
-        **({"admin.socket": Path(settings.admin.socket).parent} if settings.admin.socket else {}),
-    }.items():
+    journals = settings.paths.data / JOURNALS
+    data = journals if journals.exists() else settings.paths.data
+    for setting, folder in (("paths.logs", settings.paths.logs), ("paths.data", data)):
         if (obstacle := _obstacle(folder)) is not None:
             yield f"{setting}: {folder} {obstacle}. Make the user that runs the service its owner."
+    if settings.admin.socket and not (folder := Path(settings.admin.socket).absolute().parent).is_dir():
+        yield f"admin.socket: {folder} does not exist. Make it, or let systemd make it (RuntimeDirectory=)."
 
 
 def _obstacle(folder: Path) -> str | None:

@@ -18,6 +18,7 @@ A replacement:
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -25,7 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from os import _exit as end_process
 from typing import NoReturn
 
@@ -40,8 +41,8 @@ BOOT_ERROR = 3
 """The exit code of a worker that cannot start."""
 HUNG_S = 60.0
 """A worker whose event loop has not run for so long is killed; its journal is replayed by another."""
-START_S = 60.0
-"""A new worker that does not serve after so long cannot start."""
+START_S = 120.0
+"""A new worker that does not serve after so long cannot start. Its event loop may hang meanwhile: it reads a long journal."""
 TICK_S, BUSY_TICK_S = 0.5, 0.05
 PAUSE_S, PAUSE_MAX_S = 1.0, 30.0
 """Before a worker that lived shorter than STABLE_S is replaced; doubled each time."""
@@ -117,25 +118,25 @@ class Handover:
     pid: int = field(default_factory=os.getpid)
 
     def encode(self) -> str:
-        workers = [[one.pid, one.pipe, one.started_at, one.beat_at, one.is_ready, one.kill_at] for one in self.workers]
-        return json.dumps([self.pid, self.version, self.sockets, workers, self.last_reload])
+        return json.dumps(asdict(self))
 
     @classmethod
     def take(cls) -> "Handover | None":
-        """Of the program before, if this process was another one's place already. Further calls return None."""
+        """Of the program that was executed in this process before, if there was one. Further calls return None.
+
+        Another release may have written it, or may read it: names can be added, and must not go.
+        """
         text = os.environ.pop(HANDOVER_VARIABLE, None)
-        if text is None:
+        if text is None or (given := json.loads(text))["pid"] != os.getpid():  # a stray variable of another process
             return None
-        pid, version, sockets, workers, last_reload = json.loads(text)
-        if pid != os.getpid():  # a stray variable of another process
-            return None
-        taken = [
-            WorkerProcess(worker, pipe, started, beat, is_ready, is_old=kill_at is None, kill_at=kill_at)
-            for worker, pipe, started, beat, is_ready, kill_at in workers
-        ]
-        for descriptor in (*sockets.values(), *(one.pipe for one in taken)):
+        known = {each.name for each in fields(WorkerProcess)}
+        workers = [WorkerProcess(**{name: worker[name] for name in worker.keys() & known}) for worker in given["workers"]]
+        for one in workers:
+            one.is_old = one.kill_at is None
+        for descriptor in (*given["sockets"].values(), *(one.pipe for one in workers)):
             os.set_inheritable(descriptor, False)
-        return cls(version, sockets, taken, (bool(last_reload[0]), last_reload[1]), pid)
+        succeeded, at = given["last_reload"]
+        return cls(given["version"], given["sockets"], workers, (succeeded, at))
 
 
 def block_signals() -> None:
@@ -204,13 +205,13 @@ class Supervisor:
         for one in self._workers:
             if one.kill_at is not None and now > one.kill_at:
                 self._report(logging.ERROR, f"Process {one.pid} did not end in time, and is killed.")
-                one.kill_at = now + START_S
+                one.kill_at = math.inf
                 os.kill(one.pid, signal.SIGKILL)
-            elif now - one.beat_at > self._hung_s:
+            elif one.is_ready and now - one.beat_at > self._hung_s:
                 self._report(
                     logging.ERROR, f"The event loop of process {one.pid} has not run for {self._hung_s:.0f} s: it is killed."
                 )
-                one.beat_at = now + START_S
+                one.beat_at = math.inf
                 os.kill(one.pid, signal.SIGKILL)
             elif one.kill_at is None and not one.is_ready and now - one.started_at > START_S:
                 one.fault = one.fault or f"it did not serve within {START_S:.0f} s"
@@ -260,7 +261,8 @@ class Supervisor:
             end_process(code)
 
     def _read_pipes(self) -> None:
-        now, has_beaten = time.monotonic(), False
+        now = time.monotonic()
+        has_beaten = any(not one.is_ready for one in self._workers)
         for one in self._workers:
             data = b""
             with contextlib.suppress(BlockingIOError):
