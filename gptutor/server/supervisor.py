@@ -334,7 +334,7 @@ class Supervisor:
     def _all_serve(self) -> None:
         if not self._has_served:
             self._has_served = True
-            self._report(logging.INFO, f"GPTutor {__version__} has started, with {self._wanted} processes")
+            self._report(logging.INFO, f"GPTutor {__version__} has started, with {_processes(self._wanted)}")
             self._on_start()
             self._tell_ready()
         elif self._is_reloading and self._plan is not None:
@@ -342,11 +342,11 @@ class Supervisor:
             self._retire([one for one in self._workers if one.is_old and one.kill_at is None])
             self._last_reload.record(succeeded=True)
             before = f", in place of {self._replaced_version}" if self._replaced_version != __version__ else ""
-            self._report(logging.INFO, f"Reloaded: {self._wanted} new processes of GPTutor {__version__} serve{before}")
+            self._report(logging.INFO, f"Reloaded: {_processes(self._wanted, 'new ')} of GPTutor {__version__} serve{before}")
             self._tell_ready()
 
     def _tell_ready(self, obstacle: str = "") -> None:
-        status = f"GPTutor {__version__}, {self._wanted} processes serve"
+        status = f"GPTutor {__version__}, {_processes(self._wanted)} serve"
         service_manager.notify_ready(f"{status}. The last reload failed: {obstacle}" if obstacle else status)
 
     def _begin_reload(self) -> None:
@@ -402,3 +402,7 @@ class Supervisor:
     def refuse(self, obstacle: str) -> None:
         """To be called before `run`, if there is no plan."""
         self._give_up_reload(obstacle)
+
+
+def _processes(count: int, kind: str = "") -> str:
+    return f"{count} {kind}process{'' if count == 1 else 'es'}"
