@@ -195,7 +195,7 @@ class DirectClient:
     def __init__(self, port: int, key: str) -> None:
         self._port = port
         self._key = key
-        self._connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self.closed_by_server = 0
 
     def request(self, text: str, *, stream: bool, close: bool = False) -> bytes:
@@ -206,9 +206,9 @@ class DirectClient:
         ).encode() + body
 
     async def complete(self, text: str = "Hi", *, stream: bool = False, close: bool = False) -> tuple[int, dict[str, str], bytes]:
-        if self._connection is None:
-            self._connection = await asyncio.open_connection("127.0.0.1", self._port)
-        reader, writer = self._connection
+        if self.connection is None:
+            self.connection = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = self.connection
         writer.write(self.request(text, stream=stream, close=close))
         status, headers, body = await read_response(reader)
         if headers.get("connection") == "close":
@@ -217,9 +217,9 @@ class DirectClient:
         return status, headers, body
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection[1].close()
-            self._connection = None
+        if self.connection is not None:
+            self.connection[1].close()
+            self.connection = None
 
 
 async def complete_once(
@@ -375,12 +375,17 @@ async def test_a_reload_takes_a_new_release_and_settings_over_and_a_stop_meanwhi
     current = tmp_path / "current"
     current.symlink_to(release(tmp_path / "old", __version__))
     program = [str(current / "gptutor-program")]
-    async with managed_service(tmp_path, database_url, database, simulator, program=program) as managed:
+    patient = {"GPTUTOR_SERVER__BODY_IDLE_S": "60", "GPTUTOR_SERVER__SHUTDOWN_S": "60"}
+    async with managed_service(tmp_path, database_url, database, simulator, program=program, **patient) as managed:
         client = await managed.client()
         (old,) = managed.workers()
         assert await version_of(managed) == __version__
-        on_old = asyncio.create_task(complete_once(managed, client, "fault:slow=8"))
-        await until(lambda: len(managed.logged("LLM Request")) == 1, "the request has not arrived")
+        on_old = DirectClient(managed.port, client.key)
+        assert (await on_old.complete())[1].get("connection") is None
+        assert on_old.connection is not None
+        old_reader, old_writer = on_old.connection
+        request = on_old.request("Hi", stream=False)
+        old_writer.write(request[:-5])  # the rest follows when the process is being replaced, and is being stopped
 
         release(tmp_path / "new", "9.9.9")
         current.unlink()
@@ -390,16 +395,23 @@ async def test_a_reload_takes_a_new_release_and_settings_over_and_a_stop_meanwhi
         assert "GPTutor 9.9.9, 2 processes serve" in await managed.manager.ready(2)
         assert await version_of(managed) == "9.9.9"
         assert managed.logged(f"2 new processes of GPTutor 9.9.9 serve, in place of {__version__}")
-        assert managed.workers() > {old}, "it finishes its request"
+        both_generations = managed.workers()
+        assert both_generations > {old}, "it waits for the rest of a request"
 
         on_new = asyncio.create_task(complete_once(managed, client, "fault:slow=1", stream=True))
         await until(lambda: len(managed.logged("LLM Request")) == 2, "the request has not arrived")
         managed.signal(signal.SIGTERM)
-        for answer in (await on_old, await on_new):
-            assert answer[0] == 200
+        assert (await on_new)[0] == 200
+        await asyncio.sleep(0.2)
+        assert managed.service.process.poll() is None, "it waits for the old process"
+        old_writer.write(request[-5:])
         assert await asyncio.to_thread(managed.service.process.wait, WAIT_S) == 0
+        assert [pid for pid in both_generations if psutil.pid_exists(pid)] == []
+        status, headers, _ = await read_response(old_reader)
+        assert (status, headers["connection"]) == (200, "close")
+        on_old.close()
     assert await client.balance() == Decimal(1000) - simulator.billing.total_usd() * 90
-    assert len(simulator.billing.records) == 2
+    assert len(simulator.billing.records) == 3
 
 
 async def version_of(managed: Managed) -> str:
