@@ -43,6 +43,7 @@ from gptutor.http.app_keys import (
 from gptutor.http.body import BodyLimits
 from gptutor.http.byte_budget import ByteBudget
 from gptutor.http.cors import add_cors_headers, cors
+from gptutor.http.draining import announce_close
 from gptutor.http.errors import errors
 from gptutor.http.health import Readiness
 from gptutor.http.rate_limit import RateLimit
@@ -101,7 +102,7 @@ def build_app(config: Config, *, log: LoggerService, secrets: Sequence[bytes]) -
             authenticate(RequestCounter(config.rate_limit.account_pages_per_minute, "rate_limit.account_pages_per_minute")),
         ],
     )
-    app.on_response_prepare.extend([middlewares.add_request_id, add_cors_headers(origins, RETURNED_HEADERS)])
+    app.on_response_prepare.extend([middlewares.add_request_id, add_cors_headers(origins, RETURNED_HEADERS), announce_close])
     app[CONFIG] = config
     app[TRUSTED_PROXIES] = parse_networks(config.server.trusted_proxies)
     app[ERROR_FORM] = config.errors.form
@@ -269,9 +270,9 @@ async def _become_ready(
 
 async def _stop_accepting(app: web.Application) -> None:
     """The runner waits for running requests, and breaks the connections of those that are left: they get their end before."""
-    app[READINESS].stop()
     shutdown_s = app[CONFIG].server.shutdown_s
-    asyncio.get_running_loop().call_later(shutdown_s - min(LAST_RESPONSES_S, shutdown_s / 4), _end_responses, app[SERVICES])
+    left_s = app[READINESS].stop(shutdown_s)
+    asyncio.get_running_loop().call_later(left_s - min(LAST_RESPONSES_S, shutdown_s / 4), _end_responses, app[SERVICES])
 
 
 def _end_responses(services: Services) -> None:

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "admin": ("errors", "telemetry", "text", "config", "database", "openrouter", "money", "http"),
     "routes": ("http", "api"),
     "app": ("tasks", "telemetry", "config", "integrations", "database", "openrouter", "money", "http", "api", "routes"),
-    "server": ("telemetry", "config", "simulator", "database", "openrouter", "money", "http", "admin", "app"),
+    "server": ("tasks", "telemetry", "config", "simulator", "database", "openrouter", "money", "http", "admin", "app"),
     "diagnosis": ("telemetry", "config", "integrations", "database", "openrouter", "money", "server"),
     "web": (
         "errors",

@@ -117,7 +117,8 @@ def wait_until_ready(service: Service) -> None:
 
 
 async def started(directory: Path, package: Path | None, settings: dict[str, str]) -> Service:
-    service = await asyncio.to_thread(start_bare, directory, package, **settings)
+    program = [] if package is None else ["env", f"--chdir={package}", sys.executable, "-m", "gptutor"]
+    service = await asyncio.to_thread(start_bare, directory, program, **settings)
     await asyncio.to_thread(wait_until_ready, service)
     return service
 

@@ -13,6 +13,7 @@ import typer
 from gptutor import __version__
 from gptutor.cli.alerts import alerts_app
 from gptutor.cli.audit import audit_app
+from gptutor.cli.check import check_command
 from gptutor.cli.console import Json, embedded_directory, fail, out, print_json, progress, with_administration
 from gptutor.cli.doctor import doctor
 from gptutor.cli.export import export_app
@@ -34,9 +35,11 @@ from gptutor.money.key_limits import InvalidLimit
 from gptutor.money.keyring import KEYS_MAX, NoSuchKey, TooManyKeys
 from gptutor.money.requests import InvalidId
 from gptutor.money.users import NoSuchUser, NotErasable, UserErased
+from gptutor.server import workers
 from gptutor.server.listener import StartError
 from gptutor.server.process import run_loop
 from gptutor.server.serve import resolved_database, serve, simulated_openrouter
+from gptutor.server.supervisor import Handover
 from gptutor.simulator.server import Simulator
 
 app = typer.Typer(
@@ -59,6 +62,7 @@ app.add_typer(report_app)
 app.add_typer(requests_app)
 app.add_typer(alerts_app, name="alerts")
 app.command("install-service")(install_service)
+app.command("check")(check_command)
 
 
 # Errors whose text is written for the operator.
@@ -115,13 +119,12 @@ def main() -> None:
 @app.command("serve")
 def serve_command() -> None:
     """Run the service."""
+    if (predecessor := Handover.take()) is not None:
+        raise typer.Exit(workers.take_over(predecessor))
     settings = load()
-    if settings.server.workers == 1:
-        run_loop(serve(settings))
-    else:
-        from gptutor.server import workers
-
-        workers.serve(settings)
+    if workers.needs_master(settings):
+        raise typer.Exit(workers.serve(settings))
+    run_loop(serve(settings))
 
 
 @app.command()

@@ -55,6 +55,7 @@ class ServerSettings(Section, frozen=True):
     body_s: Seconds = 60
     linger_s: Seconds = 5
     keepalive_s: Seconds = 75
+    keepalive_grace_s: Seconds = 5
     shutdown_s: Seconds = 20
     drain_s: Seconds = 60
     workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1

@@ -208,6 +208,16 @@ class ClientConnection(web.RequestHandler):
             super().close()
 
     @property
+    def has_more_requests(self) -> bool:
+        """Whether a request has arrived, in whole or in part, after the one that is being answered."""
+        return bool(self._messages) or self._headers_arriving
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for a request, and nothing of one has arrived."""
+        return self.transport is not None and self._is_waiting_for_request() and not self._is_receiving
+
+    @property
     def _is_receiving(self) -> bool:
         """Whether a request has arrived in part."""
         return self._headers_arriving or self._is_in_body

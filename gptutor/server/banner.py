@@ -24,6 +24,8 @@ def banner(config: Config, *, url: str, demo_key: str | None, account: str | Non
         f"  Logs               {config.paths.logs.resolve()}/combined-YYYY-MM-DD.log",
         f"  Documentation      make docs → http://{docs}",
     ]
+    if config.server.workers > 1 and (config.embedded or config.simulated):
+        lines.append("  Processes          1: several need DATABASE_URL and OPENROUTER_API_KEY")
     if config.admin.is_enabled:
         lines.append(
             f"  Administration     {config.admin.socket or f'http://localhost:{config.admin.port}'}, /admin and /metrics"

@@ -13,8 +13,6 @@ from aiohttp import web
 
 BACKLOG = 128
 """Connections that may wait to be accepted. Without free file descriptors accept() fails up to so many times in a row."""
-LAST_REQUESTS_S = 1.0
-"""After the listening socket is closed: the time for requests on connections that were accepted just before."""
 
 ConnectionFactory = Callable[[web.Server], web.RequestHandler]
 """Makes the protocol of a client's connection; by default aiohttp's own."""
@@ -29,6 +27,13 @@ def host_and_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def address_error(host: str, port: int, error: OSError, setting: str = "") -> StartError:
+    """`setting` is the name of the setting of the port."""
+    taken = " Is something else running there?" if error.errno == errno.EADDRINUSE else ""
+    advice = f" The port is set by {setting}." if setting else ""
+    return StartError(f"Cannot listen on {host_and_port(host, port)}: {error.strerror}.{taken}{advice}")
+
+
 @asynccontextmanager
 async def listening_on(
     runner: web.AppRunner, host: str, port: int, connection: ConnectionFactory = web.Server.__call__, *, setting: str = ""
@@ -41,9 +46,7 @@ async def listening_on(
         try:
             listener = await asyncio.get_running_loop().create_server(protocol, host, port, reuse_address=True, backlog=BACKLOG)
         except OSError as error:
-            taken = " Is something else running there?" if error.errno == errno.EADDRINUSE else ""
-            advice = f" The port is set by {setting}." if setting else ""
-            raise StartError(f"Cannot listen on {host_and_port(host, port)}: {error.strerror}.{taken}{advice}") from error
+            raise address_error(host, port, error, setting) from error
         try:
             name = {"127.0.0.1": "localhost"}.get(host, host)
             yield f"http://{host_and_port(name, listener.sockets[0].getsockname()[1])}"
@@ -75,8 +78,12 @@ async def listening_on_inherited_socket(
     listener: socket.socket,
     connection: ConnectionFactory = web.Server.__call__,
     ready: Callable[[], Awaitable[None]] | None = None,
+    retire: Callable[[web.Server], Awaitable[None]] | None = None,
 ) -> AsyncIterator[None]:
-    """Like `listening_on`, with a listening socket that other processes may share. Accepts connections after `ready()`."""
+    """Like `listening_on`, with a listening socket that other processes may share. Accepts connections after `ready()`.
+
+    At the end no more connections are accepted, and `retire()` lets those that are open come to their ends.
+    """
     async with _set_up(runner, connection) as protocol:
         if ready is not None:
             await ready()
@@ -85,7 +92,8 @@ async def listening_on_inherited_socket(
             yield
         finally:
             accepting.close()
-            await asyncio.sleep(LAST_REQUESTS_S)
+            if retire is not None:
+                await retire(cast("web.Server", runner.server))
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ import functools
 from aiohttp import web
 from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 
-from gptutor.config.schema import Config, ServerSettings
+from gptutor.config.schema import Config
 from gptutor.http.address_limits import parse_networks
 from gptutor.http.connection import ClientConnection
 from gptutor.http.connection_limits import ConnectionLimits
@@ -17,13 +17,9 @@ LINE_BYTES_MAX = 8190
 HEADERS_MAX = 128
 
 
-def public_runner(app: web.Application, server: ServerSettings) -> web.AppRunner:
-    """A client's disconnect cancels the handler; at shutdown, running requests have `server.shutdown_s` to finish."""
-    return web.AppRunner(
-        app,
-        handler_cancellation=True,
-        shutdown_timeout=server.shutdown_s / 2,  # aiohttp waits for it twice
-    )
+def public_runner(app: web.Application, shutdown_s: float) -> web.AppRunner:
+    """A client's disconnect cancels the handler; at shutdown, running requests have `shutdown_s` to finish."""
+    return web.AppRunner(app, handler_cancellation=True, shutdown_timeout=shutdown_s / 2)  # aiohttp waits for it twice
 
 
 def admin_runner(app: web.Application) -> web.AppRunner:

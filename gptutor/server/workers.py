@@ -1,177 +1,226 @@
-"""Several processes on one port (`server.workers`), supervised by gunicorn: a dead worker is replaced, and SIGHUP replaces all.
+"""`gptutor serve` with a master process: under systemd, and with several processes on one port (`server.workers`).
 
-The master only binds the ports: it has no event loop, database connection or journal. Each worker is a complete service, with an
-event loop, a connection pool, batchers and a journal of its own; limits that span the workers are enforced in the database. A
-worker that stops accepts no more connections, finishes its running requests and settles their charges, while its successors
-accept on the same port.
+Each worker is a complete service, with an event loop, a connection pool, batchers and a journal of its own; limits that span the
+workers are enforced in the database. A worker that stops accepts no more connections, answers what still comes on those that it
+has, finishes its running requests and settles their charges, while its successors accept on the same port. `supervisor.py` says
+when.
 """
 
 import asyncio
-import os
+import functools
+import gc
+import logging
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
-import msgspec
 from aiohttp import web
-from gunicorn.app.base import BaseApplication
-from gunicorn.arbiter import Arbiter
-from gunicorn.workers.base import Worker as GunicornWorker
 
 from gptutor.admin.app import build_admin
 from gptutor.app import build_app
 from gptutor.config.load import load
 from gptutor.config.schema import Config, ConfigError
 from gptutor.config.secrets import secret_keys
-from gptutor.http.app_keys import READINESS
+from gptutor.http.app_keys import CONFIG, READINESS
+from gptutor.http.draining import drain_connections
+from gptutor.money.journal import JournalError
+from gptutor.server import service_manager
 from gptutor.server.account_line import account_line
 from gptutor.server.banner import banner
 from gptutor.server.listener import StartError, host_and_port, listening_on_inherited_socket
 from gptutor.server.process import report_descriptor_exhaustion, run_loop, tune_garbage_collection
+from gptutor.server.reload import LastReload
 from gptutor.server.runners import admin_runner, connection_factory, public_runner, require_c_parser
-from gptutor.server.serve import prepare_database, resolved_database
-from gptutor.telemetry.log_writer import logging_to
+from gptutor.server.serve import logging_of, prepare_database
+from gptutor.server.sockets import adopted, bind_all, close, tcp_address, unix_address
+from gptutor.server.supervisor import (
+    BOOT_ERROR,
+    SIGNALS,
+    STOP_SIGNALS,
+    Handover,
+    MasterLink,
+    Plan,
+    Report,
+    Supervisor,
+    block_signals,
+)
 from gptutor.telemetry.metrics_page import build_metrics, process_metrics
 
+LOGGER = logging.getLogger("gptutor.workers")
 BOOT_S = 5.0
 """A worker waits so long for its database before it accepts connections; then it accepts them, and /ready says 503."""
-NOTIFY_S = 0.5
+BEAT_S = 0.5
 """How often a worker tells the master that its event loop runs."""
-HUNG_S = 60
-"""A worker whose event loop has not run for so long is killed; its journal is replayed by another."""
-STOP_MARGIN_S = 20
+STOP_MARGIN_S = 15
 """Added to the settings' own stop times before the master kills a worker."""
 
 
-def serve(config: Config) -> None:
-    """Runs until SIGINT or SIGTERM. Raises StartError, ConfigError."""
-    if config.simulated:
-        raise StartError("server.workers above 1 needs OPENROUTER_API_KEY: the built-in simulator runs in a single process only.")
-    if not config.server.port:
-        raise StartError("server.port must not be 0 if server.workers is above 1.")
+def needs_master(config: Config) -> bool:
+    """The embedded database and the simulator belong to a single process."""
+    return (config.server.workers > 1 or service_manager.is_present()) and not (config.embedded or config.simulated)
+
+
+def serve(config: Config) -> int:
+    """Runs until SIGINT or SIGTERM; returns the exit code. Raises StartError, ConfigError."""
+    block_signals()
     require_c_parser()
     secrets = secret_keys(config)
-    with resolved_database(config) as resolved:
-        asyncio.run(prepare_database(resolved, embedded=config.embedded))
-        url = f"http://{host_and_port(config.server.host, config.server.port)}"
-        print(banner(config, url=url, demo_key=None, account=asyncio.run(account_line(config))), flush=True)
-        Arbiter(Master(resolved, secrets)).run()
+    asyncio.run(prepare_database(config, embedded=False))
+    listeners = bind_all(addresses(config))
+    port = listeners[public_address(config)].getsockname()[1]
+    url = f"http://{host_and_port({'127.0.0.1': 'localhost'}.get(config.server.host, config.server.host), port)}"
+    account = asyncio.run(account_line(config))
+    last_reload = LastReload()
+    supervisor = Supervisor(
+        plan(config, secrets, listeners, last_reload),
+        listeners,
+        reporter(config),
+        last_reload=last_reload,
+        on_start=lambda: print(banner(config, url=url, demo_key=None, account=account), flush=True),
+    )
+    return _run(supervisor, listeners)
 
 
-class Master(BaseApplication):  # type: ignore[misc]
-    """The service as gunicorn's application: its addresses and the number of its workers."""
-
-    def __init__(self, config: Config, secrets: Sequence[bytes]) -> None:
-        self.config = config
-        self.secrets = secrets
-        super().__init__()
-
-    def load_config(self) -> None:
-        server, admin, metrics = self.config.server, self.config.admin, self.config.metrics
-        addresses = [host_and_port(server.host, server.port)]
-        if admin.is_enabled:
-            addresses.append(f"unix:{admin.socket}" if admin.socket else f"127.0.0.1:{admin.port}")
-        if metrics.port:
-            addresses.append(host_and_port(metrics.host, metrics.port))
-        for name, value in {
-            "bind": addresses,
-            "umask": 0o117,  # of the administrators' Unix socket
-            "workers": server.workers,
-            "worker_class": Worker,
-            "worker_tmp_dir": "/dev/shm" if Path("/dev/shm").is_dir() else None,  # noqa: S108 - a heartbeat, not a secret
-            "timeout": HUNG_S,
-            "graceful_timeout": int(server.shutdown_s + server.drain_s + STOP_MARGIN_S),
-            "loglevel": "warning",
-            "control_socket_disable": True,
-        }.items():
-            self.cfg.set(name, value)
-
-    def load(self) -> None:
-        """Nothing: there is no WSGI application, and each worker builds its own aiohttp one."""
-
-    def reload(self) -> None:
-        """At SIGHUP. Invalid settings are reported; the previous ones stay in effect."""
-        try:
-            config = load()
-            secrets = secret_keys(config)
-        except ConfigError as error:
-            print(f"gptutor: the previous settings stay in effect: {error}", file=sys.stderr, flush=True)
-            return
-        if config.embedded:
-            config = msgspec.structs.replace(config, database=self.config.database)
-        self.config, self.secrets = config, secrets
-        super().reload()
+def take_over(predecessor: Handover) -> int:
+    """Like `serve`, in the place of a master whose workers serve still. Whatever goes wrong is reported, and these go on."""
+    block_signals()
+    succeeded, at = predecessor.last_reload
+    last_reload = LastReload(succeeded=succeeded, at=at)
+    listeners = {address: adopted(descriptor) for address, descriptor in predecessor.sockets.items()}
+    wanted: Plan | None = None
+    report: Report = _report_on_stderr
+    obstacle = None
+    try:
+        config = load()
+        report = reporter(config)
+        if config.embedded or config.simulated:
+            raise StartError("Without DATABASE_URL or OPENROUTER_API_KEY the service needs a restart, not a reload.")
+        secrets = secret_keys(config)
+        wanted = plan(config, secrets, listeners, last_reload)  # replaces what dies, also if the next line fails
+        listeners = bind_all(addresses(config), inherited=listeners)
+        wanted = plan(config, secrets, listeners, last_reload)
+    except (ConfigError, StartError) as error:
+        obstacle = str(error)
+    supervisor = Supervisor(wanted, listeners, report, last_reload=last_reload, predecessor=predecessor)
+    if obstacle is not None:
+        supervisor.refuse(obstacle)
+    return _run(supervisor, listeners)
 
 
-class Worker(GunicornWorker):  # type: ignore[misc]
-    """One process of the service."""
+def _run(supervisor: Supervisor, listeners: dict[str, socket.socket]) -> int:
+    gc.collect()
+    gc.freeze()  # the workers share this memory as long as nobody touches it
+    try:
+        return supervisor.run()
+    finally:
+        for address, listener in listeners.items():
+            close(address, listener)
 
-    def init_signals(self) -> None:
-        """SIGINT and SIGQUIT stop a worker gracefully, as SIGTERM does."""
-        super().init_signals()
-        for number in (signal.SIGINT, signal.SIGQUIT):
-            signal.signal(number, self.handle_exit)
 
-    def run(self) -> None:
-        try:
-            run_loop(self._serve(self.app.config, self.app.secrets))
-        except (StartError, ConfigError) as error:
-            print(f"gptutor: {error}", file=sys.stderr, flush=True)
-            sys.exit(Arbiter.WORKER_BOOT_ERROR)
+def public_address(config: Config) -> str:
+    return tcp_address(config.server.host, config.server.port)
 
-    async def _serve(self, config: Config, secrets: Sequence[bytes]) -> None:
-        loop = asyncio.get_running_loop()
-        report_descriptor_exhaustion(loop)
-        public, *private = self.sockets
-        async with self._notifying(), AsyncExitStack() as stack:
-            logs = config.logs
-            log = stack.enter_context(
-                logging_to(
-                    config.paths.logs,
-                    level=logs.level,
-                    retention_days=logs.retention_days,
-                    bytes_max=logs.bytes_max,
-                    file_bytes_max=logs.file_bytes_max,
-                    stdout=logs.stdout,
-                    compresses=True,
-                    warnings_per_minute=logs.warnings_per_minute,
-                    refused_per_minute=logs.refused_per_minute,
-                )
+
+def addresses(config: Config) -> dict[str, str]:
+    """The addresses that all workers share, the public one first, each with the setting that it comes from."""
+    shared, admin, metrics = {public_address(config): "PORT"}, config.admin, config.metrics
+    if admin.is_enabled:
+        shared[unix_address(admin.socket) if admin.socket else tcp_address("127.0.0.1", admin.port)] = "GPTUTOR_ADMIN__PORT"
+    if metrics.port:
+        shared[tcp_address(metrics.host, metrics.port)] = "GPTUTOR_METRICS__PORT"
+    return shared
+
+
+def plan(config: Config, secrets: Sequence[bytes], listeners: dict[str, socket.socket], last_reload: LastReload) -> Plan:
+    server = config.server
+    return Plan(
+        server.workers,
+        functools.partial(run_worker, config, secrets, listeners, last_reload),
+        stop_s=server.shutdown_s + server.drain_s + STOP_MARGIN_S,
+    )
+
+
+def reporter(config: Config) -> Report:
+    """Writes single lines into the log. Its threads end with each line: a process with threads should not fork."""
+    return functools.partial(_report, config)
+
+
+def _report(config: Config, level: int, message: str) -> None:
+    try:
+        with logging_of(config):
+            LOGGER.log(level, message)
+    except OSError as error:
+        print(f"gptutor: {message} (The log cannot be written: {error})", file=sys.stderr, flush=True)
+
+
+def _report_on_stderr(level: int, message: str) -> None:
+    print(f"gptutor: {message}", file=sys.stderr, flush=True)
+
+
+def run_worker(
+    config: Config, secrets: Sequence[bytes], listeners: dict[str, socket.socket], last_reload: LastReload, link: MasterLink
+) -> int:
+    """The life of a worker, in its own process; returns the exit code."""
+    last_reload.export()
+    try:
+        run_loop(_serve(config, secrets, listeners, link))
+    except (StartError, ConfigError, JournalError, OSError) as error:
+        link.fault(str(error))
+        return BOOT_ERROR
+    return 0
+
+
+async def _serve(config: Config, secrets: Sequence[bytes], listeners: dict[str, socket.socket], link: MasterLink) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the master's affair; a terminal sends it to all
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    report_descriptor_exhaustion(loop)
+    public, *private = listeners.values()
+    async with _beating(link, stop), AsyncExitStack() as stack:
+        log = stack.enter_context(logging_of(config))
+        metrics = await stack.enter_async_context(process_metrics(config.paths.data, is_served=config.serves_metrics))
+        app = build_app(config, log=log, secrets=secrets)
+        await stack.enter_async_context(
+            listening_on_inherited_socket(
+                public_runner(app, config.server.shutdown_s / 2),  # the other half is for draining
+                public,
+                connection_factory(config),
+                ready=lambda: _ready(app),
+                retire=lambda server: _drain(app, server),
             )
-            metrics = await stack.enter_async_context(process_metrics(config.paths.data, is_served=config.serves_metrics))
-            app = build_app(config, log=log, secrets=secrets)
-            await stack.enter_async_context(
-                listening_on_inherited_socket(
-                    public_runner(app, config.server), public.sock, connection_factory(config), lambda: _ready(app)
-                )
-            )
-            runners = []
-            if config.admin.is_enabled:
-                runners.append(admin_runner(build_admin(config, log=log, secrets=secrets, metrics=metrics)))
-            if config.metrics.port:
-                runners.append(web.AppRunner(build_metrics(metrics), access_log=None, shutdown_timeout=1))
-            for runner, listener in zip(runners, private, strict=True):
-                await stack.enter_async_context(listening_on_inherited_socket(runner, listener.sock, connection_factory(config)))
-            tune_garbage_collection()
-            while self.alive and self.ppid == os.getppid():  # noqa: ASYNC110 - a signal handler changes it
-                await asyncio.sleep(NOTIFY_S)
+        )
+        runners = []
+        if config.admin.is_enabled:
+            runners.append(admin_runner(build_admin(config, log=log, secrets=secrets, metrics=metrics)))
+        if config.metrics.port:
+            runners.append(web.AppRunner(build_metrics(metrics), access_log=None, shutdown_timeout=1))
+        for runner, listener in zip(runners, private, strict=True):
+            await stack.enter_async_context(listening_on_inherited_socket(runner, listener, connection_factory(config)))
+        tune_garbage_collection()
+        link.ready()
+        await stop.wait()
 
-    @asynccontextmanager
-    async def _notifying(self) -> AsyncIterator[None]:
-        """Tells the master that the event loop runs, also while the last requests are being finished."""
 
-        async def notify() -> None:
-            while True:
-                self.notify()
-                await asyncio.sleep(NOTIFY_S)
+@asynccontextmanager
+async def _beating(link: MasterLink, stop: asyncio.Event) -> AsyncIterator[None]:
+    """Tells the master that the event loop runs, also while the last requests are being finished; stops if the master died."""
 
-        task = asyncio.get_running_loop().create_task(notify())
-        try:
-            yield
-        finally:
-            task.cancel()
+    async def beat() -> None:
+        while True:
+            if not link.beat():
+                stop.set()
+            await asyncio.sleep(BEAT_S)
+
+    task = asyncio.get_running_loop().create_task(beat())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 async def _ready(app: web.Application) -> None:
@@ -179,3 +228,10 @@ async def _ready(app: web.Application) -> None:
     until = asyncio.get_running_loop().time() + BOOT_S
     while app[READINESS].obstacle is not None and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
+
+
+async def _drain(app: web.Application, server: web.Server) -> None:
+    settings = app[CONFIG].server
+    app[READINESS].drain(settings.shutdown_s)
+    total_s = settings.shutdown_s / 2
+    await drain_connections(server, idle_s=min(settings.keepalive_grace_s, total_s), total_s=total_s)

@@ -197,6 +197,14 @@ INCONSISTENT_ACCOUNTS = Gauge(
     "Accounts whose balance is not the sum of their ledger entries, or whose held amount is not the sum of their open holds. "
     "Alert on any.",
 )
+LAST_RELOAD_SUCCESS = Gauge(
+    "gptutor_last_reload_success",
+    "1: the last reload, or the start, took the settings over. 0: the previous ones stay in effect, and the log says why. "
+    "Alert on 0.",
+)
+LAST_RELOAD_TIMESTAMP = Gauge(
+    "gptutor_last_reload_timestamp_seconds", "When the last reload, or the start, was tried: Unix time."
+)
 
 # -- payments
 

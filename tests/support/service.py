@@ -4,9 +4,9 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,14 +109,11 @@ def start(directory: Path, **settings: str) -> Service:
     return start_bare(directory, **settings)
 
 
-def start_bare(directory: Path, package: Path | None = None, /, **settings: str) -> Service:
-    """Starts the service, which makes its database if `directory` has none. `package`: a folder with another `gptutor`."""
+def start_bare(directory: Path, program: Sequence[str] = (), /, **settings: str) -> Service:
+    """Starts the service, which makes its database if `directory` has none. `program` is another one than this, not forked."""
     environ = environment(directory, **settings)
     outputs: dict[str, Any] = {"env": environ, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    if package is None:
-        process: subprocess.Popen[str] = Forked(["serve"], **outputs)
-    else:
-        process = subprocess.Popen([sys.executable, "-m", "gptutor", "serve"], cwd=package, **outputs)
+    process = subprocess.Popen([*program, "serve"], **outputs) if program else Forked(["serve"], **outputs)
     lines: list[str] = []
     assert process.stdout is not None
     for line in process.stdout:
