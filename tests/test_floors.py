@@ -52,7 +52,8 @@ PURE = {
     "gptutor.money.pricing": ("gptutor.money.amounts",),
     "gptutor.openrouter.response_parser": ("gptutor.openrouter.headers",),
     "gptutor.openrouter.headers": (),
-    "gptutor.openrouter.bill": (),
+    "gptutor.openrouter.bill": ("gptutor.openrouter.json_members",),
+    "gptutor.openrouter.json_members": (),
     "gptutor.openrouter.retry": (),
     "gptutor.openrouter.circuit": (),
     "gptutor.api.chat.request": (
