@@ -88,16 +88,20 @@ def test_a_bill_without_its_blank_line_counts_at_the_end_of_the_stream() -> None
     assert scan(FINAL[:-1]).bill is None
 
 
-@given(st.integers(-3, 3), st.sampled_from([b"\n", b"\r\n", b"\r"]), st.integers(1, 5000))
-def test_an_event_that_is_too_long_is_skipped_for_every_split(off: int, end: bytes, size: int) -> None:
-    start = b'data: {"usage":{"cost":1},"x":"'
-    long = start + b"x" * (EVENT_BYTES_MAX + off - len(start) - 2) + b'"}'
+@pytest.mark.parametrize("off", [-1, 0, 1, 3])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("size", [1, 2, 40, 5000])
+def test_the_bill_of_a_long_event_is_found_for_every_split(off: int, end: bytes, size: int) -> None:
+    """The last event of an image has its bill behind more than a megabyte of base64."""
+    start, bill_at_end = b'data: {"type":"completed","b64_json":"', b'","usage":{"cost":1.20e-7},"id":"gen-img-1"}'
+    long = start + b"x" * (EVENT_BYTES_MAX + off - len(start) - len(bill_at_end)) + bill_at_end
     assert len(long) == EVENT_BYTES_MAX + off
-    expected = Decimal(1) if off <= 0 else None
     tail = [end, end]
-    for chunks in ([long, *tail], [long + end * 2], [long[:-size], long[-size:], end * 2], [long + end, end]):
-        bill = scan(*chunks).bill
-        assert (bill.cost_usd if bill else None) == expected
+    for chunks in ([long, *tail], [long + end * 2], [long[:-size], long[-size:], end * 2], [long + end, end], [long]):
+        scanner = scan(*chunks)
+        assert scanner.bill is not None
+        assert (str(scanner.bill.cost_usd), scanner.generation_id) == ("1.20E-7", "gen-img-1")
+        assert scanner.expects_end
     after = scan(long, end, end + FINAL + end, end).bill
     assert after is not None
     assert after.cost_usd == Decimal("0.000093")
@@ -107,7 +111,27 @@ def test_memory_is_bounded_on_an_endless_event() -> None:
     scanner = BillScanner()
     for _ in range(100):
         scanner.feed(b"x" * 100_000)
-    assert len(scanner._partial) <= EVENT_BYTES_MAX + 100_000
+        assert len(scanner._partial) <= EVENT_BYTES_MAX + 100_000
+    assert not scanner.at_event_boundary
+
+
+@pytest.mark.parametrize("before", [b"", b": comment\n", b"event: completed\nid: 7\n"])
+def test_a_bill_of_which_a_model_writes_in_a_long_event_is_none(before: bytes) -> None:
+    text = rb'\",\"usage\":{\"cost\":1}},{"' + b"x" * EVENT_BYTES_MAX
+    long = before + b'data: {"choices":[{"delta":{"content":"%s"},"usage":{"cost":2}}]}' % text.replace(b'{"', rb"{\"")
+    for chunks in ([long, b"\n\n"], [long + b"\n\n"]):
+        scanner = scan(*chunks)
+        assert (scanner.bill, scanner.has_seen_end) == (None, False)
+    error = scan(long, b"\n", b'data: {"id":"other"}', b"\n\n", b'data: {"error":{"code":502},"x":"%s"}' % text[:9], b"\n\n")
+    assert error.has_seen_end
+
+
+def test_a_long_event_may_be_an_error_and_have_a_generation_id() -> None:
+    filler = b"x" * EVENT_BYTES_MAX
+    scanner = scan(b'data: {"id":"gen-1","x":"%s",\ndata: "error":{"code":502}}\n\n' % filler)
+    assert (scanner.generation_id, scanner.has_seen_end, scanner.at_event_boundary) == ("gen-1", True, True)
+    scanner = scan(b'data: {"x":"%s",' % filler, b'\ndata: "id":\xff,\ndata: "error":null}', b"\n\n")
+    assert (scanner.generation_id, scanner.has_seen_end, scanner.at_event_boundary) == (None, False, True)
 
 
 @pytest.mark.parametrize(

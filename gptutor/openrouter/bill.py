@@ -11,8 +11,8 @@ Why scanning is cheap: an event with a bill contains `"usage"`, quotes included,
 ends at an event boundary and contains none of the marks costs one search for each mark, and no copy. Only events with a mark are
 parsed, and only their top level counts: what a model writes in its text is inside a string.
 
-Why memory is bounded: an event longer than EVENT_BYTES_MAX is skipped to its end. OpenRouter states no bill in an event so long,
-and a bill that is missed here is looked up at `/generation`.
+Why memory is bounded: of an event longer than EVENT_BYTES_MAX, as one with an image, only the wanted members are kept
+(`json_members.py`). Its finish reason is not looked for.
 
 An event ends at a blank line. Lines end in LF, CR or CRLF, so an event ends wherever one of these appears: LF LF, LF CR, CR CR.
 (CRLF CRLF contains LF CR. The remaining LF of the blank line's CRLF begins the next event as one more blank line, which changes
@@ -24,6 +24,8 @@ from decimal import Decimal
 from typing import Any
 
 import msgspec
+
+from gptutor.openrouter.json_members import MemberReader
 
 EVENT_BYTES_MAX = 1024 * 1024
 # The beginnings of `"usage"`, `[DONE]` and `"error"`: from six bytes on Python searches by another algorithm, slower here.
@@ -92,8 +94,12 @@ def read_usage_report(document: bytes) -> UsageReport:
         envelope = _decode_envelope(document)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return EMPTY_REPORT
-    generation_id = valid_generation_id(envelope.id)
-    return UsageReport(_read_usage(envelope.usage, generation_id), generation_id, envelope.error is not None)
+    return _report(envelope.usage, envelope.id, has_error=envelope.error is not None)
+
+
+def _report(usage: bytes, identity: object, *, has_error: bool) -> UsageReport:
+    generation_id = valid_generation_id(identity)
+    return UsageReport(_read_usage(usage, generation_id), generation_id, has_error)
 
 
 def _read_usage(raw: bytes, generation_id: str | None) -> Bill | None:
@@ -127,6 +133,38 @@ def valid_generation_id(value: object) -> str | None:
     return value if isinstance(value, str) and GENERATION_ID.fullmatch(value) else None
 
 
+class LongEvent:
+    """Reads an event of any length: `feed` it what lies before its blank line, in pieces, then ask for `report`."""
+
+    __slots__ = ("_is_data", "_line", "_reader")
+
+    def __init__(self) -> None:
+        self._reader = MemberReader([("usage",), ("id",), ("error",)])
+        self._line = b""
+        """The beginning of the current line, until it tells whether the line is data."""
+        self._is_data = False
+
+    def feed(self, piece: bytes) -> None:
+        for part in piece.splitlines(keepends=True):
+            if self._is_data:
+                self._reader.feed(part)
+            elif len(self._line) < len(DATA_FIELD):
+                self._line += part
+                if self._line.startswith(DATA_FIELD):
+                    self._is_data = True
+                    self._reader.feed(self._line[len(DATA_FIELD) :])
+                self._line = self._line[: len(DATA_FIELD)]
+            if part.endswith((b"\n", b"\r")):
+                self._line, self._is_data = b"", False
+
+    def report(self) -> UsageReport:
+        if not self._reader.is_whole:
+            return EMPTY_REPORT
+        values = self._reader.values
+        identity, error = values.get(("id",), b"null"), values.get(("error",), b"null")
+        return _report(values.get(("usage",), b"null"), _text(identity), has_error=error != b"null")
+
+
 class BillScanner:
     """Scans an event stream: `feed` it every chunk, and call `finish` at the end.
 
@@ -134,7 +172,7 @@ class BillScanner:
     itself ended the response, by `[DONE]` or by an error event. `has_finish_reason`: an event stated why the model stopped.
     """
 
-    __slots__ = ("_ends_with_bill", "_partial", "_skipping", "bill", "generation_id", "has_finish_reason", "has_seen_end")
+    __slots__ = ("_ends_with_bill", "_long_event", "_partial", "bill", "generation_id", "has_finish_reason", "has_seen_end")
 
     def __init__(self, generation_id: str | None = None) -> None:
         self.bill: Bill | None = None
@@ -142,12 +180,12 @@ class BillScanner:
         self.has_seen_end = False
         self.has_finish_reason = False
         self._partial = bytearray()  # the beginning of an event whose end has not arrived
-        self._skipping = False  # inside an event longer than EVENT_BYTES_MAX
+        self._long_event: LongEvent | None = None  # then `_partial` is its last byte: the blank line may be split
         self._ends_with_bill = False  # no event with data has followed the bill
 
     def feed(self, chunk: bytes) -> None:
         partial = self._partial
-        if not partial and not self._skipping and chunk.endswith(EVENT_ENDS):
+        if not partial and chunk.endswith(EVENT_ENDS):
             # Whole events without a mark: nearly every chunk of every stream, so the check is inlined.
             if (
                 USAGE_MARK in chunk
@@ -160,27 +198,43 @@ class BillScanner:
             elif self._ends_with_bill:
                 self._skip(chunk)
             return
+        if self._long_event is not None:
+            chunk = self._feed_long_event(self._long_event, bytes(partial) + chunk)
         end = _last_event_end(chunk)
         if not end and bytes(partial[-1:]) + chunk[:1] in EVENT_ENDS:
             end = 1  # the blank line was split between two chunks
         if end:
             self._read(bytes(partial) + chunk[:end])
             partial[:] = chunk[end:]
-            self._skipping = False
         else:
             partial += chunk
-        if self._skipping or (len(partial) > EVENT_BYTES_MAX and len(partial.strip(b"\r\n")) > EVENT_BYTES_MAX):
-            self._skipping = True
-            del partial[:-1]
+        if len(partial) > EVENT_BYTES_MAX and len(partial.strip(b"\r\n")) > EVENT_BYTES_MAX:
+            self._long_event = LongEvent()
+            self._feed_long_event(self._long_event, bytes(partial))
 
     def finish(self) -> None:
         """The stream has ended: an event that lacks only its blank line counts as well."""
+        if self._long_event is not None:
+            self._feed_long_event(self._long_event, bytes(self._partial) + EVENT_ENDS[0])
         self._read(bytes(self._partial))
+
+    def _feed_long_event(self, event: LongEvent, block: bytes) -> bytes:
+        """Returns what follows the event, if its end is in the block. `_partial` is empty then, else the block's last byte."""
+        end = _first_event_end(block)
+        if not end:
+            event.feed(block[:-1])
+            self._partial[:] = block[-1:]
+            return b""
+        event.feed(block[: end - 2])
+        self._long_event = None
+        self._partial.clear()
+        self._apply(event.report())
+        return block[end:]
 
     @property
     def at_event_boundary(self) -> bool:
         """Whether an event of our own may be written here: not in the middle of an event."""
-        return not self._skipping and not self._partial.strip(b"\r\n")
+        return self._long_event is None and not self._partial.strip(b"\r\n")
 
     @property
     def expects_end(self) -> bool:
@@ -205,7 +259,7 @@ class BillScanner:
 
     def _read(self, block: bytes) -> None:
         """Reads a block of whole events."""
-        if self.generation_id is not None and not self._skipping:
+        if self.generation_id is not None:
             marks = self._marks(block)
             if not marks:
                 self._skip(block)
@@ -214,21 +268,28 @@ class BillScanner:
             if cut := _last_event_end(block, until=min(marks)):
                 self._skip(block, until=cut)
                 block = block[cut:]
-        for event in _events(block)[self._skipping :]:
+        for event in _events(block):
             has_no_news = self.generation_id is not None and not self._marks(event)
-            if DATA_FIELD not in event or has_no_news or len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
+            if DATA_FIELD not in event or has_no_news:
                 self._skip(event)
+                continue
+            if len(event.strip(b"\r\n")) > EVENT_BYTES_MAX:
+                long_event = LongEvent()
+                long_event.feed(event)
+                self._apply(long_event.report())
                 continue
             data = b"\n".join(line[5:] for line in event.splitlines() if line.startswith(b"data:"))
             if data.strip() == b"[DONE]":
                 self.has_seen_end = True
                 continue
             self.has_finish_reason = self.has_finish_reason or FINISH_REASON.search(data) is not None
-            report = read_usage_report(data)
-            self._ends_with_bill = report.bill is not None
-            self.bill = report.bill or self.bill
-            self.generation_id = self.generation_id or report.generation_id
-            self.has_seen_end = self.has_seen_end or report.is_error
+            self._apply(read_usage_report(data))
+
+    def _apply(self, report: UsageReport) -> None:
+        self._ends_with_bill = report.bill is not None
+        self.bill = report.bill or self.bill
+        self.generation_id = self.generation_id or report.generation_id
+        self.has_seen_end = self.has_seen_end or report.is_error
 
 
 def _last_event_end(chunk: bytes, until: int | None = None) -> int:
@@ -236,6 +297,14 @@ def _last_event_end(chunk: bytes, until: int | None = None) -> int:
     ends = EVENT_ENDS if b"\r" in chunk else EVENT_ENDS[:1]  # an absent one is searched for through the whole chunk
     last = max([chunk.rfind(end, 0, until) for end in ends])
     return last + 2 if last >= 0 else 0
+
+
+def _first_event_end(block: bytes) -> int:
+    """Where the first event ends; 0 for none."""
+    if b"\r" in block:
+        found = EVENT_END.search(block)
+        return found.end() if found else 0
+    return block.find(EVENT_ENDS[0]) + 2 if EVENT_ENDS[0] in block else 0
 
 
 def _events(block: bytes) -> list[bytes]:
@@ -249,6 +318,13 @@ def _provider_cost(details: bytes) -> Decimal | None:
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
     return parse_usd(bytes(decoded.upstream_inference_cost)) if decoded else None
+
+
+def _text(raw: bytes) -> object:
+    try:
+        return msgspec.json.decode(raw)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return None
 
 
 def _count(value: Any) -> int | None:
