@@ -57,7 +57,6 @@ def test_the_unit_fits_the_installer_and_the_service() -> None:
         )
     assert "EnvironmentFile" not in settings, "the service reads gptutor.env itself, also at a reload"
     assert "ProcSubset" not in settings, "the journal needs /proc/sys/kernel/random/boot_id"
-    assert ("SystemCallFilter", "@chown") in unit(), "gunicorn sets the owner of its Unix socket"
 
 
 def test_a_reload_checks_before_the_signal_and_can_read_the_credentials() -> None:
