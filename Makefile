@@ -60,7 +60,7 @@ run: install ## the whole service: embedded PostgreSQL and the OpenRouter simula
 # compute, so there are two processes for each core, and at most 16: each PostgreSQL takes memory.
 PARALLEL = --numprocesses=$(shell $(PYTHON) -c 'import os; print(min(16, 2 * (os.cpu_count() or 1)))') --dist=worksteal
 # Tests start Python a hundred times: the bytecode is kept, even where the environment says otherwise.
-test check test-pythons: export PYTHONDONTWRITEBYTECODE :=
+test check test-pythons month: export PYTHONDONTWRITEBYTECODE :=
 
 test: install ## all tests, on a real PostgreSQL; some of them with pytest's arguments: T=tests/test_bill.py, T="-k retry -x"
 	@$(BIN)/python -m pytest $(or $(T),$(PARALLEL))

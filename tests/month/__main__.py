@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         "--reuse", action="store_true", help="do not make an environment for each release, but use this one's packages"
     )
     parser.add_argument("--cluster", type=Path, help="a stopped PostgreSQL's data, migrated, to be used (default: a new one)")
-    parser.add_argument("--keep", action="store_true", help="keep the directory with logs and journals")
+    parser.add_argument("--keep", action="store_true", help="keep the directory with the logs")
     return parser.parse_args()
 
 

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+from gptutor.cli import installation
 from gptutor.cli.install_service import carry_out
 from gptutor.cli.installation import PREFIX, Installation, look, make_plan
 from gptutor.cli.installation_steps import LEFT_OUT, SOURCES, Machine
@@ -50,10 +52,11 @@ class ReusingMachine(Machine):
             program.parent.mkdir(parents=True)
             program.write_text(PROGRAM.format(python=sys.executable, release=str(environment.parent)))
             program.chmod(0o755)
-        elif "compileall" in command:  # the bytecode of the same files is here already
+        elif "compileall" in command:  # most of the bytecode may be here already
             package = Path(command[-1])
             for cache in (ROOT / "gptutor").rglob("__pycache__"):
                 shutil.copytree(cache, package / cache.relative_to(ROOT / "gptutor"))
+            Machine.run(self, [sys.executable, *command[1:]])
 
 
 def install(clone: Path, root: Path, *, release: str | None = None, reuse: bool) -> None:
@@ -61,8 +64,9 @@ def install(clone: Path, root: Path, *, release: str | None = None, reuse: bool)
     if reuse:
         machine = ReusingMachine(root)
         wanted = Installation(clone, release=release)
-        for _ in carry_out(make_plan(wanted, machine, look(wanted, machine)), machine):
-            pass
+        version = (clone / "gptutor" / "__init__.py").read_text().rpartition("= ")[2].strip().strip('"')
+        with mock.patch.object(installation, "__version__", version):  # of the clone, whose own code would do this
+            list(carry_out(make_plan(wanted, machine, look(wanted, machine)), machine))
         return
     command = [sys.executable, "-m", "gptutor", "install-service", "--root", str(root)]
     done = subprocess.run(

@@ -40,7 +40,9 @@ class Load:
         client = DirectClient(self._port, self._keys[number % len(self._keys)])
         await asyncio.sleep(self._period_s * number / CLIENTS)
         while True:
-            await self._goes_on.wait()
+            if not self._goes_on.is_set():
+                await self._goes_on.wait()
+                client.close()  # the service may have stopped meanwhile, and closed it
             began_at = time.monotonic()
             self._running += 1
             try:

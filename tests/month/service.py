@@ -22,6 +22,7 @@ from tests.support.service_manager import ServiceManager
 WORKERS = 2
 STOP_S = 60
 WATCHDOG_S = 30
+ALERTS_POLL_S = 0.5
 # What takes minutes in production takes seconds here.
 CONFIG = """\
 paths:
@@ -44,7 +45,7 @@ recovery:
   audit_interval_s: 1
 alerts:
   url: {alerts_url}
-  poll_s: 1
+  poll_s: {alerts_poll_s}
   disk_free_bytes_min: {free_bytes_min}
 """
 
@@ -75,6 +76,7 @@ class Service:
             workers=WORKERS,
             openrouter_url=openrouter_url,
             alerts_url=alerts_url,
+            alerts_poll_s=ALERTS_POLL_S,
             free_bytes_min=FREE_BYTES_MIN,
         )
         Path(self.environ["GPTUTOR_CONFIG"]).write_text(settings)

@@ -15,7 +15,7 @@ from tests.month.database import Database
 from tests.month.installation import install, make_clone, update_clone
 from tests.month.load import Load
 from tests.month.receiver import Receiver
-from tests.month.service import Service
+from tests.month.service import ALERTS_POLL_S, Service
 from tests.month.waiting import WAIT_S, require, until
 from tests.support.direct_client import DirectClient
 from tests.support.releases import NEXT
@@ -25,6 +25,8 @@ BALANCE = "100000"
 ROUND = 10
 """So many requests must be answered after each event before the next one."""
 DATABASE_AWAY_S = 1.0
+TOLD_AGAIN_S = 2.5 * ALERTS_POLL_S
+"""Until then whoever would tell an alert again has done so."""
 ALERTS = {
     "begin account_refused": "OpenRouter's key was revoked",
     "end account_refused": "the key is valid again",
@@ -146,6 +148,7 @@ class Month:
             await self._change_account(revoked=True)
             await self._require_told("begin account_refused")
             await load.refused_with("upstream_account_refused", "while OpenRouter refuses the key")
+            await asyncio.sleep(TOLD_AGAIN_S)
             self.say("the key is valid again")
             await self._change_account()
             await load.served(ROUND, "after the key is valid again")
@@ -158,6 +161,7 @@ class Month:
             await asyncio.to_thread(small_disk.fill, self.service.data)
             await load.refused_with("journal_unavailable", "while the disk is full")
             await self._require_told("begin disk_nearly_full")
+            await asyncio.sleep(TOLD_AGAIN_S)
             self.say("there is room again")
             await asyncio.to_thread(small_disk.free, self.service.data)
             await load.served(ROUND, "after there is room again")
