@@ -141,7 +141,7 @@ async def managed_service(
         )
         managed = Managed(service, manager, simulator, database, file)
         try:
-            await manager.ready(1)
+            await ready(manager, 1)
             yield managed
         finally:
             file.write_text("")

@@ -41,8 +41,8 @@ class Load:
         await asyncio.sleep(self._period_s * number / CLIENTS)
         while True:
             if not self._goes_on.is_set():
+                client.close()  # an idle connection would prolong a stop of the service
                 await self._goes_on.wait()
-                client.close()  # the service may have stopped meanwhile, and closed it
             began_at = time.monotonic()
             self._running += 1
             try:

@@ -31,7 +31,6 @@ paths:
 server:
   port: {port}
   workers: {workers}
-  keepalive_grace_s: 1
 logs:
   stdout: false
 rate_limit:
