@@ -14,9 +14,7 @@ JOURNAL_SHARE_MAX = 0.8
 GIGABYTE = 1 << 30
 
 
-async def watch_disk(
-    folders: Iterable[Path], free_bytes_min: int, journal_share: Callable[[], float], *, every_s: float
-) -> None:
+async def watch_disk(folders: Iterable[Path], free_bytes_min: int, journal_share: Callable[[], float], *, every_s: float) -> None:
     """Runs until cancelled. `journal_share` is how full the journal is, from 0 to 1."""
     watched = [*folders]
     while True:
