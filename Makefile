@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 
 .DEFAULT_GOAL := help
 .PHONY: develop lock audit
-.PHONY: help install run test test-pythons check format lint types sql schema test-completion test-openai docs migrate convert-0.1 service chaos fuzz bench bench-growth
+.PHONY: help install run test test-pythons check format lint types sql schema test-completion test-openai docs migrate convert-0.1 service chaos month fuzz bench bench-growth
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,7 @@ $(TOOLS): requirements/develop.txt $(STAMP)
 	@touch $@
 
 # These need more than the service does.
-test check format lint types sql schema audit test-completion test-openai chaos fuzz: develop
+test check format lint types sql schema audit test-completion test-openai chaos month fuzz: develop
 check: audit
 
 lock: ## renew the lock files in requirements/ from the ranges in setup.cfg; UPGRADE= keeps the versions that still fit
@@ -60,7 +60,7 @@ run: install ## the whole service: embedded PostgreSQL and the OpenRouter simula
 # compute, so there are two processes for each core, and at most 16: each PostgreSQL takes memory.
 PARALLEL = --numprocesses=$(shell $(PYTHON) -c 'import os; print(min(16, 2 * (os.cpu_count() or 1)))') --dist=worksteal
 # Tests start Python a hundred times: the bytecode is kept, even where the environment says otherwise.
-test check test-pythons: export PYTHONDONTWRITEBYTECODE :=
+test check test-pythons month: export PYTHONDONTWRITEBYTECODE :=
 
 test: install ## all tests, on a real PostgreSQL; some of them with pytest's arguments: T=tests/test_bill.py, T="-k retry -x"
 	@$(BIN)/python -m pytest $(or $(T),$(PARALLEL))
@@ -99,6 +99,9 @@ test-openai: install ## the OpenAI SDKs for Python and JavaScript against a runn
 chaos: install ## real processes killed at random, then our books against OpenRouter's bill: SECONDS=240 SEED=7 KILLS=200 CRASHES=20
 	@exec $(BIN)/python -m tests.chaos --seconds $(or $(SECONDS),60) --kills-at-least $(or $(KILLS),30) \
 		--crashes-at-least $(or $(CRASHES),2) $(if $(SEED),--seed $(SEED))
+
+month: install ## an operator's month under load: installed, replaced, updated, taken back, broken, restored: SECONDS=240 REPLACEMENTS=20
+	@exec $(BIN)/python -m tests.month --seconds $(or $(SECONDS),60) --replacements $(or $(REPLACEMENTS),5)
 
 fuzz: install ## bytes that nobody meant, for each of what reads bytes: SECONDS=60 each
 	@for target in scanner request key vk config models; do \

@@ -31,6 +31,7 @@ TEARDOWN_S = 60
 """Longer than any cleanup of a test, the shutdown of a service included."""
 
 LONG = (
+    "::test_an_operators_month_passes_without_a_lost_request_or_rouble_and_with_each_alert_told_once",
     "::test_no_kill_crash_or_lost_reply_loses_duplicates_or_invents_a_charge",
     "::test_any_history_of_deaths_and_recoveries_agrees_with_a_model_of_it",
     "::test_statements_and_ledger_pass_on_postgresql_15",

@@ -30,13 +30,10 @@ from gptutor.money.invariants import check
 from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.server import Simulator
 from tests.support.gateway import SECRET, Client, make_client
+from tests.support.releases import FUNCTION, MAJOR, MIGRATION, MINOR, NEXT, make_next
 from tests.support.schema import database, drop, interface, read_interfaces
 from tests.support.service import Service, environment, refused, start_bare
 
-MAJOR, MINOR, *_ = __version__.split(".")
-NEXT = f"{MAJOR}.{int(MINOR) + 1}.0"
-MIGRATION = "9999_settled_by"
-FUNCTION = "functions/book_charges"
 ATTEMPTS_AT_ONCE = 6
 ROUND = 12
 """So many requests are answered by each service before the next step."""
@@ -46,10 +43,7 @@ def next_release(folder: Path) -> Path:
     """Makes the package of the next release in the folder."""
     package = folder / "gptutor"
     shutil.copytree(Path(gptutor.__file__).parent, package, ignore=shutil.ignore_patterns("vendor"))
-    (package / "__init__.py").write_text(f'__version__ = "{NEXT}"\n')
-    (package / "sql" / "migrations" / f"{MIGRATION}.sql").write_text("ALTER TABLE holds ADD COLUMN settled_by text;\n")
-    function = package / "sql" / f"{FUNCTION}.sql"
-    function.write_text(function.read_text().replace("SET state = 'settled',", "SET state = 'settled', settled_by = 'next',"))
+    make_next(package, package / "sql")
     return folder
 
 

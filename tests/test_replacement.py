@@ -33,41 +33,14 @@ from gptutor.server.listener import listening_on_inherited_socket
 from gptutor.server.runners import connection_factory, public_runner
 from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.server import Simulator
+from tests.support.direct_client import DirectClient, read_response
 from tests.support.gateway import SECRET, Client, make_client
 from tests.support.service import Service, run, start, start_bare
+from tests.support.service_manager import ServiceManager
 
 WAIT_S = 60
 TOKEN = "t" * 32
 PACKAGE = Path(gptutor.__file__).parent
-
-
-class ServiceManager:
-    """The socket on which systemd would listen."""
-
-    def __init__(self, path: Path) -> None:
-        self.address = str(path)
-        self.messages: list[str] = []
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(self.address)
-        self._socket.setblocking(False)
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def read(self) -> list[str]:
-        """All messages until now."""
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self.messages.append(self._socket.recv(4096).decode())
-        return self.messages
-
-    def count(self, start: str) -> int:
-        return sum(message.startswith(start) for message in self.read())
-
-    async def ready(self, times: int) -> str:
-        """Waits until READY=1 was said so often, and returns the status that it came with."""
-        await until(lambda: self.count("READY=1") >= times, f"READY=1 was not said {times} times: {self.messages}")
-        return [message for message in self.messages if message.startswith("READY=1")][-1]
 
 
 @dataclass
@@ -125,6 +98,12 @@ async def until(condition: Callable[[], bool], message: str) -> None:
         await asyncio.sleep(0.02)
 
 
+async def ready(manager: ServiceManager, times: int) -> str:
+    """Waits until READY=1 was said so often, and returns the status that it came with."""
+    await until(lambda: manager.count("READY=1") >= times, f"READY=1 was not said {times} times: {manager.messages}")
+    return manager.status
+
+
 @pytest.fixture
 def options() -> dict[str, Any]:
     """More environment variables of the service, and the `program` by which it is started."""
@@ -162,7 +141,7 @@ async def managed_service(
         )
         managed = Managed(service, manager, simulator, database, file)
         try:
-            await manager.ready(1)
+            await ready(manager, 1)
             yield managed
         finally:
             file.write_text("")
@@ -187,42 +166,6 @@ async def managed(
         yield running
 
 
-# -- a client that speaks to the service directly, and forgives nothing
-
-
-class DirectClient:
-    """Uses its connection until a response says `Connection: close`. A connection that ends otherwise is an error."""
-
-    def __init__(self, port: int, key: str) -> None:
-        self._port = port
-        self._key = key
-        self.connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self.closed_by_server = 0
-
-    def request(self, text: str, *, stream: bool, close: bool = False) -> bytes:
-        body = json.dumps({"messages": [{"role": "user", "content": text}], "stream": stream}).encode()
-        return (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self._key}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{'Connection: close' if close else 'X-No: 1'}\r\n\r\n"
-        ).encode() + body
-
-    async def complete(self, text: str = "Hi", *, stream: bool = False, close: bool = False) -> tuple[int, dict[str, str], bytes]:
-        if self.connection is None:
-            self.connection = await asyncio.open_connection("127.0.0.1", self._port)
-        reader, writer = self.connection
-        writer.write(self.request(text, stream=stream, close=close))
-        status, headers, body = await read_response(reader)
-        if headers.get("connection") == "close":
-            self.closed_by_server += not close
-            self.close()
-        return status, headers, body
-
-    def close(self) -> None:
-        if self.connection is not None:
-            self.connection[1].close()
-            self.connection = None
-
-
 async def complete_once(
     managed: Managed, client: Client, text: str = "Hi", *, stream: bool = False
 ) -> tuple[int, dict[str, str], bytes]:
@@ -231,21 +174,6 @@ async def complete_once(
         return await direct.complete(text, stream=stream)
     finally:
         direct.close()
-
-
-async def read_response(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers with small names, body. Raises EOFError for a response that is cut off."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode()
-    status_line, *lines = head.split("\r\n")
-    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines if line)}
-    if "content-length" in headers:
-        return int(status_line.split()[1]), headers, await reader.readexactly(int(headers["content-length"]))
-    body = b""
-    while size := int(await reader.readline(), 16):
-        body += await reader.readexactly(size)
-        await reader.readexactly(2)
-    await reader.readexactly(2)
-    return int(status_line.split()[1]), headers, body
 
 
 @dataclass
@@ -290,7 +218,7 @@ async def test_five_replacements_under_load_lose_no_request(managed: Managed) ->
     for number in range(5):
         before = managed.workers()
         managed.signal(signal.SIGHUP)
-        await managed.manager.ready(number + 2)
+        await ready(managed.manager, number + 2)
         now = managed.workers()
         assert len(now - before) == 1, "a new process serves"
     await asyncio.sleep(0.3)
@@ -322,7 +250,7 @@ async def test_a_reload_that_cannot_succeed_keeps_what_serves_and_says_why(manag
 
     async def refused(times: int, text: str) -> None:
         managed.signal(signal.SIGHUP)
-        assert text in await managed.manager.ready(times)
+        assert text in await ready(managed.manager, times)
         (line,) = managed.logged(text)
         assert line["level"] == "error"
         assert managed.workers() & before == before
@@ -345,7 +273,7 @@ async def test_a_reload_that_cannot_succeed_keeps_what_serves_and_says_why(manag
     journal_slot.unlink()
 
     managed.signal(signal.SIGHUP)
-    await managed.manager.ready(5)
+    await ready(managed.manager, 5)
     await until(lambda: not managed.workers() & before, "the old process goes on")
     assert await managed.metric("gptutor_last_reload_success") == 1
     assert (await complete_once(managed, client))[0] == 200
@@ -393,7 +321,7 @@ async def test_a_reload_takes_a_new_release_and_settings_over_and_a_stop_meanwhi
         current.symlink_to(tmp_path / "new")
         (tmp_path / "gptutor.env").write_text("GPTUTOR_WORKERS=2\n")
         managed.signal(signal.SIGHUP)
-        assert "GPTutor 9.9.9, 2 processes serve" in await managed.manager.ready(2)
+        assert "GPTutor 9.9.9, 2 processes serve" in await ready(managed.manager, 2)
         assert await version_of(managed) == "9.9.9"
         assert managed.logged(f"2 new processes of GPTutor 9.9.9 serve, in place of {__version__}")
         both_generations = managed.workers()

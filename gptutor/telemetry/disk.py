@@ -9,15 +9,12 @@ from pathlib import Path
 from gptutor.telemetry.alerts import ALERTS
 
 LOGGER = logging.getLogger("gptutor.disk")
-EVERY_S = 60.0
 JOURNAL_SHARE_MAX = 0.8
 """Of `recovery.journal_bytes_max`; at the whole of it nothing is bought any more."""
 GIGABYTE = 1 << 30
 
 
-async def watch_disk(
-    folders: Iterable[Path], free_bytes_min: int, journal_share: Callable[[], float], *, every_s: float = EVERY_S
-) -> None:
+async def watch_disk(folders: Iterable[Path], free_bytes_min: int, journal_share: Callable[[], float], *, every_s: float) -> None:
     """Runs until cancelled. `journal_share` is how full the journal is, from 0 to 1."""
     watched = [*folders]
     while True:

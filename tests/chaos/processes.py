@@ -51,6 +51,11 @@ class Postgres:
         self.socket = Path(url.partition("?host=")[2]) / ".s.PGSQL.5432"
         self._server = PostgresServer._instances[directory.resolve()]
 
+    @property
+    def programs(self) -> Path:
+        """The folder of PostgreSQL's own programs."""
+        return Path(self._server.bin_path)
+
     def crash(self) -> None:
         """Stops at once, without a checkpoint: afterwards the files are as after a power failure."""
         self._pg_ctl("-m", "immediate", "stop")
