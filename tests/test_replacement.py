@@ -328,15 +328,15 @@ async def test_a_reload_that_cannot_succeed_keeps_what_serves_and_says_why(manag
         assert managed.workers() & before == before
         assert (await complete_once(managed, client))[0] == 200
 
-    # `gptutor check` finds it.
-    managed.settings.write_text("relay:\n  no_such: 1\n")
-    await refused(2, "relay.no_such is not a setting")
+    # The new program finds it: an address cannot be bound. The processes that go on are those of the program before.
+    managed.settings.write_text(f"{sound}server:\n  host: 192.0.2.1\n")  # of documentation: no machine has it
+    await refused(2, "Cannot listen on 192.0.2.1")
     assert await managed.metric("gptutor_last_reload_success") == 0
     assert await managed.metric("gptutor_last_reload_timestamp_seconds") > started_at
 
-    # The new program finds it: an address cannot be bound.
-    managed.settings.write_text(f"{sound}server:\n  host: 192.0.2.1\n")  # of documentation: no machine has it
-    await refused(3, "Cannot listen on 192.0.2.1")
+    # `gptutor check` finds it.
+    managed.settings.write_text("relay:\n  no_such: 1\n")
+    await refused(3, "relay.no_such is not a setting")
     managed.settings.write_text(sound)
 
     # A new process finds it: its journal cannot be opened.

@@ -87,7 +87,7 @@ def take_over(predecessor: Handover) -> int:
     """Like `serve`, in the place of a master whose workers serve still. Whatever goes wrong is reported, and these go on."""
     block_signals()
     succeeded, at = predecessor.last_reload
-    last_reload = LastReload(succeeded=succeeded, at=at)
+    last_reload = LastReload(succeeded=succeeded, at=at, descriptor=predecessor.last_reload_descriptor)
     listeners = {address: adopted(descriptor) for address, descriptor in predecessor.sockets.items()}
     wanted: Plan | None = None
     report: Report = _report_on_stderr
