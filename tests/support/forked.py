@@ -151,6 +151,8 @@ def _become(command: dict[str, Any], descriptors: list[int]) -> None:
     for standard, descriptor in enumerate(descriptors):
         os.dup2(descriptor, standard)
         os.close(descriptor)
+    # A stream knows from its beginning whether it can be positioned: a file can, a pipe cannot.
+    sys.stdout = open(1, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors, closefd=False)  # noqa: SIM115
     os.chdir(command["directory"])
     os.umask(command["umask"])
     os.environ.clear()
