@@ -23,7 +23,6 @@ from gptutor.diagnosis import database as checks_of
 from gptutor.diagnosis import files, listeners, partners
 from gptutor.diagnosis.checks import CHECKS
 from gptutor.diagnosis.findings import Check, Finding, Installation, examine, ok
-from gptutor.simulator.server import Simulator
 from tests.support.gateway import SECRET, config_for, make_client
 from tests.support.service import Service, environment, run
 from tests.support.vk import APP_ID, VK_SECRET
@@ -51,8 +50,10 @@ async def serving(app: web.Application, context: ssl.SSLContext | None = None) -
     runner = web.AppRunner(app, shutdown_timeout=1)
     await runner.setup()
     await web.TCPSite(runner, "localhost", 0, ssl_context=context).start()
-    yield f"http{'s' if context else ''}://localhost:{runner.addresses[0][1]}"
-    await runner.cleanup()
+    try:
+        yield f"http{'s' if context else ''}://localhost:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
 
 
 # -- the whole
@@ -248,6 +249,7 @@ async def test_a_role_without_the_privileges_of_roles_sql(database_url: str, tmp
         (200, {"data": {"limit_remaining": None}}, ["ok", "warning"]),
         (200, {"data": {"limit_remaining": 4.5}}, ["ok", "warning"]),
         (200, {"data": {"limit_remaining": 0}}, ["ok", "error"]),
+        (200, {"data": {"limit_remaining": -0.25}}, ["ok", "error"]),
         (200, {"data": {"limit_remaining": 50, "is_free_tier": True}}, ["ok", "ok", "warning"]),
         (200, {"data": {"limit_remaining": 50, "expires_at": "2020-01-01T00:00:00Z"}}, ["ok", "ok", "error"]),
         (200, {"data": {"limit_remaining": 50, "expires_at": "2999-01-01T00:00:00Z"}}, ["ok", "ok"]),
@@ -270,17 +272,22 @@ async def test_what_openrouter_says_of_the_key(status: int, document: Any, expec
     assert KEY not in str(findings)
 
 
-@pytest.mark.parametrize(("bought", "used", "level"), [(100, 20, "ok"), (20, 18, "warning"), (20, 20, "error")])
+@pytest.mark.parametrize(
+    ("bought", "used", "level"), [(100, 20, "ok"), (20, 18, "warning"), (20, 20, "error"), (20, 21, "error")]
+)
 async def test_the_credit_of_the_account(bought: int, used: int, level: str, tmp_path: Path) -> None:
+    async def key(request: web.Request) -> web.Response:
+        return web.json_response({"data": {}})
+
     async def credit(request: web.Request) -> web.Response:
         assert request.headers["Authorization"] == "Bearer management"
         return web.json_response({"data": {"total_credits": bought, "total_usage": used}})
 
-    app = Simulator().app()
-    app.add_routes([web.get("/api/v1/credits", credit)])
+    app = web.Application()
+    app.add_routes([web.get("/api/v1/key", key), web.get("/api/v1/credits", credit)])
     async with serving(app) as url:
         found = with_openrouter(installation(tmp_path, base_url=f"{url}/api/v1"), management_key="management")
-        assert levels(await partners.openrouter(found)) == ["ok", "warning", level]  # the simulator's key has no limit
+        assert levels(await partners.openrouter(found)) == ["ok", "warning", level]  # the key has no limit
 
 
 @pytest.mark.parametrize(
