@@ -10,11 +10,13 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from gptutor.admin.app import build_admin
-from gptutor.config.schema import Config
+from gptutor.config.schema import Config, SimulatorSettings
 from gptutor.database.pool import Database
 from gptutor.errors import ERRORS
 from gptutor.money.holds import HandOver
 from gptutor.money.users import UserRepository
+from gptutor.server.serve import simulated_openrouter
+from gptutor.simulator.server import Simulator
 from gptutor.telemetry.logs import LoggerService
 from gptutor.web import openapi
 from gptutor.web.site import OPENAPI_ADMIN, build_site
@@ -69,7 +71,7 @@ class Described:
     seen: set[tuple[str, str, int]] = field(default_factory=set)
 
     async def send(
-        self, method: str, path: str, body: Any = None, *, query: str = "", status: int = 200, token: str = ANNAS, **ids: int
+        self, method: str, path: str, body: Any = None, *, query: str = "", status: int = 200, token: str = ANNAS, **ids: Any
     ) -> Any:
         operation = OPERATIONS[method, path]
         data = body if body is None or isinstance(body, bytes) else json.dumps(body)
@@ -85,7 +87,7 @@ class Described:
             else:
                 assert not resolved(header).get("required"), name
         content = described["content"][response.content_type]
-        document = text if response.content_type.startswith("text/") else json.loads(text)
+        document = json.loads(text) if response.content_type == "application/json" else text
         validate(document, content["schema"])
         if body is not None and not isinstance(body, bytes) and status < 300:
             validate(body, operation["requestBody"]["content"]["application/json"]["schema"])
@@ -94,7 +96,10 @@ class Described:
 
 @pytest.fixture
 async def described(database_url: str, database: Database, tmp_path: Path) -> AsyncIterator[Described]:
-    async with admin_on(database_url, database, tmp_path) as admin:
+    async with (
+        simulated_openrouter(Simulator(), SimulatorSettings(port=0)) as base_url,
+        admin_on(database_url, database, tmp_path, base_url) as admin,
+    ):
         yield Described(admin)
 
 
@@ -151,13 +156,21 @@ async def test_every_response_is_as_described(described: Described) -> None:
     await send("POST", "/admin/payments", {"vk_id": 1, "amount": "1", "reference": "2", "provider": "bank"}, status=404)
     await send("GET", "/admin/holds")
     await send("GET", "/admin/export/ledger")
+    await send("GET", "/admin/export/ledger", query="?format=jsonl")
     await send("GET", "/admin/export/ledger", query="?user=999999999", status=404)
+    await send("GET", "/admin/requests/{id}", id=charged.hold_id)
+    await send("GET", "/admin/requests/{id}", id=waiting.hold_id)
+    await send("GET", "/admin/report")
+    for by in ("day", "month", "model", "user"):
+        await send("GET", "/admin/report", query=f"?by={by}&cost_rub_per_usd=82.5")
+    await send("GET", "/admin/verify")
+    await send("GET", "/admin/reconcile")
     await send("GET", "/metrics")
     await send("POST", user + "/erase", status=400, **ids)
     await send("POST", user + "/erase", {"forfeit": True}, **ids)
     await send("PATCH", user, {"name": "x"}, status=400, **ids)
 
-    nobody: Any = {"user_id": 999999999, "key_id": 1}
+    nobody: Any = {"user_id": 999999999, "key_id": 1, "id": "nothing"}
     for (method, path), operation in OPERATIONS.items():
         await send(method, path, status=401, token="none", **nobody)
         if "{" in path:

@@ -59,7 +59,7 @@ async def send_requests(gateway: Gateway, client: Client, *, stream: bool, times
 
 
 @pytest.mark.parametrize("tuned", [{"recovery": {"poll_s": 3600}, "rate_limit": {"chat_per_minute": 0}}])
-@pytest.mark.parametrize(("stream", "calls"), [(False, 720), (True, 910)])
+@pytest.mark.parametrize(("stream", "calls"), [(False, 790), (True, 1000)])
 async def test_a_request_makes_at_most_so_many_calls(gateway: Gateway, stream: bool, calls: int) -> None:
     """Requests one after the other, so that they share no batches; the stream has about fifty chunks. The number for each function is
     printed: a failure shows where calls were added."""

@@ -424,7 +424,7 @@ async def test_a_hold_that_is_placed_again_takes_no_more_than_is_available(
     await reconnected(database)
     connection = await asyncpg.connect(live.url)
     await connection.execute(
-        "SELECT book_entry($1, gen_random_uuid(), 'bonus', 100000000000, 'goodwill', '', NULL, FALSE)", client.account_id
+        "SELECT book_entry($1, gen_random_uuid(), 'bonus', 100000000000, 'goodwill', '', NULL, NULL, FALSE)", client.account_id
     )
     await connection.close()
     with process(database, directory) as living:

@@ -87,7 +87,7 @@ def test_make_service_installs_with_the_environment_of_the_clone(tmp_path: Path)
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".installed").touch()
     made = subprocess.run(
-        ["make", "service", "SUDO=echo sudo", "ARGS=--release 0.1"],
+        ["make", "--no-print-directory", "service", "SUDO=echo sudo", "ARGS=--release 0.1"],
         cwd=tmp_path, env={**os.environ, "MAKEFLAGS": ""}, check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert made.stdout == f"sudo {tmp_path}/.venv/bin/gptutor install-service --release 0.1\n"

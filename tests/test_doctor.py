@@ -23,6 +23,8 @@ from gptutor.diagnosis import database as checks_of
 from gptutor.diagnosis import files, listeners, partners
 from gptutor.diagnosis.checks import CHECKS
 from gptutor.diagnosis.findings import Check, Finding, Installation, examine, ok
+from gptutor.simulator.account import MANAGEMENT_KEY, SimulatedAccount
+from gptutor.simulator.server import Simulator
 from tests.support.gateway import SECRET, config_for, make_client
 from tests.support.service import Service, environment, run
 from tests.support.vk import APP_ID, VK_SECRET
@@ -275,19 +277,14 @@ async def test_what_openrouter_says_of_the_key(status: int, document: Any, expec
 @pytest.mark.parametrize(
     ("bought", "used", "level"), [(100, 20, "ok"), (20, 18, "warning"), (20, 20, "error"), (20, 21, "error")]
 )
-async def test_the_credit_of_the_account(bought: int, used: int, level: str, tmp_path: Path) -> None:
-    async def key(request: web.Request) -> web.Response:
-        return web.json_response({"data": {}})
-
-    async def credit(request: web.Request) -> web.Response:
-        assert request.headers["Authorization"] == "Bearer management"
-        return web.json_response({"data": {"total_credits": bought, "total_usage": used}})
-
-    app = web.Application()
-    app.add_routes([web.get("/api/v1/key", key), web.get("/api/v1/credits", credit)])
-    async with serving(app) as url:
-        found = with_openrouter(installation(tmp_path, base_url=f"{url}/api/v1"), management_key="management")
-        assert levels(await partners.openrouter(found)) == ["ok", "warning", level]  # the key has no limit
+async def test_the_credit_of_the_account(
+    bought: int, used: int, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credit = {"total_credits": bought, "total_usage": used}
+    monkeypatch.setattr(SimulatedAccount, "credits", lambda account, used_usd: credit)
+    async with serving(Simulator().app()) as url:
+        found = with_openrouter(installation(tmp_path, base_url=f"{url}/api/v1"), management_key=MANAGEMENT_KEY)
+        assert levels(await partners.openrouter(found)) == ["ok", "warning", level]  # the simulator's key has no limit
 
 
 @pytest.mark.parametrize(

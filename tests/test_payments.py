@@ -3,6 +3,7 @@ believed but an id to look up, and what is paid is credited once."""
 
 import asyncio
 import logging
+import re
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ async def shop(
     text = "".join(path.read_text() for path in (tmp_path / "lines").iterdir())
     assert SECRET_KEY not in text
     assert "Basic " not in text
-    assert "sk-user-" not in text
+    assert not re.search(r"sk-user-[0-9]+-[a-z2-7]{5}", text)  # the public part of a key may be there
     assert [finding async for finding in check(database) if finding.rows] == []
 
 

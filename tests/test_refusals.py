@@ -114,9 +114,9 @@ async def test_the_line_about_our_account_has_request_id_status_and_type(
     assert (line["type"], line["requestId"], line["status"]) == ("upstream_account", response.headers["X-Request-ID"], status)
 
 
-def test_a_wrong_clock_is_one_warning_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
-    clock = ClockSkew()
-    now = time.time()
+def test_a_wrong_clock_is_one_warning_while_it_lasts(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, now = ClockSkew(), 1e9
+    monkeypatch.setattr("gptutor.openrouter.clock.time.time", lambda: now)
     for ahead_s in (0, 50, -100, -100, -61, -50, -100, 0, 0, 90):
         clock.observe(formatdate(now - ahead_s, usegmt=True))
     clock.observe(None)

@@ -12,7 +12,7 @@ SELECT
 FROM book_entry(
     new_account_id => $1::bigint,
     new_entry_id => $2::uuid,
-    new_kind => $3::entry_kind,
+    new_kind => $3::text::entry_kind,
     new_amount_nano => $4::bigint,
     new_contra => $5::text,
     new_reason => $6::text,

@@ -59,10 +59,12 @@ class Admin:
 
 
 @asynccontextmanager
-async def admin_on(database_url: str, database: Database, directory: Path) -> AsyncIterator[Admin]:
+async def admin_on(
+    database_url: str, database: Database, directory: Path, base_url: str = "http://127.0.0.1:9"
+) -> AsyncIterator[Admin]:
     """With the tokens TOKEN and ANNAS. Afterwards neither they nor a key are in the log."""
     socket, lines = directory / "admin.socket", directory / "lines"
-    plain = config_for(database_url, "http://127.0.0.1:9", directory)
+    plain = config_for(database_url, base_url, directory)
     config = msgspec.structs.replace(plain, admin=schema.AdminSettings(socket=str(socket), token=f"{TOKEN} anna:{ANNAS}"))
     config.paths.logs.mkdir()
     with logging_to(lines, level="error", retention_days=1, stdout=False):
