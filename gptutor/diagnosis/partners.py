@@ -15,14 +15,13 @@ from gptutor.config.schema import OpenRouterSettings
 from gptutor.diagnosis.findings import Finding, Installation, error, ok, warning
 from gptutor.integrations import vk, yookassa
 from gptutor.openrouter.account_state import read_credit, read_key
+from gptutor.openrouter.clock import SKEW_S_MAX
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.service import OpenRouterService, UpstreamLimits, connected
 from gptutor.telemetry.metrics import CLOCK_SKEW
 
 EXPIRES_SOON_DAYS = 14
 SKEW_S = 5
-SKEW_S_MAX = 60
-"""Beyond it, fresh launches of VK are rejected, and charges are counted in the wrong minutes and days."""
 VK_SECRET = re.compile(r"[A-Za-z0-9]{15,40}")
 LIMITS = UpstreamLimits(connect_s=5, total_s=10, first_byte_s=10, idle_s=10, end_s=10, attempts_max=1)
 
