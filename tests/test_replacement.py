@@ -350,6 +350,21 @@ async def test_a_reload_that_cannot_succeed_keeps_what_serves_and_says_why(manag
     assert await managed.metric("gptutor_last_reload_success") == 1
     assert (await complete_once(managed, client))[0] == 200
 
+    # What dies after a refused reload is replaced, although its new listener is missing.
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        managed.settings.write_text(f"{sound}metrics:\n  port: {port}\n")
+        managed.signal(signal.SIGHUP)
+        assert f"Cannot listen on 127.0.0.1:{port}" in await managed.manager.ready(6)
+        for pid in managed.workers():
+            os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(WAIT_S):
+            assert (await complete_once(managed, client))[0] == 200
+    managed.settings.write_text(sound)
+    managed.signal(signal.SIGHUP)
+    await managed.manager.ready(7)
+    assert len(managed.logged(" died")) == 1, "the one that was killed"
+
 
 # -- a new release, and a stop in the middle
 
