@@ -17,7 +17,7 @@ import pytest
 import trustme
 from aiohttp import web
 
-from gptutor.config.schema import Config, VkSettings, YookassaSettings
+from gptutor.config.schema import AdminSettings, Config, VkSettings, YookassaSettings
 from gptutor.database import migrations
 from gptutor.diagnosis import database as checks_of
 from gptutor.diagnosis import files, listeners, partners
@@ -196,6 +196,12 @@ def test_what_is_said_of_a_server(changed: dict[str, Any], word: str, level: str
     findings = checks_of.server_findings(cast("Any", SERVER | changed), Config(), is_embedded=False)
     assert [finding.level for finding in findings if word in finding.sentence] == [level]
     assert len([finding for finding in findings if finding.level != "ok"]) == (level != "ok")
+
+
+def test_the_administrators_pool_counts_as_well() -> None:
+    config = Config(admin=AdminSettings(port=3010, token="x" * 32))
+    findings = checks_of.server_findings(cast("Any", SERVER | {"connections_max": 21}), config, is_embedded=False)
+    assert ["take up to 22 connections" in finding.sentence for finding in findings if finding.level == "error"] == [True]
 
 
 async def test_a_migrated_database_whose_keys_the_secret_decrypts(

@@ -32,6 +32,8 @@ ReturnUrl = Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z", descripti
 ROUBLE_PLACES = 9
 ALL_ADDRESSES = {"0.0.0.0", "::"}  # noqa: S104 - they are compared
 TELEGRAM_TOKEN = re.compile(r"[0-9]+:[A-Za-z0-9_-]+")
+ADMIN_CONNECTIONS_MAX = 3
+"""To PostgreSQL, of each process's listener for administrators."""
 ADMIN_CREDENTIAL = r"(?:(?P<name>[a-z][a-z0-9_-]{0,31}):)?(?P<secret>[!-9;-~]{32,256})"
 
 
