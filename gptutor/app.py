@@ -369,9 +369,7 @@ async def _alerting(config: Config, database: Database, journal: Journal) -> Asy
             poll_s=settings.poll_s,
             unavailable=(DatabaseUnavailable,),
         )
-        disk = watch_disk(
-            {paths.data, paths.logs}, settings.disk_free_bytes_min, lambda: journal.share_used, every_s=settings.poll_s
-        )
+        disk = watch_disk({paths.data, paths.logs}, settings.disk_free_bytes_min, journal.filled, every_s=settings.poll_s)
         tasks = [asyncio.create_task(alerter.run(), name="alerts"), asyncio.create_task(disk, name="disk")]
         yield
         for task in tasks:

@@ -4,8 +4,8 @@
 -- Then, once and in the same way, create the service's own role:
 --   CREATE ROLE gptutor_service LOGIN PASSWORD '…' IN ROLE gptutor_app;
 -- The service's DATABASE_URL has gptutor_service; `gptutor migrate` runs with the owner's.
--- The service's role cannot change or delete a ledger entry, delete anything but identities, alerts and pending payments, or change
--- the schema.
+-- The service's role cannot change or delete a ledger entry, delete anything but identities, alerts and pending payments, or
+-- change the schema.
 
 BEGIN;
 
@@ -23,7 +23,8 @@ GRANT SELECT ON schema_migrations, schema_functions, requests TO gptutor_app;
 GRANT SELECT, INSERT ON ledger TO gptutor_app;
 GRANT SELECT, INSERT, DELETE ON identities TO gptutor_app;
 GRANT SELECT, INSERT, UPDATE ON accounts, api_keys, holds, usage_days TO gptutor_app;
-GRANT SELECT, INSERT, UPDATE, DELETE ON pending_payments, alerts, alert_events TO gptutor_app;
+GRANT SELECT, INSERT, UPDATE ON alert_events TO gptutor_app;
+GRANT SELECT, INSERT, UPDATE, DELETE ON pending_payments, alerts TO gptutor_app;
 GRANT USAGE ON SEQUENCE accounts_account_id_seq TO gptutor_app;
 
 GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO gptutor_app;

@@ -219,7 +219,10 @@ DECLARE
     live_keys integer;
     has_main boolean;
 BEGIN
-    PERFORM FROM accounts WHERE account_id = owner_account_id FOR NO KEY UPDATE;
+    PERFORM FROM accounts WHERE account_id = owner_account_id AND erased_at IS NULL FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
     SELECT count(*), coalesce(bool_or(is_main), FALSE) INTO live_keys, has_main
     FROM api_keys WHERE account_id = owner_account_id AND revoked_at IS NULL;
     IF live_keys < keys_max AND (

@@ -13,10 +13,12 @@ import pytest
 
 from gptutor.admin import audit
 from gptutor.config.schema import Config
+from gptutor.database.alert_book import AlertBook
 from gptutor.database.pool import Database
 from gptutor.http.app_keys import CONFIG
 from gptutor.money.invariants import Finding, check, load_invariants
 from gptutor.money.reconciliation import Tolerance
+from gptutor.telemetry.alerts import PROVEN_ENDS
 from gptutor.web import page
 from tests.support.admin_client import administrator_of
 from tests.support.corruptions import CORRUPTIONS
@@ -104,6 +106,37 @@ async def test_what_is_broken_is_told_with_its_remedy(
     assert "entries_nano=5000000000\n" in verified.stdout
     assert "What to do: http://127.0.0.1:8081/en/troubleshooting#02_balance_is_the_sum_of_entries\n" in verified.stdout
     assert "`gptutor docs` serves the pages" in verified.stdout
+
+
+async def test_verify_ends_the_alert_of_a_process_that_has_gone(
+    database: Database, database_url: str, config: Config, tmp_path: Path
+) -> None:
+    """The process that replaced it has never seen the account broken."""
+    client = await make_client(database, "100")
+    book = AlertBook(database)
+    connection = await asyncpg.connect(database_url)
+
+    async def is_over() -> bool:
+        await connection.execute("UPDATE alerts SET seen_at = now() - interval '1 hour'")
+        return bool(await book.ended(60))
+
+    async def change(amount: int) -> None:
+        await connection.execute(
+            "UPDATE accounts SET balance_nano = balance_nano + $2 WHERE account_id = $1", client.account_id, amount
+        )
+
+    environ = environment(tmp_path, DATABASE_URL=database_url)
+    async with administrator_of(config) as anna:
+        for verify in (lambda: asyncio.to_thread(run, environ, "verify", check=False), lambda: anna.data("/admin/verify")):
+            await book.write({"books_broken": "1 accounts"}, proven_ends=PROVEN_ENDS)
+            await change(1)
+            await verify()
+            assert not await is_over()
+            await change(-1)
+            assert not await is_over()
+            await verify()
+            assert await is_over()
+    await connection.close()
 
 
 async def test_verify_runs_once_at_a_time_and_not_for_ever(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

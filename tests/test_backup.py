@@ -136,11 +136,18 @@ def test_compressed_logs_are_read_and_damaged_lines_are_skipped(tmp_path: Path, 
     with gzip.open(logs / "combined-2026-11-27.log.gz", "wt") as file:
         file.write(line % ("2026-11-27 10:00:00", 1) + line % ("2026-11-27 12:00:00", 2))
     (logs / "combined-2026-11-28.log").write_text(line[:60] + "\n" + line % ("2026-11-28 10:00:00", 3))
+    # What compression leaves half done: the file is there, complete.
+    (logs / "combined-2026-11-28.001.log").write_text(line % ("2026-11-28 09:00:00", 4))
+    (logs / "combined-2026-11-28.001.log.gz.part").write_text(line % ("2026-11-28 09:00:00", 4))
+    damaged = logs / "combined-2026-11-26.log.gz"
+    damaged.write_bytes((logs / "combined-2026-11-27.log.gz").read_bytes()[:20])
     environ = environment(tmp_path, DATABASE_URL=database_url)
     found = orjson.loads(run(environ, "lost", "--since", "2026-11-27T11:00:00", "--json").stdout)
-    assert [change["userId"] for change in found["changes"]] == ["2", "3"]
+    assert [change["userId"] for change in found["changes"]] == ["2", "4", "3"]
+    assert found["unreadable_files"] == [str(damaged)]
     told = run(environ, "lost", "--since", "2026-11-28").stdout
     assert "2026-11-28T10:00:00.000Z  topup  user 3  by cli:root" in told
+    assert f"{damaged} could not be read to its end" in told
 
 
 async def test_a_base_backup_and_the_archived_log_bring_back_a_moment() -> None:

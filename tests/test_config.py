@@ -54,6 +54,8 @@ def test_the_environment_wins_over_the_file_and_the_file_over_the_defaults(tmp_p
         ({"GPTUTOR_SERVER__HEADER_S": "soon"}, ["GPTUTOR_SERVER__HEADER_S must be a number (it is 'soon')."]),
         ({"GPTUTOR_BILLING__MARGIN": "1,1"}, ["GPTUTOR_BILLING__MARGIN must be a number such as 92.5 (it is '1,1')."]),
         ({"GPTUTOR_LOGS__STDOUT": "on"}, ["GPTUTOR_LOGS__STDOUT must be auto, true or false (it is 'on')."]),
+        ({"GPTUTOR_METRICS__PORT": "3001"}, ["GPTUTOR_METRICS__PORT must be another port than server.port, 3001: "]),
+        ({"HOST": "0.0.0.0", "GPTUTOR_ADMIN__PORT": "3001", "GPTUTOR_ADMIN__TOKEN": "x" * 32}, ["GPTUTOR_ADMIN__PORT must be "]),
         ({"GPTUTOR_LOGS__BYTES_MAX": "9000000"}, ["logs.file_bytes_max must be at most a quarter of logs.bytes_max."]),
         (
             {"GPTUTOR_LOGS__LEVEL": "loud"},

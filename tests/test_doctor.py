@@ -17,7 +17,7 @@ import pytest
 import trustme
 from aiohttp import web
 
-from gptutor.config.schema import Config, VkSettings, YookassaSettings
+from gptutor.config.schema import AdminSettings, Config, VkSettings, YookassaSettings
 from gptutor.database import migrations
 from gptutor.diagnosis import database as checks_of
 from gptutor.diagnosis import files, listeners, partners
@@ -52,8 +52,10 @@ async def serving(app: web.Application, context: ssl.SSLContext | None = None) -
     runner = web.AppRunner(app, shutdown_timeout=1)
     await runner.setup()
     await web.TCPSite(runner, "localhost", 0, ssl_context=context).start()
-    yield f"http{'s' if context else ''}://localhost:{runner.addresses[0][1]}"
-    await runner.cleanup()
+    try:
+        yield f"http{'s' if context else ''}://localhost:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
 
 
 # -- the whole
@@ -196,6 +198,12 @@ def test_what_is_said_of_a_server(changed: dict[str, Any], word: str, level: str
     assert len([finding for finding in findings if finding.level != "ok"]) == (level != "ok")
 
 
+def test_the_administrators_pool_counts_as_well() -> None:
+    config = Config(admin=AdminSettings(port=3010, token="x" * 32))
+    findings = checks_of.server_findings(cast("Any", SERVER | {"connections_max": 21}), config, is_embedded=False)
+    assert ["take up to 22 connections" in finding.sentence for finding in findings if finding.level == "error"] == [True]
+
+
 async def test_a_migrated_database_whose_keys_the_secret_decrypts(
     database_url: str, database: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +257,7 @@ async def test_a_role_without_the_privileges_of_roles_sql(database_url: str, tmp
         (200, {"data": {"limit_remaining": None}}, ["ok", "warning"]),
         (200, {"data": {"limit_remaining": 4.5}}, ["ok", "warning"]),
         (200, {"data": {"limit_remaining": 0}}, ["ok", "error"]),
+        (200, {"data": {"limit_remaining": -0.25}}, ["ok", "error"]),
         (200, {"data": {"limit_remaining": 50, "is_free_tier": True}}, ["ok", "ok", "warning"]),
         (200, {"data": {"limit_remaining": 50, "expires_at": "2020-01-01T00:00:00Z"}}, ["ok", "ok", "error"]),
         (200, {"data": {"limit_remaining": 50, "expires_at": "2999-01-01T00:00:00Z"}}, ["ok", "ok"]),
@@ -271,7 +280,9 @@ async def test_what_openrouter_says_of_the_key(status: int, document: Any, expec
     assert KEY not in str(findings)
 
 
-@pytest.mark.parametrize(("bought", "used", "level"), [(100, 20, "ok"), (20, 18, "warning"), (20, 20, "error")])
+@pytest.mark.parametrize(
+    ("bought", "used", "level"), [(100, 20, "ok"), (20, 18, "warning"), (20, 20, "error"), (20, 21, "error")]
+)
 async def test_the_credit_of_the_account(
     bought: int, used: int, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

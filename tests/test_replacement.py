@@ -256,15 +256,15 @@ async def test_a_reload_that_cannot_succeed_keeps_what_serves_and_says_why(manag
         assert managed.workers() & before == before
         assert (await complete_once(managed, client))[0] == 200
 
-    # `gptutor check` finds it.
-    managed.settings.write_text("relay:\n  no_such: 1\n")
-    await refused(2, "relay.no_such is not a setting")
+    # The new program finds it: an address cannot be bound. The processes that go on are those of the program before.
+    managed.settings.write_text(f"{sound}server:\n  host: 192.0.2.1\n")  # of documentation: no machine has it
+    await refused(2, "Cannot listen on 192.0.2.1")
     assert await managed.metric("gptutor_last_reload_success") == 0
     assert await managed.metric("gptutor_last_reload_timestamp_seconds") > started_at
 
-    # The new program finds it: an address cannot be bound.
-    managed.settings.write_text(f"{sound}server:\n  host: 192.0.2.1\n")  # of documentation: no machine has it
-    await refused(3, "Cannot listen on 192.0.2.1")
+    # `gptutor check` finds it.
+    managed.settings.write_text("relay:\n  no_such: 1\n")
+    await refused(3, "relay.no_such is not a setting")
     managed.settings.write_text(sound)
 
     # A new process finds it: its journal cannot be opened.
@@ -277,6 +277,21 @@ async def test_a_reload_that_cannot_succeed_keeps_what_serves_and_says_why(manag
     await until(lambda: not managed.workers() & before, "the old process goes on")
     assert await managed.metric("gptutor_last_reload_success") == 1
     assert (await complete_once(managed, client))[0] == 200
+
+    # What dies after a refused reload is replaced, although its new listener is missing.
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        managed.settings.write_text(f"{sound}metrics:\n  port: {port}\n")
+        managed.signal(signal.SIGHUP)
+        assert f"Cannot listen on 127.0.0.1:{port}" in await ready(managed.manager, 6)
+        for pid in managed.workers():
+            os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(WAIT_S):
+            assert (await complete_once(managed, client))[0] == 200
+    managed.settings.write_text(sound)
+    managed.signal(signal.SIGHUP)
+    await ready(managed.manager, 7)
+    assert len(managed.logged(" died")) == 1, "the one that was killed"
 
 
 # -- a new release, and a stop in the middle

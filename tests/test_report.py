@@ -79,12 +79,20 @@ async def test_the_command_and_the_endpoint_say_the_same(
 ) -> None:
     environ = environment(tmp_path, DATABASE_URL=database_url, GPTUTOR_BILLING__COST_RUB_PER_USD="70")
     days = ("report", "--from", str(FIRST), "--to", str(LAST))
-    document = json.loads(run(environ, *days, "--by", "user", "--cost-rub-per-usd", "82.5", "--json").stdout)
+    document = json.loads(run(environ, *days, "--by", "user", "--cost-rub-per-usd", "82,5", "--json").stdout)
     async with administrator_of(config_for(database_url, "http://127.0.0.1:9", tmp_path)) as anna:
         query = f"from={FIRST}&to={LAST}&by=user"
         assert await anna.data(f"/admin/report?{query}&cost_rub_per_usd=82.5") == document
+        assert await anna.data(f"/admin/report?{query}&cost_rub_per_usd=82,5") == document
         assert (await anna.data(f"/admin/report?{query}"))["total"]["margin_rub"] is None
-        for wrong in ("by=hour", "cost_rub_per_usd=x", "cost_rub_per_usd=-1", "from=2000-01-01", "group=day"):
+        for wrong in (
+            "by=hour",
+            "cost_rub_per_usd=x",
+            "cost_rub_per_usd=-1",
+            "cost_rub_per_usd=1,000",
+            "from=2000-01-01",
+            "group=day",
+        ):
             assert (await anna.request("GET", f"/admin/report?{wrong}"))[0] == 400
     assert json.loads(run(environ, *days, "--json").stdout)["total"]["paid_rub"] == "210.000000000000000000000000000007"
     text = run(environ, *days, "--csv").stdout

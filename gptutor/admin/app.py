@@ -11,7 +11,7 @@ from aiohttp.typedefs import Handler, Middleware
 from gptutor.admin import audit, money, reports, requests, users
 from gptutor.admin.auth import authenticate_administrator
 from gptutor.admin.responses import administration_errors
-from gptutor.config.schema import Config
+from gptutor.config.schema import ADMIN_CONNECTIONS_MAX, Config
 from gptutor.database import pool
 from gptutor.errors import ApiError
 from gptutor.http import middlewares
@@ -27,7 +27,6 @@ from gptutor.telemetry.metrics_page import metrics_handler
 from gptutor.telemetry.shared_metrics import MetricsText, own_text
 
 LOGGER = logging.getLogger("gptutor.admin")
-CONNECTIONS_MAX = 3
 """In a pool of its own: an export to a slow reader takes no connection from clients' requests."""
 STATEMENT_S = 300
 IDLE_S = 60
@@ -110,7 +109,7 @@ async def database_context(app: web.Application) -> AsyncIterator[None]:
         limits.url,
         name="gptutor admin",
         connections_min=0,
-        connections_max=CONNECTIONS_MAX,
+        connections_max=ADMIN_CONNECTIONS_MAX,
         acquire_s=limits.acquire_s,
         statement_s=STATEMENT_S,
         idle_s=IDLE_S,

@@ -13,6 +13,7 @@ from gptutor.admin.responses import data_response
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import CONFIG, DATABASE
 from gptutor.http.query import Query
+from gptutor.money.balance_auditor import end_alert
 from gptutor.money.invariants import check, findings_json
 from gptutor.money.journal import JOURNALS, read_unbooked
 from gptutor.money.reconciliation import Tolerance, reconcile
@@ -34,6 +35,7 @@ async def verify(request: web.Request) -> web.Response:
         except TimeoutError as error:
             text = f"The invariants could not be checked within {VERIFY_S} seconds; gptutor verify takes as long as it needs"
             raise ApiError("database_unavailable", text) from error
+        await end_alert(request.app[DATABASE], findings)
     return data_response(findings_json(findings))
 
 

@@ -1,19 +1,16 @@
 """`/admin/report`: what was earned and what it cost."""
 
-from decimal import Decimal
-
 from aiohttp import web
 
 from gptutor.admin.responses import data_response
 from gptutor.errors import ApiError
 from gptutor.http.app_keys import CONFIG, DATABASE
 from gptutor.http.query import Query
-from gptutor.money.amounts import PLAIN_DECIMAL
-from gptutor.money.report import GROUPINGS, By, report, report_json
+from gptutor.money.amounts import InvalidAmount
+from gptutor.money.report import GROUPINGS, RATE_MAX, By, parse_rate, report, report_json
 
 DAYS = 31
 DAYS_MAX = 3660
-RATE_MAX = 100_000
 
 
 async def show_report(request: web.Request) -> web.Response:
@@ -23,7 +20,9 @@ async def show_report(request: web.Request) -> web.Response:
     period = query.period(days=DAYS, days_max=DAYS_MAX)
     rate = request.app[CONFIG].billing.cost_rub_per_usd
     if (given := query.text("cost_rub_per_usd")) is not None:
-        if not PLAIN_DECIMAL.fullmatch(given) or not 0 < Decimal(given) <= RATE_MAX:
-            raise ApiError("invalid_request", f"cost_rub_per_usd must be a number such as 82.5, up to {RATE_MAX}")
-        rate = Decimal(given)
+        try:
+            rate = parse_rate(given)
+        except InvalidAmount as error:
+            text = f"cost_rub_per_usd must be a number such as 82.5, up to {RATE_MAX}"
+            raise ApiError("invalid_request", text) from error
     return data_response(report_json(await report(request.app[DATABASE], period.first, period.last, by, rate or None)))

@@ -8,6 +8,7 @@ from gptutor.cli.console import Json, fail, out, print_json, with_database
 from gptutor.config.load import load
 from gptutor.database.pool import Database
 from gptutor.money.amounts import decimal_text, roubles
+from gptutor.money.balance_auditor import end_alert
 from gptutor.money.invariants import Finding, check, findings_json, load_invariants, rows_json
 from gptutor.money.journal import JOURNALS, UNBOOKED, read_unbooked
 from gptutor.money.reconciliation import Tolerance, WaitingHolds, reconcile, waiting_holds
@@ -35,6 +36,7 @@ def verify(json: Json = False) -> None:
             findings.append(finding)
             if not json:
                 _print_finding(len(findings), finding, guide)
+        await end_alert(database, findings)
         return findings
 
     findings = with_database(run, statement_s=VERIFY_S)

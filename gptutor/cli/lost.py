@@ -42,13 +42,14 @@ def lost(
     begin = since.replace(tzinfo=datetime.UTC) if since is not None else latest
     if begin is None:
         fail("The database is empty: restore it first, or give --since.")
-    changes = list(audit_lines(settings.paths.logs, begin))
+    changes, unreadable = audit_lines(settings.paths.logs, begin)
     if json:
         print_json(
             {
                 "since": timestamp(begin),
                 "requests": [{"action": each.action, **unbooked_json(each.hold_id, each.record)} for each in requests],
                 "changes": [{**msgspec.structs.asdict(line), "timestamp": timestamp(line.timestamp)} for line in changes],
+                "unreadable_files": [str(path) for path in unreadable],
             }
         )
         return
@@ -61,6 +62,8 @@ def lost(
     out.print(told, highlight=False)
     for line in changes:
         out.print(f"  {escaped(_told(line))}", highlight=False, markup=False)
+    for path in unreadable:
+        out.print(f"{path} could not be read to its end: there may be more changes.", highlight=False, markup=False)
 
 
 def _told(line: AuditLine) -> str:

@@ -11,12 +11,11 @@ from rich.table import Table
 from gptutor.cli.arguments import day
 from gptutor.cli.console import Json, fail, out, print_json, shown, with_database
 from gptutor.config.load import load
-from gptutor.money.amounts import PLAIN_DECIMAL
-from gptutor.money.report import By, Report, ReportRow, report, report_csv, report_json, value_texts
+from gptutor.money.amounts import InvalidAmount
+from gptutor.money.report import RATE_MAX, By, Report, ReportRow, parse_rate, report, report_csv, report_json, value_texts
 
 report_app = typer.Typer()
 
-RATE_MAX = 100_000
 REPORT_S = 600
 
 
@@ -58,9 +57,10 @@ def report_command(
 
 
 def _rate(text: str) -> Decimal:
-    if not PLAIN_DECIMAL.fullmatch(text) or not 0 < Decimal(text) <= RATE_MAX:
+    try:
+        return parse_rate(text)
+    except InvalidAmount:
         fail(f"--cost-rub-per-usd must be a number such as 82.5, up to {RATE_MAX}.")
-    return Decimal(text)
 
 
 def _print(found: Report) -> None:

@@ -5,6 +5,7 @@
 """
 
 import ipaddress
+import itertools
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -29,7 +30,10 @@ AutoOrBool = Annotated[bool | Literal["auto"], msgspec.Meta(description="auto, t
 ReturnUrl = Annotated[str, msgspec.Meta(pattern=r"^(https?://\S+)?\Z", description="an address such as https://example.com/paid")]
 
 ROUBLE_PLACES = 9
+ALL_ADDRESSES = {"0.0.0.0", "::"}  # noqa: S104 - they are compared
 TELEGRAM_TOKEN = re.compile(r"[0-9]+:[A-Za-z0-9_-]+")
+ADMIN_CONNECTIONS_MAX = 3
+"""To PostgreSQL, of each process's listener for administrators."""
 ADMIN_CREDENTIAL = r"(?:(?P<name>[a-z][a-z0-9_-]{0,31}):)?(?P<secret>[!-9;-~]{32,256})"
 
 
@@ -381,6 +385,16 @@ class Config(Section, frozen=True):
     alerts: AlertSettings = AlertSettings()
     simulator: SimulatorSettings = SimulatorSettings()
     docs: DocsSettings = DocsSettings()
+
+    def __post_init__(self) -> None:
+        listeners = (
+            ("server.port", self.server.host, self.server.port),
+            ("metrics.port", self.metrics.host, self.metrics.port),
+            ("admin.port", "127.0.0.1", self.admin.port),
+        )
+        for (one, one_host, one_port), (other, other_host, other_port) in itertools.combinations(listeners, 2):
+            if one_port == other_port != 0 and (one_host == other_host or {one_host, other_host} & ALL_ADDRESSES):
+                raise ValueError(f"{other} must be another port than {one}, {one_port}: each is a listener of its own")
 
     @property
     def serves_metrics(self) -> bool:

@@ -7,8 +7,9 @@ side meanwhile: 0.2 with the schemas of 0.2 and 0.3. What a newer release has ad
 replaces none of it. (CONTRIBUTING.md has the rules for migrations and functions that make this possible.) The database knows
 which release applied each file.
 
-A function whose parameters change stays beside the new one of the same name: processes of the previous release go on calling it.
-A function whose columns change, or that goes, needs a migration that drops the old one.
+With other parameters, CREATE OR REPLACE makes a second function of the same name. Where the first one was, processes of the
+previous release go on calling it; a database that the newer release has made lacks it. So, once a release has a function, other
+parameters mean another name. A function whose columns change, or that goes, needs a migration that drops the old one.
 """
 
 import hashlib

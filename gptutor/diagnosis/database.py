@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from gptutor import __version__
-from gptutor.config.schema import Config, ConfigError
+from gptutor.config.schema import ADMIN_CONNECTIONS_MAX, Config, ConfigError
 from gptutor.config.secrets import secret_keys
 from gptutor.database import migrations
 from gptutor.database.errors import DatabaseRefused, DatabaseUnavailable
@@ -95,7 +95,8 @@ def server_findings(row: Row, config: Config, *, is_embedded: bool) -> list[Find
 
 def _connections(row: Row, config: Config) -> list[Finding]:
     """Old and new processes overlap while they are replaced, so twice the pools are needed for a moment."""
-    pools = 2 * config.server.workers * config.database.connections_max
+    administrators = ADMIN_CONNECTIONS_MAX if config.admin.is_enabled else 0
+    pools = 2 * config.server.workers * (config.database.connections_max + administrators)
     most = min(number for number in (row["connections_max"], row["connections_max_of_role"]) if number is not None)
     told = f"The pools take up to {pools} connections while processes are replaced, and PostgreSQL gives {most}"
     if pools > most:

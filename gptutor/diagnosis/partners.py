@@ -14,16 +14,14 @@ import msgspec
 from gptutor.config.schema import OpenRouterSettings
 from gptutor.diagnosis.findings import Finding, Installation, error, ok, warning
 from gptutor.integrations import vk, yookassa
-from gptutor.openrouter.bill import parse_usd
+from gptutor.openrouter.account_state import read_credit, read_key
+from gptutor.openrouter.clock import SKEW_S_MAX
 from gptutor.openrouter.errors import UpstreamError
 from gptutor.openrouter.service import OpenRouterService, UpstreamLimits, connected
 from gptutor.telemetry.metrics import CLOCK_SKEW
 
-CREDIT_LOW_USD = Decimal(5)
 EXPIRES_SOON_DAYS = 14
 SKEW_S = 5
-SKEW_S_MAX = 60
-"""Beyond it, fresh launches of VK are rejected, and charges are counted in the wrong minutes and days."""
 VK_SECRET = re.compile(r"[A-Za-z0-9]{15,40}")
 LIMITS = UpstreamLimits(connect_s=5, total_s=10, first_byte_s=10, idle_s=10, end_s=10, attempts_max=1)
 
@@ -42,10 +40,11 @@ async def openrouter(installation: Installation) -> Sequence[Finding]:
         return [unreachable(failure, settings)]
     took_s = time.perf_counter() - began
     try:
-        key = msgspec.json.decode(document, type=_KeyResponse).data
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        key, left_usd = msgspec.json.decode(document, type=_KeyResponse).data, read_key(document).limit_left_usd
+    except (ValueError, RecursionError):
         return [error(f"{settings.base_url}/key is not OpenRouter's answer: check OPENROUTER_BASE_URL.")]
     findings = [ok(f"OpenRouter accepts the key, and answers in {took_s * 1000:.0f} ms{_by_proxy(settings)}.")]
+    findings += _limit(left_usd, settings)
     findings += key_findings(key, datetime.datetime.now(datetime.UTC))
     if settings.management_key:
         findings += await _credit(settings)
@@ -73,7 +72,6 @@ def _by_proxy(settings: OpenRouterSettings) -> str:
 
 
 class _Key(msgspec.Struct):
-    limit_remaining: msgspec.Raw = msgspec.Raw(b"null")
     is_free_tier: bool | None = None
     expires_at: str | None = None
 
@@ -82,26 +80,19 @@ class _KeyResponse(msgspec.Struct):
     data: _Key
 
 
-class _Credits(msgspec.Struct):
-    total_credits: msgspec.Raw = msgspec.Raw(b"null")
-    total_usage: msgspec.Raw = msgspec.Raw(b"null")
-
-
-class _CreditsResponse(msgspec.Struct):
-    data: _Credits
+def _limit(left_usd: Decimal | None, settings: OpenRouterSettings) -> list[Finding]:
+    """`left_usd` is negative if the last requests cost more than was left."""
+    if left_usd is None:
+        return [warning("The key has no limit at OpenRouter: give it one that you can afford to lose.")]
+    if left_usd <= 0:
+        return [error("The limit of the key is used up: raise it at openrouter.ai/settings/keys.")]
+    if left_usd < settings.credit_warning_usd:
+        return [warning(f"Only {left_usd} dollars are left of the key's limit: raise it at openrouter.ai/settings/keys.")]
+    return [ok(f"{left_usd} dollars are left of the key's limit.")]
 
 
 def key_findings(key: _Key, now: datetime.datetime) -> list[Finding]:
     findings: list[Finding] = []
-    left = _dollars(key.limit_remaining)
-    if left is None:
-        findings.append(warning("The key has no limit at OpenRouter: give it one that you can afford to lose."))
-    elif left <= 0:
-        findings.append(error("The limit of the key is used up: raise it at openrouter.ai/settings/keys."))
-    elif left < CREDIT_LOW_USD:
-        findings.append(warning(f"Only {left} dollars are left of the key's limit: raise it at openrouter.ai/settings/keys."))
-    else:
-        findings.append(ok(f"{left} dollars are left of the key's limit."))
     if key.is_free_tier:
         findings.append(warning("OpenRouter's account has never bought credit: only free models answer. Buy credit."))
     if key.expires_at:
@@ -118,21 +109,14 @@ async def _credit(settings: OpenRouterSettings) -> list[Finding]:
     """Of the whole account."""
     try:
         async with _connected(settings, settings.management_key) as service:
-            found = msgspec.json.decode(await service.get("/credits"), type=_CreditsResponse).data
-    except (UpstreamError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            left_usd = read_credit(await service.get("/credits"))
+    except (UpstreamError, ValueError):
         return [warning("openrouter.management_key does not show the credit of the account: set a key of kind management.")]
-    bought, used = _dollars(found.total_credits), _dollars(found.total_usage)
-    if bought is None or used is None:
-        return []
-    left = bought - used
-    if left <= 0:
+    if left_usd <= 0:
         return [error("OpenRouter's account has no credit left: buy some at openrouter.ai/settings/credits.")]
-    told = f"{left} dollars of credit are left at OpenRouter"
-    return [warning(f"Only {told}: buy more, or set up auto top-up.") if left < CREDIT_LOW_USD else ok(f"{told}.")]
-
-
-def _dollars(number: msgspec.Raw) -> Decimal | None:
-    return parse_usd(bytes(number))
+    told = f"{left_usd} dollars of credit are left at OpenRouter"
+    is_low = left_usd < settings.credit_warning_usd
+    return [warning(f"Only {told}: buy more, or set up auto top-up.") if is_low else ok(f"{told}.")]
 
 
 async def clock(installation: Installation) -> Sequence[Finding]:

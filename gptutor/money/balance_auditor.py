@@ -6,12 +6,16 @@ any other. Changes that were made while no process was running are left to `gptu
 """
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Iterable
 from typing import Any
 
+from gptutor.database.alert_book import AlertBook
 from gptutor.database.errors import DatabaseUnavailable
 from gptutor.database.pool import Database
 from gptutor.money.amounts import roubles
+from gptutor.money.invariants import Finding
 from gptutor.telemetry.alerts import ALERTS
 from gptutor.telemetry.metrics import INCONSISTENT_ACCOUNTS
 
@@ -19,6 +23,8 @@ LOGGER = logging.getLogger("gptutor.balance_auditor")
 ACCOUNTS_PER_QUERY = 500
 NAMED_MAX = 5
 """Accounts that an alert names."""
+AUDITED = frozenset({"01_held_is_the_sum_of_open_holds", "02_balance_is_the_sum_of_entries"})
+"""The invariants that the auditor checks."""
 
 
 class BalanceAuditor:
@@ -62,6 +68,17 @@ class BalanceAuditor:
             ALERTS.report("books_broken", f"{len(broken)} accounts do not match their ledger, such as {some}" if broken else None)
         self._oldest_transaction = oldest_transaction
         return self._broken
+
+
+async def end_alert(database: Database, findings: Iterable[Finding]) -> None:
+    """To be called after all invariants were checked: the alert is over if no account is broken.
+
+    A process that was started after an account was broken does not know of it, and cannot tell that it is right again. One that
+    finds an account broken writes the alert down anew.
+    """
+    if {finding.invariant.name for finding in findings if not finding.rows} >= AUDITED:
+        with contextlib.suppress(DatabaseUnavailable):  # such as a replica, which cannot be written to
+            await AlertBook(database).end("books_broken")
 
 
 def _log_broken_account(row: Any) -> None:

@@ -212,11 +212,6 @@ class Journal:
             _retire(self.files)
 
     @property
-    def share_used(self) -> float:
-        """How much of its bound the journal has; at 1 nothing is bought any more."""
-        return self._size / self._bytes_max
-
-    @property
     def files(self) -> list[Path]:
         """The segments that are kept, the latest last."""
         return sorted(self.slot.glob(f"{self.owner}.??????.log"))

@@ -5,12 +5,10 @@ The service books again what the journals know when it starts (`rollback.py`); n
 
 import asyncio
 import datetime
-import gzip
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -20,8 +18,8 @@ from gptutor.money.closings import CONCURRENT_MAX
 from gptutor.money.holds import HoldId
 from gptutor.money.journal_records import HoldRecord
 from gptutor.money.rollback import lost_action, read_closed
+from gptutor.telemetry.log_search import UNREADABLE, log_files, opened
 
-LOGS = "combined-*.log*"
 AUDIT = b'"audit"'
 
 
@@ -83,19 +81,29 @@ class AuditLine(msgspec.Struct):
     keyId: int | None = None  # noqa: N815
 
 
-def audit_lines(logs: Path, since: datetime.datetime) -> Iterator[AuditLine]:
-    """Of all log files that are kept, compressed ones included; oldest first. Their times are whole seconds. Raises OSError."""
+def audit_lines(logs: Path, since: datetime.datetime) -> tuple[list[AuditLine], list[Path]]:
+    """Of all log files that are kept, compressed ones included, oldest first; and the files that could not be read to their ends.
+
+    The times of the lines are whole seconds.
+    """
     since = since.replace(microsecond=0)
     decoder = msgspec.json.Decoder(AuditLine)
-    for path in sorted(logs.glob(LOGS)):
-        opened: Any = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rb") as file:
-            for line in file:
-                if AUDIT in line:
-                    try:
-                        found = decoder.decode(line)
-                    except (msgspec.DecodeError, UnicodeDecodeError):
-                        continue  # a line that a full disk has cut
-                    found.timestamp = found.timestamp.replace(tzinfo=datetime.UTC)  # the log's times are UTC, and do not say so
-                    if found.type == "audit" and found.timestamp >= since:
-                        yield found
+    lines: list[AuditLine] = []
+    unreadable: list[Path] = []
+    for path in reversed(log_files(logs)):
+        try:
+            with opened(path) as file:
+                for line in file:
+                    if AUDIT in line:
+                        try:
+                            found = decoder.decode(line)
+                        except (msgspec.DecodeError, UnicodeDecodeError):
+                            continue  # a line that a full disk has cut
+                        found.timestamp = found.timestamp.replace(
+                            tzinfo=datetime.UTC
+                        )  # the log's times do not say that they are UTC
+                        if found.type == "audit" and found.timestamp >= since:
+                            lines.append(found)
+        except UNREADABLE:
+            unreadable.append(path)
+    return lines, unreadable

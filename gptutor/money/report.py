@@ -12,17 +12,26 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any, Literal
 
 from gptutor.database.pool import Database, Row
-from gptutor.money.amounts import EXACT, NANO_PER_RUB, AccountId, decimal_text
+from gptutor.money.amounts import EXACT, NANO_PER_RUB, AccountId, InvalidAmount, decimal_text, parse_decimal
 from gptutor.money.records import csv_cell
 
 By = Literal["day", "month", "model", "user"]
 GROUPINGS: tuple[By, ...] = ("day", "month", "model", "user")
 ROWS_MAX = 10_000
+RATE_MAX = 100_000
 CENT = Decimal("0.01")
 CSV_COLUMNS = (
     *("requests", "prompt_tokens", "completion_tokens", "earned_rub", "paid_usd"),
     *("paid_rub", "margin_rub", "margin_percent"),
 )
+
+
+def parse_rate(text: str) -> Decimal:
+    """What a dollar costs the operator, in roubles. Raises InvalidAmount."""
+    rate = parse_decimal(text)
+    if not 0 < rate <= RATE_MAX:
+        raise InvalidAmount(f"{text[:40]!r} is not a rate")
+    return rate
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 Only if it finds nothing wrong do the processes that serve give way to new ones.
 """
 
-import mmap
 import os
 import signal
 import struct
@@ -74,26 +73,41 @@ class SettingsCheck:
 
 
 class LastReload:
-    """Whether the last reload succeeded, and when it was tried, in memory that is shared with processes that are forked later.
+    """Whether the last reload succeeded, and when it was tried.
+
+    It is in memory that is shared with processes that are forked later, and, by `descriptor`, with a program that is executed in
+    place of this one: the predecessor's processes go on showing what is true.
 
     The start counts as the first one.
     """
 
     _LAYOUT = struct.Struct("dd")
 
-    def __init__(self, *, succeeded: bool = True, at: float | None = None) -> None:
-        self._memory = mmap.mmap(-1, self._LAYOUT.size)
-        self._LAYOUT.pack_into(self._memory, 0, succeeded, time.time() if at is None else at)
+    def __init__(self, *, succeeded: bool = True, at: float | None = None, descriptor: int | None = None) -> None:
+        """`descriptor` is that of the program that was executed in this process before: the memory stays as it is."""
+        self.descriptor = _shared_memory() if descriptor is None else descriptor
+        if descriptor is None:
+            self._write(succeeded, time.time() if at is None else at)
 
     def record(self, *, succeeded: bool) -> None:
-        self._LAYOUT.pack_into(self._memory, 0, succeeded, time.time())
+        self._write(succeeded, time.time())
 
     @property
     def values(self) -> tuple[bool, float]:
-        succeeded, at = self._LAYOUT.unpack_from(self._memory)
+        succeeded, at = self._LAYOUT.unpack(os.pread(self.descriptor, self._LAYOUT.size, 0))
         return bool(succeeded), at
 
     def export(self) -> None:
         """Shows both as metrics of this process."""
         LAST_RELOAD_SUCCESS.set_function(lambda: float(self.values[0]))
         LAST_RELOAD_TIMESTAMP.set_function(lambda: self.values[1])
+
+    def _write(self, succeeded: bool, at: float) -> None:
+        os.pwrite(self.descriptor, self._LAYOUT.pack(succeeded, at), 0)
+
+
+def _shared_memory() -> int:
+    if sys.platform == "linux":
+        return os.memfd_create("gptutor last reload")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -115,7 +115,14 @@ class Handover:
     """Address → file descriptor."""
     workers: list[WorkerProcess]
     last_reload: tuple[bool, float]
+    last_reload_descriptor: int | None = None
+    """None: of a program that did not hand it over."""
     pid: int = field(default_factory=os.getpid)
+
+    @property
+    def descriptors(self) -> list[int]:
+        memory = [] if self.last_reload_descriptor is None else [self.last_reload_descriptor]
+        return [*self.sockets.values(), *(one.pipe for one in self.workers), *memory]
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -133,10 +140,11 @@ class Handover:
         workers = [WorkerProcess(**{name: worker[name] for name in worker.keys() & known}) for worker in given["workers"]]
         for one in workers:
             one.is_old = one.kill_at is None
-        for descriptor in (*given["sockets"].values(), *(one.pipe for one in workers)):
-            os.set_inheritable(descriptor, False)
         succeeded, at = given["last_reload"]
-        return cls(given["version"], given["sockets"], workers, (succeeded, at))
+        handover = cls(given["version"], given["sockets"], workers, (succeeded, at), given.get("last_reload_descriptor"))
+        for descriptor in handover.descriptors:
+            os.set_inheritable(descriptor, False)
+        return handover
 
 
 def block_signals() -> None:
@@ -371,17 +379,16 @@ class Supervisor:
     def _execute_anew(self) -> None:
         """Does not return. Raises OSError, and then nothing has changed."""
         sockets = {address: listener.fileno() for address, listener in self._listeners.items()}
-        handover = Handover(__version__, sockets, self._workers, self._last_reload.values)
-        descriptors = [*sockets.values(), *(one.pipe for one in self._workers)]
+        handover = Handover(__version__, sockets, self._workers, self._last_reload.values, self._last_reload.descriptor)
         command = own_command(*sys.argv[1:])
         os.environ[HANDOVER_VARIABLE] = handover.encode()
-        for descriptor in descriptors:
+        for descriptor in handover.descriptors:
             os.set_inheritable(descriptor, True)
         try:
             os.execv(command[0], command)  # noqa: S606 - this very program
         finally:
             del os.environ[HANDOVER_VARIABLE]
-            for descriptor in descriptors:
+            for descriptor in handover.descriptors:
                 os.set_inheritable(descriptor, False)
 
     def _reject_reload(self, obstacle: str) -> None:

@@ -87,7 +87,7 @@ def take_over(predecessor: Handover) -> int:
     """Like `serve`, in the place of a master whose workers serve still. Whatever goes wrong is reported, and these go on."""
     block_signals()
     succeeded, at = predecessor.last_reload
-    last_reload = LastReload(succeeded=succeeded, at=at)
+    last_reload = LastReload(succeeded=succeeded, at=at, descriptor=predecessor.last_reload_descriptor)
     listeners = {address: adopted(descriptor) for address, descriptor in predecessor.sockets.items()}
     wanted: Plan | None = None
     report: Report = _report_on_stderr
@@ -123,14 +123,27 @@ def public_address(config: Config) -> str:
     return tcp_address(config.server.host, config.server.port)
 
 
+def admin_address(config: Config) -> str:
+    """Empty if there is no listener for administrators."""
+    admin = config.admin
+    if not admin.is_enabled:
+        return ""
+    return unix_address(admin.socket) if admin.socket else tcp_address("127.0.0.1", admin.port)
+
+
+def metrics_address(config: Config) -> str:
+    """Empty if the metrics have no listener of their own."""
+    return tcp_address(config.metrics.host, config.metrics.port) if config.metrics.port else ""
+
+
 def addresses(config: Config) -> dict[str, str]:
     """The addresses that all workers share, the public one first, each with the setting that it comes from."""
-    shared, admin, metrics = {public_address(config): "PORT"}, config.admin, config.metrics
-    if admin.is_enabled:
-        shared[unix_address(admin.socket) if admin.socket else tcp_address("127.0.0.1", admin.port)] = "GPTUTOR_ADMIN__PORT"
-    if metrics.port:
-        shared[tcp_address(metrics.host, metrics.port)] = "GPTUTOR_METRICS__PORT"
-    return shared
+    shared = {
+        public_address(config): "PORT",
+        admin_address(config): "GPTUTOR_ADMIN__PORT",
+        metrics_address(config): "GPTUTOR_METRICS__PORT",
+    }
+    return {address: setting for address, setting in shared.items() if address}
 
 
 def plan(config: Config, secrets: Sequence[bytes], listeners: dict[str, socket.socket], last_reload: LastReload) -> Plan:
@@ -180,7 +193,7 @@ async def _serve(config: Config, secrets: Sequence[bytes], listeners: dict[str, 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the master's affair; a terminal sends it to all
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     report_descriptor_exhaustion(loop)
-    public, *private = listeners.values()
+    public = next(iter(listeners.values()))
     async with _beating(link, stop), AsyncExitStack() as stack:
         log = stack.enter_context(logging_of(config))
         metrics = await stack.enter_async_context(process_metrics(config.paths.data, is_served=config.serves_metrics))
@@ -194,12 +207,12 @@ async def _serve(config: Config, secrets: Sequence[bytes], listeners: dict[str, 
                 retire=lambda server: _drain(app, server),
             )
         )
-        runners = []
-        if config.admin.is_enabled:
-            runners.append(admin_runner(build_admin(config, log=log, secrets=secrets, metrics=metrics)))
-        if config.metrics.port:
-            runners.append(web.AppRunner(build_metrics(metrics), access_log=None, shutdown_timeout=1))
-        for runner, listener in zip(runners, private, strict=True):
+        # What dies after a reload that was refused, because an address cannot be bound, is replaced without that listener.
+        if (listener := listeners.get(admin_address(config))) is not None:
+            runner = admin_runner(build_admin(config, log=log, secrets=secrets, metrics=metrics))
+            await stack.enter_async_context(listening_on_inherited_socket(runner, listener, connection_factory(config)))
+        if (listener := listeners.get(metrics_address(config))) is not None:
+            runner = web.AppRunner(build_metrics(metrics), access_log=None, shutdown_timeout=1)
             await stack.enter_async_context(listening_on_inherited_socket(runner, listener, connection_factory(config)))
         tune_garbage_collection()
         link.ready()

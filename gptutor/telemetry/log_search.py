@@ -80,7 +80,7 @@ def log_files(directory: Path, days: Collection[datetime.date] | None = None) ->
 
 def _lines_with(path: Path, needles: Sequence[bytes], ends: float) -> Iterator[dict[str, Any]]:
     """Raises TimeoutError when `ends` has passed, and what UNREADABLE lists."""
-    with _opened(path) as file:
+    with opened(path) as file:
         rest = b""
         while chunk := file.read(CHUNK_BYTES):
             if time.monotonic() > ends:
@@ -93,7 +93,8 @@ def _lines_with(path: Path, needles: Sequence[bytes], ends: float) -> Iterator[d
         yield from _matching(rest, needles)
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """A log file, compressed or not. Reading may raise what UNREADABLE lists."""
     return cast("BinaryIO", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 

@@ -1,5 +1,5 @@
--- A new key. It becomes the main key if there is none, unless never_main. No row: the account has keys_max live keys, or has made
--- twice as many within 24 hours.
+-- A new key. It becomes the main key if there is none, unless never_main. No row: the account has keys_max live keys, has made
+-- twice as many within 24 hours, or was erased at this moment.
 CREATE OR REPLACE FUNCTION create_key(
     owner_account_id bigint, never_main boolean, keys_max integer, new_key_hash bytea, new_prefix text, new_name text,
     new_encrypted_key bytea, new_secret_id text,
@@ -10,7 +10,10 @@ DECLARE
     live_keys integer;
     has_main boolean;
 BEGIN
-    PERFORM FROM accounts WHERE account_id = owner_account_id FOR NO KEY UPDATE;
+    PERFORM FROM accounts WHERE account_id = owner_account_id AND erased_at IS NULL FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
     SELECT count(*), coalesce(bool_or(is_main), FALSE) INTO live_keys, has_main
     FROM api_keys WHERE account_id = owner_account_id AND revoked_at IS NULL;
     IF live_keys < keys_max AND (
