@@ -44,6 +44,11 @@ LONG = (
     "::test_the_wheel_is_complete_and_has_the_version",
     "::test_any_bytes_pass_unchanged_and_their_bill_is_charged",
     "::test_the_guided_fuzzer_runs",
+    "::test_five_replacements_under_load_lose_no_request",
+    "::test_a_reload_that_cannot_succeed_keeps_what_serves_and_says_why",
+    "::test_two_releases_serve_side_by_side_and_the_earlier_one_goes_on_alone",
+    "::test_no_kind_of_request_takes_a_balance_below_the_setting",
+    "::test_a_hung_event_loop_stops_the_messages_of_the_watchdog_until_it_is_replaced[options0]",
 )
 """The longest tests, each of 8 seconds or more on a machine with two cores."""
 
