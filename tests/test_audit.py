@@ -1,6 +1,7 @@
 """verify and reconcile, on the command line and over HTTP: what is broken, what to do about it, and which difference is too large."""
 
 import asyncio
+import datetime
 import json
 import re
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ from gptutor.config.schema import Config
 from gptutor.database.alert_book import AlertBook
 from gptutor.database.pool import Database
 from gptutor.http.app_keys import CONFIG
-from gptutor.money.invariants import Finding, check, load_invariants
+from gptutor.money.invariants import Finding, check, load_invariants, rows_json
 from gptutor.money.reconciliation import Tolerance
 from gptutor.telemetry.alerts import PROVEN_ENDS
 from gptutor.web import page
@@ -223,3 +224,10 @@ async def test_reconcile_fails_for_a_difference_above_the_settings(
     async with administrator_of(config) as anna:
         status, text = await anna.request("GET", "/admin/reconcile")
         assert (status, text) == (500, "OpenRouter's totals cannot be read: unreachable")
+
+
+def test_the_values_of_an_offending_row_are_exact_and_plain() -> None:
+    """Amounts in nano-roubles are texts, because many programs read long numbers inexactly."""
+    row = {"at": datetime.datetime(2026, 11, 29, 12, tzinfo=datetime.UTC), "usd": Decimal("1E+2"), "held_nano": 2**60, "keys": 3}
+    (shown,) = rows_json(Finding(load_invariants()[0], [row]))
+    assert shown == {"at": "2026-11-29T12:00:00.000Z", "usd": "100", "held_nano": str(2**60), "keys": 3}

@@ -3,6 +3,7 @@ db-8). What a restore loses is listed by `gptutor lost`; `test_database_went_bac
 
 import asyncio
 import base64
+import datetime
 import gzip
 import os
 import shutil
@@ -24,6 +25,8 @@ from gptutor.database.migrations import migrate
 from gptutor.database.pool import open_database
 from gptutor.money.amounts import parse_roubles
 from gptutor.money.bookings import Bookings
+from gptutor.money.journal import JOURNALS
+from gptutor.money.losses import audit_lines, latest_change, lost_requests
 from gptutor.server.serve import simulated_openrouter
 from gptutor.simulator.server import Simulator
 from tests.support.accounting import charged_usd
@@ -93,7 +96,13 @@ async def test_a_dump_is_restored_and_what_it_lacks_is_charged_again_or_listed(
     await on_server(postgres, "DROP DATABASE backup_live WITH (FORCE)", "CREATE DATABASE backup_live")
     await asyncio.to_thread(postgres_program, "pg_restore", "--no-owner", f"--dbname={url}", dump)
 
+    journals = tmp_path / "var" / JOURNALS
+    async with open_database(url, connections_min=0, connections_max=1) as restored:
+        known = [(each.action, each.record.account_id) for each in await lost_requests(restored, journals)]
+        assert await lost_requests(restored, tmp_path / "no journals") == []
+        assert await latest_change(restored) is not None
     listed = await lost(command)
+    assert known == [(each["action"], each["user_id"]) for each in listed["requests"]]
     assert [(each["action"], each["user_id"]) for each in listed["requests"]] == [
         ("settle", client.account_id), ("settle", client.account_id), ("none", newcomer["id"]),
     ]  # fmt: skip
@@ -135,12 +144,16 @@ def test_compressed_logs_are_read_and_damaged_lines_are_skipped(tmp_path: Path, 
     logs.mkdir()
     with gzip.open(logs / "combined-2026-11-27.log.gz", "wt") as file:
         file.write(line % ("2026-11-27 10:00:00", 1) + line % ("2026-11-27 12:00:00", 2))
-    (logs / "combined-2026-11-28.log").write_text(line[:60] + "\n" + line % ("2026-11-28 10:00:00", 3))
+    whole = line % ("2026-11-28 10:00:00", 3)
+    other = whole.replace('"type":"audit"', '"type":"http","code":"audit"')
+    (logs / "combined-2026-11-28.log").write_text(f"{whole[:60]}\n{whole[:-20]}\n{other}{whole}")
     # What compression leaves half done: the file is there, complete.
     (logs / "combined-2026-11-28.001.log").write_text(line % ("2026-11-28 09:00:00", 4))
     (logs / "combined-2026-11-28.001.log.gz.part").write_text(line % ("2026-11-28 09:00:00", 4))
     damaged = logs / "combined-2026-11-26.log.gz"
     damaged.write_bytes((logs / "combined-2026-11-27.log.gz").read_bytes()[:20])
+    lines, unreadable = audit_lines(logs, datetime.datetime(2026, 11, 27, 11, tzinfo=datetime.UTC))
+    assert ([each.userId for each in lines], unreadable) == (["2", "4", "3"], [damaged])
     environ = environment(tmp_path, DATABASE_URL=database_url)
     found = orjson.loads(run(environ, "lost", "--since", "2026-11-27T11:00:00", "--json").stdout)
     assert [change["userId"] for change in found["changes"]] == ["2", "4", "3"]

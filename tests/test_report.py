@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from gptutor.database.pool import Database
-from gptutor.money.report import Report, report, report_csv
+from gptutor.money.report import Report, report, report_csv, report_json, value_texts
 from tests.support.admin_client import administrator_of
 from tests.support.gateway import config_for, make_client
 from tests.support.service import environment, refused, run
@@ -52,7 +52,9 @@ async def test_sums_and_margins_are_exact(database: Database, users: list[int]) 
         ["2026-11-02", "1", "1", "1", "0", "0", "0", "0", ""],
         ["total", "5", "16", "21", "190.000000009", "3.0000000000000000000000000000001", "247.50000000000000000000000000000825", "-57.49999999100000000000000000000825", "-30.26"],
     ]  # fmt: skip
+    assert value_texts(found.total) == [str(value) for value in report_json(found)["total"].values()]
     months = await report(database, FIRST, LAST, "month", None)
+    assert None in value_texts(months.total), "without a rate there is no margin"
     assert [(row.label, row.requests, row.paid_rub, row.margin_percent) for row in months.rows] == [
         ("2026-10", 2, None, None), ("2026-11", 3, None, None),
     ]  # fmt: skip
