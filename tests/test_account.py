@@ -1,5 +1,4 @@
-"""OpenRouter's account of the service: completions are rejected while it is refused, and only then (issue "Years on a VPS",
-knowing before the customers; contract B6)."""
+"""OpenRouter's account of the service: completions are rejected while it is refused, and only then."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

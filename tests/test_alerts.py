@@ -1,5 +1,4 @@
-"""Alerts: each is told once when it begins and once when it has ended, whatever the number of processes (issue "Years on a VPS",
-alerts without Prometheus)."""
+"""Alerts: each is told once when it begins and once when it has ended, whatever the number of processes."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""`gptutor install-service`: from a clone to a service, twice, to another version and back (issue "Years on a VPS": the unit)."""
+"""`gptutor install-service`: from a clone to a service, twice, to another version and back."""
 
 import os
 import stat
