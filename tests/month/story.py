@@ -25,6 +25,8 @@ BALANCE = "100000"
 ROUND = 10
 """So many requests must be answered after each event before the next one."""
 DATABASE_AWAY_S = 1.0
+NOTICED_S = 2.0
+"""Each process notices by itself that a trouble is over, the last one after so long (`openrouter.account_probe_s` is 0.5)."""
 TOLD_AGAIN_S = 2.5 * ALERTS_POLL_S
 """Until then whoever would tell an alert again has done so."""
 ALERTS = {
@@ -140,6 +142,7 @@ class Month:
             await asyncio.to_thread(self.database.start)
             await load.served(ROUND, "after the database is back")
             await self._until_ready("after the database is back")
+            await asyncio.sleep(NOTICED_S)
         await self._recovered(load, "after the database is back")
 
     async def _lose_key(self, load: Load) -> None:
@@ -153,6 +156,7 @@ class Month:
             await self._change_account()
             await load.served(ROUND, "after the key is valid again")
             await self._until_ready("after the key is valid again")
+            await asyncio.sleep(NOTICED_S)
         await self._recovered(load, "after the key is valid again")
         await self._require_told("end account_refused")
 
@@ -165,6 +169,7 @@ class Month:
             self.say("there is room again")
             await asyncio.to_thread(small_disk.free, self.service.data)
             await load.served(ROUND, "after there is room again")
+            await asyncio.sleep(NOTICED_S)
         await self._recovered(load, "after there is room again")
         await self._require_told("end disk_nearly_full")
 
