@@ -494,7 +494,7 @@ async def test_two_real_processes_tell_once_that_our_key_is_refused_and_once_tha
         async with asyncio.timeout(30):
             while len(receiving.requests) < len(expected):
                 await asyncio.sleep(0.02)
-        await asyncio.sleep(2.5)  # more than two polls of both processes: whoever would tell it again has done so
+        await asyncio.sleep(2.5)  # more than two polls of both processes: a process that would send it again has done so
         assert [document["kind"] for _, _, document in receiving.requests] == expected
 
     service: Service = await asyncio.to_thread(

@@ -53,7 +53,7 @@ paths:
 """
 WRAPPER_TEXT = """\
 #!/bin/sh
-# The command line of the installed service: with its settings and secrets, as its user. The name of whoever calls it is kept for
+# The command line of the installed service: with its settings and secrets, as its user. The name of the calling user is kept for
 # the audit lines.
 test "$(id -u)" = 0 || exec sudo -- "$0" "$@"
 exec %s/current/.venv/bin/python -I -m gptutor.cli.as_service "$@"

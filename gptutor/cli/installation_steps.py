@@ -199,7 +199,7 @@ def _set(path: Path, machine: Machine, wanted: Folder | File) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A symbolic link, replaced in one step: whoever follows it finds the old target or the new one."""
+    """A symbolic link, replaced in one step: a reader finds the old target or the new one."""
 
     path: str
     target: str

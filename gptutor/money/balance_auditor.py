@@ -74,7 +74,7 @@ async def end_alert(database: Database, findings: Iterable[Finding]) -> None:
     """To be called after all invariants were checked: the alert is over if no account is broken.
 
     A process that was started after an account was broken does not know of it, and cannot tell that it is right again. One that
-    finds an account broken writes the alert down anew.
+    finds an account broken records the alert again.
     """
     if {finding.invariant.name for finding in findings if not finding.rows} >= AUDITED:
         with contextlib.suppress(DatabaseUnavailable):  # such as a replica, which cannot be written to

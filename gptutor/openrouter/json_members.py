@@ -4,7 +4,7 @@ For the events that are too long to be kept: the last one of an image, or of a l
 megabyte of text. Only the wanted values are kept, each up to VALUE_BYTES_MAX.
 
 The structure is followed exactly, so nothing inside a string or in another object is taken for a wanted member. Numbers, `true`
-and the like are not validated: whoever decodes a value does that.
+and the like are not validated: the decoder of a value does that.
 """
 
 import re

@@ -82,7 +82,7 @@ async def serve(config: Config) -> None:
 
 
 async def _reload(stop: asyncio.Event, last_reload: LastReload) -> None:
-    """A single process ends, so that the service manager starts it anew, but not if it could not start any more."""
+    """A single process ends, so that the service manager starts it again, but not if it could not start any more."""
     service_manager.notify_reloading()
     try:
         refusal = await asyncio.to_thread(SettingsCheck().wait)

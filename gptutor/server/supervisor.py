@@ -1,7 +1,7 @@
 """The master process: it keeps the worker processes running, and replaces them all at SIGHUP without losing a request.
 
 It has no event loop, no database connection, no journal and no threads. It owns the listening sockets, forks the workers, and
-waits for signals, which are blocked except while it waits: none is lost, also while it executes the program anew.
+waits for signals, which are blocked except while it waits: none is lost, also while it re-executes the program.
 
 A worker tells its state through a pipe: BEAT while its event loop runs, READY when it serves, FAULT and a sentence when it cannot
 start. One that dies is replaced, with growing pauses if it happens again and again; one that is silent for too long is killed.
@@ -9,7 +9,7 @@ start. One that dies is replaced, with growing pauses if it happens again and ag
 A replacement:
 
 1. `gptutor check` of the program and settings that are on disk now. If it finds a mistake, nothing else happens.
-2. The master executes the program anew, in its own process: the service manager sees the same main process, and a new release
+2. The master re-executes the program, in its own process: the service manager sees the same main process, and a new release
    is taken over as well as new settings. Listening sockets, pipes and children stay; `Handover` says what they are.
 3. New workers start and accept connections beside the old ones. When all of them serve, the old ones are told to stop. They
    finish their requests and settle the charges. If a new one cannot start, the old ones go on.

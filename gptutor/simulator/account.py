@@ -1,4 +1,4 @@
-"""The account of whoever uses the simulator: its key, the key's limit, its credit. Each can be changed while the simulator runs.
+"""The account of the simulator's user: its key, the key's limit, its credit. Each can be changed while the simulator runs.
 
 `POST /simulator/account` takes `{"revoked": true}`, `{"limit": 0.5}`, `{"credit": 0}`, or several of them; `null` lifts a limit,
 and `{}` restores the account. `GET /simulator/account` shows it.

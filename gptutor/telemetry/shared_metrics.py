@@ -1,7 +1,7 @@
 """One page of metrics for all processes of the service, whichever of them answers the scrape.
 
 Each process has a socket in one folder, `<data>/metrics/<name>.sock`, and a thread that answers a connection with the process's
-snapshot: also while its event loop is blocked. Whoever is scraped asks all others, and adds up.
+snapshot: also while its event loop is blocked. The scraped process asks all others, and adds up.
 
 A counter must not go down: Prometheus would take the rest for an increase. So the file `totals.json` has the sum of all processes
 that have ended, and the latest snapshot of each living one. A process that stops adds its own numbers to the sum. One that was
@@ -154,7 +154,7 @@ class Member:
                 try:
                     connection.sendall(encode(dump(self._take())))
                 except OSError:
-                    pass  # whoever asked has gone
+                    pass  # the client has disconnected
                 except Exception:
                     LOGGER.exception("The metrics of this process cannot be read")
 

@@ -28,7 +28,7 @@ DATABASE_AWAY_S = 1.0
 NOTICED_S = 2.0
 """Each process notices by itself that a trouble is over, the last one after so long (`openrouter.account_probe_s` is 0.5)."""
 TOLD_AGAIN_S = 2.5 * ALERTS_POLL_S
-"""Until then whoever would tell an alert again has done so."""
+"""By then a process that would send an alert again has done so."""
 ALERTS = {
     "begin account_refused": "OpenRouter's key was revoked",
     "end account_refused": "the key is valid again",
